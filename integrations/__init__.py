@@ -1,0 +1,1 @@
+"""Thin layers over transformers and PEFT, each imported only by those who ask for it."""

@@ -1,0 +1,354 @@
+"""Null spaces into PEFT: `inject_adapters` before training, `export_lora` after it.
+
+PEFT has no register of initialisers, so the factors are written after PEFT has made its layers. What is saved is plain PEFT: it
+loads in a process that has never heard of nullspace.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from nullspace import factors, store
+from nullspace.sites import is_linear, weight_of
+from nullspace.spaces import NullSpace, NullSpaces
+
+METHODS = ("lora-null", "b-zero")
+RESIDUAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def inject_adapters(
+    model: nn.Module,
+    config: LoraConfig,
+    spaces: NullSpaces,
+    *,
+    method: str = "lora-null",
+    freeze_a: bool = False,
+    sigma_scale: float = 1.0,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Wrap a model in LoRA adapters that start in the null spaces of its own activations.
+
+    With s the adapter's scaling (α/r, or α/√r with rsLoRA) and r its rank (`config.r`, `config.rank_pattern`):
+
+    - `"lora-null"` (arXiv 2503.02659, eq. 8–11): s·BA = W₀ U Uᵀ (its best rank-r part if the basis has more than r columns), and
+      the base weight becomes the residual W₀ − s·BA, taken from the factors as they are stored and rounded once. The model computes
+      what it computed before. `freeze_a=True` is the paper's v2: A stays as it is, so every update s·(B − B₀)A stays in the
+      null space, whatever training does.
+    - `"b-zero"`: A = the r quietest directions, B = 0; the base weight is left alone.
+
+    Args:
+        model: the base model, on any device; it is changed in place, as `get_peft_model` does.
+        config: PEFT's. `target_modules` may be None: then every layer that has a null space gets an adapter.
+            `init_lora_weights` is ignored and saved as True, so that the adapter loads anywhere.
+        spaces: of this very model, with bases of at least r columns.
+        method: one of the above.
+        freeze_a: train B alone. PEFT does not save this: call `freeze_a` again after loading an adapter to train it on.
+        sigma_scale: see `nullspace.factors.lora_null`; only for `"lora-null"`.
+        adapter_name: PEFT's name for the adapter.
+
+    Returns:
+        The `PeftModel`. Save its base too (`model.unload()` or `get_base_model()`): for `"lora-null"` the adapter belongs to the
+        residual base, not to the original one.
+
+    Raises:
+        ValueError: naming the layer, for a target without a null space, spaces of another model, a rank that a basis does not
+            have, or a base weight that cannot take the residual (quantised, sharded, offloaded, or tied to another layer). The
+            model is then as it was.
+        TypeError: if the config is not a `LoraConfig`, or the model already is a `PeftModel`.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config must be a LoraConfig, not {type(config).__name__}")
+    if isinstance(model, PeftModel):
+        raise TypeError("the model already is a PeftModel: merge or unload its adapters first")
+    check_method(method, sigma_scale)
+    _check_config(config)
+    config = copy.deepcopy(config)
+    config.init_lora_weights = True
+    if config.target_modules is None:
+        config.target_modules = list(spaces)
+    peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    try:
+        layers = _lora_layers(peft_model, adapter_name)
+        for name, layer in layers.items():
+            _check_layer(name, layer, adapter_name, spaces)
+        check_servable(model, {name: layer.get_base_layer() for name, layer in layers.items()}, method)
+    except Exception:
+        peft_model.unload()
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        raise
+    for name, layer in layers.items():
+        _write_factors(layer, adapter_name, spaces[name], method, sigma_scale)
+    if freeze_a:
+        _freeze(layers, adapter_name)
+    return peft_model
+
+
+def freeze_a(peft_model: PeftModel, adapter_name: str = "default") -> None:
+    """Train B alone from now on (LoRA-Null-v2), through `set_adapter` and whatever else PEFT does to `requires_grad`.
+
+    PEFT saves the weights but not which of them were frozen: call this after `PeftModel.from_pretrained(..., is_trainable=True)`.
+
+    Raises:
+        ValueError: if the model has no LoRA layer with an adapter of that name.
+    """
+    layers = _lora_layers(peft_model, adapter_name)
+    if not layers:
+        raise ValueError(f"the model has no LoRA adapter named {adapter_name!r}")
+    _freeze(layers, adapter_name)
+
+
+def save_init(
+    out: str | os.PathLike[str],
+    peft_model: PeftModel,
+    spaces: NullSpaces,
+    *,
+    tokenizer: Any = None,
+    record: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write what `inject_adapters` made, before it is trained: whole or not at all.
+
+    `OUT/adapter` is a plain PEFT adapter, `OUT/base` the residual model as a plain transformers checkpoint, `OUT/spaces` the null
+    spaces, `OUT/nullspace.json` the record. Where the base was left alone (`"b-zero"`) there is no `OUT/base`, and the adapter
+    names the original model.
+
+    Args:
+        out: must not exist yet, or be empty.
+        peft_model: fresh from `inject_adapters`; not changed.
+        spaces: what it was made of.
+        tokenizer: saved beside the base, if given.
+        record: JSON-able facts to keep in `nullspace.json`: the model's name, the data, …
+        overwrite: replace an earlier directory of ours.
+
+    Raises:
+        FileExistsError: if `out` is in the way.
+        OSError: if it cannot be written; then nothing is left behind.
+    """
+    out = Path(out)
+    base: Any = peft_model.get_base_model()
+    adapter = peft_model.active_adapter
+    residual = any(bool(weight_of(layer.lora_B[adapter]).any()) for layer in _lora_layers(peft_model, adapter).values())
+    config = peft_model.peft_config[adapter]
+    with store.new_directory(out, overwrite=overwrite) as part:
+        spaces.write(part / "spaces")
+        original = config.base_model_name_or_path
+        if residual:
+            config.base_model_name_or_path = str(out / "base")
+        try:
+            peft_model.save_pretrained(str(part / "adapter"), selected_adapters=[adapter], save_embedding_layers=False)
+        finally:
+            config.base_model_name_or_path = original
+        if residual:
+            weights = {
+                name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name
+            }
+            base.save_pretrained(part / "base", state_dict=weights)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(part / "base")
+        store.write_manifest(part, "init", {"model": original, **(record or {})})
+    return out
+
+
+def check_method(method: str, sigma_scale: float = 1.0) -> None:
+    """Raise `ValueError` for a method that does not exist or a scale that it does not take."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}")
+    if not 0.0 < sigma_scale < math.inf:
+        raise ValueError(f"sigma_scale must be a positive number, not {sigma_scale}")
+    if method == "b-zero" and sigma_scale != 1.0:
+        raise ValueError("sigma_scale belongs to method 'lora-null'; 'b-zero' has no singular values to scale")
+
+
+def check_servable(model: nn.Module, layers: Mapping[str, nn.Module], method: str) -> None:
+    """Raise `ValueError`, naming the layer and the method that would do, if a base cannot be served. Cheap: ask it first.
+
+    Args:
+        model: the whole model, to see what else uses a weight.
+        layers: module name → linear base layer.
+        method: of `inject_adapters`.
+    """
+    if method == "b-zero":
+        return
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
+    for name, layer in layers.items():
+        weight = weight_of(layer)
+        if store.fingerprint(weight) is None or weight.dtype not in RESIDUAL_DTYPES:
+            raise ValueError(
+                f"the weight of {name!r} ({type(layer).__name__}, {weight.dtype}, {weight.device}) is quantised, sharded or "
+                f"offloaded and cannot take the residual of method {method!r}; method 'b-zero' leaves the base alone"
+            )
+        if len(users.get(id(weight), [])) > 1:
+            raise ValueError(
+                f"the weight of {name!r} is tied ({' and '.join(users[id(weight)])} are one tensor), so it cannot become a "
+                "residual; leave the layer out of target_modules, or use method 'b-zero', which leaves the base alone"
+            )
+
+
+def _check_config(config: LoraConfig) -> None:
+    for name in ("target_parameters", "layer_replication", "use_qalora", "megatron_config"):
+        if getattr(config, name, None):
+            raise ValueError(f"LoraConfig.{name} is not supported: null spaces belong to whole linear layers")
+
+
+def _lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+    """Name in the base model → LoRA layer."""
+    base: Any = peft_model.base_model.model
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in (*module.lora_A, *module.lora_embedding_A)
+    }
+
+
+def _check_layer(name: str, layer: Any, adapter_name: str, spaces: NullSpaces) -> None:
+    base = layer.get_base_layer()
+    if not is_linear(base) or adapter_name not in layer.lora_A:
+        raise ValueError(f"target {name!r} is {type(base).__name__}, not a linear layer")
+    spaces.check(name, base)
+    rank, columns = layer.r[adapter_name], spaces[name].rank
+    limit = min(columns, layer.out_features)
+    if rank > limit:
+        raise ValueError(
+            f"the adapter of {name!r} has rank {rank}, but its null space has {columns} directions and its weight "
+            f"{layer.out_features} rows: use r ≤ {limit}, or compute the spaces with a larger rank"
+        )
+
+
+@torch.no_grad()
+def _write_factors(layer: Any, adapter: str, space: NullSpace, method: str, sigma_scale: float) -> None:
+    lora_a, lora_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    rank, scaling = layer.r[adapter], layer.scaling[adapter]
+    stored = layer.get_base_layer().weight
+    if method == "b-zero":
+        lora_a.copy_(factors.b_zero(space.basis, layer.out_features, rank=rank).A)
+        lora_b.zero_()
+        return
+    weight = (stored.T if layer.fan_in_fan_out else stored).to(torch.float64)
+    a, b = factors.lora_null(weight, space.basis, rank=rank, sigma_scale=sigma_scale)
+    # s·BA is the product that counts, so each factor takes 1/√s; the residual is that of the factors as they are stored.
+    lora_a.copy_(a / math.sqrt(scaling))
+    lora_b.copy_(b / math.sqrt(scaling))
+    residual = torch.addmm(weight, lora_b.to(weight), lora_a.to(weight), alpha=-scaling)
+    stored.copy_(residual.T if layer.fan_in_fan_out else residual)
+
+
+def _freeze(layers: Mapping[str, LoraLayer], adapter: str) -> None:
+    for layer in layers.values():
+        # PEFT's own record of what set_adapter must not switch on again; a new dictionary, since the default is the class's.
+        layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: ("lora_A",)}
+        layer.lora_A[adapter].requires_grad_(False)
+
+
+def export_lora(
+    trained: PeftModel | str | os.PathLike[str],
+    initial: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """After training: a plain LoRA for the *untouched* base model, which does what the trained adapter does on the residual one.
+
+    With W₀ = W_res + s·B₀A₀, the trained model is W_res + s·BA = W₀ + s·(BA − B₀A₀). Where A was frozen that is s·(B − B₀)A₀, of
+    rank r; otherwise [B, −B₀][A; A₀], of rank 2r with α doubled (× √2 with rsLoRA), so that the scaling stays s.
+
+    Args:
+        trained: the trained model, or the directory of its adapter.
+        initial: the directory of the adapter as `inject_adapters` made it (`OUT/adapter` of `nullspace init`).
+        out: directory of the new adapter; written whole or not at all.
+        base: name or path of the untouched base, written into the adapter's configuration.
+        overwrite: replace an earlier export.
+
+    Returns:
+        The path of `out`.
+
+    Raises:
+        FileNotFoundError: if an adapter file is missing.
+        ValueError: naming the file, if it is damaged, the two adapters do not belong together, or they use what has no plain
+            LoRA form (DoRA magnitudes, LoRA biases).
+        FileExistsError: if `out` is in the way.
+    """
+    store.check_free(out, overwrite=overwrite)
+    if isinstance(trained, PeftModel):
+        with tempfile.TemporaryDirectory() as folder:
+            trained.save_pretrained(folder, selected_adapters=["default"])
+            return export_lora(folder, initial, out, base=base, overwrite=overwrite)
+    now, start = _read_adapter(Path(trained)), _read_adapter(Path(initial))
+    _check_pair(now, start)
+    pairs = [key.removesuffix(".lora_A.weight") for key in now.tensors if key.endswith(".lora_A.weight")]
+    frozen = all(torch.equal(now.tensors[f"{p}.lora_A.weight"], start.tensors[f"{p}.lora_A.weight"]) for p in pairs)
+    untouched = all(not start.tensors[f"{p}.lora_B.weight"].any() for p in pairs)
+    tensors = dict(now.tensors)
+    for p in pairs:
+        key_a, key_b = f"{p}.lora_A.weight", f"{p}.lora_B.weight"
+        a, b, a0, b0 = now.tensors[key_a], now.tensors[key_b], start.tensors[key_a], start.tensors[key_b]
+        if frozen:
+            tensors[key_b] = (b.double() - b0.double()).to(b.dtype)
+        elif not untouched:
+            tensors[key_a], tensors[key_b] = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
+    config = dict(now.config, base_model_name_or_path=base, init_lora_weights=True, inference_mode=True)
+    if not (frozen or untouched):
+        alpha_factor = math.sqrt(2) if config.get("use_rslora") else 2
+        config["r"] = 2 * config["r"]
+        config["lora_alpha"] = alpha_factor * config["lora_alpha"]
+        config["rank_pattern"] = {k: 2 * v for k, v in (config.get("rank_pattern") or {}).items()}
+        config["alpha_pattern"] = {k: alpha_factor * v for k, v in (config.get("alpha_pattern") or {}).items()}
+    with store.new_directory(out, overwrite=overwrite) as part:
+        (part / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        store.write_tensors(part / ADAPTER_WEIGHTS, tensors)
+        store.write_manifest(part, "export", {"rank_factor": 1 if frozen or untouched else 2}, files=(ADAPTER_WEIGHTS,))
+    return Path(out)
+
+
+class _Adapter(NamedTuple):
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def _read_adapter(directory: Path) -> _Adapter:
+    path = directory / ADAPTER_CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {directory} is not a PEFT adapter")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} does not describe a LoRA adapter")
+    return _Adapter(directory, config, store.load_tensors(directory / ADAPTER_WEIGHTS))
+
+
+def _check_pair(now: _Adapter, start: _Adapter) -> None:
+    for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        if (now.config.get(name) or None) != (start.config.get(name) or None):
+            raise ValueError(
+                f"{now.path} and {start.path} do not belong together: {name} is {now.config.get(name)} and {start.config.get(name)}"
+            )
+    if now.config.get("use_dora") or now.config.get("lora_bias"):
+        raise ValueError(f"{now.path} uses DoRA or LoRA biases, which have no plain LoRA form on the untouched base")
+    for key, value in start.tensors.items():
+        found = now.tensors.get(key)
+        if ".lora_" in key and (found is None or found.shape != value.shape):
+            what = "is missing" if found is None else f"has shape {tuple(found.shape)}, not {tuple(value.shape)}"
+            raise ValueError(f"{now.path} and {start.path} do not belong together: {key} {what} in the trained adapter")
+    extra = next((key for key in now.tensors if ".lora_" in key and key not in start.tensors), None)
+    if extra is not None:
+        raise ValueError(f"{now.path} and {start.path} do not belong together: {extra} is not in the initial adapter")

@@ -1,0 +1,239 @@
+"""transformers models and text: loading by hub name, folder or GGUF file, and data into packed batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+# Pairs of fields that are joined into one text where `field` is not given; the first of them that all are present wins.
+KNOWN_FIELDS = (
+    ("text",),
+    ("question", "answer"),
+    ("instruction", "input", "output"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("problem", "solution"),
+    ("content",),
+)
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+) -> tuple[nn.Module, Any]:
+    """A model in eval mode and its tokenizer.
+
+    Args:
+        name: a hub name, a folder, or a `.gguf` file (which needs the package `gguf`; its weights are dequantised, to float32
+            unless `dtype` says otherwise).
+        dtype: of the weights; `"auto"` takes the checkpoint's own.
+        device: where to put it; CUDA if there is one, else the CPU, by default.
+
+    Returns:
+        `(model, tokenizer)`. The class is the one that the checkpoint names, a causal language model where it names none.
+
+    Raises:
+        OSError: if there is no such model.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file")
+        folder, options = str(path.parent), {"gguf_file": path.name}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if dtype == "auto" else dtype, **options)
+        drop_quantizer(model)
+        model.config._name_or_path = model.name_or_path = str(path)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    else:
+        config = AutoConfig.from_pretrained(name)
+        model = _model_class(config).from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    module: nn.Module = model
+    return module.to(device).eval(), tokenizer
+
+
+def drop_quantizer(model: Any) -> None:
+    """Make an ordinary model of one that was dequantised while loading (GGUF), so that `save_pretrained` takes it."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def load_texts(
+    data: str | os.PathLike[str], *, field: str | None = None, split: str = "train", limit: int | None = None
+) -> list[str]:
+    """Texts from a file or a hub data set.
+
+    Args:
+        data: `.txt` or `.md` (paragraphs, divided at blank lines), `.jsonl`, `.json`, `.parquet` or `.csv` (through `datasets`), or
+            the name of a hub data set, with `name:configuration` for one of its configurations.
+        field: which field is the text; several, joined by line breaks, behind commas: `"question,answer"`. By default `text`, or
+            the first known pair (question/answer, instruction/input/output, prompt/completion, …). Of a list of answers, the
+            first counts.
+        split: of a hub data set.
+        limit: read at most this many rows.
+
+    Raises:
+        FileNotFoundError: if a path with a known ending does not exist.
+        ValueError: naming the file, if it is not what its ending says, is empty, or lacks the field (the fields there are
+            are listed).
+    """
+    path = Path(data)
+    kind = path.suffix.lower()
+    if kind in (".txt", ".md", ".jsonl", ".json", ".parquet", ".csv") and not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    texts: Iterable[str]
+    if kind in (".txt", ".md"):
+        texts = _paragraphs(path)
+    else:
+        texts = (_row_text(row, field, str(data)) for row in _rows(data, path, kind, split))
+    found = []
+    for text in texts:
+        if text.strip():
+            found.append(text)
+        if limit is not None and len(found) >= limit:
+            break
+    if not found:
+        raise ValueError(f"{data} holds no text")
+    return found
+
+
+class PackedBatches(Sequence[dict[str, torch.Tensor]]):
+    """Batches of token ids, all of one length: texts laid end to end, an end-of-text token between them.
+
+    Args:
+        texts: in the order in which they are to be used.
+        tokenizer: transformers'.
+        samples: at most this many sequences (the paper takes 256).
+        length: tokens a sequence (the paper: 1024).
+        batch_size: sequences a batch.
+
+    A last sequence that the texts do not fill is padded on the right and masked.
+
+    Raises:
+        ValueError: if a size is smaller than 1 or the texts hold no token.
+
+    Warns:
+        UserWarning: if the texts fill fewer than `samples` sequences.
+    """
+
+    def __init__(
+        self, texts: Iterable[str], tokenizer: Any, *, samples: int = 256, length: int = 1024, batch_size: int = 4
+    ) -> None:
+        for name, value in (("samples", samples), ("length", length), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        ids = _token_stream(texts, tokenizer, samples * length)
+        if not ids:
+            raise ValueError("the texts hold no token")
+        rows = -(-len(ids) // length)
+        if rows < samples:
+            warnings.warn(f"the texts fill {rows} of {samples} samples of {length} tokens", stacklevel=2)
+        pad = -len(ids) % length
+        self.tokens = len(ids)
+        self._ids = torch.tensor(ids + [ids[-1]] * pad).reshape(rows, length)
+        self._mask = torch.ones_like(self._ids)
+        if pad:
+            self._mask[-1, -pad:] = 0
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._ids) // self._batch_size)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rows = slice(index * self._batch_size, (index + 1) * self._batch_size)
+        return {"input_ids": self._ids[rows], "attention_mask": self._mask[rows]}
+
+
+def _model_class(config: Any) -> Any:
+    names = getattr(config, "architectures", None) or []
+    named = getattr(transformers, names[0], None) if names else None
+    if named is not None:
+        return named
+    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+
+
+def _token_stream(texts: Iterable[str], tokenizer: Any, wanted: int) -> list[int]:
+    ids: list[int] = []
+    between = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    for text in texts:
+        # A text longer than the model's window is cut into samples below: the tokenizer's warning about it is beside the point.
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if between is not None:
+            ids.append(between)
+        if len(ids) >= wanted:
+            break
+    return ids[:wanted]
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    return iter(text.replace("\r\n", "\n").split("\n\n"))
+
+
+def _rows(data: str | os.PathLike[str], path: Path, kind: str, split: str) -> Iterator[Mapping[str, Any]]:
+    if kind == ".jsonl":
+        yield from _json_lines(path)
+        return
+    import datasets
+
+    if kind in (".json", ".parquet", ".csv"):
+        try:
+            yield from datasets.load_dataset(kind[1:], data_files=str(path), split="train", streaming=True)
+        except Exception as error:
+            # `datasets` wraps what its readers raise in exceptions of several libraries; the file's name is what helps.
+            raise ValueError(f"{path} cannot be read as {kind[1:]}: {error}") from error
+        return
+    name, _, configuration = str(data).partition(":")
+    yield from datasets.load_dataset(name, configuration or None, split=split, streaming=True)
+
+
+def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+            yield row
+
+
+def _row_text(row: Mapping[str, Any], field: str | None, source: str) -> str:
+    if field is not None:
+        names: tuple[str, ...] = tuple(name.strip() for name in field.split(","))
+    else:
+        names = next((known for known in KNOWN_FIELDS if all(name in row for name in known)), ())
+    missing = next((name for name in names if name not in row), None)
+    if not names or missing is not None:
+        what = f"no field {missing!r}" if missing else "no field that is known to be text"
+        raise ValueError(f"{source} has {what}; its fields are {', '.join(map(str, row))} (choose with field / --field)")
+    parts = [_first(row[name]) for name in names]
+    return "\n".join(part for part in parts if part)
+
+
+def _first(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else ""
+    return "" if value is None else str(value)

@@ -1,0 +1,399 @@
+"""The command line: `nullspace init | compute | inspect | export | demo`.
+
+What a person reads goes to standard output as tables, or with `--json` as one JSON document; progress and warnings go to standard
+error. Exit codes: 0 done, 1 the machine failed (disk, memory), 2 the input was wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f"the command line needs more packages: pip install 'nullspace-lora[cli]' ({error})") from None
+
+from nullspace import report, store
+
+if TYPE_CHECKING:
+    from nullspace.spaces import NullSpaces
+
+app = typer.Typer(
+    name="nullspace",
+    help="LoRA adapters in the null space of a model's activations: fine-tuning that forgets less.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+stdout, stderr = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Hub name, folder, or .gguf file.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="What must not be forgotten: a text, JSON Lines, JSON, CSV or Parquet file, or a hub data set."),
+]
+Field = Annotated[str | None, typer.Option(help="Field(s) that hold the text, joined if several: 'question,answer'.")]
+Split = Annotated[str, typer.Option(help="Split of a hub data set.")]
+Samples = Annotated[int, typer.Option(help="Sequences to calibrate on.")]
+Length = Annotated[int, typer.Option(help="Tokens a sequence.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences a batch.")]
+Rank = Annotated[int, typer.Option(help="Directions a layer: the adapter's rank.")]
+Targets = Annotated[str, typer.Option(help="'all-linear', name endings ('q_proj,v_proj'), or a regular expression ('re:.*_proj').")]
+Precision = Annotated[str, typer.Option(help="'auto', or 'fp64' for float64 products throughout.")]
+DType = Annotated[str, typer.Option(help="Of the model's weights: auto, float32, bfloat16, float16.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu, …; CUDA if there is one by default.")]
+Spectrum = Annotated[bool, typer.Option("--spectrum", help="Compute effective ranks too (all eigenvalues: slower).")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of ours.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
+
+
+def main() -> None:
+    """Entry point of the `nullspace` command."""
+    app()
+
+
+def _exits(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors into one line on standard error and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        with _warnings_as_lines():
+            try:
+                command(*args, **kwargs)
+            except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+                stderr.print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True)
+                raise typer.Exit(2) from None
+            except (OSError, MemoryError) as error:
+                stderr.print(f"[bold red]failed:[/] {_escaped(error)}", soft_wrap=True)
+                raise typer.Exit(1) from None
+            except RuntimeError as error:
+                if "out of memory" not in str(error):
+                    raise
+                stderr.print(f"[bold red]failed:[/] {_escaped(error)}\nTry a smaller --batch-size or --length.", soft_wrap=True)
+                raise typer.Exit(1) from None
+            except KeyboardInterrupt:
+                stderr.print("interrupted; nothing was written")
+                raise typer.Exit(130) from None
+
+    return wrapped
+
+
+@app.command()
+@_exits
+def init(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory for spaces/, adapter/ and base/; must not exist yet.")],
+    data: Data = None,
+    spaces: Annotated[Path | None, typer.Option(help="Use these null spaces (of `nullspace compute`) instead of --data.")] = None,
+    field: Field = None,
+    split: Split = "train",
+    samples: Samples = 256,
+    length: Length = 1024,
+    batch_size: BatchSize = 4,
+    rank: Rank = 128,
+    alpha: Annotated[float | None, typer.Option(help="LoRA's alpha; the rank by default, so that the scaling is 1.")] = None,
+    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    method: Annotated[str, typer.Option(help="'lora-null', or 'b-zero' to leave the base alone.")] = "lora-null",
+    sigma_scale: Annotated[float, typer.Option(help="Multiply the adapter's product (the paper's Table 5).")] = 1.0,
+    targets: Targets = "all-linear",
+    precision: Precision = "auto",
+    dtype: DType = "auto",
+    device: Device = None,
+    spectrum: Spectrum = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """From a model and a text to a LoRA adapter in the text's null space, and its residual base."""
+    from nullspace import NullSpaces
+    from nullspace.integrations import peft
+
+    began = time.perf_counter()
+    if (data is None) == (spaces is None):
+        raise ValueError("give either --data or --spaces")
+    store.check_free(out, overwrite=overwrite)
+    peft.check_method(method, sigma_scale)
+    _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
+    with _bars(quiet) as progress:
+        loaded, tokenizer, chosen = _open_model(model, dtype, device, targets, rank, progress)
+        peft.check_servable(loaded, chosen, method)
+        if spaces is not None:
+            found = NullSpaces.load(spaces)
+        else:
+            batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
+            found = _compute(loaded, batches, rank, list(chosen), precision, spectrum, progress)
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=rank if alpha is None else alpha,
+            use_rslora=use_rslora,
+            target_modules=list(chosen),
+            task_type="CAUSAL_LM" if type(loaded).__name__.endswith("ForCausalLM") else None,
+        )
+        progress("adapters", 0, 1, 0)
+        peft_model = peft.inject_adapters(loaded, config, found, method=method, sigma_scale=sigma_scale)
+        record = {
+            "data": data,
+            "rank": rank,
+            "alpha": config.lora_alpha,
+            "use_rslora": use_rslora,
+            "method": method,
+            "sigma_scale": sigma_scale,
+            "versions": _versions(),
+        }
+        peft.save_init(out, peft_model, found, tokenizer=tokenizer, record={**record, "model": model}, overwrite=overwrite)
+        progress("adapters", 1, 1, 0)
+    _show(found, as_json, quiet, {"out": str(out), **record, "model": model, "seconds": time.perf_counter() - began})
+    if not (as_json or quiet):
+        stdout.print(_next_steps(out, model, residual=method != "b-zero"), highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_exits
+def compute(
+    model: Model,
+    data: Annotated[str, typer.Option(help="What must not be forgotten: a file or a hub data set.")],
+    out: Annotated[Path, typer.Option(help="Directory for the null spaces; must not exist yet.")],
+    field: Field = None,
+    split: Split = "train",
+    samples: Samples = 256,
+    length: Length = 1024,
+    batch_size: BatchSize = 4,
+    rank: Rank = 128,
+    targets: Targets = "all-linear",
+    precision: Precision = "auto",
+    dtype: DType = "auto",
+    device: Device = None,
+    spectrum: Spectrum = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Only the null spaces: for `nullspace init --spaces`, or `NullSpaces.load`."""
+    began = time.perf_counter()
+    store.check_free(out, overwrite=overwrite)
+    _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
+    with _bars(quiet) as progress:
+        loaded, tokenizer, chosen = _open_model(model, dtype, device, targets, rank, progress)
+        batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
+        found = _compute(loaded, batches, rank, list(chosen), precision, spectrum, progress)
+    found.save(out, overwrite=overwrite)
+    _show(found, as_json, quiet, {"out": str(out), "model": model, "data": data, "seconds": time.perf_counter() - began})
+
+
+@app.command()
+@_exits
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="What `nullspace compute` or `nullspace init` wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show null spaces: leak, gap, tokens and outliers of every site."""
+    from nullspace import NullSpaces
+
+    inner = directory / "spaces"
+    _show(NullSpaces.load(inner if inner.is_dir() else directory), as_json, False, {"directory": str(directory)})
+
+
+@app.command()
+@_exits
+def export(
+    trained: Annotated[Path, typer.Argument(help="Directory of the trained adapter.")],
+    initial: Annotated[Path, typer.Option(help="What `nullspace init` wrote, or the adapter directory in it.")],
+    out: Annotated[Path, typer.Option(help="Directory for the plain LoRA; must not exist yet.")],
+    base: Annotated[str | None, typer.Option(help="Name of the untouched base; by default that which `init` was given.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """A trained adapter as a plain LoRA for the untouched base: rank r where A was frozen, 2r otherwise."""
+    from nullspace.integrations.peft import ADAPTER_CONFIG, export_lora
+
+    if (initial / store.MANIFEST).is_file():
+        base = base or store.read_manifest(initial, "init")["model"]
+        initial = initial / "adapter"
+    export_lora(trained, initial, out, base=base, overwrite=overwrite)
+    config = json.loads((out / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    result = {"out": str(out), "rank": config["r"], "alpha": config["lora_alpha"], "base": base}
+    if as_json:
+        _print_json(result)
+    elif not quiet:
+        stdout.print(
+            f"{out}: rank {config['r']}, alpha {config['lora_alpha']:g}, for {base or 'the untouched base'}", soft_wrap=True
+        )
+
+
+@app.command()
+@_exits
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the result.")] = Path("nullspace-demo"),
+    rank: Rank = 32,
+    overwrite: Overwrite = False,
+) -> None:
+    """The whole walk on a real language model, without a network: SmolLM2-135M, calibrated on Python's own documentation."""
+    from nullspace.demo import run
+
+    with _bars(False) as progress:
+        run(out, rank=rank, overwrite=overwrite, say=lambda text: stdout.print(text, soft_wrap=True), progress=progress)
+
+
+def parse_targets(text: str) -> str | list[str]:
+    """The `--targets` option as `find_targets` takes it."""
+    if text == "all-linear":
+        return text
+    if text.startswith("re:"):
+        return text.removeprefix("re:")
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+def _open_model(
+    name: str, dtype: str, device: str | None, targets: str, rank: int, progress: Callable[..., None]
+) -> tuple[Any, Any, dict[str, Any]]:
+    import transformers
+
+    from nullspace.integrations.transformers import load_model
+    from nullspace.sites import find_targets
+    from nullspace.spaces import check_rank
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")
+    transformers.utils.logging.disable_progress_bar()
+    progress("model", 0, 1, 0)
+    # The GGUF reader draws a bar of its own and cannot be told not to.
+    with contextlib.nullcontext() if stderr.is_terminal else contextlib.redirect_stderr(io.StringIO()):
+        model, tokenizer = load_model(name, dtype=dtype, device=device)
+    progress("model", 1, 1, 0)
+    chosen = find_targets(model, parse_targets(targets))
+    check_rank(chosen, rank)
+    return model, tokenizer, chosen
+
+
+def _open_data(
+    data: str | None,
+    tokenizer: Any,
+    field: str | None,
+    split: str,
+    samples: int,
+    length: int,
+    batch_size: int,
+    progress: Callable[..., None],
+) -> Any:
+    from nullspace.integrations.transformers import PackedBatches, load_texts
+
+    progress("data", 0, 1, 0)
+    texts = load_texts(str(data), field=field, split=split)
+    batches = PackedBatches(texts, tokenizer, samples=samples, length=length, batch_size=batch_size)
+    progress("data", 1, 1, 0)
+    return batches
+
+
+def _compute(
+    model: Any, batches: Any, rank: int, targets: list[str], precision: str, spectrum: bool, progress: Callable[..., None]
+) -> NullSpaces:
+    from nullspace import compute_null_spaces
+
+    return compute_null_spaces(
+        model, batches, rank=rank, targets=targets, precision=precision, spectrum=spectrum, progress=progress
+    )
+
+
+def _show(spaces: NullSpaces, as_json: bool, quiet: bool, facts: dict[str, Any]) -> None:
+    rows = report.rows(spaces)
+    if as_json:
+        _print_json({**facts, "sites": rows})
+    elif not quiet:
+        shown = [report.cells(row) for row in rows]
+        table = Table(box=None, pad_edge=False)
+        for index, title in enumerate(shown[0]):
+            table.add_column(title, justify="right" if index else "left", no_wrap=True)
+        for row in shown:
+            table.add_row(*row.values())
+        # Numbers are never cut: in a window that is too narrow, the lines wrap.
+        needed = stdout.measure(table, options=stdout.options.update(width=1000)).maximum
+        Console(width=max(needed, stdout.width)).print(table)
+
+
+def _next_steps(out: Path, model: str, *, residual: bool) -> str:
+    base = out / "base" if residual else model
+    return (
+        f"\nWrote {out}. To train it:\n\n"
+        f"    base = AutoModelForCausalLM.from_pretrained({str(base)!r})\n"
+        f"    model = PeftModel.from_pretrained(base, {str(out / 'adapter')!r}, is_trainable=True)\n\n"
+        f"and afterwards, for the untouched base: nullspace export TRAINED --initial {out} --out EXPORTED"
+    )
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = ("nullspace-lora", "torch", "transformers", "peft", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _escaped(error: BaseException) -> str:
+    from rich.markup import escape
+
+    return escape(str(error) or type(error).__name__)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        stderr.print(f"[yellow]warning:[/] {_escaped(Warning(str(message)))}", soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        for category in (FutureWarning, DeprecationWarning):  # other libraries' talk with their developers
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = show
+        yield
+
+
+@contextlib.contextmanager
+def _bars(quiet: bool) -> Iterator[Callable[[str, int, int | None, int], None]]:
+    """A `nullspace.progress.Progress` that draws one bar a stage on standard error."""
+    if quiet:
+        yield lambda stage, done, total, tokens: None
+        return
+    columns = (
+        TextColumn("{task.description:12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    with Progress(*columns, console=stderr) as bars:
+        tasks: dict[str, tuple[Any, float]] = {}
+
+        def report_progress(stage: str, done: int, total: int | None, tokens: int) -> None:
+            now = time.perf_counter()
+            if stage not in tasks:
+                tasks[stage] = (bars.add_task(stage, total=total, rate=""), now)
+            task, since = tasks[stage]
+            rate = f"{tokens / (now - since):,.0f} tokens/s" if tokens and now > since else ""
+            bars.update(task, completed=done, total=total, rate=rate)
+
+        yield report_progress

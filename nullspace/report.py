@@ -1,0 +1,62 @@
+"""What there is to say about null spaces, as rows for programs and as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nullspace.spaces import NullSpaces
+
+Row = dict[str, Any]
+
+
+def rows(spaces: NullSpaces) -> list[Row]:
+    """One plain dictionary a site, in the model's order: JSON as it is."""
+    return [
+        {
+            "site": site.name,
+            "members": list(site.members),
+            "d_in": site.d_in,
+            "tokens": space.tokens,
+            "rank": space.rank,
+            "leak": space.leak,
+            "gap": space.gap,
+            "outliers": space.outliers,
+            "precision": space.precision,
+            "effective_rank": space.effective_rank,
+        }
+        for site in spaces.sites
+        for space in [spaces[site.name]]
+    ]
+
+
+def cells(row: Row) -> dict[str, str]:
+    """A row as it is shown: column title → text."""
+    shown = {
+        "site": row["site"] + (f" +{len(row['members']) - 1}" if len(row["members"]) > 1 else ""),
+        "d_in": str(row["d_in"]),
+        "tokens": f"{row['tokens']:,}",
+        "rank": str(row["rank"]),
+        "leak": f"{row['leak']:.2e}",
+        "gap": f"{row['gap']:.1%}",
+        "outliers": f"{row['outliers']:,}",
+        "sums": row["precision"],
+    }
+    if row["effective_rank"] is not None:
+        shown["effective rank"] = f"{row['effective_rank']:.1f}"
+    return shown
+
+
+def text_table(table_rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as aligned plain text, the first column to the left, the others to the right."""
+    shown = [cells(dict(row)) for row in table_rows]
+    if not shown:
+        return "(no sites)"
+    widths = {title: max(len(title), *(len(row[title]) for row in shown)) for title in shown[0]}
+
+    def line(row: Mapping[str, str]) -> str:
+        first, *others = widths
+        return "  ".join([row[first].ljust(widths[first]), *(row[title].rjust(widths[title]) for title in others)])
+
+    return "\n".join([line({title: title for title in widths}), *(line(row) for row in shown)])

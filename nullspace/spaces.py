@@ -1,0 +1,314 @@
+"""`NullSpace` (one site), `NullSpaces` (a model) and `compute_null_spaces`: the whole calibration in one call."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nullspace import report, solvers, store
+from nullspace.covariance import Covariance
+from nullspace.progress import Progress, reporter
+from nullspace.sites import Site, find_targets, weight_of, weight_shape
+from nullspace.stream import stream_covariances
+
+
+@dataclass(frozen=True, eq=False)
+class NullSpace:
+    """The r quietest directions of one site's input: C U = U Λ (arXiv 2503.02659, eq. 6–7; U is the paper's U_null).
+
+    Attributes:
+        basis: (d_in, rank) float64, orthonormal columns, by ascending eigenvalue.
+        eigenvalues: (rank,) float64, ascending, ≥ 0: λ_i = ‖u_iᵀX‖², summed over tokens.
+        trace: tr C = ‖X‖_F².
+        tokens: tokens that were summed, padding left out.
+        gap: (λ_{r+1} − λ_r) / λ_{r+1}, between 0 and 1: how clearly the spectrum says where to cut. Near 0 the next direction is as
+            quiet as the last one, and the basis, but not its leak, depends on rounding and on the data's chance.
+        outliers: tokens whose norm exceeded 8 × the median.
+        precision: `"mixed"` (float32 chains into float64 sums, outlier tokens in float64) or `"fp64"`.
+        effective_rank: exp of the entropy of σ / Σσ of X (eq. 2–3); None unless it was asked for with `spectrum=True`.
+        site: which input, and which layers hear it.
+    """
+
+    basis: torch.Tensor
+    eigenvalues: torch.Tensor
+    trace: float
+    tokens: int
+    gap: float
+    outliers: int
+    precision: str
+    site: Site
+    effective_rank: float | None = None
+
+    @property
+    def rank(self) -> int:
+        """Number of basis vectors."""
+        return self.basis.shape[1]
+
+    @property
+    def leak(self) -> float:
+        """‖UᵀX‖_F / ‖X‖_F = √(Σ λ / tr C): the part of the calibration input that the space hears, 0 for a true null space."""
+        return float(self.eigenvalues.sum() / self.trace) ** 0.5 if self.trace > 0 else 0.0
+
+    @classmethod
+    def from_covariance(cls, covariance: Covariance, rank: int, *, site: Site | None = None, spectrum: bool = False) -> NullSpace:
+        """The bottom of a second moment.
+
+        Args:
+            covariance: the sums, with at least one token.
+            rank: 1 ≤ rank < d_in.
+            site: which input this is; a site without a name by default.
+            spectrum: compute the effective rank too, which takes all eigenvalues.
+
+        Raises:
+            ValueError: if the rank is out of range or there are no tokens.
+        """
+        if not 1 <= rank < covariance.d_in:
+            raise ValueError(f"rank must be between 1 and d_in - 1 = {covariance.d_in - 1}, not {rank}")
+        if covariance.tokens == 0:
+            raise ValueError("the covariance has no tokens")
+        c = covariance.matrix()
+        erank = solvers.effective_rank(solvers.spectrum(c).clamp(min=0).sqrt()) if spectrum else None
+        values, vectors = solvers.bottom_eigenpairs(c, rank + 1, overwrite=True)
+        values = values.clamp(min=0).cpu()
+        behind = float(values[rank])
+        return cls(
+            basis=vectors[:, :rank].to("cpu", copy=True).contiguous(),
+            eigenvalues=values[:rank].clone(),
+            trace=covariance.trace,
+            tokens=covariance.tokens,
+            gap=(behind - float(values[rank - 1])) / behind if behind > 0 else 0.0,
+            outliers=covariance.outliers,
+            precision="fp64" if covariance.precision == "fp64" else "mixed",
+            site=site or Site(members=("",), d_in=covariance.d_in),
+            effective_rank=erank,
+        )
+
+
+class NullSpaces(Mapping[str, NullSpace]):
+    """Module name → `NullSpace`; the members of a site share one object.
+
+    Args:
+        spaces: one a site.
+        weights: module name → (d_out, d_in) and fingerprint (`nullspace.store.fingerprint`) of its weight, by which the model is
+            known again.
+    """
+
+    def __init__(
+        self,
+        spaces: Iterable[NullSpace],
+        weights: Mapping[str, tuple[tuple[int, int], torch.Tensor | None]] | None = None,
+    ) -> None:
+        self._spaces = tuple(spaces)
+        self._of = {name: space for space in self._spaces for name in space.site.members}
+        self._weights = dict(weights or {})
+
+    def __getitem__(self, name: str) -> NullSpace:
+        return self._of[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __repr__(self) -> str:
+        return f"NullSpaces({len(self._spaces)} sites, {len(self)} layers)"
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites, in the order in which the model called them."""
+        return tuple(space.site for space in self._spaces)
+
+    def summary(self) -> str:
+        """A table: site, layers, d_in, tokens, rank, leak, gap, outliers, precision, and the effective rank where known."""
+        return report.text_table(report.rows(self))
+
+    def check(self, name: str, module: nn.Module) -> None:
+        """Whether these spaces are for this layer of this model.
+
+        Args:
+            name: the layer's name in the model that was calibrated.
+            module: the linear layer.
+
+        Raises:
+            ValueError: showing both sides, if the name is unknown or the shape or the fingerprint differs.
+        """
+        if name not in self._of:
+            known = ", ".join(list(self._of)[:3])
+            raise ValueError(f"there is no null space for {name!r}; the spaces are for {known}, … ({len(self)} layers)")
+        shape = weight_shape(module)
+        known_shape, known_print = self._weights.get(name, ((shape[0], self._of[name].site.d_in), None))
+        if shape != known_shape:
+            raise ValueError(
+                f"these spaces are for another model: {name!r} has weight {shape} here and had {known_shape} at calibration"
+            )
+        found = store.fingerprint(weight_of(module))
+        if known_print is not None and found is not None and not store.same_fingerprint(known_print, found):
+            raise ValueError(
+                f"these spaces are for another model: the weight of {name!r} begins with {_head(found)} here and with "
+                f"{_head(known_print)} at calibration"
+            )
+
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a directory: `nullspace.json` and one safetensors file a site. Whole or not at all.
+
+        Args:
+            directory: must not exist yet, or be empty.
+            overwrite: replace an earlier directory of ours.
+
+        Raises:
+            FileExistsError: if the directory is in the way.
+            OSError: if it cannot be written; then nothing is left behind.
+        """
+        with store.new_directory(directory, overwrite=overwrite) as part:
+            self.write(part)
+
+    def write(self, directory: Path) -> None:
+        """The content of `save`, into a directory that somebody else makes and renames."""
+        directory.mkdir(parents=True, exist_ok=True)
+        entries: list[dict[str, Any]] = []
+        for index, space in enumerate(self._spaces):
+            name = f"{index:04d}-{re.sub(r'[^A-Za-z0-9._-]', '_', space.site.name)[:200]}.safetensors"
+            tensors = {"basis": space.basis, "eigenvalues": space.eigenvalues}
+            shapes = {}
+            for member in space.site.members:
+                if member in self._weights:
+                    shapes[member], sample = self._weights[member]
+                    if sample is not None:
+                        tensors[f"fingerprint.{member}"] = sample
+            store.write_tensors(directory / name, tensors)
+            entries.append(
+                {
+                    "file": name,
+                    "members": list(space.site.members),
+                    "d_in": space.site.d_in,
+                    "rank": space.rank,
+                    "tokens": space.tokens,
+                    "trace": space.trace,
+                    "gap": space.gap,
+                    "outliers": space.outliers,
+                    "precision": space.precision,
+                    "effective_rank": space.effective_rank,
+                    "weight_shapes": shapes,
+                }
+            )
+        store.write_manifest(directory, "spaces", {"sites": entries}, files=tuple(e["file"] for e in entries))
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> NullSpaces:
+        """Read what `save` wrote, checking every byte.
+
+        Raises:
+            FileNotFoundError: if there is no such directory.
+            ValueError: naming the file that is missing, truncated, altered or not ours.
+        """
+        manifest = store.read_manifest(directory, "spaces")
+        spaces, weights = [], {}
+        for entry in manifest["sites"]:
+            tensors = store.read_tensors(directory, entry["file"], manifest)
+            site = Site(tuple(entry["members"]), entry["d_in"])
+            spaces.append(
+                NullSpace(
+                    basis=tensors["basis"],
+                    eigenvalues=tensors["eigenvalues"],
+                    trace=entry["trace"],
+                    tokens=entry["tokens"],
+                    gap=entry["gap"],
+                    outliers=entry["outliers"],
+                    precision=entry["precision"],
+                    site=site,
+                    effective_rank=entry["effective_rank"],
+                )
+            )
+            for member, shape in entry["weight_shapes"].items():
+                weights[member] = (tuple(shape), tensors.get(f"fingerprint.{member}"))
+        return cls(spaces, weights)
+
+
+def compute_null_spaces(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    rank: int = 128,
+    targets: str | Iterable[str] = "all-linear",
+    strategy: str = "auto",
+    precision: str = "auto",
+    spectrum: bool = False,
+    progress: bool | Progress = True,
+) -> NullSpaces:
+    """Run the model over the loader and find, for every linear layer, the directions that its input hardly ever takes.
+
+    Args:
+        model: any module; run in eval mode, without gradients, and left as it was found.
+        loader: an iterable of mappings that the model takes (`input_ids`, `attention_mask`, …), or of tensors. It should yield
+            at least d_in + rank tokens: with fewer, part of the null space is only what the data did not show.
+        rank: columns of each basis: at least the rank of the adapters that will be made of it.
+        targets: `"all-linear"`, a list of name endings, or a regular expression: see `nullspace.sites.find_targets`.
+        strategy: how the model is run: see `stream_covariances`.
+        precision: `"auto"` or `"fp64"`: see `Covariance`.
+        spectrum: compute effective ranks too, which costs all eigenvalues of every site.
+        progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
+
+    Returns:
+        A mapping from module name to `NullSpace`.
+
+    Raises:
+        ValueError: see `stream_covariances`; and before the forward pass if the rank does not fit a layer.
+
+    Warns:
+        UserWarning: naming the sites that saw fewer than d_in + rank tokens.
+    """
+    if not isinstance(targets, str):
+        targets = list(targets)
+    modules = find_targets(model, targets)
+    check_rank(modules, rank)
+    report_progress = reporter(progress)
+    spaces: list[NullSpace] = []
+    stream = stream_covariances(model, loader, targets=targets, strategy=strategy, precision=precision, progress=report_progress)
+    members = 0
+    for site, covariance in stream:
+        spaces.append(NullSpace.from_covariance(covariance, rank, site=site, spectrum=spectrum))
+        del covariance
+        members += len(site.members)
+        report_progress("null spaces", members, len(modules), 0)
+    _warn_of_few_tokens(spaces)
+    return NullSpaces(spaces, {n: (weight_shape(m), store.fingerprint(weight_of(m))) for n, m in modules.items()})
+
+
+def check_rank(modules: Mapping[str, nn.Module], rank: int) -> None:
+    """Raise `ValueError`, naming the layer, if a basis of `rank` columns does not fit it."""
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
+    for name, module in modules.items():
+        d_out, d_in = weight_shape(module)
+        if rank >= d_in:
+            raise ValueError(f"rank {rank} does not leave {name!r} (d_in = {d_in}) anything to hear: it must be below d_in")
+        if rank > d_out:
+            raise ValueError(
+                f"rank {rank} is larger than the weight of {name!r} ({d_out} × {d_in}) allows: choose rank ≤ {d_out}, or leave "
+                "the layer out of targets"
+            )
+
+
+def _warn_of_few_tokens(spaces: list[NullSpace]) -> None:
+    short = [s for s in spaces if s.tokens < s.site.d_in + s.rank]
+    if short:
+        needed = max(s.site.d_in + s.rank for s in short)
+        names = ", ".join(s.site.name for s in short[:4]) + (", …" if len(short) > 4 else "")
+        warnings.warn(
+            f"{len(short)} of {len(spaces)} sites saw fewer tokens ({min(s.tokens for s in short)}) than d_in + rank ({needed} at "
+            f"most): {names}. Part of their null space is only what these data did not show. Use at least {needed} tokens.",
+            stacklevel=3,
+        )
+
+
+def _head(sample: torch.Tensor) -> str:
+    return "[" + ", ".join(f"{v:.4g}" for v in sample[:4].tolist()) + ", …]"

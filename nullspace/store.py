@@ -1,0 +1,200 @@
+"""Directories of safetensors, written whole or not at all, and checked when they are read.
+
+A directory `OUT` is filled as `OUT.part` beside it and renamed when everything in it is on the disk: whoever finds `OUT` finds all
+of it, and whatever a crash leaves is called `.part` and is swept by the next run. `nullspace.json` in it names its kind, its format
+version, and the size and SHA-256 of every file that it vouches for, and carries a digest of itself. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+MANIFEST = "nullspace.json"
+FORMAT_VERSION = 1
+
+# A fingerprint is this many entries of a weight, evenly spaced.
+FINGERPRINT_ENTRIES = 64
+# Two roundings of one number to bf16 (8 bits) differ by less than this, relatively.
+FINGERPRINT_TOLERANCE = 2.0**-7
+
+
+@contextlib.contextmanager
+def new_directory(out: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A directory to fill, which becomes `out` when the block ends and vanishes if it raises.
+
+    Args:
+        out: must not exist yet, or be empty.
+        overwrite: replace `out` if it is a directory of ours (it has a `nullspace.json`).
+
+    Yields:
+        The path to write to, on the same file system as `out`.
+
+    Raises:
+        FileExistsError: if `out` is in the way.
+    """
+    out = Path(out)
+    check_free(out, overwrite=overwrite)
+    part, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".old.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for folder, _, names in os.walk(part):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+        part.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+        _sync(out.parent)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def check_free(out: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Raise `FileExistsError` if `new_directory` would: to be asked before hours of work, not after."""
+    out = Path(out)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{out} exists; choose another place or ask for it to be overwritten")
+    if not (out / MANIFEST).is_file():
+        raise FileExistsError(f"{out} was not written by nullspace (it has no {MANIFEST}) and is not overwritten")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """One safetensors file; errors of the file system come as `OSError`."""
+    try:
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def write_manifest(directory: Path, kind: str, content: Mapping[str, Any], files: tuple[str, ...] = ()) -> None:
+    """`nullspace.json`: what the directory is, and what its files must look like."""
+    body = {
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        **content,
+        "files": {
+            name: {"bytes": (directory / name).stat().st_size, "sha256": _sha256(directory / name)} for name in sorted(files)
+        },
+    }
+    text = json.dumps({**body, "digest": _digest(body)}, indent=1, ensure_ascii=False)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """The checked content of a directory's `nullspace.json`.
+
+    Raises:
+        FileNotFoundError: if there is no such directory.
+        ValueError: naming the file, if it is missing, not ours, of another kind or version, or altered.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {directory} was not written by nullspace, or not completely copied")
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(body, dict) or "kind" not in body or "digest" not in body:
+        raise ValueError(f"{path} was not written by nullspace")
+    if body.pop("digest") != _digest(body):
+        raise ValueError(f"{path} was altered: its digest does not fit")
+    if body["kind"] != kind:
+        raise ValueError(f"{path} describes {body['kind']!r}, not {kind!r}")
+    if body["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {body['format_version']}; this nullspace reads {FORMAT_VERSION}")
+    return body
+
+
+def read_tensors(directory: str | os.PathLike[str], name: str, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of one file, after its size and SHA-256 were compared with the manifest's.
+
+    Raises:
+        ValueError: naming the file, if it is missing, truncated, altered or unknown to the manifest.
+    """
+    path = Path(directory) / name
+    expected = manifest["files"].get(name)
+    if expected is None:
+        raise ValueError(f"{path} is not listed in {MANIFEST}")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    if path.stat().st_size != expected["bytes"]:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes and should have {expected['bytes']}: truncated or altered")
+    if _sha256(path) != expected["sha256"]:
+        raise ValueError(f"{path} was altered: its SHA-256 does not fit")
+    return load_tensors(path)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file that no manifest vouches for.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming it, if it is truncated or something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def fingerprint(weight: torch.Tensor) -> torch.Tensor | None:
+    """A few entries of a weight, by which it is known again in any floating dtype: (≤ 64,) float32.
+
+    None if the weight is not a plain floating-point tensor with its values at hand (quantised, sharded or offloaded).
+    """
+    if not weight.is_floating_point() or weight.device.type == "meta" or weight.numel() == 0 or type(weight).__name__ == "DTensor":
+        return None
+    flat = weight.detach().reshape(-1)
+    count = min(FINGERPRINT_ENTRIES, flat.numel())
+    at = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
+    return flat[at.to(flat.device)].to("cpu", torch.float32)
+
+
+def same_fingerprint(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two fingerprints are of one weight, up to rounding to a 16-bit dtype."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=FINGERPRINT_TOLERANCE, atol=1e-6)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,57 @@
+"""The lower triangle of a symmetric matrix, in float64, held as row panels.
+
+Panel i holds rows `[start, stop)` and columns `[0, stop)`: half the memory of the square, and each panel takes its share of a
+Gram matrix from one GEMM over plain slices of the input, which is what BLAS libraries are best at.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# 256 rows a panel: GEMM is at full speed, and the part of the diagonal blocks that is computed twice stays small (8 % at
+# d = 1536). Measured on 2 CPU cores for d = 576 and 1536; 96 to 384 are within 10 % of each other.
+PANEL_ROWS = 256
+
+
+class LowerTriangle:
+    """A (d, d) symmetric float64 matrix, of which only the lower triangle is stored: 8 · (d² + d · PANEL_ROWS) / 2 bytes.
+
+    Args:
+        d: order of the matrix.
+        device: where it lives.
+    """
+
+    def __init__(self, d: int, *, device: torch.device | str = "cpu") -> None:
+        self.d = d
+        self._panels = [
+            (start, stop, torch.zeros(stop - start, stop, dtype=torch.float64, device=device))
+            for start, stop in ((s, min(s + PANEL_ROWS, d)) for s in range(0, d, PANEL_ROWS))
+        ]
+
+    def add_gram(self, x_nd: torch.Tensor) -> None:
+        """Add `x_nd.T @ x_nd`; the products are taken in the dtype of `x_nd` (float32 or float64), the sum in float64."""
+        for start, stop, panel in self._panels:
+            left, right = x_nd[:, start:stop].T, x_nd[:, :stop]
+            if x_nd.dtype == panel.dtype:
+                panel.addmm_(left, right)
+            else:
+                panel.add_(left @ right)
+
+    def add_(self, other: LowerTriangle) -> None:
+        """Add another triangle of the same order."""
+        for (_, _, mine), (_, _, theirs) in zip(self._panels, other._panels, strict=True):
+            mine.add_(theirs.to(mine.device))
+
+    def diagonal(self) -> torch.Tensor:
+        """The (d,) diagonal."""
+        return torch.cat([panel.diagonal(offset=start) for start, _, panel in self._panels])
+
+    def square(self) -> torch.Tensor:
+        """The whole (d, d) matrix as a new tensor, symmetric to the bit."""
+        out = self._panels[0][2].new_empty(self.d, self.d)
+        for start, stop, panel in self._panels:
+            out[start:stop, :start] = panel[:, :start]
+            out[:start, start:stop] = panel[:, :start].T
+            block = panel[:, start:].tril()
+            out[start:stop, start:stop] = block + block.tril(-1).T
+        return out

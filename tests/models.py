@@ -1,0 +1,134 @@
+"""Tiny models with random weights, one of each family that the engine must understand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch import nn
+
+VOCABULARY = 211
+
+
+def _llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            intermediate_size=112,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+        )
+    )
+
+
+def _qwen2() -> nn.Module:
+    return transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def _gemma() -> nn.Module:
+    return transformers.GemmaForCausalLM(
+        transformers.GemmaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+    )
+
+
+def _gpt2() -> nn.Module:
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=256)
+    )
+
+
+def _opt() -> nn.Module:
+    return transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            ffn_dim=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            word_embed_proj_dim=48,
+            pad_token_id=1,
+        )
+    )
+
+
+def _bert() -> nn.Module:
+    return transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+        )
+    )
+
+
+def _albert() -> nn.Module:
+    """One block's weights, called at every depth."""
+    return transformers.AlbertForMaskedLM(
+        transformers.AlbertConfig(
+            vocab_size=VOCABULARY,
+            embedding_size=32,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+        )
+    )
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "gemma": _gemma,
+    "gpt2": _gpt2,
+    "opt": _opt,
+    "bert": _bert,
+    "albert": _albert,
+}
+
+
+def tiny(family: str, seed: int = 0) -> nn.Module:
+    """A tiny model of a family, in eval mode."""
+    torch.manual_seed(seed)
+    return FAMILIES[family]().eval()
+
+
+def random_batches(
+    batches: int = 4, batch_size: int = 4, length: int = 64, *, padding: str | None = None, seed: int = 1
+) -> list[dict[str, torch.Tensor]]:
+    """Random token ids; `padding` "left" or "right" masks a different number of tokens in every sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(batches):
+        ids = torch.randint(3, VOCABULARY, (batch_size, length), generator=generator)
+        mask = torch.ones_like(ids)
+        if padding is not None:
+            for row, pad in enumerate(torch.randint(0, length // 2, (batch_size,), generator=generator).tolist()):
+                mask[row, slice(None, pad) if padding == "left" else slice(length - pad, None)] = 0
+        made.append({"input_ids": torch.where(mask.bool(), ids, 1), "attention_mask": mask})
+    return made

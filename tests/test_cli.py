@@ -1,0 +1,185 @@
+"""The command line, in process where that is enough and as a process where it is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import AutoPeftModelForCausalLM, PeftModel
+from typer.testing import CliRunner
+
+from nullspace import NullSpaces
+from nullspace.cli import app, parse_targets
+
+SMALL = ["--samples", "6", "--length", "64", "--rank", "8", "--batch-size", "2"]
+
+
+@pytest.fixture
+def data(tmp_path: Path, prose: list[str]) -> Path:
+    path = tmp_path / "data.txt"
+    path.write_text("\n\n".join(prose[:3]))
+    return path
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(5, 25)[None]).logits
+
+
+def test_init_does_the_whole_job(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("init", tiny_checkpoint, "--data", data, "--out", out, *SMALL, "--alpha", 24, "--spectrum")
+    assert result.exit_code == 0, result.output
+    assert "model.layers.1.mlp.down_proj" in result.stdout
+    assert "is_trainable=True" in result.stdout
+    original = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    model = AutoPeftModelForCausalLM.from_pretrained(out / "adapter")  # finds OUT/base by itself
+    assert (logits(model) - logits(original)).abs().max() <= 1e-5
+    assert (logits(model.unload()) - logits(original)).abs().max() > 1e-3  # the base is the residual, not the original
+    assert model.peft_config["default"].lora_alpha == 24
+    spaces = NullSpaces.load(out / "spaces")
+    assert {space.tokens for space in spaces.values()} == {6 * 64}
+    assert all(space.effective_rank > 1 for space in spaces.values())
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_compute_inspect_and_init_from_spaces_agree(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    computed = run("compute", tiny_checkpoint, "--data", data, "--out", tmp_path / "spaces", *SMALL, "--json", "--quiet")
+    assert computed.exit_code == 0, computed.output
+    told = json.loads(computed.stdout)
+    inspected = json.loads(run("inspect", tmp_path / "spaces", "--json").stdout)
+    assert told["sites"] == inspected["sites"]
+    assert {"site", "members", "d_in", "tokens", "rank", "leak", "gap", "outliers"} <= set(told["sites"][0])
+    result = run("init", tiny_checkpoint, "--spaces", tmp_path / "spaces", "--out", tmp_path / "out", "--rank", 5, "-q")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert json.loads(run("inspect", tmp_path / "out", "--json").stdout)["sites"] == told["sites"]
+
+
+def test_export_after_training_is_for_the_model_that_init_was_given(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    assert run("init", tiny_checkpoint, "--data", data, "--out", tmp_path / "out", *SMALL, "-q").exit_code == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
+    model = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter", is_trainable=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "trained")
+    result = run("export", tmp_path / "trained", "--initial", tmp_path / "out", "--out", tmp_path / "plain", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["rank"], told["base"]) == (16, str(tiny_checkpoint))
+    exported = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert (logits(exported) - logits(model)).abs().max() <= 1e-5
+
+
+def test_b_zero_writes_no_base(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("init", tiny_checkpoint, "--data", data, "--out", out, *SMALL, "--method", "b-zero", "-q").exit_code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "nullspace.json", "spaces"]
+    original = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(out / "adapter")), logits(original))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--rank", "64"], "rank 64 .*q_proj"),
+        (["--rank", "0"], "--rank must be at least 1"),
+        (["--length", "0"], "--length must be at least 1"),
+        (["--targets", "q_prj"], "'q_prj' matches no module.*Did you mean 'q_proj'"),
+        (["--targets", "re:("], "not a regular expression"),
+        (["--method", "lora-zero"], "lora-zero"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--data", "none.jsonl"], r"none\.jsonl is not a file"),
+        (["--field", "nothing", "--data", "rows.jsonl"], "no field 'nothing'"),
+        (["--spaces", "spaces"], "either --data or --spaces"),
+    ],
+)
+def test_bad_input_exits_with_2_names_the_cause_and_writes_nothing(
+    change: list[str], words: str, tiny_checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"text": "x"}\n')
+    before = sorted(tmp_path.iterdir())
+    result = run("init", tiny_checkpoint, "--data", data, "--out", "out", *SMALL, *change)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    message = " ".join(result.stderr.split())
+    assert "error:" in message
+    assert re.search(words, message), message
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_existing_result_is_refused_before_the_work_and_replaced_on_request(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    arguments = ["compute", tiny_checkpoint, "--data", data, "--out", tmp_path / "out", *SMALL, "-q"]
+    assert run(*arguments).exit_code == 0
+    refused = run("compute", "no-such-model", *arguments[2:])  # the model is not even looked for
+    assert refused.exit_code == 2
+    assert "exists" in refused.stderr
+    assert run(*arguments, "--overwrite").exit_code == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    assert run(*arguments[:4], "--out", tmp_path / "mine", *SMALL, "-q", "--overwrite").exit_code == 2
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_inspect_names_the_damaged_file(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    assert run("compute", tiny_checkpoint, "--data", data, "--out", tmp_path / "out", *SMALL, "-q").exit_code == 0
+    victim = sorted((tmp_path / "out").glob("*.safetensors"))[2]
+    victim.write_bytes(victim.read_bytes()[:-1])
+    result = run("inspect", tmp_path / "out")
+    assert result.exit_code == 2
+    assert victim.name in "".join(result.stderr.split())
+    assert run("inspect", tmp_path / "nowhere").exit_code == 2
+
+
+def test_a_killed_init_leaves_no_result_and_the_rerun_sweeps_up(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "nullspace",
+        "init",
+        str(tiny_checkpoint),
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        *SMALL,
+        "-q",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path)
+    part = tmp_path / "out.part"
+    while process.poll() is None and not (part / "adapter").exists():  # in the middle of writing
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert part.exists()
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 0
+    assert not part.exists()
+    assert len(NullSpaces.load(out / "spaces")) == 14
+
+
+def test_targets_are_a_list_unless_marked_as_an_expression() -> None:
+    assert parse_targets("all-linear") == "all-linear"
+    assert parse_targets("q_proj, v_proj") == ["q_proj", "v_proj"]
+    assert parse_targets(r"re:.*\.(q|v)_proj") == r".*\.(q|v)_proj"

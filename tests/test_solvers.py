@@ -1,0 +1,378 @@
+"""Eigenpairs of positive semi-definite matrices, against the definition, NumPy and the singular values of X; effective rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nullspace.solvers import METHODS, SUBSET_MIN_D, bottom_eigenpairs, effective_rank, spectrum, top_eigenpairs
+from reference import leak, optimal_leak
+
+# Backward stable: residual and loss of orthogonality are a small multiple of d · 2e-16.
+TINY = 1e-12
+
+# (d, k): the smallest, all of them, and both sides of where "auto" changes its mind (d = 128, k = d / 6).
+SIZES = [
+    (1, 1),
+    (2, 1),
+    (2, 2),
+    (9, 9),
+    (SUBSET_MIN_D - 1, 5),
+    (SUBSET_MIN_D, 21),
+    (SUBSET_MIN_D, 22),
+    (257, 1),
+    (257, 40),
+    (257, 257),
+]
+
+
+def tokens_of(n: int, d: int, *, quietest: float = 1e-3, seed: int = 0) -> torch.Tensor:
+    """(n, d) float64 whose scale falls from 1 to `quietest` along directions that are no axes."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    return (torch.randn(n, d, generator=generator, dtype=torch.float64) * quietest ** torch.linspace(0, 1, d)) @ directions.T
+
+
+def psd(d: int, seed: int = 0) -> torch.Tensor:
+    x = tokens_of(3 * d, d, seed=seed)
+    return x.T @ x
+
+
+def with_eigenvalues(values: list[float], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A symmetric matrix, and its eigenvectors in the order of the values."""
+    d = len(values)
+    q = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).Q
+    c = (q * torch.tensor(values, dtype=torch.float64)) @ q.T
+    return (c + c.T) / 2, q
+
+
+def assert_eigenpairs(c: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor, k: int) -> None:
+    """What makes a set of pairs one of eigenpairs: C V = V Λ, orthonormal, and the sign rule."""
+    d = c.shape[0]
+    assert (values.shape, vectors.shape) == ((k,), (d, k))
+    assert values.dtype == vectors.dtype == torch.float64
+    c = c.double()
+    assert float((c @ vectors - vectors * values).norm()) <= TINY * float(c.norm())
+    assert float((vectors.T @ vectors - torch.eye(k)).abs().max()) <= TINY
+    peak = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    assert (peak > 0).all()
+
+
+# ------------------------------------------------------------------------------------------------ bottom
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("d", "k"), SIZES)
+def test_bottom_pairs_are_the_k_smallest(d: int, k: int, method: str) -> None:
+    c = psd(d)
+    values, vectors = bottom_eigenpairs(c, k, method=method)
+    assert_eigenpairs(c, values, vectors, k)
+    assert (values.diff() >= 0).all()
+    expected = np.linalg.eigvalsh(c.numpy())[:k]
+    np.testing.assert_allclose(values.numpy(), expected, rtol=0.0, atol=TINY * float(c.norm()))
+
+
+@pytest.mark.parametrize(("d", "k"), SIZES)
+def test_the_methods_agree(d: int, k: int) -> None:
+    c = psd(d)
+    both = [bottom_eigenpairs(c, k, method=method) for method in ("eigh", "lapack-subset")]
+    torch.testing.assert_close(both[0][0], both[1][0], rtol=0.0, atol=TINY * float(c.norm()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("k", [1, 30, 200])
+def test_no_basis_leaks_less(k: int, method: str) -> None:
+    x = tokens_of(600, 200)
+    values, vectors = bottom_eigenpairs(x.T @ x, k, method=method)
+    optimum = optimal_leak(x, k)
+    assert leak(vectors, x) == pytest.approx(optimum, rel=1e-9)
+    # Squaring X leaves λ an error of 1e-16 of the largest one, which is 1e6 times the smallest one.
+    assert math.sqrt(float(values.sum()) / float(x.square().sum())) == pytest.approx(optimum, rel=1e-8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("tokens", "d", "k"), [(1, 2, 1), (1, 150, 149), (20, 64, 44), (20, 150, 10), (20, 150, 130)])
+def test_a_rank_deficient_matrix_has_a_null_space_that_hears_nothing(tokens: int, d: int, k: int, method: str) -> None:
+    x = tokens_of(tokens, d, quietest=1e-1)
+    c = x.T @ x
+    values, vectors = bottom_eigenpairs(c, k, method=method)
+    assert_eigenpairs(c, values, vectors, k)
+    assert float(values.abs().max()) <= TINY * float(c.norm())
+    assert leak(vectors, x) <= TINY
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("d", "k"), [(1, 1), (5, 2), (150, 10)])
+def test_the_zero_matrix_has_any_orthonormal_basis(d: int, k: int, method: str) -> None:
+    c = torch.zeros(d, d, dtype=torch.float64)
+    values, vectors = bottom_eigenpairs(c, k, method=method)
+    assert_eigenpairs(c, values, vectors, k)
+    assert torch.equal(values, torch.zeros(k, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("values", [[1.0] * 3 + [4.0] * 5, [1.0] * 20 + [1.0 + 1e-3] * 130, [0.0] * 30 + [2.0] * 120])
+def test_repeated_eigenvalues_have_the_right_space(values: list[float], method: str) -> None:
+    c, q = with_eigenvalues(values)
+    k = values.count(values[0])
+    found, vectors = bottom_eigenpairs(c, k, method=method)
+    assert_eigenpairs(c, found, vectors, k)
+    torch.testing.assert_close(found, torch.full((k,), values[0], dtype=torch.float64), rtol=0.0, atol=TINY * max(values))
+    # The projector is the only thing that is unique; rounding turns the space by eps · ‖C‖ / gap, 1e-12 at most.
+    torch.testing.assert_close(vectors @ vectors.T, q[:, :k] @ q[:, :k].T, rtol=0.0, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_vectors_of_a_diagonal_matrix_are_the_axes(method: str) -> None:
+    order = torch.randperm(140, generator=torch.Generator().manual_seed(0))
+    c = torch.zeros(140, 140, dtype=torch.float64)
+    c[order, order] = torch.arange(140, dtype=torch.float64)
+    values, vectors = bottom_eigenpairs(c, 12, method=method)
+    torch.testing.assert_close(values, torch.arange(12, dtype=torch.float64), rtol=0.0, atol=140 * TINY)
+    torch.testing.assert_close(vectors, torch.eye(140, dtype=torch.float64)[:, order[:12]], rtol=0.0, atol=TINY)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("exponent", [-400, -60, 60, 400])
+def test_scale_does_not_matter(exponent: int, method: str) -> None:
+    c = psd(140)
+    values, vectors = bottom_eigenpairs(c * 2.0**exponent, 9, method=method)
+    assert_eigenpairs(c, values * 2.0**-exponent, vectors, 9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("d", [1, 40, 150])
+def test_the_input_survives_unless_it_may_be_overwritten(d: int, overwrite: bool, method: str) -> None:
+    c = psd(d)
+    used = c.clone()
+    values, vectors = bottom_eigenpairs(used, min(d, 8), method=method, overwrite=overwrite)
+    assert_eigenpairs(c, values, vectors, min(d, 8))
+    if not overwrite:
+        assert torch.equal(used, c)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("d", [1, 40, 150])
+def test_the_results_are_the_callers_own(d: int, method: str) -> None:
+    c = psd(d)
+    values, vectors = bottom_eigenpairs(c, 1, method=method)
+    values.zero_()
+    vectors.zero_()
+    assert torch.equal(c, psd(d))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("d", [3, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_input_is_solved_in_float64(dtype: torch.dtype, d: int, method: str) -> None:
+    c = psd(d).to(dtype)
+    before = c.clone()
+    for one, other in zip(bottom_eigenpairs(c, 2, method=method), bottom_eigenpairs(c.double(), 2, method=method), strict=True):
+        assert one.dtype == torch.float64
+        assert torch.equal(one, other)
+    assert torch.equal(c, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "view",
+    [lambda c: c.T, lambda c: c.repeat(1, 2)[:, : len(c)], lambda c: c.repeat_interleave(2, 1)[:, ::2]],
+    ids=["transposed", "left half", "every other column"],
+)
+def test_strides_do_not_matter(view: Callable[[torch.Tensor], torch.Tensor], method: str) -> None:
+    c = psd(140)
+    c = (c + c.T) / 2
+    strided = view(c)
+    assert not strided.is_contiguous()
+    bottom_eigenpairs(strided, 7, method=method)
+    assert torch.equal(strided, c)
+    for overwrite in (False, True):
+        values, vectors = bottom_eigenpairs(view(c.clone()), 7, method=method, overwrite=overwrite)
+        assert_eigenpairs(c, values, vectors, 7)
+
+
+@pytest.mark.parametrize(
+    ("d", "k", "method"),
+    [
+        (SUBSET_MIN_D - 1, 1, "eigh"),
+        (SUBSET_MIN_D, SUBSET_MIN_D // 6, "lapack-subset"),
+        (SUBSET_MIN_D, SUBSET_MIN_D // 6 + 1, "eigh"),
+    ],
+)
+def test_auto_is_the_documented_method(d: int, k: int, method: str) -> None:
+    c = psd(d)
+    other = "eigh" if method == "lapack-subset" else "lapack-subset"
+    auto, same, different = (bottom_eigenpairs(c, k, method=name)[1] for name in ("auto", method, other))
+    assert torch.equal(auto, same)
+    assert not torch.equal(auto, different)  # equal but for rounding, which tells them apart
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("d", [1, 40, 150])
+def test_equal_inputs_give_equal_bits(d: int, method: str) -> None:
+    first, second = (bottom_eigenpairs(psd(d), min(d, 8), method=method) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ top, and all
+
+
+@pytest.mark.parametrize(("d", "k"), SIZES)
+def test_top_pairs_are_the_k_largest(d: int, k: int) -> None:
+    c = psd(d)
+    before = c.clone()
+    values, vectors = top_eigenpairs(c, k)
+    assert_eigenpairs(c, values, vectors, k)
+    assert (values.diff() <= 0).all()
+    expected = np.linalg.eigvalsh(c.numpy())[::-1][:k]
+    np.testing.assert_allclose(values.numpy(), expected, rtol=0.0, atol=TINY * float(c.norm()))
+    assert torch.equal(c, before)
+
+
+def test_top_pairs_are_the_loudest_directions() -> None:
+    x = tokens_of(600, 200)
+    _, vectors = top_eigenpairs(x.T @ x, 30)
+    loudest = np.linalg.svd(x.numpy(), compute_uv=False)[:30]
+    assert leak(vectors, x) == pytest.approx(float(np.linalg.norm(loudest) / np.linalg.norm(x.numpy())), rel=TINY)
+
+
+def test_top_of_a_float32_matrix_is_found_in_float64() -> None:
+    c = psd(140).float()
+    assert_eigenpairs(c, *top_eigenpairs(c, 6), 6)
+
+
+@pytest.mark.parametrize("d", [1, 2, 40, 150])
+def test_the_spectrum_is_all_eigenvalues(d: int) -> None:
+    c = psd(d)
+    values = spectrum(c.clone())
+    assert values.dtype == torch.float64
+    assert (values.diff() >= 0).all()
+    np.testing.assert_allclose(values.numpy(), np.linalg.eigvalsh(c.numpy()), rtol=0.0, atol=TINY * float(c.norm()))
+    assert float(values.sum()) == pytest.approx(float(c.trace()), rel=TINY)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+SOLVERS: dict[str, Callable[[torch.Tensor], object]] = {
+    "eigh": lambda c: bottom_eigenpairs(c, 1, method="eigh"),
+    "lapack-subset": lambda c: bottom_eigenpairs(c, 1, method="lapack-subset"),
+    "top": lambda c: top_eigenpairs(c, 1),
+    "spectrum": spectrum,
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("shape", [(0, 0), (3,), (), (3, 2), (2, 3, 3)], ids=str)
+def test_what_is_not_square_is_refused(shape: tuple[int, ...], solver: str) -> None:
+    with pytest.raises(ValueError, match="expected a square matrix, got shape"):
+        SOLVERS[solver](torch.zeros(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [(0, 0), (2, 1), (1, 2)])
+def test_nan_and_inf_are_refused(at: tuple[int, int], value: float, solver: str) -> None:
+    c = torch.eye(3, dtype=torch.float64)
+    c[at] = value
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        SOLVERS[solver](c)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("k", [-1, 0, 4])
+def test_a_number_of_pairs_out_of_range_is_refused(k: int, method: str) -> None:
+    for solve in (lambda c: bottom_eigenpairs(c, k, method=method), lambda c: top_eigenpairs(c, k)):
+        with pytest.raises(ValueError, match=f"k must be between 1 and 3, not {k}"):
+            solve(torch.eye(3))
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="method must be one of 'auto', 'eigh', 'lapack-subset', not 'power'"):
+        bottom_eigenpairs(torch.eye(3), 1, method="power")
+
+
+# ------------------------------------------------------------------------------------------------ effective rank
+
+repeatable = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+# Zero, or within what activations can have: sums neither overflow nor lose their digits to subnormal numbers.
+sigma_values = st.one_of(st.just(0.0), st.floats(1e-100, 1e100), st.floats(0.1, 10.0))
+spectra = st.lists(sigma_values, min_size=1, max_size=50).filter(any).map(lambda values: np.array(values, dtype=np.float64))
+
+
+@repeatable
+@given(spectra)
+def test_effective_rank_is_the_exponential_of_the_entropy(sigma: np.ndarray) -> None:
+    p = sigma[sigma > 0] / sigma.sum()
+    p = p[p > 0]  # 1e-400 of the rest is no float64
+    assert effective_rank(sigma) == pytest.approx(float(np.exp(-(p * np.log(p)).sum())), rel=1e-12)
+    assert effective_rank(torch.from_numpy(sigma)) == effective_rank(sigma)
+
+
+@repeatable
+@given(spectra, st.floats(1e-50, 1e50))
+def test_effective_rank_does_not_depend_on_the_scale(sigma: np.ndarray, scale: float) -> None:
+    assert effective_rank(scale * sigma) == pytest.approx(effective_rank(sigma), rel=1e-12)
+
+
+@repeatable
+@given(spectra, st.randoms(use_true_random=False))
+def test_effective_rank_does_not_depend_on_order_or_zeros(sigma: np.ndarray, random) -> None:
+    shuffled = [*sigma.tolist(), 0.0, 0.0]
+    random.shuffle(shuffled)
+    assert effective_rank(torch.tensor(shuffled, dtype=torch.float64)) == pytest.approx(effective_rank(sigma), rel=1e-12)
+
+
+@repeatable
+@given(spectra)
+def test_effective_rank_lies_between_1_and_n_and_doubles_when_every_direction_does(sigma: np.ndarray) -> None:
+    erank = effective_rank(sigma)
+    assert 1 - 1e-12 <= erank <= np.count_nonzero(sigma) * (1 + 1e-12)
+    assert effective_rank(np.tile(sigma, 2)) == pytest.approx(2 * erank, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 1000])
+@pytest.mark.parametrize("value", [1e-30, 1.0, 1e30])
+def test_equal_directions_count_fully(n: int, value: float) -> None:
+    assert effective_rank(torch.full((n,), value, dtype=torch.float64)) == pytest.approx(n, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 1000])
+def test_one_direction_has_effective_rank_1(n: int) -> None:
+    sigma = torch.zeros(n)
+    sigma[n // 2] = 3.0
+    assert effective_rank(sigma) == 1.0
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_no_direction_has_effective_rank_0(n: int) -> None:
+    assert effective_rank(torch.zeros(n)) == 0.0
+
+
+def test_a_sharp_spectrum_has_the_effective_rank_of_its_entropy() -> None:
+    assert effective_rank(torch.tensor([1.0, 0.5, 0.5])) == pytest.approx(2**1.5, rel=1e-15)  # 1.5 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrow_singular_values_are_summed_in_float64(dtype: torch.dtype) -> None:
+    sigma = torch.rand(3000).to(dtype)
+    assert effective_rank(sigma) == effective_rank(sigma.double())
+
+
+def test_a_reversed_array_is_as_good_as_any() -> None:
+    sigma = np.array([0.5, 2.0, 3.0])
+    assert effective_rank(sigma[::-1]) == effective_rank(sigma[::-1].copy())
+
+
+@pytest.mark.parametrize("bad", [-1.0, -1e-300, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_bad_singular_values_are_refused(make: Callable[..., object], bad: float) -> None:
+    sigma = make([1.0, bad, 2.0], dtype=np.float64 if make is np.array else torch.float64)
+    with pytest.raises(ValueError, match="finite and not negative"):
+        effective_rank(sigma)

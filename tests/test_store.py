@@ -1,0 +1,487 @@
+"""Directories appear whole or not at all, whatever happens on the way; damage is noticed; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import tiny
+from nullspace import NullSpace, NullSpaces, Site, store
+from nullspace.sites import find_targets
+
+# For a process of its own: what it does to itself (kill -9, a full disk) must not reach the tests. The children of a fork need not
+# import torch again.
+CHILDREN = """
+import os, sys
+from nullspace import NullSpaces
+
+root = sys.argv[1]
+first, second = (NullSpaces.load(f"{root}/{name}") for name in ("first", "second"))
+
+
+def child(job):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            job()
+        finally:
+            os._exit(0)
+    return pid
+"""
+
+
+def run_script(script: str, root: Path, first: NullSpaces, second: NullSpaces) -> str:
+    """Run a script that has `root`, where both spaces are saved, `first`, `second` and `child`."""
+    first.save(root / "first")
+    second.save(root / "second")
+    command = [sys.executable, "-c", CHILDREN + script, str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def random_spaces(seed: int, sites: int) -> NullSpaces:
+    generator = torch.Generator().manual_seed(seed)
+    return NullSpaces(
+        NullSpace(
+            basis=torch.randn(64, 8, dtype=torch.float64, generator=generator),
+            eigenvalues=torch.arange(8, dtype=torch.float64),
+            trace=1e3,
+            tokens=99,
+            gap=0.1,
+            outliers=0,
+            precision="mixed",
+            site=Site((f"layers.{i}.up",), 64),
+        )
+        for i in range(sites)
+    )
+
+
+def same(a: NullSpaces, b: NullSpaces) -> bool:
+    return a.sites == b.sites and all(torch.equal(a[name].basis, b[name].basis) for name in a)
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def ours(directory: Path, **files: str) -> Path:
+    """A directory that this package wrote."""
+    with store.new_directory(directory) as part:
+        for name, text in files.items():
+            (part / name).write_text(text)
+        store.write_manifest(part, "test", {}, files=tuple(files))
+    return directory
+
+
+# ---- whole or not at all
+
+
+def test_a_directory_appears_when_the_block_ends_and_not_before(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "er" / "out"
+    with store.new_directory(out) as part:
+        (part / "sub").mkdir()
+        (part / "sub" / "file").write_text("content")
+        assert not out.exists()
+        assert part.parent == out.parent  # a rename across file systems would be a copy
+    assert tree(out) == {"sub/file": b"content"}
+    assert os.listdir(out.parent) == ["out"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("before", ["nothing", "an empty directory", "ours"])
+def test_an_error_inside_leaves_what_was_there_before(tmp_path: Path, error: type[BaseException], before: str) -> None:
+    out = tmp_path / "out"
+    if before == "an empty directory":
+        out.mkdir()
+    elif before == "ours":
+        ours(out, old="old")
+    existed, content = out.exists(), tree(out)
+
+    def fail() -> None:
+        with store.new_directory(out, overwrite=True) as part:
+            (part / "new").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert (out.exists(), tree(out)) == (existed, content)
+    assert os.listdir(tmp_path) == (["out"] if existed else [])
+
+
+def test_what_a_crash_left_is_swept(tmp_path: Path) -> None:
+    for left in ("out.part", "out.old.part"):
+        (tmp_path / left / "sub").mkdir(parents=True)
+        (tmp_path / left / "sub" / "litter").write_text("litter")
+    with store.new_directory(tmp_path / "out") as part:
+        assert not any(part.iterdir())
+        (part / "file").write_text("content")
+    assert os.listdir(tmp_path) == ["out"]
+    assert tree(tmp_path / "out") == {"file": b"content"}
+
+
+def test_an_empty_directory_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    ours(tmp_path / "out", file="content")
+    assert set(tree(tmp_path / "out")) == {"file", "nullspace.json"}
+
+
+def test_overwriting_replaces_the_whole_directory(tmp_path: Path) -> None:
+    out = ours(tmp_path / "out", old="old")
+    with store.new_directory(out, overwrite=True) as part:
+        (part / "new").write_text("new")
+    assert tree(out) == {"new": b"new"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("there", "overwrite"),
+    [
+        ("ours", False),
+        ("foreign", False),
+        ("foreign", True),
+        ("file", False),
+        ("file", True),
+        ("a directory called nullspace.json", False),
+        ("a directory called nullspace.json", True),
+    ],
+)
+def test_what_is_in_the_way_is_refused_and_left_alone(tmp_path: Path, there: str, overwrite: bool) -> None:
+    out = tmp_path / "out"
+    if there == "ours":
+        ours(out, file="content")
+    elif there == "file":
+        out.write_text("content")
+    else:
+        out.mkdir()
+        (out / "thesis.txt").write_text("content")
+        if there != "foreign":
+            (out / store.MANIFEST).mkdir()
+    before = tree(tmp_path)
+    for door in (store.check_free, lambda *args, **kwargs: store.new_directory(*args, **kwargs).__enter__()):
+        with pytest.raises(FileExistsError, match="out"):
+            door(out, overwrite=overwrite)
+    assert tree(tmp_path) == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_is_free_is_known_beforehand(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    ours(tmp_path / "ours")
+    store.check_free(tmp_path / "nothing")
+    store.check_free(tmp_path / "empty")
+    store.check_free(tmp_path / "ours", overwrite=True)
+
+
+# ---- kill -9
+
+MOMENTS = 10
+
+
+def test_kill_9_at_any_moment_leaves_nothing_or_everything(tmp_path: Path) -> None:
+    spaces = random_spaces(0, sites=40)
+    run_script(
+        f"""
+import random, signal, time
+begin = time.perf_counter()
+first.save(f"{{root}}/whole")
+duration = time.perf_counter() - begin
+for i in range({MOMENTS}):
+    pid = child(lambda: first.save(f"{{root}}/{{i}}/out"))
+    # One moment in each slice of the time that it takes, and a little beyond.
+    time.sleep(duration * 1.1 * (i + random.random()) / {MOMENTS})
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+""",
+        tmp_path,
+        spaces,
+        spaces,
+    )
+    assert same(NullSpaces.load(tmp_path / "whole"), spaces)
+    interrupted = 0
+    for i in range(MOMENTS):
+        out = tmp_path / str(i) / "out"
+        interrupted += out.with_name("out.part").exists()
+        if not out.exists():
+            spaces.save(out)
+            assert os.listdir(out.parent) == ["out"]
+        assert same(NullSpaces.load(out), spaces)
+    assert interrupted > 0  # or nothing was tested
+
+
+def test_a_crash_or_an_error_around_the_rename_leaves_the_old_the_new_or_nothing(tmp_path: Path) -> None:
+    """While a directory is overwritten there are two renames: the old one away, the new one in."""
+    old, new = random_spaces(1, sites=2), random_spaces(2, sites=2)
+    run_script(
+        """
+import signal
+
+
+def overwrite(out, how, nth):
+    renames = []
+
+    def hook(event, _):
+        if event == "os.rename":
+            renames.append(event)
+            if len(renames) == nth and how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if len(renames) == nth:
+                raise KeyboardInterrupt
+
+    sys.addaudithook(hook)
+    second.save(out, overwrite=True)
+
+
+for how in ("kill", "raise"):
+    for nth in (1, 2):
+        out = f"{root}/{how}{nth}/out"
+        first.save(out)
+        os.waitpid(child(lambda: overwrite(out, how, nth)), 0)
+""",
+        tmp_path,
+        old,
+        new,
+    )
+    # An error can be cleaned up after: the old directory is back.
+    for name in ("raise1", "raise2", "kill1"):
+        assert same(NullSpaces.load(tmp_path / name / "out"), old), name
+    assert os.listdir(tmp_path / "raise1") == os.listdir(tmp_path / "raise2") == ["out"]
+    # A kill cannot. Between the two renames there is no directory, never half of one.
+    assert set(os.listdir(tmp_path / "kill1")) == {"out", "out.part"}
+    assert set(os.listdir(tmp_path / "kill2")) == {"out.part", "out.old.part"}
+    for name in ("kill1", "kill2"):
+        new.save(tmp_path / name / "out", overwrite=True)
+        assert same(NullSpaces.load(tmp_path / name / "out"), new)
+        assert os.listdir(tmp_path / name) == ["out"]
+
+
+# ---- a full disk
+
+
+def test_a_disk_that_is_full_is_an_os_error_and_leaves_nothing_new(tmp_path: Path) -> None:
+    """The limit on file sizes stands in for the disk's: the same calls fail at the same places."""
+    old, new = random_spaces(1, sites=60), random_spaces(2, sites=60)
+    output = run_script(
+        """
+import json, resource
+
+
+def save(out, limit, overwrite, pipe):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    said = "nothing was raised"
+    try:
+        second.save(out, overwrite=overwrite)
+    except OSError as error:
+        said = f"OSError: {error}"
+    except BaseException as error:
+        said = repr(error)
+    os.write(pipe, said.encode())
+
+
+results = {}
+for limit in (1_000, 10_000):
+    for overwrite in (False, True):
+        out = f"{root}/{limit}-{overwrite}/out"
+        if overwrite:
+            first.save(out)
+        read, write = os.pipe()
+        os.waitpid(child(lambda: save(out, limit, overwrite, write)), 0)
+        results[f"{limit}-{overwrite}"] = os.read(read, 10_000).decode()
+print(json.dumps(results))
+""",
+        tmp_path,
+        old,
+        new,
+    )
+    # The lower limit strikes in the first file of tensors, the higher one in the manifest.
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "second").iterdir()}
+    assert all(1_000 < size < 10_000 for name, size in sizes.items() if name != store.MANIFEST)
+    assert sizes[store.MANIFEST] > 10_000
+    results = json.loads(output)
+    assert len(results) == 4
+    for name, said in results.items():
+        assert said.startswith("OSError"), (name, said)
+        if name.startswith("1000-"):
+            assert "0000-layers.0.up.safetensors" in said
+        if name.endswith("False"):
+            assert not any((tmp_path / name).iterdir())
+        else:
+            assert os.listdir(tmp_path / name) == ["out"]
+            assert same(NullSpaces.load(tmp_path / name / "out"), old)
+
+
+def test_tensors_that_cannot_be_written_are_an_os_error_naming_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"nowhere.*x\.safetensors"):
+        store.write_tensors(tmp_path / "nowhere" / "x.safetensors", {"a": torch.ones(2)})
+
+
+# ---- reading
+
+
+def directory_with(tmp_path: Path, name: str, content: bytes) -> Path:
+    """A directory whose manifest vouches for a file with this content."""
+    with store.new_directory(tmp_path / "out") as part:
+        (part / name).write_bytes(content)
+        store.write_manifest(part, "test", {}, files=(name,))
+    return tmp_path / "out"
+
+
+class Payload:
+    """Unpickling it makes a directory."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save"])
+@pytest.mark.parametrize("name", ["x.safetensors", "adapter_model.safetensors", "nullspace.json"])
+def test_nothing_is_unpickled(tmp_path: Path, how: str, name: str) -> None:
+    marker = tmp_path / "marker"
+    poison = tmp_path / "poison"
+    if how == "pickle":
+        poison.write_bytes(pickle.dumps(Payload(marker)))
+        pickle.loads(poison.read_bytes())
+    else:
+        torch.save({"basis": Payload(marker)}, poison)
+        torch.load(poison, weights_only=False)
+    marker.rmdir()  # the poison works
+    if name == store.MANIFEST:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / name).write_bytes(poison.read_bytes())
+        with pytest.raises(ValueError, match=r"nullspace\.json"):
+            store.read_manifest(tmp_path / "out", "test")
+    else:
+        out = directory_with(tmp_path, name, poison.read_bytes())
+        with pytest.raises(ValueError, match=f"{name} is not a safetensors file"):
+            store.read_tensors(out, name, store.read_manifest(out, "test"))
+        with pytest.raises(ValueError, match=f"{name} is not a safetensors file"):
+            store.load_tensors(out / name)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0", b"\xff" * 64, b"{}", b"\x02" + b"\0" * 7 + b"{", b"\x08" + b"\0" * 7 + b"not json"]
+)
+def test_a_file_that_is_no_safetensors_file_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    out = directory_with(tmp_path, "x.safetensors", content)
+    with pytest.raises(ValueError, match=r"x\.safetensors is not a safetensors file"):
+        store.read_tensors(out, "x.safetensors", store.read_manifest(out, "test"))
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused_by_name(tmp_path: Path) -> None:
+    out = ours(tmp_path / "out", listed="x")
+    store.write_tensors(out / "other.safetensors", {"a": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"other\.safetensors is not listed in nullspace\.json"):
+        store.read_tensors(out, "other.safetensors", store.read_manifest(out, "test"))
+
+
+def test_a_missing_file_or_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):
+        store.read_manifest(tmp_path / "nowhere", "test")
+    with pytest.raises(FileNotFoundError, match=r"x\.safetensors is missing"):
+        store.load_tensors(tmp_path / "x.safetensors")
+    out = ours(tmp_path / "out", listed="x")
+    (out / "listed").unlink()
+    with pytest.raises(ValueError, match="listed is missing"):
+        store.read_tensors(out, "listed", store.read_manifest(out, "test"))
+
+
+def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    content = {"text": "größe ‖·‖ \n", "number": 0.1 + 0.2, "big": 2**60, "none": None, "list": [1, [2.5e-300]], "true": True}
+    with store.new_directory(tmp_path / "out") as part:
+        store.write_manifest(part, "test", content)
+    read = store.read_manifest(tmp_path / "out", "test")
+    assert {key: read[key] for key in content} == content
+
+
+def test_tensors_come_back_to_the_bit_whatever_their_layout(tmp_path: Path) -> None:
+    base = torch.randn(6, 4, dtype=torch.float64)
+    tensors = {"transposed": base.T, "slice": base[::2, 1:], "half": base.bfloat16(), "empty": torch.empty(0, 3), "same": base}
+    store.write_tensors(tmp_path / "x.safetensors", tensors)
+    read = store.load_tensors(tmp_path / "x.safetensors")
+    assert set(read) == set(tensors)
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor), name
+
+
+# ---- fingerprints
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other", DTYPES)
+def test_a_weight_is_known_again_in_another_dtype(family: str, dtype: torch.dtype, other: torch.dtype) -> None:
+    for name, module in find_targets(tiny(family)).items():
+        a, b = store.fingerprint(module.weight.to(dtype)), store.fingerprint(module.weight.to(other))
+        assert a is not None
+        assert b is not None
+        assert store.same_fingerprint(a, b), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_weights_have_other_fingerprints(family: str, dtype: torch.dtype) -> None:
+    prints = [store.fingerprint(module.weight.to(dtype)) for seed in (0, 1) for module in find_targets(tiny(family, seed)).values()]
+    for i, a in enumerate(prints):
+        for b in prints[:i]:
+            assert not store.same_fingerprint(a, b)
+
+
+def test_a_fingerprint_sees_the_first_the_last_and_the_middle_of_a_weight() -> None:
+    weight = torch.randn(40, 30)
+    for rows in (slice(0, 1), slice(-1, None), slice(18, 22)):
+        other = weight.clone()
+        other[rows] += 1
+        assert not store.same_fingerprint(store.fingerprint(weight), store.fingerprint(other))
+
+
+def test_a_fingerprint_is_of_the_values_not_of_the_memory() -> None:
+    weight = torch.randn(40, 30)
+    strided = torch.empty(40, 60)[:, ::2].copy_(weight)
+    parameter = torch.nn.Parameter(weight)
+    found = store.fingerprint(parameter)
+    assert torch.equal(found, store.fingerprint(strided))
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    assert not store.same_fingerprint(found, store.fingerprint(weight.T))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8), (8, 9)])
+def test_small_weights_have_fingerprints_too(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape)
+    found = store.fingerprint(weight)
+    assert len(found) == min(64, weight.numel())
+    assert store.same_fingerprint(found, store.fingerprint(weight.half()))
+    assert not store.same_fingerprint(found, store.fingerprint(weight + 1))
+
+
+def test_weights_of_different_sizes_are_different() -> None:
+    assert not store.same_fingerprint(store.fingerprint(torch.ones(3, 3)), store.fingerprint(torch.ones(4, 4)))
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.ones(4, 4, dtype=torch.int8),
+        torch.ones(4, 4, dtype=torch.uint8),
+        torch.ones(4, 4, device="meta"),
+        torch.empty(0, 4),
+    ],
+    ids=["int8", "uint8", "meta", "empty"],
+)
+def test_a_weight_without_plain_values_has_no_fingerprint(weight: torch.Tensor) -> None:
+    assert store.fingerprint(weight) is None

@@ -1,0 +1,96 @@
+"""`LowerTriangle`: the sum of Gram matrices, in float64, from half of the entries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nullspace.triangle import PANEL_ROWS, LowerTriangle
+
+# One row, one panel and its neighbours, two panels and their neighbours, and an order that is no multiple of anything.
+ORDERS = [1, 2, PANEL_ROWS - 1, PANEL_ROWS, PANEL_ROWS + 1, 2 * PANEL_ROWS, 2 * PANEL_ROWS + 1, 600]
+
+
+def small_integers(tokens: int, d: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    """Products and sums of these are exact in float32 too, so that equality can be asked for."""
+    return torch.randint(-8, 9, (tokens, d), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def triangle_of(*parts_nd: torch.Tensor) -> LowerTriangle:
+    triangle = LowerTriangle(parts_nd[0].shape[1])
+    for part in parts_nd:
+        triangle.add_gram(part)
+    return triangle
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+@pytest.mark.parametrize("d", ORDERS)
+def test_square_is_the_gram_matrix(d: int, tokens: int, dtype: torch.dtype) -> None:
+    x = small_integers(tokens, d, dtype)
+    square = triangle_of(x).square()
+    assert square.dtype == torch.float64
+    assert torch.equal(square, x.double().T @ x.double())
+
+
+@pytest.mark.parametrize("d", ORDERS)
+def test_grams_add_up(d: int) -> None:
+    x, y = small_integers(9, d), small_integers(5, d, torch.float32, seed=1)
+    assert torch.equal(triangle_of(x, y).square(), triangle_of(torch.cat([x, y.double()])).square())
+
+
+@pytest.mark.parametrize("d", ORDERS)
+def test_square_is_symmetric_to_the_bit(d: int) -> None:
+    square = triangle_of(torch.randn(30, d)).square()
+    assert torch.equal(square, square.T)
+
+
+@pytest.mark.parametrize("d", ORDERS)
+def test_diagonal_is_that_of_the_square(d: int) -> None:
+    triangle = triangle_of(torch.randn(30, d))
+    assert triangle.diagonal().shape == (d,)
+    assert torch.equal(triangle.diagonal(), triangle.square().diagonal())
+
+
+@pytest.mark.parametrize("d", ORDERS)
+def test_adding_a_triangle_adds_its_matrix_and_leaves_it_alone(d: int) -> None:
+    mine, theirs = triangle_of(small_integers(9, d)), triangle_of(small_integers(5, d, seed=1))
+    expected, before = mine.square() + theirs.square(), theirs.square()
+    mine.add_(theirs)
+    mine.add_gram(small_integers(3, d, seed=2))
+    expected += triangle_of(small_integers(3, d, seed=2)).square()
+    assert torch.equal(mine.square(), expected)
+    assert torch.equal(theirs.square(), before)
+
+
+def test_the_sum_of_float32_products_is_held_in_float64() -> None:
+    large, small = torch.full((1, 1), 2.0**12), torch.ones(1, 1)  # 2^24 + 1 is the first integer that float32 lacks
+    assert triangle_of(large, small).square().item() == 2**24 + 1
+
+
+def test_float64_products_are_taken_in_float64() -> None:
+    x = torch.tensor([[1.0 + 2.0**-26]], dtype=torch.float64)
+    assert triangle_of(x).square().item() == 1.0 + 2.0**-25 + 2.0**-52
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x.T.contiguous().T, lambda x: x[:, ::2], lambda x: x[::3], lambda x: x[:1].expand(7, -1)],
+    ids=["column-major", "every other column", "every third row", "one row repeated"],
+)
+def test_strides_do_not_matter(view) -> None:
+    x = view(small_integers(12, 2 * PANEL_ROWS + 6, torch.float32))
+    assert torch.equal(triangle_of(x).square(), x.double().T @ x.double())
+
+
+def test_square_is_a_copy() -> None:
+    triangle = triangle_of(small_integers(4, 3))
+    before = triangle.square().clone()
+    triangle.square().zero_()
+    assert torch.equal(triangle.square(), before)
+
+
+@pytest.mark.parametrize("d", [1, PANEL_ROWS + 1, 600, 2048])
+def test_memory_is_what_the_docstring_says(d: int) -> None:
+    held = sum(8 * panel.numel() for _, _, panel in LowerTriangle(d)._panels)
+    assert held <= 8 * (d * d + d * PANEL_ROWS) / 2
