@@ -24,6 +24,7 @@ def rows(spaces: NullSpaces) -> list[Row]:
             "gap": space.gap,
             "outliers": space.outliers,
             "precision": space.precision,
+            "excess_estimate": space.excess_estimate,
             "effective_rank": space.effective_rank,
         }
         for site in spaces.sites
@@ -53,10 +54,11 @@ def text_table(table_rows: Sequence[Mapping[str, Any]]) -> str:
     shown = [cells(dict(row)) for row in table_rows]
     if not shown:
         return "(no sites)"
-    widths = {title: max(len(title), *(len(row[title]) for row in shown)) for title in shown[0]}
+    titles = max(shown, key=len)
+    widths = {title: max(len(title), *(len(row.get(title, "")) for row in shown)) for title in titles}
 
     def line(row: Mapping[str, str]) -> str:
         first, *others = widths
-        return "  ".join([row[first].ljust(widths[first]), *(row[title].rjust(widths[title]) for title in others)])
+        return "  ".join([row[first].ljust(widths[first]), *(row.get(title, "").rjust(widths[title]) for title in others)])
 
     return "\n".join([line({title: title for title in widths}), *(line(row) for row in shown)])

@@ -19,6 +19,11 @@ from nullspace.progress import Progress, reporter
 from nullspace.sites import Site, find_targets, weight_of, weight_shape
 from nullspace.stream import stream_covariances
 
+# Excess leak, by estimate, above which a float32 sum is not trusted and the site is summed again in float64.
+TOLERANCE = 1e-4
+# A leak below this is none: the excess over it is not counted.
+NO_LEAK = 1e-8
+
 
 @dataclass(frozen=True, eq=False)
 class NullSpace:
@@ -33,6 +38,8 @@ class NullSpace:
             quiet as the last one, and the basis, but not its leak, depends on rounding and on the data's chance.
         outliers: tokens whose norm exceeded 8 × the median.
         precision: `"mixed"` (float32 chains into float64 sums, outlier tokens in float64) or `"fp64"`.
+        excess_estimate: how much louder than the quietest basis this one may be for rounding's sake: leak / optimum − 1, by
+            second-order perturbation theory (`estimated_excess`). Rather too high than too low.
         effective_rank: exp of the entropy of σ / Σσ of X (eq. 2–3); None unless it was asked for with `spectrum=True`.
         site: which input, and which layers hear it.
     """
@@ -44,6 +51,7 @@ class NullSpace:
     gap: float
     outliers: int
     precision: str
+    excess_estimate: float
     site: Site
     effective_rank: float | None = None
 
@@ -58,7 +66,15 @@ class NullSpace:
         return float(self.eigenvalues.sum() / self.trace) ** 0.5 if self.trace > 0 else 0.0
 
     @classmethod
-    def from_covariance(cls, covariance: Covariance, rank: int, *, site: Site | None = None, spectrum: bool = False) -> NullSpace:
+    def from_covariance(
+        cls,
+        covariance: Covariance,
+        rank: int,
+        *,
+        site: Site | None = None,
+        spectrum: bool = False,
+        tolerance: float = TOLERANCE,
+    ) -> NullSpace:
         """The bottom of a second moment.
 
         Args:
@@ -66,6 +82,7 @@ class NullSpace:
             rank: 1 ≤ rank < d_in.
             site: which input this is; a site without a name by default.
             spectrum: compute the effective rank too, which takes all eigenvalues.
+            tolerance: `excess_estimate` takes all eigenvalues only where a few do not show that it is below this.
 
         Raises:
             ValueError: if the rank is out of range or there are no tokens.
@@ -75,10 +92,17 @@ class NullSpace:
         if covariance.tokens == 0:
             raise ValueError("the covariance has no tokens")
         c = covariance.matrix()
-        erank = solvers.effective_rank(solvers.spectrum(c).clamp(min=0).sqrt()) if spectrum else None
+        every = solvers.spectrum(c).cpu() if spectrum else None
         values, vectors = solvers.bottom_eigenpairs(c, rank + 1, overwrite=True)
         values = values.clamp(min=0).cpu()
         behind = float(values[rank])
+
+        def excess(known: torch.Tensor) -> float:
+            return estimated_excess(known, rank, covariance.d_in, covariance.error_norm, covariance.trace)
+
+        estimate = excess(values if every is None else every)
+        if every is None and estimate > tolerance:
+            estimate = excess(solvers.spectrum(covariance.matrix()).cpu())
         return cls(
             basis=vectors[:, :rank].to("cpu", copy=True).contiguous(),
             eigenvalues=values[:rank].clone(),
@@ -87,9 +111,34 @@ class NullSpace:
             gap=(behind - float(values[rank - 1])) / behind if behind > 0 else 0.0,
             outliers=covariance.outliers,
             precision="fp64" if covariance.precision == "fp64" else "mixed",
+            excess_estimate=estimate,
             site=site or Site(members=("",), d_in=covariance.d_in),
-            effective_rank=erank,
+            effective_rank=None if every is None else solvers.effective_rank(every.clamp(min=0).sqrt()),
         )
+
+
+def estimated_excess(eigenvalues: torch.Tensor, rank: int, d: int, error_norm: float, trace: float) -> float:
+    """How much leak rounding may have cost the bottom `rank` eigenvectors of a perturbed second moment: leak / optimum − 1.
+
+    Second-order perturbation theory with a random error of entry size e = ‖E‖_F / d: the basis picks up the energy
+    Σ_{i ≤ r < j} e² / max(λ_j − λ_i, e).
+
+    Args:
+        eigenvalues: (m,) ascending, m > rank. Those beyond m are taken to be as small as the last one, which overestimates.
+        rank: r.
+        d: order of the matrix.
+        error_norm: ‖E‖_F (`Covariance.error_norm`).
+        trace: tr C, against which a leak below 1e-8 counts as none.
+    """
+    if trace == 0:
+        return 0.0
+    values = eigenvalues.to(torch.float64).clamp(min=0)
+    entry = max(error_norm / d, torch.finfo(torch.float64).tiny)
+    weight = torch.ones(len(values) - rank, dtype=torch.float64)
+    weight[-1] += d - len(values)
+    gaps = (values[None, rank:] - values[:rank, None]).clamp(min=entry)
+    picked_up = float((entry * (entry / gaps) * weight).sum())
+    return (1 + picked_up / max(float(values[:rank].sum()), NO_LEAK**2 * trace)) ** 0.5 - 1
 
 
 class NullSpaces(Mapping[str, NullSpace]):
@@ -196,6 +245,7 @@ class NullSpaces(Mapping[str, NullSpace]):
                     "gap": space.gap,
                     "outliers": space.outliers,
                     "precision": space.precision,
+                    "excess_estimate": space.excess_estimate,
                     "effective_rank": space.effective_rank,
                     "weight_shapes": shapes,
                 }
@@ -224,6 +274,7 @@ class NullSpaces(Mapping[str, NullSpace]):
                     gap=entry["gap"],
                     outliers=entry["outliers"],
                     precision=entry["precision"],
+                    excess_estimate=entry["excess_estimate"],
                     site=site,
                     effective_rank=entry["effective_rank"],
                 )
@@ -241,6 +292,7 @@ def compute_null_spaces(
     targets: str | Iterable[str] = "all-linear",
     strategy: str = "auto",
     precision: str = "auto",
+    tolerance: float = TOLERANCE,
     spectrum: bool = False,
     progress: bool | Progress = True,
 ) -> NullSpaces:
@@ -253,7 +305,10 @@ def compute_null_spaces(
         rank: columns of each basis: at least the rank of the adapters that will be made of it.
         targets: `"all-linear"`, a list of name endings, or a regular expression: see `nullspace.sites.find_targets`.
         strategy: how the model is run: see `stream_covariances`.
-        precision: `"auto"` or `"fp64"`: see `Covariance`.
+        precision: `"auto"`: the fast sums of `Covariance`, and a second pass in float64 over just those sites, if there are any,
+            whose bases rounding may have made louder than `tolerance` allows (`NullSpace.excess_estimate`). `"fp64"`: every
+            product in float64 at once.
+        tolerance: excess leak, by estimate, that `"auto"` accepts.
         spectrum: compute effective ranks too, which costs all eigenvalues of every site.
         progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
 
@@ -264,21 +319,41 @@ def compute_null_spaces(
         ValueError: see `stream_covariances`; and before the forward pass if the rank does not fit a layer.
 
     Warns:
-        UserWarning: naming the sites that saw fewer than d_in + rank tokens.
+        UserWarning: naming the sites that saw fewer than d_in + rank tokens; and those that a second pass should sum again, if
+            the loader can be read only once.
     """
     if not isinstance(targets, str):
         targets = list(targets)
     modules = find_targets(model, targets)
     check_rank(modules, rank)
     report_progress = reporter(progress)
-    spaces: list[NullSpace] = []
-    stream = stream_covariances(model, loader, targets=targets, strategy=strategy, precision=precision, progress=report_progress)
-    members = 0
-    for site, covariance in stream:
-        spaces.append(NullSpace.from_covariance(covariance, rank, site=site, spectrum=spectrum))
-        del covariance
-        members += len(site.members)
-        report_progress("null spaces", members, len(modules), 0)
+
+    def measure(chosen: str | list[str], precision: str, forward: str) -> list[NullSpace]:
+        def renamed(stage: str, done: int, total: int | None, tokens: int) -> None:
+            report_progress(forward if stage == "forward" else stage, done, total, tokens)
+
+        spaces: list[NullSpace] = []
+        # A caller in inference mode would otherwise get bases that no later training step may touch.
+        with torch.inference_mode(False):
+            stream = stream_covariances(model, loader, targets=chosen, strategy=strategy, precision=precision, progress=renamed)
+            for site, covariance in stream:
+                spaces.append(NullSpace.from_covariance(covariance, rank, site=site, spectrum=spectrum, tolerance=tolerance))
+                del covariance
+                report_progress("null spaces", sum(len(space.site.members) for space in spaces), len(modules), 0)
+        return spaces
+
+    spaces = measure(targets, precision, "forward")
+    unsure = [s for s in spaces if s.precision == "mixed" and s.excess_estimate > tolerance]
+    if unsure and isinstance(loader, Iterator):
+        warnings.warn(
+            f"rounding may have cost {len(unsure)} of {len(spaces)} sites more than {tolerance:g} of their leak (at worst "
+            f"{max(s.excess_estimate for s in unsure):.1g}, by estimate): {_few_names(unsure)}. The loader can be read only once, "
+            "so they were not summed again: use precision='fp64', or a loader that can be read twice.",
+            stacklevel=2,
+        )
+    elif unsure:
+        again = {s.site: s for s in measure([m for s in unsure for m in s.site.members], "fp64", "forward, fp64")}
+        spaces = [again.get(s.site, s) for s in spaces]
     _warn_of_few_tokens(spaces)
     return NullSpaces(spaces, {n: (weight_shape(m), store.fingerprint(weight_of(m))) for n, m in modules.items()})
 
@@ -302,12 +377,16 @@ def _warn_of_few_tokens(spaces: list[NullSpace]) -> None:
     short = [s for s in spaces if s.tokens < s.site.d_in + s.rank]
     if short:
         needed = max(s.site.d_in + s.rank for s in short)
-        names = ", ".join(s.site.name for s in short[:4]) + (", …" if len(short) > 4 else "")
         warnings.warn(
             f"{len(short)} of {len(spaces)} sites saw fewer tokens ({min(s.tokens for s in short)}) than d_in + rank ({needed} at "
-            f"most): {names}. Part of their null space is only what these data did not show. Use at least {needed} tokens.",
+            f"most): {_few_names(short)}. Part of their null space is only what these data did not show: use at least {needed} "
+            "tokens.",
             stacklevel=3,
         )
+
+
+def _few_names(spaces: list[NullSpace]) -> str:
+    return ", ".join(s.site.name for s in spaces[:4]) + (", …" if len(spaces) > 4 else "")
 
 
 def _head(sample: torch.Tensor) -> str:

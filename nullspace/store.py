@@ -43,7 +43,7 @@ def new_directory(out: str | os.PathLike[str], *, overwrite: bool = False) -> It
     Raises:
         FileExistsError: if `out` is in the way.
     """
-    out = Path(out)
+    out = Path(os.path.abspath(out))  # "." has no name to put `.part` behind
     check_free(out, overwrite=overwrite)
     part, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".old.part")
     shutil.rmtree(part, ignore_errors=True)

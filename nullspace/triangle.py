@@ -46,6 +46,12 @@ class LowerTriangle:
         """The (d,) diagonal."""
         return torch.cat([panel.diagonal(offset=start) for start, _, panel in self._panels])
 
+    def norm(self) -> float:
+        """The Frobenius norm of the whole matrix."""
+        below = sum(float(panel[:, :start].square().sum()) for start, _, panel in self._panels)
+        blocks = sum(float(panel[:, start:].square().sum()) for start, _, panel in self._panels)
+        return (2 * below + blocks) ** 0.5
+
     def square(self) -> torch.Tensor:
         """The whole (d, d) matrix as a new tensor, symmetric to the bit."""
         out = self._panels[0][2].new_empty(self.d, self.d)

@@ -20,6 +20,7 @@ from torch import nn
 from models import FAMILIES, VOCABULARY, random_batches, tiny
 from nullspace import Covariance, NullSpace, NullSpaces, Site, compute_null_spaces, report, store
 from nullspace.sites import find_targets
+from nullspace.spaces import TOLERANCE
 from reference import excess_leak, leak, optimal_leak, recorded_inputs
 
 RANK = 8
@@ -580,3 +581,48 @@ def test_a_weight_whose_values_are_not_at_hand_is_checked_by_its_shape(spaces: N
     spaces.check(name, nn.Linear(48, 112, device="meta"))
     with pytest.raises(ValueError, match=r"\(111, 48\) here and had \(112, 48\)"):
         spaces.check(name, nn.Linear(48, 111, device="meta"))
+
+
+# ---- when the fast sum is not enough
+
+
+def test_sites_that_rounding_may_have_spoilt_are_summed_again_in_float64_and_no_others() -> None:
+    first = compute_null_spaces(tiny("bert"), batches_of("bert"), rank=RANK, progress=False, tolerance=float("inf"))
+    steep = {name for name, space in first.items() if space.excess_estimate > TOLERANCE}
+    assert steep
+    assert steep < set(first)
+    spaces = calibrated("bert")
+    assert {name for name, space in spaces.items() if space.precision == "fp64"} == steep
+    assert all(space.excess_estimate <= TOLERANCE for space in spaces.values())
+    for name, space in spaces.items():
+        assert (space.site, space.tokens) == (first[name].site, first[name].tokens)
+    # The first pass alone is what the second one is for.
+    assert max(excess_leak(first[name].basis, inputs_of("bert")[name]) for name in steep) > TOLERANCE
+
+
+def test_a_loader_that_can_be_read_only_once_is_warned_about_with_the_sites() -> None:
+    with pytest.warns(UserWarning, match=r"attention\.output\.dense.*precision='fp64'"):
+        spaces = compute_null_spaces(tiny("bert"), iter(batches_of("bert")), rank=RANK, progress=False)
+    assert {space.precision for space in spaces.values()} == {"mixed"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_excess_is_never_far_above_its_estimate(family: str) -> None:
+    spaces = compute_null_spaces(tiny(family), batches_of(family), rank=RANK, progress=False, tolerance=float("inf"))
+    for name, x in inputs_of(family).items():
+        assert excess_leak(spaces[name].basis, x) <= 3 * spaces[name].excess_estimate + 1e-9, name
+
+
+def test_outlier_tokens_do_not_call_for_a_second_pass() -> None:
+    x = torch.randn(2048, 64, generator=torch.Generator().manual_seed(0))
+    x[::64] *= 1e3
+    covariance = Covariance(64)
+    covariance.update(x)
+    assert covariance.outliers == 32
+    assert NullSpace.from_covariance(covariance, RANK).excess_estimate < 1e-9
+
+
+def test_bases_made_in_inference_mode_are_ordinary_tensors() -> None:
+    with torch.inference_mode():
+        spaces = compute_null_spaces(tiny("gpt2"), batches_of("gpt2"), rank=RANK, progress=False)
+    assert not any(space.basis.is_inference() or space.eigenvalues.is_inference() for space in spaces.values())

@@ -53,6 +53,12 @@ def test_diagonal_is_that_of_the_square(d: int) -> None:
 
 
 @pytest.mark.parametrize("d", ORDERS)
+def test_norm_is_that_of_the_square(d: int) -> None:
+    triangle = triangle_of(torch.randn(30, d, dtype=torch.float64))
+    assert triangle.norm() == pytest.approx(float(triangle.square().norm()), rel=1e-14)
+
+
+@pytest.mark.parametrize("d", ORDERS)
 def test_adding_a_triangle_adds_its_matrix_and_leaves_it_alone(d: int) -> None:
     mine, theirs = triangle_of(small_integers(9, d)), triangle_of(small_integers(5, d, seed=1))
     expected, before = mine.square() + theirs.square(), theirs.square()
