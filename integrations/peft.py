@@ -61,8 +61,8 @@ def inject_adapters(
         adapter_name: PEFT's name for the adapter.
 
     Returns:
-        The `PeftModel`. Save its base too (`model.unload()` or `get_base_model()`): for `"lora-null"` the adapter belongs to the
-        residual base, not to the original one.
+        The `PeftModel`. Save it with `save_init`, before training, for the sake of its base: with `"lora-null"` the adapter
+        belongs to the residual base, not to the original one.
 
     Raises:
         ValueError: naming the layer, for a target without a null space, spaces of another model, a rank that a basis does not
@@ -150,7 +150,7 @@ def save_init(
         if residual:
             config.base_model_name_or_path = str(out / "base")
         try:
-            peft_model.save_pretrained(str(part / "adapter"), selected_adapters=[adapter], save_embedding_layers=False)
+            _save_adapter(peft_model, adapter, part / "adapter")
         finally:
             config.base_model_name_or_path = original
         if residual:
@@ -288,7 +288,7 @@ def export_lora(
     store.check_free(out, overwrite=overwrite)
     if isinstance(trained, PeftModel):
         with tempfile.TemporaryDirectory() as folder:
-            trained.save_pretrained(folder, selected_adapters=["default"])
+            _save_adapter(trained, trained.active_adapter, Path(folder))
             return export_lora(folder, initial, out, base=base, overwrite=overwrite)
     now, start = _read_adapter(Path(trained)), _read_adapter(Path(initial))
     _check_pair(now, start)
@@ -315,6 +315,14 @@ def export_lora(
         store.write_tensors(part / ADAPTER_WEIGHTS, tensors)
         store.write_manifest(part, "export", {"rank_factor": 1 if frozen or untouched else 2}, files=(ADAPTER_WEIGHTS,))
     return Path(out)
+
+
+def _save_adapter(peft_model: PeftModel, adapter: str, directory: Path) -> None:
+    peft_model.save_pretrained(str(directory), selected_adapters=[adapter], save_embedding_layers=False)
+    if adapter != "default":  # to which alone PEFT gives no folder of its own
+        for file in (directory / adapter).iterdir():
+            file.rename(directory / file.name)
+        (directory / adapter).rmdir()
 
 
 class _Adapter(NamedTuple):

@@ -54,7 +54,7 @@ Targets = Annotated[str, typer.Option(help="'all-linear', name endings ('q_proj,
 Precision = Annotated[str, typer.Option(help="'auto', or 'fp64' for float64 products throughout.")]
 DType = Annotated[str, typer.Option(help="Of the model's weights: auto, float32, bfloat16, float16.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu, …; CUDA if there is one by default.")]
-Spectrum = Annotated[bool, typer.Option("--spectrum", help="Compute effective ranks too (all eigenvalues: slower).")]
+Spectrum = Annotated[bool, typer.Option("--spectrum", help="Report effective ranks too.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of ours.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
@@ -137,7 +137,7 @@ def init(
             found = _compute(loaded, batches, rank, list(chosen), precision, spectrum, progress)
         config = peft.LoraConfig(
             r=rank,
-            lora_alpha=rank if alpha is None else alpha,
+            lora_alpha=rank if alpha is None else int(alpha) if alpha.is_integer() else alpha,
             use_rslora=use_rslora,
             target_modules=list(chosen),
             task_type="CAUSAL_LM" if type(loaded).__name__.endswith("ForCausalLM") else None,

@@ -16,6 +16,7 @@ class LowRank(NamedTuple):
     """(d_out, r)"""
 
 
+@torch.no_grad()
 def lora_null(weight: torch.Tensor, basis: torch.Tensor, *, rank: int | None = None, sigma_scale: float = 1.0) -> LowRank:
     """LoRA-Null's start (arXiv 2503.02659, eq. 8–11): SVD(W₀ U Uᵀ) = U′ Σ′ V′ᵀ, B = U′ √Σ′, A = √Σ′ V′ᵀ.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import scipy.linalg
 import torch
+from scipy.linalg import lapack
 
 METHODS = ("auto", "eigh", "lapack-subset")
 
@@ -27,8 +28,9 @@ def bottom_eigenpairs(
     Args:
         c: (d, d) symmetric positive semi-definite matrix; taken in float64.
         k: how many, 1 ≤ k ≤ d.
-        method: `"lapack-subset"` (LAPACK `dsyevr` by index; on the CPU), `"eigh"` (all d pairs by `torch.linalg.eigh`, on the
-            matrix's device) or `"auto"`: the subset driver for a CPU matrix with d ≥ 128 and k ≤ d / 6, else `"eigh"`.
+        method: `"lapack-subset"` (the steps of LAPACK's `dsyevr` by index; on the CPU), `"eigh"` (all d pairs by
+            `torch.linalg.eigh`, on the matrix's device) or `"auto"`: the subset for a CPU matrix with d ≥ 128 and k ≤ d / 6,
+            else `"eigh"`.
         overwrite: `c` may be destroyed, which saves a copy of it.
 
     Returns:
@@ -42,6 +44,18 @@ def bottom_eigenpairs(
     Raises:
         ValueError: if `c` is not square or holds NaN or Inf, k is out of range, or the method is unknown.
     """
+    values, vectors = partial_eigh(c, k, method=method, overwrite=overwrite)
+    return values[:k].clone(), vectors
+
+
+def partial_eigh(c: torch.Tensor, k: int, *, method: str = "auto", overwrite: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """All eigenvalues of a symmetric matrix, and the vectors of the k smallest: what one tridiagonal reduction gives.
+
+    Args, cost and errors: as `bottom_eigenpairs`, to which the other eigenvalues add O(d²) flops.
+
+    Returns:
+        Eigenvalues (d,), ascending, and orthonormal vectors (d, k), float64, on the device of `c`.
+    """
     d = _check_symmetric(c)
     if not 1 <= k <= d:
         raise ValueError(f"k must be between 1 and {d}, not {k}")
@@ -50,20 +64,12 @@ def bottom_eigenpairs(
     if method == "auto":
         subset = c.device.type == "cpu" and d >= SUBSET_MIN_D and k <= d * SUBSET_FRACTION
         method = "lapack-subset" if subset else "eigh"
-    if method == "lapack-subset":
-        # The transpose of a row-major array is in LAPACK's own order: its upper triangle is our lower one, and nothing is copied.
-        values, vectors = scipy.linalg.eigh(
-            c.detach().to("cpu", torch.float64).numpy().T,
-            lower=False,
-            subset_by_index=(0, k - 1),
-            driver="evr",
-            overwrite_a=overwrite,
-            check_finite=False,
-        )
+    if method == "lapack-subset" and d > 2:
+        values, vectors = _tridiagonal_eigh(c.detach().to("cpu", torch.float64).numpy(), k, overwrite)
         eigenvalues, basis = torch.from_numpy(values).to(c.device), torch.from_numpy(vectors).to(c.device)
     else:
         eigenvalues, basis = torch.linalg.eigh(c.to(torch.float64))
-        eigenvalues, basis = eigenvalues[:k].clone(), basis[:, :k]
+        basis = basis[:, :k]
     return eigenvalues, _fix_signs(basis)
 
 
@@ -108,6 +114,29 @@ def effective_rank(singular_values: torch.Tensor | np.ndarray) -> float:
     if total == 0:
         return 0.0
     return float(torch.exp(torch.special.entr(sigma / total).sum()))
+
+
+def _tridiagonal_eigh(c: np.ndarray, k: int, overwrite: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The steps of LAPACK's dsyevr, one by one, since the driver gives either a subset or all eigenvalues."""
+    d = len(c)
+    # The transpose of a row-major array is in LAPACK's own order, and nothing is copied. Scaling, as in dsyevr, keeps tiny and
+    # huge matrices away from the ends of the range.
+    scale = np.abs(c).max() or 1.0
+    work = np.divide(c, scale, out=c if overwrite else None).T
+    work_size = int(lapack.dsytrd_lwork(d, lower=1)[0])
+    reflectors, diagonal, off_diagonal, tau, _ = lapack.dsytrd(work, lower=1, lwork=work_size, overwrite_a=True)
+    every, info = lapack.dsterf(diagonal, off_diagonal)
+    if info:
+        raise np.linalg.LinAlgError(f"dsterf: {info} off-diagonal elements did not converge")
+    values, small = scipy.linalg.eigh_tridiagonal(
+        diagonal, off_diagonal, select="i", select_range=(0, k - 1), lapack_driver="stemr", check_finite=False
+    )
+    every[:k] = values
+    # C = Q T Qᵀ with Q = diag(1, Q′), and Q′ in the layout of a QR factorisation below the first row (what dormtr does).
+    q, q_tau, below = reflectors[1:, :-1], tau, np.asfortranarray(small[1:])
+    _, size, _ = lapack.dormqr("L", "N", q, q_tau, below, -1)
+    below, _, _ = lapack.dormqr("L", "N", q, q_tau, below, int(size[0]))
+    return every * scale, np.concatenate([small[:1], below])
 
 
 def _check_symmetric(c: torch.Tensor) -> int:

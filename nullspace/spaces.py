@@ -73,7 +73,6 @@ class NullSpace:
         *,
         site: Site | None = None,
         spectrum: bool = False,
-        tolerance: float = TOLERANCE,
     ) -> NullSpace:
         """The bottom of a second moment.
 
@@ -81,8 +80,7 @@ class NullSpace:
             covariance: the sums, with at least one token.
             rank: 1 ≤ rank < d_in.
             site: which input this is; a site without a name by default.
-            spectrum: compute the effective rank too, which takes all eigenvalues.
-            tolerance: `excess_estimate` takes all eigenvalues only where a few do not show that it is below this.
+            spectrum: report the effective rank too.
 
         Raises:
             ValueError: if the rank is out of range or there are no tokens.
@@ -92,52 +90,41 @@ class NullSpace:
         if covariance.tokens == 0:
             raise ValueError("the covariance has no tokens")
         c = covariance.matrix()
-        every = solvers.spectrum(c).cpu() if spectrum else None
-        values, vectors = solvers.bottom_eigenpairs(c, rank + 1, overwrite=True)
-        values = values.clamp(min=0).cpu()
-        behind = float(values[rank])
-
-        def excess(known: torch.Tensor) -> float:
-            return estimated_excess(known, rank, covariance.d_in, covariance.error_norm, covariance.trace)
-
-        estimate = excess(values if every is None else every)
-        if every is None and estimate > tolerance:
-            estimate = excess(solvers.spectrum(covariance.matrix()).cpu())
+        every, vectors = solvers.partial_eigh(c, rank, overwrite=True)
+        every = every.clamp(min=0).cpu()
+        values, behind = every[:rank], float(every[rank])
         return cls(
-            basis=vectors[:, :rank].to("cpu", copy=True).contiguous(),
-            eigenvalues=values[:rank].clone(),
+            basis=vectors.cpu().contiguous(),
+            eigenvalues=values.clone(),
             trace=covariance.trace,
             tokens=covariance.tokens,
             gap=(behind - float(values[rank - 1])) / behind if behind > 0 else 0.0,
             outliers=covariance.outliers,
             precision="fp64" if covariance.precision == "fp64" else "mixed",
-            excess_estimate=estimate,
+            excess_estimate=estimated_excess(every, rank, covariance.error_norm, covariance.trace),
             site=site or Site(members=("",), d_in=covariance.d_in),
-            effective_rank=None if every is None else solvers.effective_rank(every.clamp(min=0).sqrt()),
+            effective_rank=solvers.effective_rank(every.sqrt()) if spectrum else None,
         )
 
 
-def estimated_excess(eigenvalues: torch.Tensor, rank: int, d: int, error_norm: float, trace: float) -> float:
+def estimated_excess(eigenvalues: torch.Tensor, rank: int, error_norm: float, trace: float) -> float:
     """How much leak rounding may have cost the bottom `rank` eigenvectors of a perturbed second moment: leak / optimum − 1.
 
     Second-order perturbation theory with a random error of entry size e = ‖E‖_F / d: the basis picks up the energy
     Σ_{i ≤ r < j} e² / max(λ_j − λ_i, e).
 
     Args:
-        eigenvalues: (m,) ascending, m > rank. Those beyond m are taken to be as small as the last one, which overestimates.
-        rank: r.
-        d: order of the matrix.
+        eigenvalues: (d,), all of them, ascending.
+        rank: r < d.
         error_norm: ‖E‖_F (`Covariance.error_norm`).
         trace: tr C, against which a leak below 1e-8 counts as none.
     """
     if trace == 0:
         return 0.0
     values = eigenvalues.to(torch.float64).clamp(min=0)
-    entry = max(error_norm / d, torch.finfo(torch.float64).tiny)
-    weight = torch.ones(len(values) - rank, dtype=torch.float64)
-    weight[-1] += d - len(values)
+    entry = max(error_norm / len(values), torch.finfo(torch.float64).tiny)
     gaps = (values[None, rank:] - values[:rank, None]).clamp(min=entry)
-    picked_up = float((entry * (entry / gaps) * weight).sum())
+    picked_up = float((entry * (entry / gaps)).sum())
     return (1 + picked_up / max(float(values[:rank].sum()), NO_LEAK**2 * trace)) ** 0.5 - 1
 
 
@@ -309,7 +296,7 @@ def compute_null_spaces(
             whose bases rounding may have made louder than `tolerance` allows (`NullSpace.excess_estimate`). `"fp64"`: every
             product in float64 at once.
         tolerance: excess leak, by estimate, that `"auto"` accepts.
-        spectrum: compute effective ranks too, which costs all eigenvalues of every site.
+        spectrum: report effective ranks too.
         progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
 
     Returns:
@@ -337,7 +324,7 @@ def compute_null_spaces(
         with torch.inference_mode(False):
             stream = stream_covariances(model, loader, targets=chosen, strategy=strategy, precision=precision, progress=renamed)
             for site, covariance in stream:
-                spaces.append(NullSpace.from_covariance(covariance, rank, site=site, spectrum=spectrum, tolerance=tolerance))
+                spaces.append(NullSpace.from_covariance(covariance, rank, site=site, spectrum=spectrum))
                 del covariance
                 report_progress("null spaces", sum(len(space.site.members) for space in spaces), len(modules), 0)
         return spaces
