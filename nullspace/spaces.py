@@ -100,7 +100,7 @@ class NullSpace:
             tokens=covariance.tokens,
             gap=(behind - float(values[rank - 1])) / behind if behind > 0 else 0.0,
             outliers=covariance.outliers,
-            precision="fp64" if covariance.precision == "fp64" else "mixed",
+            precision=covariance.products,
             excess_estimate=estimated_excess(every, rank, covariance.error_norm, covariance.trace),
             site=site or Site(members=("",), d_in=covariance.d_in),
             effective_rank=solvers.effective_rank(every.sqrt()) if spectrum else None,

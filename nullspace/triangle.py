@@ -6,6 +6,8 @@ Gram matrix from one GEMM over plain slices of the input, which is what BLAS lib
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 # 256 rows a panel: GEMM is at full speed, and the part of the diagonal blocks that is computed twice stays small (8 % at
@@ -48,9 +50,9 @@ class LowerTriangle:
 
     def norm(self) -> float:
         """The Frobenius norm of the whole matrix."""
-        below = sum(float(panel[:, :start].square().sum()) for start, _, panel in self._panels)
-        blocks = sum(float(panel[:, start:].square().sum()) for start, _, panel in self._panels)
-        return (2 * below + blocks) ** 0.5
+        below = [torch.linalg.vector_norm(panel[:, :start]) for start, _, panel in self._panels]
+        blocks = [torch.linalg.vector_norm(panel[:, start:]) for start, _, panel in self._panels]
+        return math.hypot(*(math.sqrt(2) * float(b) for b in below), *(float(b) for b in blocks))
 
     def square(self) -> torch.Tensor:
         """The whole (d, d) matrix as a new tensor, symmetric to the bit."""

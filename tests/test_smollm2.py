@@ -22,7 +22,7 @@ SITES = [
     f"model.layers.{layer}.{kind}"
     for layer in (0, 1, 15, 29)
     for kind in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-]
+] + ["model.layers.18.self_attn.o_proj"]  # λ_r / λ_max = 5e-9: float32 chains alone miss its null space by 6 %
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,7 @@ def test_bases_are_as_quiet_as_the_singular_vectors_of_the_activations_themselve
     name: str, spaces: NullSpaces, inputs: dict[str, torch.Tensor]
 ) -> None:
     assert spaces[name].tokens == len(inputs[name]) == 4096
-    # 1e-6 everywhere but at layer 0's o_proj, whose spectrum is the steepest: float32 products resolve its bottom to 2e-6.
-    assert excess_leak(spaces[name].basis, inputs[name]) <= (1e-5 if name.endswith("0.self_attn.o_proj") else 1e-6)
+    assert excess_leak(spaces[name].basis, inputs[name]) <= 1e-6
     assert excess_leak(space_of(inputs[name], "fp64").basis, inputs[name]) <= 1e-8
 
 
