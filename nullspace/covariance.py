@@ -6,7 +6,8 @@ that centre.
 The sum has two precisions. `"fp64"` takes every product in float64. `"auto"` takes them in float32 over short chains of tokens,
 each chain added to a float64 master, and takes *outlier tokens* (norm above 8 × the median) out of the chains and adds them by
 a float64 product: a single massive activation in a float32 partial sum rounds away everything that the quiet directions had
-put there, and no wider master brings it back.
+put there, and no wider master brings it back. Some spectra are too steep for float32 chains without any outlier; the first
+tokens are therefore summed in float64, and where they show that the bottom of the spectrum would be lost, so are all others.
 """
 
 from __future__ import annotations
