@@ -22,6 +22,8 @@ from nullspace.progress import Progress
 QUESTION = "What is the capital of France? Answer in one sentence."
 PROBE = "The quick brown fox jumps over the lazy dog. Water boils at a temperature of"
 SAMPLES, LENGTH, BATCH_SIZE = 16, 512, 4
+# The original model's own float32 logits are 2e-6 of the largest one away from its float64 logits.
+FLOAT32_NOISE = 1e-5
 
 # What a user of the result runs: transformers and PEFT, and no nullspace.
 FRESH_PROCESS = """
@@ -104,7 +106,7 @@ def run(
     size = float(logits.abs().max())
     say(f"  largest difference from the original model's logits (up to {size:.0f}): {found['error']:.1e}")
     say(f"  “{QUESTION}” — “{found['answer']}”")
-    if found["error"] > 1e-4:
+    if found["error"] > FLOAT32_NOISE * size:
         raise RuntimeError("the adapter does not reproduce the original model")
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,22 @@ def test_the_test_above_has_teeth(inputs: dict[str, torch.Tensor]) -> None:
 
 def test_base_and_adapter_in_a_fresh_process_are_the_original_model(walk: tuple[Path, dict[str, Any]]) -> None:
     _, found = walk
-    assert 0 < found["error"] <= 1e-4
+    assert 0 < found["error"] <= 2e-4  # float32 arithmetic alone moves the original's logits by 7e-5
     assert "Paris" in found["answer"]
+
+
+def test_the_stored_residual_and_factors_are_the_original_weights(
+    walk: tuple[Path, dict[str, Any]], model_and_tokenizer: tuple[nn.Module, Any]
+) -> None:
+    """The same comparison in float64 arithmetic, where only the rounding of what was stored is left."""
+    original, tokenizer = model_and_tokenizer
+    base, _ = load_model(walk[0] / "base", dtype=torch.float64, device="cpu")
+    adapted = PeftModel.from_pretrained(base, walk[0] / "adapter").double().eval()
+    reference = copy.deepcopy(original).double()
+    for text in ("The capital of France is", demo.PROBE, "def fibonacci(n):"):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            assert (adapted(ids).logits - reference(ids).logits).abs().max() <= 5e-5
 
 
 def test_v2_training_stays_in_the_null_space(walk: tuple[Path, dict[str, Any]], inputs: dict[str, torch.Tensor]) -> None:

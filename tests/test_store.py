@@ -59,6 +59,7 @@ def random_spaces(seed: int, sites: int) -> NullSpaces:
             gap=0.1,
             outliers=0,
             precision="mixed",
+            excess_estimate=0.0,
             site=Site((f"layers.{i}.up",), 64),
         )
         for i in range(sites)
