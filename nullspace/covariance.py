@@ -4,46 +4,29 @@
 that centre.
 
 The sum has two precisions. `"fp64"` takes every product in float64. `"auto"` takes them in float32 over short chains of tokens,
-each chain added to a float64 master, and takes *outlier tokens* (norm above 8 × the median) out of the chains and adds them by
+each chain added to a wider sum, and takes *outlier tokens* (norm above 8 × the median) out of the chains and adds them by
 a float64 product: a single massive activation in a float32 partial sum rounds away everything that the quiet directions had
-put there, and no wider master brings it back. Some spectra are too steep for float32 chains without any outlier; the first
-tokens are therefore summed in float64, and where they show that the bottom of the spectrum would be lost, so are all others.
+put there, and no wider master brings it back. Some spectra are too steep for float32 chains without any outlier: on a CPU the first
+tokens are therefore summed in float64, and where they show that the bottom of the spectrum would be lost, so are all others;
+everywhere `error_norm` says what may have been lost.
+
+Who takes the products: the Triton kernels on a CUDA device (`nullspace.sums_triton`), PyTorch elsewhere (`nullspace.sums_torch`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
-from collections.abc import Iterator
-from typing import Any
+import warnings
+from collections.abc import Sequence
 
 import torch
 
-from nullspace.triangle import LowerTriangle
+import nullspace.csrc_triton as csrc_triton
+from nullspace.sums import Sums, TokenMask, nonfinite
+from nullspace.sums_torch import TorchSums
+from nullspace.sums_triton import TritonSums
 
 PRECISIONS = ("auto", "fp64")
-
-# Tokens in one float32 chain. The error of a chain grows like the square root of its length; below about 1024 tokens the
-# float64 master's own traffic (8 d² bytes a chain, whatever its length) begins to show in the time.
-CHAIN_TOKENS = 1024
-# Fewer rows than this are kept until there are enough for a product to be worth it and for a median norm to mean something.
-STAGE_TOKENS = 512
-# A token is an outlier if its norm exceeds this many times the median norm of those around it.
-OUTLIER_RATIO = 8.0
-# Outlier rows are kept until this many make a product worth it.
-OUTLIER_ROWS = 64
-# ‖E‖_F / ‖C‖_F of a sum, where C + E is what the sum comes to. One float32 chain: an upper end of what was measured over the
-# inputs of seven families of models and of SmolLM2; the errors of several chains are independent, and partly cancel. float64: an
-# upper end too.
-FLOAT32_RESOLUTION = 2e-7
-FLOAT64_RESOLUTION = 1e-15
-# The first tokens, this many times d_in, are summed in float64, and show whether float32 chains could see the bottom of the
-# spectrum: see `_resolves_float32`.
-PROBE_TOKENS = 1.25
-PROBE_LIMIT = 0.1
-# Median norms outside this range would under- or overflow in float32 products: such rows are summed in float64.
-FLOAT32_NORMS = (1e-12, 1e14)
 
 
 class Covariance:
@@ -52,13 +35,17 @@ class Covariance:
     Args:
         d_in: width of the inputs, at least 1.
         device: where the sums live; inputs are moved there.
-        precision: `"auto"` (float32 chains into a float64 master, outlier tokens in float64) or `"fp64"` (every product in
+        precision: `"auto"` (float32 chains into a wider sum, outlier tokens in float64) or `"fp64"` (every product in
             float64). float64 inputs are always summed in float64.
 
-    Cost: n · d_in² flops for n tokens; 4 · d_in² bytes for the triangle, and at most `STAGE_TOKENS` rows of input.
+    Cost: n · d_in² flops for n tokens. Memory: 4 · d_in² bytes for the triangle; beside it, on a CPU at most 512 rows of
+    input, on a GPU a buffer of min(8192, max(512, 2 · d_in)) rows.
 
     Raises:
         ValueError: if `d_in` is smaller than 1, or `precision` is unknown.
+
+    Warns:
+        UserWarning: once, if the kernels cannot run on a CUDA device (an old one, or no Triton): PyTorch's products are used.
 
     Example:
         >>> import torch
@@ -77,56 +64,38 @@ class Covariance:
         self.d_in = d_in
         self.device = torch.device(device)
         self.precision = precision
-        self._triangle = LowerTriangle(d_in, device=self.device)
-        self._sum = torch.zeros(d_in, dtype=torch.float64, device=self.device)
+        self._sums = _new_sums(d_in, self.device, precision)
         self._tokens = 0
-        self._outliers = 0
-        self._absorbed = 0
-        self._probe_energy = 0.0
-        self._float32: bool | None = None if precision == "auto" else False  # not known yet, until the first tokens are in
-        # Over the float32 chains: the sum of their energies Σ‖x‖², and of the squares of these.
-        self._chain_energy = self._chain_energy_squared = 0.0
-        self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._outlier_rows: list[torch.Tensor] = []
 
     @torch.no_grad()
-    def update(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    def update(self, x: torch.Tensor, mask: torch.Tensor | TokenMask | None = None) -> None:
         """Add the tokens of one batch. If it raises, nothing was added.
 
         Args:
-            x: (..., d_in), any floating dtype and device.
+            x: (..., d_in), any floating dtype and device. It may be overwritten afterwards.
             mask: as many entries as `x` has rows (tokens); zero or False leaves the row out (padding). None keeps all.
+                On a GPU, looking at a mask waits for the device: wrap one that serves many inputs in a `TokenMask`.
 
         Raises:
-            ValueError: on a wrong width, a mask of another size, or NaN or Inf in a row that counts.
+            ValueError: on a wrong width, a mask of another size, or NaN or Inf in a row that counts. Where the kernels take the
+                products, nothing waits for the device here, and NaN or Inf is raised by whatever reads the sums next.
             TypeError: if `x` is not floating point.
         """
         if not x.is_floating_point():
             raise TypeError(f"activations must be floating point, not {x.dtype}")
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"expected inputs of width {self.d_in}, got shape {tuple(x.shape)}")
-        rows = x.detach().reshape(-1, self.d_in).to(self.device)
-        borrowed = True
-        if mask is not None:
-            keep = mask.to(self.device).reshape(-1).bool()
-            if keep.numel() != rows.shape[0]:
-                raise ValueError(f"the mask has {keep.numel()} entries for {rows.shape[0]} rows (input {tuple(x.shape)})")
-            if not keep.all():
-                rows, borrowed = rows[keep], False
-        if rows.shape[0] == 0:
-            return
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        if not torch.isfinite(norms).all():
-            bad = torch.nonzero(~torch.isfinite(norms)).flatten()
-            raise ValueError(f"NaN or Inf in {len(bad)} of {len(norms)} tokens (the first one is token {int(bad[0])})")
-        self._tokens += rows.shape[0]
-        if rows.shape[0] >= STAGE_TOKENS:
-            self._absorb(rows, norms)
-            return
-        # The model may overwrite its activation after the hook returns, and a view would keep the whole batch alive.
-        self._staged.append((rows.clone() if borrowed else rows, norms))
-        if sum(len(staged) for staged, _ in self._staged) >= STAGE_TOKENS:
-            self._absorb_staged()
+        rows = x.detach().reshape(-1, self.d_in)
+        if isinstance(mask, torch.Tensor):
+            mask = TokenMask(mask)
+        if mask is not None and mask.rows != len(rows):
+            raise ValueError(f"the mask has {mask.rows} entries for {len(rows)} rows (input {tuple(x.shape)})")
+        if mask is not None and mask.count == len(rows):
+            mask = None
+        count = len(rows) if mask is None else mask.count
+        if count > 0:
+            self._sums.add(rows, mask)
+            self._tokens += count
 
     def merge(self, other: Covariance) -> None:
         """Add another covariance of the same width: the result is that of all tokens together. `other` keeps its sums.
@@ -139,27 +108,17 @@ class Covariance:
                 f"cannot merge a covariance of width {other.d_in} and precision {other.precision!r} "
                 f"into one of width {self.d_in} and precision {self.precision!r}"
             )
-        self._flush()
-        other._flush()
-        self._triangle.add_(other._triangle)
-        self._sum += other._sum.to(self.device)
+        self._sums.merge(other._sums)
         self._tokens += other._tokens
-        self._outliers += other._outliers
-        self._absorbed += other._absorbed
-        self._probe_energy += other._probe_energy
-        self._float32 = other._float32 if self._float32 is None else self._float32
-        self._chain_energy += other._chain_energy
-        self._chain_energy_squared += other._chain_energy_squared
 
     def matrix(self) -> torch.Tensor:
         """C as a new (d_in, d_in) float64 tensor, symmetric to the bit. 8 · d_in² bytes."""
-        self._flush()
-        return self._triangle.square()
+        return self._flushed().triangle.square()
 
     def mean(self) -> torch.Tensor:
         """Σ x / n: (d_in,) float64. NaN without tokens."""
-        self._flush()
-        return self._sum / self._tokens if self._tokens else torch.full_like(self._sum, float("nan"))
+        total = self._flushed().total
+        return total / self._tokens if self._tokens else torch.full_like(total, float("nan"))
 
     @property
     def tokens(self) -> int:
@@ -169,131 +128,53 @@ class Covariance:
     @property
     def outliers(self) -> int:
         """Tokens whose norm exceeded 8 × the median norm of those that were summed with them."""
-        self._flush()
-        return self._outliers
+        return self._flushed().outliers
 
     @property
     def trace(self) -> float:
         """tr C = Σ_t ‖x_t‖²."""
-        self._flush()
-        return float(self._triangle.diagonal().sum())
+        return float(self._flushed().triangle.diagonal().sum())
 
     @property
     def products(self) -> str:
         """`"mixed"` if float32 chains took part in the sum, `"fp64"` if every product was taken in float64."""
-        self._flush()
-        return "mixed" if self._chain_energy > 0 else "fp64"
+        return "mixed" if self._flushed().mixed else "fp64"
 
     @property
     def error_norm(self) -> float:
         """About how far `matrix()` is from the true C, ‖E‖_F: what float32 chains and float64 sums lose to rounding.
 
-        m equal chains lose δ‖C‖_F / √m. Outlier tokens never pass through one, so ‖C‖_F is at most the trace of what did.
+        An error that is proportional to C is not counted: it moves no eigenvector. Outlier tokens never pass through a chain.
         """
-        self._flush()
-        norm = self._triangle.norm()
-        lost = FLOAT64_RESOLUTION * norm
-        if self._chain_energy > 0:
-            share = self._chain_energy_squared**0.5 / self._chain_energy
-            lost += FLOAT32_RESOLUTION * share * min(norm, self._chain_energy)
-        return lost
+        return self._flushed().error_norm
 
-    def _flush(self) -> None:
-        self._absorb_staged()
-        self._add_outlier_rows()
-
-    def _absorb_staged(self) -> None:
-        if self._staged:
-            staged, self._staged = self._staged, []
-            dtype = functools.reduce(torch.promote_types, (rows.dtype for rows, _ in staged))
-            self._absorb(torch.cat([rows.to(dtype) for rows, _ in staged]), torch.cat([norms for _, norms in staged]))
-
-    def _absorb(self, rows_nd: torch.Tensor, norms_n: torch.Tensor) -> None:
-        nonzero = norms_n[norms_n > 0]
-        median = float(nonzero.median()) if len(nonzero) else 0.0
-        outlier = norms_n > OUTLIER_RATIO * median
-        self._outliers += int(outlier.sum())
-        if self._float32 is None:
-            wanted = math.ceil(PROBE_TOKENS * self.d_in)
-            head = max(wanted - self._absorbed, 0)
-            self._add_rows(rows_nd[:head], norms_n[:head], torch.float64)
-            self._probe_energy += float(norms_n[:head][~outlier[:head]].square().sum())
-            if self._absorbed >= wanted:
-                self._float32 = self._resolves_float32()
-            rows_nd, norms_n, outlier = rows_nd[head:], norms_n[head:], outlier[head:]
-        dtype = self._product_dtype(rows_nd, median)
-        if dtype != torch.float64 and bool(outlier.any()):
-            self._outlier_rows.append(rows_nd[outlier].double())
-            rows_nd, norms_n = rows_nd[~outlier], norms_n[~outlier]
-            if sum(map(len, self._outlier_rows)) >= OUTLIER_ROWS:
-                self._add_outlier_rows()
-        self._add_rows(rows_nd, norms_n, dtype)
-
-    def _add_rows(self, rows_nd: torch.Tensor, norms_n: torch.Tensor, dtype: torch.dtype) -> None:
-        self._absorbed += len(rows_nd)
-        with full_precision_matmul(self.device.type):
-            for chain, norms in zip(rows_nd.split(CHAIN_TOKENS), norms_n.split(CHAIN_TOKENS), strict=True):
-                chain = chain.to(dtype).contiguous()
-                if dtype != torch.float64:
-                    energy = float(norms.square().sum())
-                    self._chain_energy += energy
-                    self._chain_energy_squared += energy**2
-                self._sum += chain.sum(0, dtype=torch.float64)
-                self._triangle.add_gram(chain)
-
-    def _resolves_float32(self) -> bool:
-        """Whether the bottom of the spectrum, as the first tokens show it, lies above what float32 chains would lose.
-
-        With e the entry size of the loss and S = tr C⁻¹ = Σ 1/λ, dominated by the smallest λ: e S is about e over the smallest λ,
-        and e² S² / r bounds the energy that a basis of r vectors picks up by rounding, relative to its own. S is estimated from a
-        Cholesky factor and a few random signs (Hutchinson 1990), d³ / 3 flops. A wrong yes is found out by
-        `NullSpace.excess_estimate`, a wrong no costs time.
-        """
-        c = self._triangle.square()
-        entry = FLOAT32_RESOLUTION * min(self._triangle.norm(), self._probe_energy) / self.d_in
-        factor, failed = torch.linalg.cholesky_ex(c)
-        if bool(failed):
-            return False
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (self.d_in, 8), generator=generator).to(c) * 2 - 1
-        inverse_trace = float(torch.linalg.solve_triangular(factor, signs, upper=False).square().sum(0).mean())
-        return entry * inverse_trace < PROBE_LIMIT
-
-    def _add_outlier_rows(self) -> None:
-        if self._outlier_rows:
-            rows = torch.cat(self._outlier_rows)
-            self._outlier_rows = []
-            self._sum += rows.sum(0)
-            self._triangle.add_gram(rows)
-
-    def _product_dtype(self, rows_nd: torch.Tensor, median_norm: float) -> torch.dtype:
-        low, high = FLOAT32_NORMS
-        fits = median_norm == 0.0 or low < median_norm < high
-        # Whoever reads the sums early leaves a few rows, whose median may be that of massive tokens.
-        few = len(rows_nd) < STAGE_TOKENS
-        if not self._float32 or rows_nd.dtype == torch.float64 or few or not fits:
-            return torch.float64
-        return torch.float32
+    def _flushed(self) -> Sums:
+        self._sums.flush()
+        return self._sums
 
 
-@contextlib.contextmanager
-def full_precision_matmul(device_type: str) -> Iterator[None]:
-    """float32 products in float32, whatever the surrounding code allows: no TF32, no bf16 shortcut, no autocast."""
-    # Since torch 2.9 every backend has a setting of its own, and the older functions raise once anybody has used one.
-    matmul: Any = getattr(torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn, "matmul", None)
-    own_setting = hasattr(matmul, "fp32_precision")
-    before = matmul.fp32_precision if own_setting else torch.get_float32_matmul_precision()
-    if own_setting:
-        matmul.fp32_precision = "ieee"
-    else:
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        if own_setting:
-            matmul.fp32_precision = "none"  # inherits; a setting that was inherited before must follow later changes too
-            if matmul.fp32_precision != before:
-                matmul.fp32_precision = before
-        else:
-            torch.set_float32_matmul_precision(before)
+def find_nonfinite(covariances: Sequence[Covariance]) -> tuple[Covariance, str] | None:
+    """The first covariance that was given NaN or Inf since this was last asked, and what to say of it.
+
+    One wait for the device, however many covariances. Where `update` looks for itself there is nothing to find.
+    """
+    fresh = [(c, norms) for c in covariances for norms in c._sums.unchecked]
+    if nonfinite([norms.sum()[None].to(fresh[0][1].device, non_blocking=True) for _, norms in fresh]):
+        return next((c, text) for c in covariances for text in [nonfinite(c._sums.unchecked)] if text)
+    for c in covariances:
+        c._sums.unchecked.clear()
+    return None
+
+
+def _new_sums(d_in: int, device: torch.device, precision: str) -> Sums:
+    if device.type == "cuda" and precision == "auto":
+        obstacle = csrc_triton.unavailable(device)
+        if obstacle is None:
+            return TritonSums(d_in, device)
+        _warn_of_fallback(obstacle)
+    return TorchSums(d_in, device, mixed=precision == "auto")
+
+
+@functools.cache
+def _warn_of_fallback(obstacle: str) -> None:
+    warnings.warn(f"{obstacle}: second moments are summed by PyTorch's matrix products, which is slower", stacklevel=4)

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nullspace.covariance import PRECISIONS, Covariance
+from nullspace.covariance import PRECISIONS, Covariance, find_nonfinite
 from nullspace.progress import Progress, reporter
 from nullspace.sites import Site, find_targets, output_head, weight_shape
+from nullspace.sums import TokenMask
 
 STRATEGIES = ("auto", "resident")
 
@@ -103,7 +104,7 @@ class _Sum:
         """Whether x is the input at hand: the same object, and not written to since."""
         return self._input is not None and self._input() is x and self._version == _version(x)
 
-    def begin_input(self, name: str, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def begin_input(self, name: str, x: torch.Tensor, mask: TokenMask | None) -> None:
         self.covariance.update(x, mask)
         # A weak reference holds no memory, and answers None (not another tensor at the same address) when x is gone.
         self._input, self._version, self._heard = weakref.ref(x), _version(x), {name}
@@ -131,12 +132,16 @@ class _Sums:
         self._of: dict[str, _Sum] = {}
         self._batch = 0
         self._mask: torch.Tensor | None = None
+        # What the mask says of one vector a token, and of one vector a sequence: looked at once a batch, not once a layer.
+        self._tokens: TokenMask | None = None
+        self._sequences: TokenMask | None = None
         self._encoder_decoder = False
 
     def begin_batch(self, batch: int, mask: torch.Tensor | None, *, encoder_decoder: bool) -> None:
         self._batch = batch
         self._encoder_decoder = encoder_decoder
         self._mask = mask if isinstance(mask, torch.Tensor) and not bool((mask != 0).all()) else None
+        self._tokens = self._sequences = None
         if mask is not None and not isinstance(mask, torch.Tensor):
             raise ValueError(f"batch {batch}: attention_mask is {type(mask).__name__}, not a tensor (batch, tokens)")
 
@@ -162,6 +167,10 @@ class _Sums:
     def end_batch(self) -> None:
         for each in self._sums:
             self._end_input(each)
+        found = find_nonfinite([each.covariance for each in self._sums])
+        if found is not None:
+            name = next(each.members[0] for each in self._sums if each.covariance is found[0])
+            raise ValueError(f"{name}, batch {self._batch}: {found[1]}")
 
     def release(self) -> Iterator[tuple[Site, Covariance]]:
         silent = [name for name in self._targets if name not in self._of]
@@ -201,7 +210,7 @@ class _Sums:
                 f"{self._batch}: one sum cannot serve both. Calibrate them in separate runs (targets=[{missing!r}], …)."
             )
 
-    def _rows_that_count(self, x: torch.Tensor) -> torch.Tensor | None:
+    def _rows_that_count(self, x: torch.Tensor) -> TokenMask | None:
         mask = self._mask
         if mask is None:
             return None
@@ -210,9 +219,11 @@ class _Sums:
             raise ValueError(f"cannot tell padding from tokens with {what}: give batches without padding")
         tokens = x.shape[:-1]
         if tokens == mask.shape or tokens == (mask.numel(),) or tokens == (1, mask.numel()):
-            return mask.reshape(-1)
+            self._tokens = self._tokens or TokenMask(mask)
+            return self._tokens
         if tokens == mask.shape[:1]:  # one vector a sequence, such as a pooler's input
-            return mask.any(dim=1)
+            self._sequences = self._sequences or TokenMask(mask.any(dim=1))
+            return self._sequences
         raise ValueError(
             f"its input {tuple(x.shape)} cannot be lined up with the attention_mask {tuple(mask.shape)}, which has padding: "
             "give batches without padding (packed, or one sample each)"

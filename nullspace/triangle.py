@@ -1,12 +1,11 @@
 """The lower triangle of a symmetric matrix, in float64, held as row panels.
 
 Panel i holds rows `[start, stop)` and columns `[0, stop)`: half the memory of the square, and each panel takes its share of a
-Gram matrix from one GEMM over plain slices of the input, which is what BLAS libraries are best at.
+Gram matrix from one GEMM over plain slices of the input, which is what BLAS libraries are best at. All panels lie one behind the
+other in one vector, so that a kernel can address any tile, and a triangle is added, moved or reduced as a whole.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 
@@ -21,14 +20,18 @@ class LowerTriangle:
     Args:
         d: order of the matrix.
         device: where it lives.
+
+    Attributes:
+        packed: the panels, one behind the other. What it holds above the diagonal has no meaning.
     """
 
     def __init__(self, d: int, *, device: torch.device | str = "cpu") -> None:
         self.d = d
-        self._panels = [
-            (start, stop, torch.zeros(stop - start, stop, dtype=torch.float64, device=device))
-            for start, stop in ((s, min(s + PANEL_ROWS, d)) for s in range(0, d, PANEL_ROWS))
-        ]
+        bounds = [(start, min(start + PANEL_ROWS, d)) for start in range(0, d, PANEL_ROWS)]
+        sizes = [(stop - start) * stop for start, stop in bounds]
+        self.packed = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        parts = self.packed.split(sizes)
+        self._panels = [(start, stop, part.view(stop - start, stop)) for (start, stop), part in zip(bounds, parts, strict=True)]
 
     def add_gram(self, x_nd: torch.Tensor) -> None:
         """Add `x_nd.T @ x_nd`; the products are taken in the dtype of `x_nd` (float32 or float64), the sum in float64."""
@@ -41,8 +44,7 @@ class LowerTriangle:
 
     def add_(self, other: LowerTriangle) -> None:
         """Add another triangle of the same order."""
-        for (_, _, mine), (_, _, theirs) in zip(self._panels, other._panels, strict=True):
-            mine.add_(theirs.to(mine.device))
+        self.packed.add_(other.packed.to(self.packed.device))
 
     def diagonal(self) -> torch.Tensor:
         """The (d,) diagonal."""
@@ -50,13 +52,13 @@ class LowerTriangle:
 
     def norm(self) -> float:
         """The Frobenius norm of the whole matrix."""
-        below = [torch.linalg.vector_norm(panel[:, :start]) for start, _, panel in self._panels]
-        blocks = [torch.linalg.vector_norm(panel[:, start:]) for start, _, panel in self._panels]
-        return math.hypot(*(math.sqrt(2) * float(b) for b in below), *(float(b) for b in blocks))
+        below = [torch.linalg.vector_norm(panel.tril(start - 1)) for start, _, panel in self._panels]
+        strict, diagonal = torch.stack(below).norm(), self.diagonal().norm()
+        return float(torch.hypot(2**0.5 * strict, diagonal))
 
     def square(self) -> torch.Tensor:
         """The whole (d, d) matrix as a new tensor, symmetric to the bit."""
-        out = self._panels[0][2].new_empty(self.d, self.d)
+        out = self.packed.new_empty(self.d, self.d)
         for start, stop, panel in self._panels:
             out[start:stop, :start] = panel[:, :start]
             out[:start, start:stop] = panel[:, :start].T

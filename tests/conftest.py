@@ -13,6 +13,10 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import pytest
 import torch
 
+# Before anybody imports Triton: without a GPU its kernels run through its interpreter, in this very process.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from nullspace import store
 
 

@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nullspace.covariance import CHAIN_TOKENS, OUTLIER_RATIO, OUTLIER_ROWS, STAGE_TOKENS, Covariance
+from nullspace.covariance import Covariance
 from nullspace.solvers import bottom_eigenpairs
+from nullspace.sums import OUTLIER_RATIO, STAGE_TOKENS
+from nullspace.sums_torch import CHAIN_TOKENS, OUTLIER_ROWS
 from nullspace.triangle import PANEL_ROWS, LowerTriangle
 from reference import excess_leak, leak, optimal_leak
 

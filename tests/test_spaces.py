@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-import nullspace.covariance as covariance_module
+import nullspace.sums_torch as sums_torch
 from models import FAMILIES, VOCABULARY, random_batches, tiny
 from nullspace import Covariance, NullSpace, NullSpaces, Site, compute_null_spaces, report, store
 from nullspace.sites import find_targets
@@ -590,7 +590,7 @@ def test_a_weight_whose_values_are_not_at_hand_is_checked_by_its_shape(spaces: N
 @pytest.fixture
 def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every site believes that float32 chains will do, whatever its first tokens show."""
-    monkeypatch.setattr(covariance_module, "PROBE_LIMIT", float("inf"))
+    monkeypatch.setattr(sums_torch, "PROBE_LIMIT", float("inf"))
 
 
 def test_the_first_tokens_show_which_sites_need_float64() -> None:

@@ -1,0 +1,115 @@
+"""`Sums`: what a running second moment is made of, whatever takes the products; and `TokenMask`, which tokens count."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+
+import torch
+
+from nullspace.triangle import LowerTriangle
+
+# A token is an outlier if its norm exceeds this many times the median norm of those around it.
+OUTLIER_RATIO = 8.0
+# Fewer rows than this are no sample to take a median norm of, and are not worth a product.
+STAGE_TOKENS = 512
+# Median norms outside this range would under- or overflow in float32 products: such rows are summed in float64.
+FLOAT32_NORMS = (1e-12, 1e14)
+# ‖E‖_F / ‖C‖_F of a float64 sum, where C + E is what the sum comes to: an upper end of what was measured.
+FLOAT64_RESOLUTION = 1e-15
+
+
+class TokenMask:
+    """Which rows of an input are tokens and which are padding. Looked at once, however many inputs it is for.
+
+    Args:
+        mask: as many entries as there are rows, of any shape; zero or False is padding.
+    """
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self._indices = mask.reshape(-1).nonzero().flatten()  # waits for the device, if the mask is on one
+        self.rows = mask.numel()
+        self.count = len(self._indices)
+
+    def indices(self, device: torch.device) -> torch.Tensor:
+        """(count,) int64: the rows that count, ascending."""
+        if self._indices.device != device:
+            self._indices = self._indices.to(device)
+        return self._indices
+
+
+class Sums(abc.ABC):
+    """Σ x xᵀ and Σ x of the tokens added so far, and an account of what rounding may have done to them.
+
+    Attributes:
+        triangle: the lower triangle of Σ x xᵀ.
+        total: Σ x, (d_in,) float64.
+        outliers: tokens whose norm exceeded `OUTLIER_RATIO` × the median of those that were summed with them.
+        unchecked: norms of tokens that nobody has looked at yet, for NaN and Inf.
+
+    The first three are complete after `flush`.
+    """
+
+    def __init__(self, d_in: int, device: torch.device) -> None:
+        self.d_in = d_in
+        self.device = device
+        self.triangle = LowerTriangle(d_in, device=device)
+        self.total = torch.zeros(d_in, dtype=torch.float64, device=device)
+        self.outliers = 0
+        self.unchecked: list[torch.Tensor] = []
+        # Σ‖x‖² over the tokens whose products were not taken in float64; and what these may have lost, as Frobenius norms: the sum
+        # of squares of independent errors, and the sum of those that point the same way.
+        self._mixed_energy = 0.0
+        self._independent_loss = 0.0
+        self._common_loss = 0.0
+
+    @abc.abstractmethod
+    def add(self, x_nd: torch.Tensor, mask: TokenMask | None) -> None:
+        """Add the rows of x, or those of them that the mask names. x may be overwritten as soon as this returns."""
+
+    @abc.abstractmethod
+    def flush(self) -> None:
+        """Bring the attributes up to date.
+
+        Raises:
+            ValueError: for NaN or Inf that was not found while adding.
+        """
+
+    def merge(self, other: Sums) -> None:
+        """Add all that another one holds."""
+        self.flush()
+        other.flush()
+        self.triangle.add_(other.triangle)
+        self.total += other.total.to(self.device)
+        self.outliers += other.outliers
+        self._mixed_energy += other._mixed_energy
+        self._independent_loss += other._independent_loss
+        self._common_loss += other._common_loss
+
+    @property
+    def mixed(self) -> bool:
+        """Whether any products were taken in less than float64."""
+        return self._mixed_energy > 0
+
+    @property
+    def error_norm(self) -> float:
+        """About ‖E‖_F, where C + E is what the sum comes to.
+
+        The losses were counted relative to the energy of the tokens, which bounds the norm of their sum from above.
+        """
+        norm = self.triangle.norm()
+        lost = FLOAT64_RESOLUTION * norm
+        if self.mixed:
+            lost += (math.sqrt(self._independent_loss) + self._common_loss) * min(norm / self._mixed_energy, 1.0)
+        return lost
+
+
+def nonfinite(norms: Sequence[torch.Tensor]) -> str | None:
+    """What to say of tokens whose norms are NaN or Inf; None if there are none. Waits for the device."""
+    if not norms:
+        return None
+    bad = ~torch.isfinite(torch.cat(list(norms)))
+    if not bad.any():
+        return None
+    return f"NaN or Inf in {int(bad.sum())} of {len(bad)} tokens (the first one is token {int(bad.nonzero()[0])})"
