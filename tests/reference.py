@@ -8,6 +8,17 @@ import torch
 from torch import nn
 
 
+def second_moment(x: torch.Tensor) -> torch.Tensor:
+    """x.T @ x over all rows, in float64."""
+    rows = x.reshape(-1, x.shape[-1]).double()
+    return rows.T @ rows
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖actual − expected‖_F / ‖expected‖_F."""
+    return float((actual - expected).norm() / expected.norm())
+
+
 def leak(basis_dr: torch.Tensor, x_nd: torch.Tensor) -> float:
     """‖UᵀX‖_F / ‖X‖_F, in float64."""
     x = x_nd.double()

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inputs import activations, randn
 from nullspace.covariance import Covariance
 from nullspace.solvers import bottom_eigenpairs
 from nullspace.sums import OUTLIER_RATIO, STAGE_TOKENS
 from nullspace.sums_torch import CHAIN_TOKENS, OUTLIER_ROWS
 from nullspace.triangle import PANEL_ROWS, LowerTriangle
-from reference import excess_leak, leak, optimal_leak
+from reference import excess_leak, leak, optimal_leak, relative_error, second_moment
 
 PRECISIONS = ["auto", "fp64"]
 # ‖error‖_F / ‖C‖_F. float32 chains were measured at 2e-8 to 2e-7, and at up to 9e-7 where d < 4 (sums taken one by one); TF32
@@ -24,29 +25,6 @@ PRECISIONS = ["auto", "fp64"]
 RESOLUTION = {"auto": 2e-6, "fp64": 1e-14}
 # More than one chain, and a remainder.
 LONG = 2 * CHAIN_TOKENS + STAGE_TOKENS // 2
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def activations(tokens: int, d: int, *, quietest: float, massive: float = 1.0, every: int = 128, seed: int = 0) -> torch.Tensor:
-    """Tokens whose singular values fall from 1 to `quietest` along directions that are no axes; every n-th one is scaled."""
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
-    x = torch.randn(tokens, d, generator=generator, dtype=torch.float64) * quietest ** torch.linspace(0, 1, d)
-    x = x @ directions.T
-    x[::every] *= massive
-    return x.float()
-
-
-def second_moment(x: torch.Tensor) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1]).double()
-    return rows.T @ rows
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
 
 
 def covariance_of(*updates: torch.Tensor, precision: str = "auto") -> Covariance:

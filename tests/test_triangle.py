@@ -5,15 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from inputs import small_integers
 from nullspace.triangle import PANEL_ROWS, LowerTriangle
 
 # One row, one panel and its neighbours, two panels and their neighbours, and an order that is no multiple of anything.
 ORDERS = [1, 2, PANEL_ROWS - 1, PANEL_ROWS, PANEL_ROWS + 1, 2 * PANEL_ROWS, 2 * PANEL_ROWS + 1, 600]
-
-
-def small_integers(tokens: int, d: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    """Products and sums of these are exact in float32 too, so that equality can be asked for."""
-    return torch.randint(-8, 9, (tokens, d), generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def triangle_of(*parts_nd: torch.Tensor) -> LowerTriangle:
