@@ -31,15 +31,16 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "vector_unit": torch.backends.cpu.get_cpu_capability(),
         "versions": versions,
-        "commit": _git("rev-parse", "HEAD"),
+        # A copy of the tree without its history is told its commit.
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("NULLSPACE_COMMIT", ""),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")),
     }
 
 
-def write_result(name: str, content: dict[str, Any]) -> Path:
-    """`benchmarks/results/<name>.json`."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_result(name: str, content: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """`<folder>/<name>.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"environment": environment(), **content}, indent=1) + "\n")
     return path
 
