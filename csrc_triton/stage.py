@@ -11,7 +11,7 @@ from nullspace.csrc_triton.syrk import _on
 ROWS, COLUMNS = 32, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _stage(
     x, rows, out, norms, sums, count, d, stride, out_stride, GATHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):

@@ -58,7 +58,7 @@ def _add(g, high, low, row, column, d, stride):
     tl.store(entries, tl.load(entries, mask=inside) + (high.to(tl.float64) + low.to(tl.float64)), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _syrk(
     g,
     x,
@@ -112,7 +112,7 @@ def _selected(x, rows, start, selected, columns, d, stride, BLOCK_K: tl.constexp
     return tl.load(source + columns[None, :], mask=(k < selected)[:, None] & (columns < d)[None, :], other=0.0).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_count"])
 def _syrk_rows(
     g,
     x,

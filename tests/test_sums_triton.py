@@ -52,7 +52,7 @@ def unit_rows(tokens: int, d: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("leading", [(), (1,), (3, 5), (STAGE_TOKENS,), (2, 1, STAGE_TOKENS + 3)], ids=str)
-@pytest.mark.parametrize("d", [1, 3, 140])
+@pytest.mark.parametrize("d", [1, 70])
 def test_the_sums_are_those_of_the_tokens(d: int, leading: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     x = randn(*leading, d, dtype=dtype)
     covariance = covariance_of(x, device=device)
@@ -145,7 +145,7 @@ def test_the_buffer_is_no_larger_than_the_triangle(d: int) -> None:
 
 
 @pytest.mark.parametrize("padding", [0.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("length", [1, 40, STAGE_TOKENS])
+@pytest.mark.parametrize("length", [40, STAGE_TOKENS])
 def test_padding_is_dropped(length: int, padding: float, device: torch.device) -> None:
     x = randn(3, length, 5, dtype=torch.bfloat16)
     mask = torch.ones(3, length)

@@ -31,7 +31,7 @@ TILINGS = [
 ]
 TILING_IDS = ["table", "64", "128"]
 # Nothing, one row and column, part of a tile, tiles and their neighbours, more than one panel.
-SHAPES = [(0, 5), (1, 1), (1, 300), (7, 3), (40, 64), (65, 65), (130, 127), (128, 128), (129, 129), (200, PANEL_ROWS + 1), (3, 600)]
+SHAPES = [(0, 5), (1, 1), (1, 300), (7, 3), (40, 64), (65, 65), (130, 127), (128, 128), (129, 129), (70, PANEL_ROWS + 1)]
 
 
 def numbered(d: int, device: torch.device) -> torch.Tensor:
@@ -144,9 +144,10 @@ def test_rows_may_be_more_than_2_to_the_31_elements_apart(device: torch.device) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 50])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("count", "index_dtype", "packed"),
+    [(0, torch.int64, True), (1, torch.int32, False), (15, torch.int64, False), (16, torch.int64, True), (50, torch.int32, True)],
+)
 def test_selected_rows(count: int, dtype: torch.dtype, index_dtype: torch.dtype, packed: bool, device: torch.device) -> None:
     d = PANEL_ROWS + 9
     x = randn(50, d + 3, dtype=dtype).to(device)[:, 3:]
@@ -170,7 +171,7 @@ def test_selected_rows(count: int, dtype: torch.dtype, index_dtype: torch.dtype,
 @pytest.mark.parametrize("tiling", TILINGS, ids=TILING_IDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_entry_is_right(dtype: torch.dtype, tiling: Tiling | None, device: torch.device) -> None:
-    x = randn(1000, 150, dtype=dtype).to(device) * torch.logspace(-3, 3, 150, device=device).to(dtype)
+    x = randn(400, 150, dtype=dtype).to(device) * torch.logspace(-3, 3, 150, device=device).to(dtype)
     g = torch.zeros(150, 150, dtype=torch.float64, device=device)
     syrk_accumulate(g, x, tiling=tiling)
     # Relative to √(g_ii g_jj): one TF32 product would show as 1e-4, one sum in bfloat16 as 1e-2.
