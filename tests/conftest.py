@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import filelock
 import pytest
 import torch
 
@@ -51,11 +52,12 @@ def smollm2(smollm2_gguf: Path) -> Path:
     from nullspace.integrations.transformers import load_model
 
     folder = Path(tempfile.gettempdir()) / f"nullspace-tests-{smollm2_gguf.stem}-{transformers.__version__}"
-    if not folder.exists():
-        model, tokenizer = load_model(smollm2_gguf, device="cpu")
-        with store.new_directory(folder) as part:
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
+    with filelock.FileLock(f"{folder}.lock"):  # tests run in several processes
+        if not folder.exists():
+            model, tokenizer = load_model(smollm2_gguf, device="cpu")
+            with store.new_directory(folder) as part:
+                model.save_pretrained(part)
+                tokenizer.save_pretrained(part)
     return folder
 
 

@@ -1,33 +1,42 @@
-"""A model of Hopper's tensor core, for kernels that run where there is none.
+"""A model of tensor cores, for kernels that run where there are none.
 
-wgmma, 16-bit inputs: 16 products and the accumulator are aligned to the largest exponent among them, cut off 25 binary places
-behind it, added, and rounded toward zero to float32 (the rules that arXiv 2511.10909 found by experiment). numpy's product,
-which Triton's interpreter takes, rounds to nearest: with it, a kernel that sums too long a chain looks better than it is.
+16-bit inputs: so many products and the accumulator are aligned to the largest exponent among them, cut off so many binary
+places behind it, added, and rounded toward zero to float32 (the rules that arXiv 2511.10909 found by experiment: 16 products and
+25 places on Hopper, 8 and 24 on Ampere). numpy's product, which Triton's interpreter takes, rounds to nearest: with it, a kernel
+that sums too long a chain looks better than it is.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-STEP = 16
-FRACTION = 25
 NOTHING = -10_000  # exponent of zero
 
 
-def dot(a_mk: np.ndarray, b_kn: np.ndarray, c_mn: np.ndarray) -> np.ndarray:
-    """c + a @ b in float32, as one chain: the k axis in steps of 16."""
-    a, b, c = (np.asarray(x, dtype=np.float64) for x in (a_mk, b_kn, c_mn))
-    for k in range(0, a.shape[1], STEP):
-        c = _step(a[:, k : k + STEP], b[k : k + STEP], c)
-    return c.astype(np.float32)
+class TensorCore(NamedTuple):
+    """Products that are rounded together, and the binary places they keep."""
+
+    step: int
+    places: int
+
+    def dot(self, a_mk: np.ndarray, b_kn: np.ndarray, c_mn: np.ndarray) -> np.ndarray:
+        """c + a @ b in float32, as one chain along the k axis."""
+        a, b, c = (np.asarray(x, dtype=np.float64) for x in (a_mk, b_kn, c_mn))
+        for k in range(0, a.shape[1], self.step):
+            c = self._add(a[:, k : k + self.step], b[k : k + self.step], c)
+        return c.astype(np.float32)
+
+    def _add(self, a_mk: np.ndarray, b_kn: np.ndarray, c_mn: np.ndarray) -> np.ndarray:
+        products = a_mk.T[:, :, None] * b_kn[:, None, :]
+        exponents = (_exponent(a_mk).T[:, :, None] + _exponent(b_kn)[:, None, :]).max(axis=0)
+        unit = np.ldexp(1.0, np.maximum(np.maximum(exponents, _exponent(c_mn)), -900) - self.places)
+        return _toward_zero((np.trunc(products / unit).sum(axis=0) + np.trunc(c_mn / unit)) * unit)
 
 
-def _step(a_mk: np.ndarray, b_kn: np.ndarray, c_mn: np.ndarray) -> np.ndarray:
-    products = a_mk.T[:, :, None] * b_kn[:, None, :]
-    exponents = (_exponent(a_mk).T[:, :, None] + _exponent(b_kn)[:, None, :]).max(axis=0)
-    unit = np.ldexp(1.0, np.maximum(np.maximum(exponents, _exponent(c_mn)), -900) - FRACTION)
-    total = (np.trunc(products / unit).sum(axis=0) + np.trunc(c_mn / unit)) * unit
-    return _toward_zero(total)
+HOPPER = TensorCore(step=16, places=25)
+AMPERE = TensorCore(step=8, places=24)
 
 
 def _exponent(x: np.ndarray) -> np.ndarray:

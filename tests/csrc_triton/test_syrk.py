@@ -218,28 +218,29 @@ def resolution(g: torch.Tensor, x: torch.Tensor) -> float:
     return float((error - (error * exact).sum() / exact.square().sum() * exact).norm() / exact.norm())
 
 
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interpreted dots round as Hopper's tensor cores do."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nothing is interpreted")
+@pytest.mark.parametrize(
+    ("core", "window"),
+    [(tensor_core.HOPPER, HALF[9, 0].window), (tensor_core.AMPERE, HALF_DEFAULT.window)],
+    ids=["Hopper", "Ampere"],
+)
+@pytest.mark.parametrize("quietest", [1.0, 1e-3])
+def test_short_chains_withstand_rounding_toward_zero(
+    quietest: float, core: tensor_core.TensorCore, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from triton.runtime import interpreter
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        return interpreter.TensorHandle(tensor_core.dot(a.data, b.data, d.data), d.dtype.scalar)
+        return interpreter.TensorHandle(core.dot(a.data, b.data, d.data), d.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nothing is interpreted")
-@pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("quietest", [1.0, 1e-3])
-def test_short_chains_withstand_rounding_toward_zero(quietest: float) -> None:
     x = activations(4096, 48, quietest=quietest).bfloat16()
     losses = {}
-    for window in (HALF[9, 0].window, 4096):
+    for tokens in (window, 4096):
         g = torch.zeros(48, 48, dtype=torch.float64)
-        syrk_accumulate(g, x, tiling=Tiling(block=64, block_k=32, window=window, warps=4, stages=2, descriptor=False))
-        losses[window] = resolution(g, x)
-    assert losses[HALF[9, 0].window] <= 3e-8
+        syrk_accumulate(g, x, tiling=Tiling(block=64, block_k=32, window=tokens, warps=4, stages=2, descriptor=False))
+        losses[tokens] = resolution(g, x)
+    assert losses[window] <= 3e-8
     assert losses[4096] > 1e-7  # one chain over all tokens: the model rounds as it should, and the windows are what helps
 
 
