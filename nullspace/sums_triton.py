@@ -16,8 +16,8 @@ from nullspace.triangle import PANEL_ROWS
 
 # ‖E‖_F / ‖C‖_F, the part of E that is proportional to C left out (it moves no eigenvector): tensor-core chains lose by rounding
 # toward zero, all the same way. For 16-bit inputs, an upper end of simulations of Hopper's rounding: 0.7e-8 to 2.5e-8 on Gaussian
-# inputs, 2.4e-8 to 5.7e-8 on those of SmolLM2, where most of it is harmless: a chain's early tokens weigh a little less than its late
-# ones, and what no token has, no weighted sum has either. For float32 inputs, which TF32 products stand for, float32's own.
+# inputs, 2.4e-8 to 5.7e-8 on those of SmolLM2, where most of it is harmless: a chain's early tokens weigh a little less than its
+# late ones, and what no token has, no weighted sum has either. For float32 inputs, which TF32 products stand for, float32's own.
 # To be measured on a device: `python -m benchmarks.gpu_syrk`.
 HALF_RESOLUTION = 6e-8
 SINGLE_RESOLUTION = 2e-7
