@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 _OPS = {"syrk_accumulate": "syrk", "syrk_accumulate_rows": "syrk", "stage_rows": "stage", "zero_rows": "stage"}
-# The oldest Triton with host-side tensor descriptors, and the oldest device whose tensor cores take bfloat16.
-TRITON_VERSION = (3, 4)
+# The oldest Triton that compiles all of the kernels, and the oldest device whose tensor cores take bfloat16.
+TRITON_VERSION = (3, 5)
 CAPABILITY = (8, 0)
 
 __all__ = [*_OPS, "unavailable"]

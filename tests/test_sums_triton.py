@@ -405,8 +405,8 @@ def test_what_keeps_the_kernels_from_running_is_named(monkeypatch: pytest.Monkey
     assert csrc_triton.unavailable(torch.device("cpu")) == "cpu is not a CUDA device"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert csrc_triton.unavailable(cuda) is None
-    monkeypatch.setattr(triton, "__version__", "3.3.1")
-    assert csrc_triton.unavailable(cuda) == "Triton 3.3.1 is older than 3.4"
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    assert csrc_triton.unavailable(cuda) == "Triton 3.4.0 is older than 3.5"
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "not installed" in (csrc_triton.unavailable(cuda) or "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
