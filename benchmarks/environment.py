@@ -33,7 +33,9 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         # A copy of the tree without its history is told its commit.
         "commit": _git("rev-parse", "HEAD") or os.environ.get("NULLSPACE_COMMIT", ""),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"))
+        if _git("rev-parse", "HEAD")
+        else None,
     }
 
 
@@ -54,5 +56,8 @@ def _cpu() -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
     return done.stdout.strip()

@@ -6,6 +6,7 @@ missing.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -34,6 +35,20 @@ def unavailable(device: torch.device) -> str | None:
         return "Triton is not installed (pip install triton)"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON_VERSION:
         return f"Triton {triton.__version__} is older than {TRITON_VERSION[0]}.{TRITON_VERSION[1]}"
+    return _launch_failure(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
+
+
+@functools.cache
+def _launch_failure(device: torch.device) -> str | None:
+    """What goes wrong when two small kernels are launched: Triton may lack a C compiler, or not know the device."""
+    ops = importlib.import_module(f"{__name__}.syrk"), importlib.import_module(f"{__name__}.stage")
+    x = torch.zeros(1, 1, dtype=torch.bfloat16, device=device)
+    rows = torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        ops[0].syrk_accumulate_rows(torch.zeros(1, 1, dtype=torch.float64, device=device), x, rows, rows[0])
+        ops[1].zero_rows(x, rows, rows[0])
+    except Exception as error:
+        return f"Triton cannot launch a kernel ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
     return None
 
 

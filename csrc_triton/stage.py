@@ -9,24 +9,39 @@ import triton.language as tl
 from nullspace.csrc_triton.syrk import _on
 
 ROWS, COLUMNS = 32, 128
+# Columns that one program walks over: enough programs for a GPU even with few rows.
+CHUNK = 1024
 
 
 @triton.jit(do_not_specialize=["count"])
 def _stage(
-    x, rows, out, norms, sums, count, d, stride, out_stride, GATHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x,
+    rows,
+    out,
+    squares,
+    sums,
+    count,
+    d,
+    stride,
+    out_stride,
+    GATHER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     source = tl.load(rows + k, mask=k < count, other=0).to(tl.int64) if GATHER else k.to(tl.int64)
-    squares = tl.zeros((ROWS,), tl.float64)
-    for first in tl.range(0, d, COLUMNS):
+    total = tl.zeros((ROWS,), tl.float64)
+    start = tl.program_id(1) * CHUNK
+    for first in tl.range(start, tl.minimum(start + CHUNK, d), COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
         inside = (k < count)[:, None] & (columns < d)[None, :]
         tile = tl.load(x + source[:, None] * stride + columns[None, :], mask=inside, other=0.0)
         tl.store(out + k.to(tl.int64)[:, None] * out_stride + columns[None, :], tile, mask=inside)
         wide = tile.to(tl.float64)
-        squares += tl.sum(wide * wide, axis=1)
+        total += tl.sum(wide * wide, axis=1)
         tl.store(sums + tl.program_id(0).to(tl.int64) * d + columns, tl.sum(wide, axis=0), mask=columns < d)
-    tl.store(norms + k, tl.sqrt(squares), mask=k < count)
+    tl.store(squares + tl.program_id(1).to(tl.int64) * count + k, total, mask=k < count)
 
 
 @triton.jit
@@ -45,33 +60,34 @@ def stage_rows(x: torch.Tensor, out: torch.Tensor, rows: torch.Tensor | None = N
     Args:
         x: (tokens, d), bfloat16, float16 or float32; rows may be strided, the last axis is contiguous.
         out: (n, d) of the same dtype and device, strided likewise. Row k becomes row `rows[k]` of x.
-        rows: (n,) int32 or int64 indices into x; None: the first n rows.
+        rows: (n,) int32 or int64 indices into x, on its device; None: the first n rows.
 
     Returns:
         `(norms, total)`: (n,) and (d,), float64: ‖row‖ of each row, NaN or Inf if it holds any; and the sum of all.
     """
     n, d = out.shape
-    programs = -(-n // ROWS)
-    norms = torch.empty(n, dtype=torch.float64, device=x.device)
-    sums = torch.empty(programs, d, dtype=torch.float64, device=x.device)
+    blocks, chunks = -(-n // ROWS), -(-d // CHUNK)
+    squares = torch.empty(chunks, n, dtype=torch.float64, device=x.device)
+    sums = torch.empty(blocks, d, dtype=torch.float64, device=x.device)
     if n > 0:
         with _on(x.device):
-            _stage[(programs,)](
+            _stage[(blocks, chunks)](
                 x,
                 x if rows is None else rows,
                 out,
-                norms,
+                squares,
                 sums,
                 n,
                 d,
                 x.stride(0),
                 out.stride(0),
-                rows is not None,
-                ROWS,
-                COLUMNS,
+                GATHER=rows is not None,
+                ROWS=ROWS,
+                COLUMNS=COLUMNS,
+                CHUNK=CHUNK,
                 enable_fp_fusion=True,
             )
-    return norms, sums.sum(0)
+    return squares.sum(0).sqrt(), sums.sum(0)
 
 
 def zero_rows(x: torch.Tensor, rows: torch.Tensor, count: torch.Tensor) -> None:

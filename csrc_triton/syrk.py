@@ -43,6 +43,13 @@ def _operand(
 
 
 @triton.jit
+def _collect(high, low):
+    """Kahan's step: low, a chain that started from what the last step lost, goes into high; what that loses is returned as low."""
+    total = high + low
+    return total, low - (total - high)
+
+
+@triton.jit
 def _halves(tile):
     """The left and the right half of the columns."""
     return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
@@ -78,15 +85,16 @@ def _syrk(
     column = tl.load(tile + 1).to(tl.int32) * BLOCK
     high = tl.zeros((BLOCK, BLOCK), tl.float32)
     low = tl.zeros((BLOCK, BLOCK), tl.float32)
-    # One flat loop: a nested one would drain the pipeline at the end of every window.
+    # One flat loop: a nested one would drain the pipeline at the end of every window. On Hopper a step is a whole window: under a
+    # condition some versions of ptxas wait for every single product (test_compiled.py looks).
     for start in tl.range(0, tokens, BLOCK_K):
         left = _operand(x, start, row, tokens, d, stride, BLOCK, BLOCK_K, DESCRIPTOR, UPCAST)
         right = _operand(x, start, column, tokens, d, stride, BLOCK, BLOCK_K, DESCRIPTOR, UPCAST)
         low = tl.dot(left.T, right, low, input_precision=PRODUCTS)
-        if start % WINDOW == WINDOW - BLOCK_K:
-            total = high + low
-            low = low - (total - high)
-            high = total
+        if WINDOW == BLOCK_K:
+            high, low = _collect(high, low)
+        elif start % WINDOW == WINDOW - BLOCK_K:  # noqa: SIM114 (one condition is known to the compiler, the other is not)
+            high, low = _collect(high, low)
     # The last window may be a part of one, and is then still in `low`: the sum of the two is exact enough all the same.
     g += tl.load(tile + 2)
     stride_g = tl.load(tile + 3)
@@ -167,7 +175,7 @@ def syrk_accumulate(g: torch.Tensor, x: torch.Tensor, *, panel_rows: int | None 
         tiling: the shape of the work; None: the table's choice for this device (`nullspace.csrc_triton.tiles`).
 
     Raises:
-        ValueError: for a shape, stride or device that does not fit.
+        ValueError: for a shape, stride, device or tiling that does not fit.
         TypeError: for another dtype.
     """
     _check(g, x, panel_rows)
@@ -175,6 +183,8 @@ def syrk_accumulate(g: torch.Tensor, x: torch.Tensor, *, panel_rows: int | None 
     if tokens == 0:
         return
     chosen = tiling or tiling_for(x.dtype, x.device)
+    if chosen.window % chosen.block_k != 0:
+        raise ValueError(f"a window of {chosen.window} tokens is not made of whole steps of {chosen.block_k}")
     tiles = _tiles(g, d, chosen.block, panel_rows)
     descriptor = chosen.descriptor and _describable(x)
     with _on(x.device):
@@ -271,7 +281,8 @@ def _tiles(g: torch.Tensor, d: int, block: int, panel_rows: int | None) -> torch
 
 def _describable(x: torch.Tensor) -> bool:
     """Whether a tensor descriptor can address x: 16-byte steps from row to row, and rows that do not overlap."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 and x.stride(0) >= x.shape[1]
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0
+    return aligned and x.stride(0) >= x.shape[1] and x.stride(1) == 1
 
 
 def _programs(device: torch.device) -> int:

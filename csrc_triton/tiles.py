@@ -17,7 +17,7 @@ class Tiling(NamedTuple):
     Attributes:
         block: rows and columns of an output tile.
         block_k: tokens a step of the pipeline.
-        window: tokens a tensor-core chain; the sum of a window is then added to the compensated float32 pair.
+        window: tokens a tensor-core chain, a multiple of `block_k`; a chain's sum goes into the compensated float32 pair.
         warps: warps a program.
         stages: depth of the software pipeline.
         descriptor: operands through tensor descriptors (TMA), where the input's alignment allows it.
@@ -36,7 +36,7 @@ class Tiling(NamedTuple):
 # Windows: Hopper rounds once in 16 tokens, 25 binary places behind the largest product; Ampere once in 8, 24 places behind, and
 # needs windows half as long for the same resolution (simulated: tests/tensor_core.py). What nobody has looked at is treated alike.
 HALF = {
-    (9, 0): Tiling(block=128, block_k=64, window=128, warps=8, stages=4, descriptor=True),
+    (9, 0): Tiling(block=128, block_k=128, window=128, warps=8, stages=3, descriptor=True),
     (8, 0): Tiling(block=128, block_k=32, window=64, warps=8, stages=4, descriptor=False),
 }
 HALF_DEFAULT = Tiling(block=128, block_k=32, window=64, warps=8, stages=3, descriptor=False)

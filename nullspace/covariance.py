@@ -39,7 +39,7 @@ class Covariance:
             float64). float64 inputs are always summed in float64.
 
     Cost: n · d_in² flops for n tokens. Memory: 4 · d_in² bytes for the triangle; beside it, on a CPU at most 512 rows of
-    input, on a GPU a buffer of min(8192, max(512, 2 · d_in)) rows.
+    input, on a GPU, until the sums are read, a buffer of min(8192, max(512, 2 · d_in)) rows.
 
     Raises:
         ValueError: if `d_in` is smaller than 1, or `precision` is unknown.
@@ -160,7 +160,7 @@ def find_nonfinite(covariances: Sequence[Covariance]) -> tuple[Covariance, str] 
     """
     fresh = [(c, norms) for c in covariances for norms in c._sums.unchecked]
     if nonfinite([norms.sum()[None].to(fresh[0][1].device, non_blocking=True) for _, norms in fresh]):
-        return next((c, text) for c in covariances for text in [nonfinite(c._sums.unchecked)] if text)
+        return next(((c, text) for c in covariances for text in [nonfinite(c._sums.unchecked)] if text), None)
     for c in covariances:
         c._sums.unchecked.clear()
     return None

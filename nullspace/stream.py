@@ -43,7 +43,8 @@ def stream_covariances(
             or tuples of tensors that it takes as positional ones. Where `attention_mask` (batch, tokens) is zero, a token is
             padding and is not counted.
         targets: which linear layers: see `nullspace.sites.find_targets`.
-        strategy: `"resident"`: one ordinary forward pass a batch, all sums in memory at once (4 · d_in² bytes a site).
+        strategy: `"resident"`: one ordinary forward pass a batch, all sums in memory at once (4 · d_in² bytes a site; on a
+            GPU up to as much again for tokens on their way).
             `"auto"` is the same for now.
         precision: `"auto"` or `"fp64"`: see `Covariance`.
         progress: True for a bar, False for none, or a callable (`nullspace.progress.Progress`).

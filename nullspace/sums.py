@@ -53,8 +53,8 @@ class Sums(abc.ABC):
 
     def __init__(self, d_in: int, device: torch.device) -> None:
         self.d_in = d_in
-        self.device = device
         self.triangle = LowerTriangle(d_in, device=device)
+        self.device = self.triangle.packed.device  # with its index, whatever the current device will be
         self.total = torch.zeros(d_in, dtype=torch.float64, device=device)
         self.outliers = 0
         self.unchecked: list[torch.Tensor] = []

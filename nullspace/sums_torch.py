@@ -73,6 +73,8 @@ class TorchSums(Sums):
             self._absorbed += other._absorbed
             self._probe_energy += other._probe_energy
             self._float32 = other._float32 if self._float32 is None else self._float32
+        elif self._float32 is None:
+            self._float32 = False  # the sum is no longer that of the first tokens alone
 
     def _absorb_staged(self) -> None:
         if self._staged:

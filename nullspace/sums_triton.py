@@ -46,7 +46,9 @@ class TritonSums(Sums):
 
     def add(self, x_nd: torch.Tensor, mask: TokenMask | None) -> None:
         """Add rows, without waiting for the device."""
-        x_nd = x_nd.to(self.device)
+        # What the kernels do not know (8-bit floats) fits into float32.
+        known = x_nd.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        x_nd = x_nd.to(self.device, x_nd.dtype if known else torch.float32)
         if x_nd.dtype == torch.float64:
             self._add_float64(x_nd if mask is None else x_nd.index_select(0, mask.indices(self.device)))
             return
@@ -73,6 +75,7 @@ class TritonSums(Sums):
 
     def flush(self) -> None:
         self._absorb()
+        self._buffer = None  # whoever reads the sums is done with most of them, and needs the memory
         complaint = nonfinite(self.unchecked)
         if complaint:
             raise ValueError(complaint)

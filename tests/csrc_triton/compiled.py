@@ -23,7 +23,7 @@ from nullspace.csrc_triton import stage, syrk
 from nullspace.csrc_triton.tiles import DOUBLE, HALF, HALF_DEFAULT, SINGLE, Tiling
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-ALIGNED = {"g", "x", "out", "tiles", "rows", "norms", "sums", "d", "stride", "out_stride"}
+ALIGNED = {"g", "x", "out", "tiles", "rows", "squares", "sums", "d", "stride", "out_stride"}
 
 
 def compile_for(kernel: Any, capability: int, signature: dict[str, str], constants: dict[str, Any], **options: Any) -> Any:
@@ -74,6 +74,7 @@ def facts(compiled: Any) -> dict[str, Any]:
         "loop": {
             "products": sum(bool(re.search(r"HGMMA|HMMA|DMMA|UTC\w*MMA", t)) for t in loop),
             "float32 adds": sum("FADD" in t for t in loop),
+            "waits": sum("DEPBAR" in t and "gsb0" in t for t in loop),
             "spills": sum(bool(re.search(r"\b(?:LDL|STL)\b", t)) for t in loop),
         },
     }
@@ -105,9 +106,16 @@ def rows_for(dtype: torch.dtype, capability: int) -> dict[str, Any]:
 
 def staging_for(dtype: torch.dtype, capability: int) -> dict[str, Any]:
     kind = f"*{NAMES[dtype]}"
-    signature = {"x": kind, "rows": "*i64", "out": kind, "norms": "*fp64", "sums": "*fp64", "count": "i32", "d": "i32"}
+    signature = {"x": kind, "rows": "*i64", "out": kind, "squares": "*fp64", "sums": "*fp64", "count": "i32", "d": "i32"}
     signature |= {"stride": "i64", "out_stride": "i64"}
-    return facts(compile_for(stage._stage, capability, signature, {"GATHER": True, "ROWS": stage.ROWS, "COLUMNS": stage.COLUMNS}))
+    return facts(
+        compile_for(
+            stage._stage,
+            capability,
+            signature,
+            {"GATHER": True, "ROWS": stage.ROWS, "COLUMNS": stage.COLUMNS, "CHUNK": stage.CHUNK},
+        )
+    )
 
 
 def main() -> None:

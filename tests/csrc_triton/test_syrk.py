@@ -93,8 +93,9 @@ def test_any_shape_and_stride(
         lambda x: x[::2],
         lambda x: x[:1].expand(50, -1),
         lambda x: x.reshape(-1)[: 40 * 70].as_strided((40, 60), (70, 1)),
+        lambda x: x[:, ::2][:, :1],
     ],
-    ids=["shifted", "unaligned", "every other row", "one row repeated", "odd step"],
+    ids=["shifted", "unaligned", "every other row", "one row repeated", "odd step", "one column of many"],
 )
 def test_rows_may_be_strided(view: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, device: torch.device) -> None:
     x = view(small_integers(70, 136, dtype).to(device))
@@ -205,10 +206,10 @@ def test_a_launch_sums_more_than_float32_holds(device: torch.device) -> None:
     g = torch.zeros(1, 1, dtype=torch.float64, device=device)
     syrk_accumulate(g, x, tiling=Tiling(block=64, block_k=32, window=64, warps=4, stages=2, descriptor=False))
     assert g.item() == 2**24 + 4096
-    x[128::64, 0] = 3.0  # windows of 72 = 64 + 8, whose sum with 2^24 rounds
+    x[128::64, 0] = 2.0  # windows of 67, which float32 cannot add to 2^24 without rounding
     g.zero_()
     syrk_accumulate(g, x, tiling=Tiling(block=64, block_k=32, window=64, warps=4, stages=2, descriptor=False))
-    assert g.item() == 2**24 + 4096 + 64 * 8
+    assert g.item() == 2**24 + 64 * 67
 
 
 def resolution(g: torch.Tensor, x: torch.Tensor) -> float:
@@ -293,6 +294,12 @@ def test_inputs_that_do_not_fit_are_refused(
 def test_a_float32_sum_is_refused() -> None:
     with pytest.raises(TypeError, match=r"g must be float64, not torch\.float32"):
         syrk_accumulate(torch.zeros(3, 3), torch.zeros(2, 3))
+
+
+def test_a_window_of_broken_steps_is_refused() -> None:
+    tiling = Tiling(block=64, block_k=64, window=32, warps=4, stages=2, descriptor=False)
+    with pytest.raises(ValueError, match="a window of 32 tokens is not made of whole steps of 64"):
+        syrk_accumulate(torch.zeros(3, 3, dtype=torch.float64), torch.zeros(2, 3), tiling=tiling)
 
 
 @pytest.mark.parametrize("tiling", [*HALF.values(), HALF_DEFAULT, SINGLE])
