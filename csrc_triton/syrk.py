@@ -91,9 +91,9 @@ def _syrk(
         left = _operand(x, start, row, tokens, d, stride, BLOCK, BLOCK_K, DESCRIPTOR, UPCAST)
         right = _operand(x, start, column, tokens, d, stride, BLOCK, BLOCK_K, DESCRIPTOR, UPCAST)
         low = tl.dot(left.T, right, low, input_precision=PRODUCTS)
-        if WINDOW == BLOCK_K:
+        if WINDOW == BLOCK_K:  # noqa: SIM114 (known to the compiler; the other condition is not)
             high, low = _collect(high, low)
-        elif start % WINDOW == WINDOW - BLOCK_K:  # noqa: SIM114 (one condition is known to the compiler, the other is not)
+        elif start % WINDOW == WINDOW - BLOCK_K:
             high, low = _collect(high, low)
     # The last window may be a part of one, and is then still in `low`: the sum of the two is exact enough all the same.
     g += tl.load(tile + 2)

@@ -134,6 +134,21 @@ def test_the_model_may_overwrite_its_activation(device: torch.device) -> None:
     assert torch.equal(covariance.matrix(), expected)
 
 
+def test_8_bit_inputs_are_taken_as_float32(device: torch.device) -> None:
+    x = randn(STAGE_TOKENS + 10, 6).to(torch.float8_e4m3fn)
+    assert relative_error(covariance_of(x, device=device).matrix().cpu(), second_moment(x.float())) <= 1e-6
+
+
+def test_the_buffer_is_gone_once_the_sums_are_read_and_comes_back(device: torch.device) -> None:
+    x = randn(30, 6).to(device)
+    covariance = covariance_of(x, device=device)
+    assert covariance._sums._buffer is not None
+    covariance.matrix()
+    assert covariance._sums._buffer is None
+    covariance.update(x)
+    assert relative_error(covariance.matrix().cpu(), 2 * second_moment(x.cpu())) <= 1e-14
+
+
 @pytest.mark.parametrize("d", [64, 4096])
 def test_the_buffer_is_no_larger_than_the_triangle(d: int) -> None:
     sums = TritonSums(d, torch.device("meta"))
@@ -252,6 +267,17 @@ def test_merging_is_summing_all_tokens(theirs: Any, device: torch.device, monkey
     torch.testing.assert_close(covariance.mean().cpu(), both.double().mean(0), rtol=0.0, atol=1e-12)
     assert covariance.error_norm >= error
     assert torch.equal(other.matrix(), before)
+
+
+def test_a_probe_that_has_not_ended_ends_when_others_tokens_come(device: torch.device) -> None:
+    mine = TorchSums(20, torch.device("cpu"), mixed=True)
+    theirs = TritonSums(20, device)
+    theirs.add(randn(STAGE_TOKENS + 100, 20).to(device), None)
+    mine.merge(theirs)
+    loss = mine._mixed_energy
+    mine.add(randn(4 * STAGE_TOKENS, 20), None)
+    mine.flush()
+    assert mine._mixed_energy == loss  # what came later was summed in float64
 
 
 # ------------------------------------------------------------------------------------------------ NaN and Inf
@@ -404,7 +430,10 @@ def test_what_keeps_the_kernels_from_running_is_named(monkeypatch: pytest.Monkey
     cuda = torch.device("cuda")
     assert csrc_triton.unavailable(torch.device("cpu")) == "cpu is not a CUDA device"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(csrc_triton, "_launch_failure", lambda device: None if device.index == 3 else "no C compiler")
     assert csrc_triton.unavailable(cuda) is None
+    assert csrc_triton.unavailable(torch.device("cuda:1")) == "no C compiler"
     monkeypatch.setattr(triton, "__version__", "3.4.0")
     assert csrc_triton.unavailable(cuda) == "Triton 3.4.0 is older than 3.5"
     monkeypatch.setitem(sys.modules, "triton", None)
@@ -413,3 +442,18 @@ def test_what_keeps_the_kernels_from_running_is_named(monkeypatch: pytest.Monkey
     assert csrc_triton.unavailable(cuda) == "compute capability 7.5 is below 8.0"
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "NVIDIA" in (csrc_triton.unavailable(cuda) or "")
+
+
+def test_a_launch_that_fails_is_an_obstacle_and_no_crash(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    from nullspace.csrc_triton import stage
+
+    launch = csrc_triton._launch_failure.__wrapped__
+    assert launch(device) is None
+
+    def no_compiler(*args: Any) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+
+    monkeypatch.setattr(stage, "zero_rows", no_compiler)
+    assert launch(device) == (
+        "Triton cannot launch a kernel (RuntimeError: Failed to find C compiler. Please specify via CC environment variable.)"
+    )
