@@ -7,7 +7,7 @@ import scipy.linalg
 import torch
 from scipy.linalg import lapack
 
-METHODS = ("auto", "eigh", "lapack-subset")
+METHODS = ("auto", "eigh", "lapack-subset", "shift-invert")
 
 # LAPACK's subset driver (dsyevr) computes only the wanted vectors, the divide-and-conquer driver behind torch.linalg.eigh all
 # of them, but with GEMM. Measured on 2 CPU cores, time of the first over that of the second:
@@ -18,6 +18,22 @@ METHODS = ("auto", "eigh", "lapack-subset")
 #     d = 3072     0.40   0.47   0.92   2.0
 SUBSET_FRACTION = 1 / 6
 SUBSET_MIN_D = 128
+# Shift-invert overtakes LAPACK's subset driver about here, on 2 CPU cores (benchmarks/results/solvers-cpu.json).
+INVERT_FRACTION = 1 / 24
+INVERT_MIN_D = 3072
+# Inside shift-invert. How often the shift is raised tenfold if Cholesky fails with eps · trace, the least that rounding allows.
+SHIFT_RAISES = 2
+# Vectors beside the wanted ones, whose sum is then counted in: width of a block (its inverse), first and last number of columns
+# with which convergence is looked at. Narrow blocks converge with fewer columns, wider ones take fewer and larger products.
+GUARD = 16
+NARROW = 4
+FIRST_CHECK, CHECK_EVERY, MAX_COLUMNS = 5, 2, 10
+# A Ritz pair (θ, u) of the inverse is found when ‖(C + σI)⁻¹u − θu‖ ≤ RITZ_TOLERANCE · θ, and the whole result good when
+# ‖CU − UΛ‖ ≤ RESIDUAL · ‖C‖.
+RITZ_TOLERANCE, RESIDUAL = 1e-7, 1e-12
+POLISHES = 4
+# Columns and steps of the search for what was missed.
+PROBES, PROBE_STEPS = 8, 4
 
 
 def bottom_eigenpairs(
@@ -29,8 +45,9 @@ def bottom_eigenpairs(
         c: (d, d) symmetric positive semi-definite matrix; taken in float64.
         k: how many, 1 ≤ k ≤ d.
         method: `"lapack-subset"` (the steps of LAPACK's `dsyevr` by index; on the CPU), `"eigh"` (all d pairs by
-            `torch.linalg.eigh`, on the matrix's device) or `"auto"`: the subset for a CPU matrix with d ≥ 128 and k ≤ d / 6,
-            else `"eigh"`.
+            `torch.linalg.eigh`, on the matrix's device), `"shift-invert"` (block Krylov on (C + σI)⁻¹, on the matrix's device;
+            it falls back to one of the others where it does not converge) or `"auto"`: for a CPU matrix, shift-invert from
+            d = 3072 on if k ≤ d / 24, the subset from d = 128 on if k ≤ d / 6; else `"eigh"`.
         overwrite: `c` may be destroyed, which saves a copy of it.
 
     Returns:
@@ -39,7 +56,8 @@ def bottom_eigenpairs(
         one of them is returned. Rounding may turn a zero eigenvalue into ±eps · ‖C‖.
 
     Cost: 4/3 · d³ flops for the reduction to tridiagonal form (half of them bound by memory), then O(d² k) for the subset driver;
-    about 9 d³ in all for `"eigh"`. 16 · d² bytes at most.
+    about 9 d³ in all for `"eigh"`; d³ / 3 + 2 d² (k + 16) a step for shift-invert, some ten steps. 16 · d² bytes at most, and for
+    shift-invert its basis, 8 · d (k + 16) a step.
 
     Raises:
         ValueError: if `c` is not square or holds NaN or Inf, k is out of range, or the method is unknown.
@@ -48,22 +66,31 @@ def bottom_eigenpairs(
     return values[:k].clone(), vectors
 
 
-def partial_eigh(c: torch.Tensor, k: int, *, method: str = "auto", overwrite: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """All eigenvalues of a symmetric matrix, and the vectors of the k smallest: what one tridiagonal reduction gives.
+def partial_eigh(
+    c: torch.Tensor, k: int, *, method: str = "auto", overwrite: bool = False, every: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k smallest eigenpairs of a symmetric matrix, and what other eigenvalues the method finds on the way.
 
-    Args, cost and errors: as `bottom_eigenpairs`, to which the other eigenvalues add O(d²) flops.
+    Args, cost and errors: as `bottom_eigenpairs`.
+        every: all eigenvalues are wanted: `"auto"` leaves out the method that does not give them.
 
     Returns:
-        Eigenvalues (d,), ascending, and orthonormal vectors (d, k), float64, on the device of `c`.
+        Eigenvalues (m,), ascending, k ≤ m ≤ d, and orthonormal vectors (d, k), float64, on the device of `c`. m = d but for
+        shift-invert, which finds a few beyond the k-th; m > k wherever k < d.
     """
     d = _check_symmetric(c)
     if not 1 <= k <= d:
         raise ValueError(f"k must be between 1 and {d}, not {k}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}")
+    on_cpu = c.device.type == "cpu"
+    if method == "shift-invert" or (method == "auto" and on_cpu and not every and d >= INVERT_MIN_D and k <= d * INVERT_FRACTION):
+        found = _shift_invert(c.to(torch.float64), k)
+        if found is not None:
+            return found[0], _fix_signs(found[1])
+        method = "auto"
     if method == "auto":
-        subset = c.device.type == "cpu" and d >= SUBSET_MIN_D and k <= d * SUBSET_FRACTION
-        method = "lapack-subset" if subset else "eigh"
+        method = "lapack-subset" if on_cpu and d >= SUBSET_MIN_D and k <= d * SUBSET_FRACTION else "eigh"
     if method == "lapack-subset" and d > 2:
         values, vectors = _tridiagonal_eigh(c.detach().to("cpu", torch.float64).numpy(), k, overwrite)
         eigenvalues, basis = torch.from_numpy(values).to(c.device), torch.from_numpy(vectors).to(c.device)
@@ -116,6 +143,123 @@ def effective_rank(singular_values: torch.Tensor | np.ndarray) -> float:
     return float(torch.exp(torch.special.entr(sigma / total).sum()))
 
 
+def _shift_invert(c: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The k smallest eigenpairs by block Krylov iteration on the inverse; None where that does not converge.
+
+    The wanted end of C is the far end of (C + σI)⁻¹, where Krylov spaces converge fast, and a shift moves no vector. With
+    LLᵀ = C + σI, a step is two triangular solves and a reorthogonalisation against all columns so far (Golub and Van Loan,
+    "Matrix Computations", 4th ed., 10.3.6). Rayleigh–Ritz on the last space takes the singular values of LᵀU, which keep small
+    eigenvalues better than those of UᵀCU. What is returned has been checked: ‖CU − UΛ‖ ≤ 1e-12 ‖C‖ (Frobenius norms), and a search
+    in the complement has found nothing quieter.
+    """
+    wanted = k + GUARD
+    if MAX_COLUMNS * wanted > len(c):
+        return None
+    least = shift = torch.finfo(torch.float64).eps * float(c.diagonal().sum())
+    narrow, estimate = max(8, wanted // NARROW), 0.0
+    # First narrow blocks and the least shift. Zeros at the bottom, if there are fewer than k, are then so loud in the inverse that
+    # rounding blurs the rest: a shift a little below the k-th eigenvalue, of which the first attempt has an estimate, makes them
+    # equals. An eigenvalue that is repeated more often than a block is wide takes wide blocks.
+    for width in (narrow, narrow, wanted):
+        factor, shift = _shifted_cholesky(c, max(shift, estimate / 16))
+        if factor is None:
+            return None
+        columns, estimate = _inverse_krylov(factor, shift, least, wanted, width)
+        found = None if columns is None else _polished(c, factor, shift, columns, k)
+        if found is not None and not _quieter_left(factor, found[1], float((found[0][k - 1] + shift).clamp(min=0).sqrt())):
+            return found
+    return None
+
+
+def _polished(
+    c: torch.Tensor, factor: torch.Tensor, shift: float, columns: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Eigenvalues of all columns, and the k bottom vectors, by subspace iteration until C agrees; None if it does not."""
+    norm = torch.linalg.matrix_norm(c)
+    for _ in range(POLISHES):
+        # One solve turns every vector towards the bottom, by λ_i / λ_j from direction j: what is left of the loud ones, which
+        # dominate the residual, is gone.
+        q = torch.linalg.qr(_solve(factor, columns)).Q
+        _, sigma, rotation = torch.linalg.svd(torch.linalg.qr(factor.mT @ q).R)
+        columns = (q @ rotation.mT).flip(1)
+        values = (sigma.square() - shift).flip(0)
+        basis = columns[:, :k]
+        if bool(torch.linalg.matrix_norm(c @ basis - basis * values[:k]) <= RESIDUAL * norm):
+            return values, basis
+    return None
+
+
+def _quieter_left(factor: torch.Tensor, basis_dk: torch.Tensor, sigma: float) -> bool:
+    """Whether something quieter than σ was missed: a few steps of the iteration in the complement of the basis."""
+    generator = torch.Generator().manual_seed(1)
+    block = torch.randn(len(factor), PROBES, generator=generator, dtype=torch.float64).to(factor.device)
+    space: list[torch.Tensor] = []
+    for _ in range(PROBE_STEPS):
+        for known in (basis_dk, *space, basis_dk, *space):
+            block = block - known @ (known.mT @ block)
+        space.append(torch.linalg.qr(block).Q)
+        block = _solve(factor, space[-1])
+    quietest = torch.linalg.svdvals(factor.mT @ torch.cat(space, dim=1))[-1]
+    return bool(quietest < (1 - 1e-3) * sigma)
+
+
+def _shifted_cholesky(c: torch.Tensor, shift: float) -> tuple[torch.Tensor | None, float]:
+    """L and σ with LLᵀ = C + σI, σ raised a little where rounding asks for it; None if C is zero, or not positive semi-definite."""
+    for _ in range(SHIFT_RAISES + 1):
+        if not shift > 0:
+            break
+        factor = c.clone()
+        factor.diagonal().add_(shift)
+        info = torch.empty((), dtype=torch.int32, device=c.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, info))
+        if int(info) == 0:
+            return factor, shift
+        shift *= 10
+    return None, 0.0
+
+
+def _solve(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(LLᵀ)⁻¹ x."""
+    return torch.linalg.solve_triangular(factor.mT, torch.linalg.solve_triangular(factor, x, upper=False), upper=True)
+
+
+def _inverse_krylov(factor: torch.Tensor, shift: float, least: float, wanted: int, width: int) -> tuple[torch.Tensor | None, float]:
+    """`wanted` orthonormal columns that span, all but the last GUARD of them to RITZ_TOLERANCE, the bottom of the spectrum.
+
+    Blocks of `width` columns; None if MAX_COLUMNS · wanted of them are not enough. Also an estimate of the largest eigenvalue
+    that is wanted.
+    """
+    estimate = 0.0
+    d = factor.shape[0]
+    steps = (MAX_COLUMNS * wanted - width) // width
+    start = torch.randn(d, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(factor.device)
+    basis = factor.new_empty(d, (steps + 1) * width)
+    projected = factor.new_zeros((steps + 1) * width, (steps + 1) * width)
+    basis[:, :width] = torch.linalg.qr(start).Q
+    for step in range(steps):
+        new = slice(step * width, (step + 1) * width)
+        behind = slice((step + 1) * width, (step + 2) * width)
+        so_far = basis[:, : new.stop]
+        image = _solve(factor, basis[:, new])
+        overlap = so_far.mT @ image
+        q, scale = torch.linalg.qr(image - so_far @ overlap)
+        again = so_far.mT @ q  # once more, or the columns of a nearly exhausted space would not be orthogonal
+        q, rescale = torch.linalg.qr(q - so_far @ again)
+        projected[: new.stop, new] = overlap + again @ scale
+        basis[:, behind] = q
+        if new.stop < FIRST_CHECK * wanted or (step + 1) % CHECK_EVERY != 0:
+            continue
+        small = projected[: new.stop, : new.stop]
+        theta, y = torch.linalg.eigh(small.triu() + small.triu(1).mT)
+        theta, y = theta.flip(0)[:wanted], y.flip(1)[:, :wanted]
+        error = torch.linalg.vector_norm((rescale @ scale) @ y[new], dim=0) / theta
+        estimate = max(float(1 / theta[-1 - GUARD]) - shift, 0.0)
+        null = 1 / theta - shift < 100 * least  # zero, as far as float64 can tell
+        if bool(((error <= RITZ_TOLERANCE) | null)[: wanted - GUARD].all()):
+            return so_far @ y, estimate
+    return None, estimate
+
+
 def _tridiagonal_eigh(c: np.ndarray, k: int, overwrite: bool) -> tuple[np.ndarray, np.ndarray]:
     """The steps of LAPACK's dsyevr, one by one, since the driver gives either a subset or all eigenvalues."""
     d = len(c)
@@ -136,7 +280,9 @@ def _tridiagonal_eigh(c: np.ndarray, k: int, overwrite: bool) -> tuple[np.ndarra
     q, q_tau, below = reflectors[1:, :-1], tau, np.asfortranarray(small[1:])
     _, size, _ = lapack.dormqr("L", "N", q, q_tau, below, -1)
     below, _, _ = lapack.dormqr("L", "N", q, q_tau, below, int(size[0]))
-    return every * scale, np.concatenate([small[:1], below])
+    # The vectors of close eigenvalues of T come out orthogonal to some 1e-12 only; QR, which moves none by more, sets that right.
+    vectors, triangle = np.linalg.qr(np.concatenate([small[:1], below]))
+    return every * scale, vectors * np.sign(np.diagonal(triangle))
 
 
 def _check_symmetric(c: torch.Tensor) -> int:

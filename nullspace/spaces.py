@@ -90,9 +90,9 @@ class NullSpace:
         if covariance.tokens == 0:
             raise ValueError("the covariance has no tokens")
         c = covariance.matrix()
-        every, vectors = solvers.partial_eigh(c, rank, overwrite=True)
-        every = every.clamp(min=0).cpu()
-        values, behind = every[:rank], float(every[rank])
+        known, vectors = solvers.partial_eigh(c, rank, overwrite=True, every=spectrum)
+        known = known.clamp(min=0).cpu()
+        values, behind = known[:rank], float(known[rank])
         return cls(
             basis=vectors.cpu().contiguous(),
             eigenvalues=values.clone(),
@@ -101,27 +101,30 @@ class NullSpace:
             gap=(behind - float(values[rank - 1])) / behind if behind > 0 else 0.0,
             outliers=covariance.outliers,
             precision=covariance.products,
-            excess_estimate=estimated_excess(every, rank, covariance.error_norm, covariance.trace),
+            excess_estimate=estimated_excess(known, rank, covariance.error_norm, covariance.trace, d_in=covariance.d_in),
             site=site or Site(members=("",), d_in=covariance.d_in),
-            effective_rank=solvers.effective_rank(every.sqrt()) if spectrum else None,
+            effective_rank=solvers.effective_rank(known.sqrt()) if spectrum else None,
         )
 
 
-def estimated_excess(eigenvalues: torch.Tensor, rank: int, error_norm: float, trace: float) -> float:
+def estimated_excess(eigenvalues: torch.Tensor, rank: int, error_norm: float, trace: float, *, d_in: int | None = None) -> float:
     """How much leak rounding may have cost the bottom `rank` eigenvectors of a perturbed second moment: leak / optimum − 1.
 
     Second-order perturbation theory with a random error of entry size e = ‖E‖_F / d: the basis picks up the energy
     Σ_{i ≤ r < j} e² / max(λ_j − λ_i, e).
 
     Args:
-        eigenvalues: (d,), all of them, ascending.
+        eigenvalues: ascending, more than r of them; those that are not known count as the last one, which they exceed.
         rank: r < d.
         error_norm: ‖E‖_F (`Covariance.error_norm`).
         trace: tr C, against which a leak below 1e-8 counts as none.
+        d_in: order of C; by default, as many as there are eigenvalues.
     """
     if trace == 0:
         return 0.0
     values = eigenvalues.to(torch.float64).clamp(min=0)
+    unknown = (d_in or len(values)) - len(values)
+    values = torch.cat([values, values[-1:].expand(unknown)])
     entry = max(error_norm / len(values), torch.finfo(torch.float64).tiny)
     gaps = (values[None, rank:] - values[:rank, None]).clamp(min=entry)
     picked_up = float((entry * (entry / gaps)).sum())

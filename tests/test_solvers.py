@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nullspace import solvers
 from nullspace.solvers import METHODS, SUBSET_MIN_D, bottom_eigenpairs, effective_rank, spectrum, top_eigenpairs
 from reference import leak, optimal_leak
 
@@ -155,7 +156,7 @@ def test_the_input_survives_unless_it_may_be_overwritten_which_saves_a_copy(d: i
     values, vectors = bottom_eigenpairs(used, min(d, 8), method=method, overwrite=overwrite)
     assert_eigenpairs(c, values, vectors, min(d, 8))
     # Only LAPACK's own driver works in place; at d = 1 there is nothing to do.
-    in_place = overwrite and d > 1 and (method == "lapack-subset" or (method == "auto" and d >= SUBSET_MIN_D))
+    in_place = overwrite and d > 1 and (method == "lapack-subset" or (method in ("auto", "shift-invert") and d >= SUBSET_MIN_D))
     assert torch.equal(used, c) != in_place
 
 
@@ -224,6 +225,71 @@ def test_equal_inputs_give_equal_bits(d: int, method: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ top, and all
+
+
+# The logarithm of a real layer's spectrum (SmolLM2-135M, layer 15 o_proj) at fractions of it, from the top.
+LAYER = (
+    (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99, 1.0),
+    (0.0, -1.46, -2.07, -2.92, -3.47, -3.94, -4.3, -4.59, -4.76, -5.31),
+)
+
+
+def spectrum_of(kind: str, d: int) -> np.ndarray:
+    values = 10 ** (np.linspace(0, -12, d) if kind == "steep" else np.interp(np.linspace(0, 1, d), *LAYER))
+    if kind == "massive":
+        values[:4] *= 1e7
+    if kind == "some zeros":
+        values[-5:] = 0
+    if kind == "wide null space":
+        values[-100:] = 0
+    if kind == "repeated":
+        values[-100:] = values[-100]
+    if kind == "all equal":
+        values[:] = 3.0
+    return values
+
+
+@pytest.mark.parametrize("k", [1, 20, 40])
+@pytest.mark.parametrize("kind", ["layer", "steep", "massive", "some zeros", "wide null space", "all equal"])
+def test_shift_invert_finds_what_eigh_finds(kind: str, k: int) -> None:
+    d = 700
+    values = spectrum_of(kind, d)
+    x = torch.from_numpy(np.sqrt(values))[:, None] * with_eigenvalues([1.0] * d, seed=3)[1].T
+    c = x.T @ x
+    c = (c + c.T) / 2
+    found = solvers._shift_invert(c, k)
+    assert found is not None, "it fell back"
+    known, vectors = found
+    assert len(known) >= k + 1
+    assert float((c @ vectors - vectors * known[:k]).norm() / c.norm()) <= TINY
+    assert float((vectors.T @ vectors - torch.eye(k, dtype=torch.float64)).norm()) <= TINY
+    every = torch.linalg.eigvalsh(c)
+    assert float((known[:k] - every[:k]).abs().max()) <= 1e-14 * float(every[-1]) * math.sqrt(d)
+    # The next ones too, from which the gap and the estimate of rounding are taken: never below the truth.
+    assert bool((known - every[: len(known)] >= -1e-13 * every[-1]).all())
+    ours, best = float((x @ vectors).norm()), float((x @ torch.linalg.eigh(c)[1][:, :k]).norm())
+    assert ours <= (1 + 1e-9) * best + 1e-8 * float(x.norm()) * ("null" in kind or "zeros" in kind)
+
+
+def test_shift_invert_falls_back_where_there_is_no_inverse() -> None:
+    c = with_eigenvalues([-1.0, 0.0, *np.linspace(1, 2, 398)])[0]
+    assert solvers._shift_invert(c, 3) is None
+    assert_eigenpairs(c, *bottom_eigenpairs(c, 3, method="shift-invert"), 3)
+
+
+@pytest.mark.parametrize("k", [1, 20, 40])
+def test_a_repeated_eigenvalue_is_not_mistaken_for_a_few(k: int) -> None:
+    c = with_eigenvalues(list(spectrum_of("repeated", 700)))[0]
+    values, vectors = bottom_eigenpairs(c, k, method="shift-invert")
+    assert_eigenpairs(c, values, vectors, k)
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(c)[:k], rtol=0.0, atol=1e-14)
+
+
+def test_what_was_missed_is_noticed() -> None:
+    c, q = with_eigenvalues([0.5, *np.linspace(1, 4, 299)])
+    factor = torch.linalg.cholesky(c)
+    assert not solvers._quieter_left(factor, q[:, :5], math.sqrt(1 + 3 * 3 / 298))
+    assert solvers._quieter_left(factor, q[:, 1:6], math.sqrt(1 + 4 * 3 / 298))
 
 
 @pytest.mark.parametrize(("d", "k"), SIZES)
@@ -296,7 +362,7 @@ def test_a_number_of_pairs_out_of_range_is_refused(k: int, method: str) -> None:
 
 
 def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(ValueError, match="method must be one of 'auto', 'eigh', 'lapack-subset', not 'power'"):
+    with pytest.raises(ValueError, match="method must be one of 'auto', 'eigh', 'lapack-subset', 'shift-invert', not 'power'"):
         bottom_eigenpairs(torch.eye(3), 1, method="power")
 
 
