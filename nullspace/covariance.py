@@ -23,10 +23,11 @@ import torch
 
 import nullspace.csrc_triton as csrc_triton
 from nullspace.sums import Sums, TokenMask, nonfinite
+from nullspace.sums_qr import QrSums
 from nullspace.sums_torch import TorchSums
 from nullspace.sums_triton import TritonSums
 
-PRECISIONS = ("auto", "fp64")
+PRECISIONS = ("auto", "fp64", "qr")
 
 
 class Covariance:
@@ -35,8 +36,9 @@ class Covariance:
     Args:
         d_in: width of the inputs, at least 1.
         device: where the sums live; inputs are moved there.
-        precision: `"auto"` (float32 chains into a wider sum, outlier tokens in float64) or `"fp64"` (every product in
-            float64). float64 inputs are always summed in float64.
+        precision: `"auto"` (float32 chains into a wider sum, outlier tokens in float64), `"fp64"` (every product in float64) or
+            `"qr"` (no product at all: the root R of C = RᵀR by streaming QR in float64, some ten times the time of `"fp64"`).
+            float64 inputs are never summed in less.
 
     Cost: n · d_in² flops for n tokens. Memory: 4 · d_in² bytes for the triangle; beside it, on a CPU at most 512 rows of
     input, on a GPU, until the sums are read, a buffer of min(8192, max(512, 2 · d_in)) rows.
@@ -113,7 +115,18 @@ class Covariance:
 
     def matrix(self) -> torch.Tensor:
         """C as a new (d_in, d_in) float64 tensor, symmetric to the bit. 8 · d_in² bytes."""
-        return self._flushed().triangle.square()
+        return self._flushed().square()
+
+    def root(self) -> torch.Tensor:
+        """R, (d_in, d_in) upper triangular float64, with RᵀR = C: what `precision="qr"` holds, and has lost nothing of.
+
+        Raises:
+            ValueError: under another precision.
+        """
+        sums = self._flushed()
+        if not isinstance(sums, QrSums):
+            raise ValueError(f'only precision="qr" keeps a root, not {self.precision!r}')
+        return sums.root.clone()
 
     def mean(self) -> torch.Tensor:
         """Σ x / n: (d_in,) float64. NaN without tokens."""
@@ -133,18 +146,19 @@ class Covariance:
     @property
     def trace(self) -> float:
         """tr C = Σ_t ‖x_t‖²."""
-        return float(self._flushed().triangle.diagonal().sum())
+        return self._flushed().trace
 
     @property
     def products(self) -> str:
-        """`"mixed"` if float32 chains took part in the sum, `"fp64"` if every product was taken in float64."""
-        return "mixed" if self._flushed().mixed else "fp64"
+        """`"mixed"` if float32 chains took part in the sum, `"fp64"` if every product was taken in float64, or `"qr"`."""
+        return self._flushed().products
 
     @property
     def error_norm(self) -> float:
         """About how far `matrix()` is from the true C, ‖E‖_F: what float32 chains and float64 sums lose to rounding.
 
         An error that is proportional to C is not counted: it moves no eigenvector. Outlier tokens never pass through a chain.
+        Under `"qr"`, how far X is from the one whose root `root()` is.
         """
         return self._flushed().error_norm
 
@@ -172,6 +186,8 @@ def _new_sums(d_in: int, device: torch.device, precision: str) -> Sums:
         if obstacle is None:
             return TritonSums(d_in, device)
         _warn_of_fallback(obstacle)
+    if precision == "qr":
+        return QrSums(d_in, device)
     return TorchSums(d_in, device, mixed=precision == "auto")
 
 

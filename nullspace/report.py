@@ -25,6 +25,8 @@ def rows(spaces: NullSpaces) -> list[Row]:
             "outliers": space.outliers,
             "precision": space.precision,
             "excess_estimate": space.excess_estimate,
+            "excess_bound": space.excess_bound,
+            "nullity": space.nullity,
             "effective_rank": space.effective_rank,
         }
         for site in spaces.sites
@@ -43,6 +45,7 @@ def cells(row: Row) -> dict[str, str]:
         "gap": f"{row['gap']:.1%}",
         "outliers": f"{row['outliers']:,}",
         "sums": row["precision"],
+        "rounding": f"{row['excess_estimate']:.0e}",
     }
     if row["effective_rank"] is not None:
         shown["effective rank"] = f"{row['effective_rank']:.1f}"

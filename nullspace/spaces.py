@@ -17,7 +17,7 @@ from nullspace import report, solvers, store
 from nullspace.covariance import Covariance
 from nullspace.progress import Progress, reporter
 from nullspace.sites import Site, find_targets, weight_of, weight_shape
-from nullspace.stream import stream_covariances
+from nullspace.stream import precision_of, stream_covariances
 
 # Excess leak, by estimate, above which a float32 sum is not trusted and the site is summed again in float64.
 TOLERANCE = 1e-4
@@ -37,9 +37,13 @@ class NullSpace:
         gap: (λ_{r+1} − λ_r) / λ_{r+1}, between 0 and 1: how clearly the spectrum says where to cut. Near 0 the next direction is as
             quiet as the last one, and the basis, but not its leak, depends on rounding and on the data's chance.
         outliers: tokens whose norm exceeded 8 × the median.
-        precision: `"mixed"` (float32 chains into float64 sums, outlier tokens in float64) or `"fp64"`.
+        nullity: eigenvalues, of those that were found, that are zero as far as the sum can tell: not above `Covariance.error_norm`.
+            Where it exceeds the rank, any basis within the null space would have done as well.
+        precision: `"mixed"` (float32 chains into float64 sums, outlier tokens in float64), `"fp64"` or `"qr"`.
         excess_estimate: how much louder than the quietest basis this one may be for rounding's sake: leak / optimum − 1, by
             second-order perturbation theory (`estimated_excess`). Rather too high than too low.
+        excess_bound: the same without any theory of how errors fall (Ky Fan's inequality, `bounded_excess`): never too low if the
+            error of the sum is what it is taken for, and often too high by many orders.
         effective_rank: exp of the entropy of σ / Σσ of X (eq. 2–3); None unless it was asked for with `spectrum=True`.
         site: which input, and which layers hear it.
     """
@@ -50,8 +54,10 @@ class NullSpace:
     tokens: int
     gap: float
     outliers: int
+    nullity: int
     precision: str
     excess_estimate: float
+    excess_bound: float
     site: Site
     effective_rank: float | None = None
 
@@ -89,29 +95,38 @@ class NullSpace:
             raise ValueError(f"rank must be between 1 and d_in - 1 = {covariance.d_in - 1}, not {rank}")
         if covariance.tokens == 0:
             raise ValueError("the covariance has no tokens")
-        c = covariance.matrix()
-        known, vectors = solvers.partial_eigh(c, rank, overwrite=True, every=spectrum)
+        squared = covariance.products != "qr"
+        if squared:
+            known, vectors = solvers.partial_eigh(covariance.matrix(), rank, overwrite=True, every=spectrum)
+        else:
+            known, vectors = solvers.bottom_right_singular(covariance.root(), rank)
         known = known.clamp(min=0).cpu()
         values, behind = known[:rank], float(known[rank])
+        error, trace = covariance.error_norm, covariance.trace
         return cls(
             basis=vectors.cpu().contiguous(),
             eigenvalues=values.clone(),
-            trace=covariance.trace,
+            trace=trace,
             tokens=covariance.tokens,
             gap=(behind - float(values[rank - 1])) / behind if behind > 0 else 0.0,
             outliers=covariance.outliers,
+            nullity=int((known <= (error if squared else error**2)).sum()),
             precision=covariance.products,
-            excess_estimate=estimated_excess(known, rank, covariance.error_norm, covariance.trace, d_in=covariance.d_in),
+            excess_estimate=estimated_excess(known, rank, error, trace, d_in=covariance.d_in, squared=squared),
+            excess_bound=bounded_excess(values, error, trace, squared=squared),
             site=site or Site(members=("",), d_in=covariance.d_in),
             effective_rank=solvers.effective_rank(known.sqrt()) if spectrum else None,
         )
 
 
-def estimated_excess(eigenvalues: torch.Tensor, rank: int, error_norm: float, trace: float, *, d_in: int | None = None) -> float:
+def estimated_excess(
+    eigenvalues: torch.Tensor, rank: int, error_norm: float, trace: float, *, d_in: int | None = None, squared: bool = True
+) -> float:
     """How much leak rounding may have cost the bottom `rank` eigenvectors of a perturbed second moment: leak / optimum − 1.
 
     Second-order perturbation theory with a random error of entry size e = ‖E‖_F / d: the basis picks up the energy
-    Σ_{i ≤ r < j} e² / max(λ_j − λ_i, e).
+    Σ_{i ≤ r < j} e² / max(λ_j − λ_i, e). An error E of X instead of C puts e · (σ_i + σ_j) in the place of e: the entries of
+    EᵀX + XᵀE in the singular basis. Where even λ_{r+1} is below ‖E‖₂ the computed eigenvalues say nothing, and all of ‖E‖₂ counts.
 
     Args:
         eigenvalues: ascending, more than r of them; those that are not known count as the last one, which they exceed.
@@ -119,16 +134,46 @@ def estimated_excess(eigenvalues: torch.Tensor, rank: int, error_norm: float, tr
         error_norm: ‖E‖_F (`Covariance.error_norm`).
         trace: tr C, against which a leak below 1e-8 counts as none.
         d_in: order of C; by default, as many as there are eigenvalues.
+        squared: whether the error is one of C; otherwise of X.
     """
     if trace == 0:
         return 0.0
     values = eigenvalues.to(torch.float64).clamp(min=0)
     unknown = (d_in or len(values)) - len(values)
     values = torch.cat([values, values[-1:].expand(unknown)])
-    entry = max(error_norm / len(values), torch.finfo(torch.float64).tiny)
-    gaps = (values[None, rank:] - values[:rank, None]).clamp(min=entry)
-    picked_up = float((entry * (entry / gaps)).sum())
+    near, far = values[:rank, None], values[None, rank:]
+    entry = torch.full_like(near - far, error_norm / len(values))
+    if not squared:
+        entry = entry * (near.sqrt() + far.sqrt())
+    entry = entry.clamp(min=torch.finfo(torch.float64).tiny)
+    picked_up = float((entry * (entry / torch.maximum(far - near, entry))).sum())
+    noise = float(2 * entry[:, 0].max() * len(values) ** 0.5)  # the spectral norm of a random matrix of such entries
+    if values[rank] <= noise:
+        picked_up += float((noise - values[:rank]).clamp(min=0).sum())
     return (1 + picked_up / max(float(values[:rank].sum()), NO_LEAK**2 * trace)) ** 0.5 - 1
+
+
+def bounded_excess(values: torch.Tensor, error_norm: float, trace: float, *, squared: bool = True) -> float:
+    """How much leak rounding can have cost at the most: leak / optimum − 1.
+
+    With S the sum of the r computed eigenvalues and e = ‖E‖: the basis hears at most S + r e, the best one at least S − r e (Ky Fan
+    1949). An error E of X instead of C changes the norm of X on any r directions by at most √r · e: √S ± √r · e.
+
+    Args:
+        values: (r,), the computed bottom eigenvalues.
+        error_norm: ‖E‖_F, which bounds the spectral norm.
+        trace: tr C, against which a leak below 1e-8 counts as none.
+        squared: whether the error is one of C; otherwise of X.
+    """
+    if trace == 0:
+        return 0.0
+    heard, none = float(values.sum()), NO_LEAK**2 * trace
+    if squared:
+        most, least = heard + len(values) * error_norm, heard - len(values) * error_norm
+    else:
+        spread = len(values) ** 0.5 * error_norm
+        most, least = (heard**0.5 + spread) ** 2, max(heard**0.5 - spread, 0.0) ** 2
+    return (max(most, none) / max(least, none)) ** 0.5 - 1
 
 
 class NullSpaces(Mapping[str, NullSpace]):
@@ -236,6 +281,8 @@ class NullSpaces(Mapping[str, NullSpace]):
                     "outliers": space.outliers,
                     "precision": space.precision,
                     "excess_estimate": space.excess_estimate,
+                    "excess_bound": space.excess_bound,
+                    "nullity": space.nullity,
                     "effective_rank": space.effective_rank,
                     "weight_shapes": shapes,
                 }
@@ -265,6 +312,8 @@ class NullSpaces(Mapping[str, NullSpace]):
                     outliers=entry["outliers"],
                     precision=entry["precision"],
                     excess_estimate=entry["excess_estimate"],
+                    excess_bound=entry["excess_bound"],
+                    nullity=entry["nullity"],
                     site=site,
                     effective_rank=entry["effective_rank"],
                 )
@@ -281,7 +330,7 @@ def compute_null_spaces(
     rank: int = 128,
     targets: str | Iterable[str] = "all-linear",
     strategy: str = "auto",
-    precision: str = "auto",
+    precision: str | Mapping[str, str] = "auto",
     tolerance: float = TOLERANCE,
     spectrum: bool = False,
     progress: bool | Progress = True,
@@ -296,8 +345,9 @@ def compute_null_spaces(
         targets: `"all-linear"`, a list of name endings, or a regular expression: see `nullspace.sites.find_targets`.
         strategy: how the model is run: see `stream_covariances`.
         precision: `"auto"`: the fast sums of `Covariance`, and a second pass in float64 over just those sites, if there are any,
-            whose bases rounding may have made louder than `tolerance` allows (`NullSpace.excess_estimate`). `"fp64"`: every
-            product in float64 at once.
+            whose bases rounding may have made louder than `tolerance` allows (`NullSpace.excess_estimate`), and a third one
+            by QR where float64 is short too. `"fp64"`: every product in float64 at once. `"qr"`: no product at all. Or a
+            mapping from regular expressions for layer names to these: see `stream_covariances`.
         tolerance: excess leak, by estimate, that `"auto"` accepts.
         spectrum: report effective ranks too.
         progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
@@ -318,7 +368,7 @@ def compute_null_spaces(
     check_rank(modules, rank)
     report_progress = reporter(progress)
 
-    def measure(chosen: str | list[str], precision: str, forward: str) -> list[NullSpace]:
+    def measure(chosen: str | list[str], precision: str | Mapping[str, str], forward: str) -> list[NullSpace]:
         def renamed(stage: str, done: int, total: int | None, tokens: int) -> None:
             report_progress(forward if stage == "forward" else stage, done, total, tokens)
 
@@ -333,17 +383,28 @@ def compute_null_spaces(
         return spaces
 
     spaces = measure(targets, precision, "forward")
-    unsure = [s for s in spaces if s.precision == "mixed" and s.excess_estimate > tolerance]
-    if unsure and isinstance(loader, Iterator):
+    once = isinstance(loader, Iterator)
+    for better in ("fp64", "qr"):
+        unsure = [
+            s
+            for s in spaces
+            if precision_of(s.site.name, precision) == "auto"
+            and s.precision not in (better, "qr")
+            and s.excess_estimate > tolerance
+        ]
+        if once:
+            break
+        if not unsure:
+            continue
+        again = {s.site: s for s in measure([m for s in unsure for m in s.site.members], better, f"forward, {better}")}
+        spaces = [again.get(s.site, s) for s in spaces]
+    if once and unsure:
         warnings.warn(
             f"rounding may have cost {len(unsure)} of {len(spaces)} sites more than {tolerance:g} of their leak (at worst "
             f"{max(s.excess_estimate for s in unsure):.1g}, by estimate): {_few_names(unsure)}. The loader can be read only once, "
             "so they were not summed again: use precision='fp64', or a loader that can be read twice.",
             stacklevel=2,
         )
-    elif unsure:
-        again = {s.site: s for s in measure([m for s in unsure for m in s.site.members], "fp64", "forward, fp64")}
-        spaces = [again.get(s.site, s) for s in spaces]
     _warn_of_few_tokens(spaces)
     return NullSpaces(spaces, {n: (weight_shape(m), store.fingerprint(weight_of(m))) for n, m in modules.items()})
 

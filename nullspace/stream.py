@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
@@ -32,7 +33,7 @@ def stream_covariances(
     *,
     targets: str | Iterable[str] = "all-linear",
     strategy: str = "auto",
-    precision: str = "auto",
+    precision: str | Mapping[str, str] = "auto",
     progress: bool | Progress = True,
 ) -> Iterator[tuple[Site, Covariance]]:
     """Run the model over the loader and yield the second moment of every site's input, one at a time.
@@ -46,7 +47,8 @@ def stream_covariances(
         strategy: `"resident"`: one ordinary forward pass a batch, all sums in memory at once (4 · d_in² bytes a site; on a
             GPU up to as much again for tokens on their way).
             `"auto"` is the same for now.
-        precision: `"auto"` or `"fp64"`: see `Covariance`.
+        precision: `"auto"`, `"fp64"` or `"qr"`: see `Covariance`. Or a mapping from regular expressions to these: the first one
+            that matches a layer's whole name counts, `"auto"` where none does. A shared input is summed as its first layer says.
         progress: True for a bar, False for none, or a callable (`nullspace.progress.Progress`).
 
     Yields:
@@ -59,13 +61,25 @@ def stream_covariances(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, not {strategy!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, not {precision!r}")
+    for value in precision.values() if isinstance(precision, Mapping) else [precision]:
+        if value not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, not {value!r}")
     return _resident(model, loader, find_targets(model, targets), precision, reporter(progress))
 
 
+def precision_of(name: str, precision: str | Mapping[str, str]) -> str:
+    """What a precision says of one layer."""
+    if isinstance(precision, str):
+        return precision
+    return next((value for pattern, value in precision.items() if re.fullmatch(pattern, name)), "auto")
+
+
 def _resident(
-    model: nn.Module, loader: Iterable[Any], targets: dict[str, nn.Module], precision: str, report: Progress
+    model: nn.Module,
+    loader: Iterable[Any],
+    targets: dict[str, nn.Module],
+    precision: str | Mapping[str, str],
+    report: Progress,
 ) -> Iterator[tuple[Site, Covariance]]:
     sums = _Sums(targets, precision)
     total = _length(loader)
@@ -126,7 +140,7 @@ class _Sum:
 class _Sums:
     """All sites while the model runs: which layer hears which input, checked at every call."""
 
-    def __init__(self, targets: dict[str, nn.Module], precision: str) -> None:
+    def __init__(self, targets: dict[str, nn.Module], precision: str | Mapping[str, str]) -> None:
         self._targets = targets
         self._precision = precision
         self._sums: list[_Sum] = []
@@ -194,7 +208,7 @@ class _Sums:
 
     def _new_covariance(self, name: str, x: torch.Tensor) -> Covariance:
         device = x.device if x.device.type in ("cpu", "cuda") else "cpu"  # elsewhere there is no float64
-        return Covariance(weight_shape(self._targets[name])[1], device=device, precision=self._precision)
+        return Covariance(weight_shape(self._targets[name])[1], device=device, precision=precision_of(name, self._precision))
 
     def _begin_input(self, each: _Sum, name: str, x: torch.Tensor) -> None:
         try:

@@ -16,8 +16,9 @@ OUTLIER_RATIO = 8.0
 STAGE_TOKENS = 512
 # Median norms outside this range would under- or overflow in float32 products: such rows are summed in float64.
 FLOAT32_NORMS = (1e-12, 1e14)
-# ‖E‖_F / ‖C‖_F of a float64 sum, where C + E is what the sum comes to: an upper end of what was measured.
-FLOAT64_RESOLUTION = 1e-15
+# ‖E‖_F / ‖C‖_F of a float64 sum, where C + E is what the sum comes to and its eigensolver makes of it: an upper end of what was
+# measured, as the excess leak under massive tokens of 1e3 to 3e6 times the others' norm.
+FLOAT64_RESOLUTION = 2.5e-15
 
 
 class TokenMask:
@@ -40,29 +41,22 @@ class TokenMask:
 
 
 class Sums(abc.ABC):
-    """Σ x xᵀ and Σ x of the tokens added so far, and an account of what rounding may have done to them.
+    """Σ x xᵀ and Σ x of the tokens added so far.
 
     Attributes:
-        triangle: the lower triangle of Σ x xᵀ.
         total: Σ x, (d_in,) float64.
         outliers: tokens whose norm exceeded `OUTLIER_RATIO` × the median of those that were summed with them.
         unchecked: norms of tokens that nobody has looked at yet, for NaN and Inf.
 
-    The first three are complete after `flush`.
+    They, and whatever is read of Σ x xᵀ, are complete after `flush`.
     """
 
     def __init__(self, d_in: int, device: torch.device) -> None:
         self.d_in = d_in
-        self.triangle = LowerTriangle(d_in, device=device)
-        self.device = self.triangle.packed.device  # with its index, whatever the current device will be
         self.total = torch.zeros(d_in, dtype=torch.float64, device=device)
+        self.device = self.total.device  # with its index, whatever the current device will be
         self.outliers = 0
         self.unchecked: list[torch.Tensor] = []
-        # Σ‖x‖² over the tokens whose products were not taken in float64; and what these may have lost, as Frobenius norms: the sum
-        # of squares of independent errors, and the sum of those that point the same way.
-        self._mixed_energy = 0.0
-        self._independent_loss = 0.0
-        self._common_loss = 0.0
 
     @abc.abstractmethod
     def add(self, x_nd: torch.Tensor, mask: TokenMask | None) -> None:
@@ -70,37 +64,76 @@ class Sums(abc.ABC):
 
     @abc.abstractmethod
     def flush(self) -> None:
-        """Bring the attributes up to date.
+        """Bring everything up to date.
 
         Raises:
             ValueError: for NaN or Inf that was not found while adding.
         """
 
     def merge(self, other: Sums) -> None:
-        """Add all that another one holds."""
+        """Add all that another one, of the same precision, holds."""
         self.flush()
         other.flush()
-        self.triangle.add_(other.triangle)
         self.total += other.total.to(self.device)
         self.outliers += other.outliers
+
+    @abc.abstractmethod
+    def square(self) -> torch.Tensor:
+        """Σ x xᵀ as a new (d, d) matrix, symmetric to the bit."""
+
+    @property
+    @abc.abstractmethod
+    def trace(self) -> float:
+        """Σ ‖x‖²."""
+
+    @property
+    @abc.abstractmethod
+    def products(self) -> str:
+        """How the products were taken: `"mixed"`, `"fp64"` or `"qr"`."""
+
+    @property
+    @abc.abstractmethod
+    def error_norm(self) -> float:
+        """About ‖E‖_F of what rounding has cost: C + E is what the sum comes to, or, of a root, X + E is whose root it is."""
+
+
+class GramSums(Sums):
+    """Sums that form the products: the lower triangle of Σ x xᵀ, and an account of what rounding may have done to it."""
+
+    def __init__(self, d_in: int, device: torch.device) -> None:
+        super().__init__(d_in, device)
+        self.triangle = LowerTriangle(d_in, device=device)
+        # Σ‖x‖² over the tokens whose products were not taken in float64; and what these may have lost, as Frobenius norms: the sum
+        # of squares of independent errors, and the sum of those that point the same way.
+        self._mixed_energy = 0.0
+        self._independent_loss = 0.0
+        self._common_loss = 0.0
+
+    def merge(self, other: Sums) -> None:
+        assert isinstance(other, GramSums)  # `Covariance.merge` compares the precisions
+        super().merge(other)
+        self.triangle.add_(other.triangle)
         self._mixed_energy += other._mixed_energy
         self._independent_loss += other._independent_loss
         self._common_loss += other._common_loss
 
+    def square(self) -> torch.Tensor:
+        return self.triangle.square()
+
     @property
-    def mixed(self) -> bool:
-        """Whether any products were taken in less than float64."""
-        return self._mixed_energy > 0
+    def trace(self) -> float:
+        return float(self.triangle.diagonal().sum())
+
+    @property
+    def products(self) -> str:
+        return "mixed" if self._mixed_energy > 0 else "fp64"
 
     @property
     def error_norm(self) -> float:
-        """About ‖E‖_F, where C + E is what the sum comes to.
-
-        The losses were counted relative to the energy of the tokens, which bounds the norm of their sum from above.
-        """
+        # The losses were counted relative to the energy of the tokens, which bounds the norm of their sum from above.
         norm = self.triangle.norm()
         lost = FLOAT64_RESOLUTION * norm
-        if self.mixed:
+        if self._mixed_energy > 0:
             lost += (math.sqrt(self._independent_loss) + self._common_loss) * min(norm / self._mixed_energy, 1.0)
         return lost
 
@@ -113,3 +146,11 @@ def nonfinite(norms: Sequence[torch.Tensor]) -> str | None:
     if not bad.any():
         return None
     return f"NaN or Inf in {int(bad.sum())} of {len(bad)} tokens (the first one is token {int(bad.nonzero()[0])})"
+
+
+def find_outliers(norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(outlier, median)`: which norms exceed `OUTLIER_RATIO` × the median of those that are not zero (0 if all are)."""
+    zeros = (norms == 0).sum()
+    # Not `nanmedian`, nor an index in brackets: on a GPU both make the host wait.
+    median = norms.sort().values.gather(0, (zeros + (len(norms) - zeros - 1).div(2, rounding_mode="floor"))[None])
+    return norms > OUTLIER_RATIO * median, median

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nullspace.sums import FLOAT32_NORMS, OUTLIER_RATIO, STAGE_TOKENS, Sums, TokenMask, nonfinite
+from nullspace.sums import FLOAT32_NORMS, OUTLIER_RATIO, STAGE_TOKENS, GramSums, Sums, TokenMask, nonfinite
 
 # Tokens in one float32 chain. The error of a chain grows like the square root of its length; below about 1024 tokens the
 # float64 master's own traffic (8 d² bytes a chain, whatever its length) begins to show in the time.
@@ -29,7 +29,7 @@ PROBE_TOKENS = 1.25
 PROBE_LIMIT = 0.1
 
 
-class TorchSums(Sums):
+class TorchSums(GramSums):
     """Sums by PyTorch's GEMM.
 
     Args:

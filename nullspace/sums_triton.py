@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 import nullspace.csrc_triton as csrc_triton
-from nullspace.sums import FLOAT32_NORMS, OUTLIER_RATIO, STAGE_TOKENS, Sums, TokenMask, nonfinite
+from nullspace.sums import FLOAT32_NORMS, STAGE_TOKENS, GramSums, TokenMask, find_outliers, nonfinite
 from nullspace.triangle import PANEL_ROWS
 
 # ‖E‖_F / ‖C‖_F, the part of E that is proportional to C left out (it moves no eigenvector): tensor-core chains lose by rounding
@@ -25,7 +25,7 @@ SINGLE_RESOLUTION = 2e-7
 LAUNCH_TOKENS = 8192
 
 
-class TritonSums(Sums):
+class TritonSums(GramSums):
     """Sums by the Triton kernels.
 
     Args:
@@ -122,11 +122,3 @@ class TritonSums(Sums):
         self._outliers += find_outliers(norms)[0].sum()
         self.total += rows_nd.sum(0)
         self.triangle.add_gram(rows_nd)
-
-
-def find_outliers(norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(outlier, median)`: which norms exceed `OUTLIER_RATIO` × the median of those that are not zero (0 if all are)."""
-    zeros = (norms == 0).sum()
-    # Not `nanmedian`, nor an index in brackets: on a GPU both make the host wait.
-    median = norms.sort().values.gather(0, (zeros + (len(norms) - zeros - 1).div(2, rounding_mode="floor"))[None])
-    return norms > OUTLIER_RATIO * median, median

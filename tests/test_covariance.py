@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 
 from inputs import activations, randn
 from nullspace.covariance import Covariance
-from nullspace.solvers import bottom_eigenpairs
+from nullspace.solvers import bottom_eigenpairs, bottom_right_singular
 from nullspace.sums import OUTLIER_RATIO, STAGE_TOKENS
 from nullspace.sums_torch import CHAIN_TOKENS, OUTLIER_ROWS
 from nullspace.triangle import PANEL_ROWS, LowerTriangle
 from reference import excess_leak, leak, optimal_leak, relative_error, second_moment
 
-PRECISIONS = ["auto", "fp64"]
+PRECISIONS = ["auto", "fp64", "qr"]
 # ‖error‖_F / ‖C‖_F. float32 chains were measured at 2e-8 to 2e-7, and at up to 9e-7 where d < 4 (sums taken one by one); TF32
 # would show as 8e-6 at d = 1, bf16 as 6e-5, both as more than 1e-4 at larger d.
-RESOLUTION = {"auto": 2e-6, "fp64": 1e-14}
+RESOLUTION = {"auto": 2e-6, "fp64": 1e-14, "qr": 1e-14}
 # More than one chain, and a remainder.
 LONG = 2 * CHAIN_TOKENS + STAGE_TOKENS // 2
 
@@ -246,7 +246,7 @@ def test_massive_tokens_do_not_drown_the_quiet_directions(steep: Steep, precisio
     covariance = covariance_of(steep.x, precision=precision)
     assert covariance.outliers == (0 if steep.massive == 1.0 else 32)
     # float32 chains see 1e-7 of the loudest ordinary direction, float64 products 1e-16 of the massive one.
-    assert steep.excess(covariance.matrix()) <= {"auto": 1e-6, "fp64": 1e-8}[precision]
+    assert steep.excess(covariance.matrix()) <= {"auto": 1e-6, "fp64": 1e-8, "qr": 1e-8}[precision]
 
 
 def test_float32_sums_drown_them_only_if_there_are_massive_tokens(steep: Steep) -> None:
@@ -292,7 +292,10 @@ def test_the_cuts_between_updates_do_not_matter(cuts: list[int], reads: set[int]
     assert relative_error(covariance.matrix(), second_moment(CUT_X)) <= RESOLUTION[precision]
     torch.testing.assert_close(covariance.mean(), CUT_X.double().mean(0), rtol=0.0, atol=1e-12)
     # The norm of C is that of its massive tokens and says nothing of the quiet directions.
-    assert leak(bottom_eigenpairs(covariance.matrix(), 4)[1], CUT_X) / CUT_OPTIMUM - 1 <= {"auto": 1e-8, "fp64": 1e-10}[precision]
+    assert (
+        leak(bottom_eigenpairs(covariance.matrix(), 4)[1], CUT_X) / CUT_OPTIMUM - 1
+        <= {"auto": 1e-8, "fp64": 1e-10, "qr": 1e-10}[precision]
+    )
 
 
 def test_single_rows_give_what_one_update_gives() -> None:
@@ -402,6 +405,29 @@ def test_autocast_around_an_update_changes_no_bit(low: torch.dtype, tokens: int)
     assert torch.equal(read_inside, covariance.matrix())
 
 
+def test_what_even_float64_products_lose_qr_keeps() -> None:
+    # 32 of 16,384 tokens 1e5 times the others: squared, 1e10, and the quietest directions are 1e-6 of the ordinary ones.
+    x = activations(16384, 256, quietest=1e-3, massive=1e5, every=512).double()
+    covariance = covariance_of(*x.split(3000), precision="qr")
+    assert covariance.products == "qr"
+    basis = bottom_right_singular(covariance.root(), 32)[1]
+    assert excess_leak(basis, x) <= 1e-6
+    assert excess(covariance_of(x, precision="fp64").matrix(), x, 32) > 1e-6  # and this is why
+
+
+def test_the_root_is_a_root() -> None:
+    x = randn(700, 20)
+    covariance = covariance_of(*x.split(90), precision="qr")
+    root = covariance.root()
+    assert torch.equal(root, root.triu())
+    assert relative_error(root.T @ root, second_moment(x)) <= 1e-14
+    root.zero_()
+    assert relative_error(covariance.matrix(), second_moment(x)) <= 1e-14
+    for precision in ("auto", "fp64"):
+        with pytest.raises(ValueError, match='only precision="qr" keeps a root'):
+            covariance_of(x, precision=precision).root()
+
+
 # ------------------------------------------------------------------------------------------------ merging
 
 
@@ -499,5 +525,5 @@ def test_a_width_below_one_is_refused(d_in: int) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "", "AUTO"])
 def test_an_unknown_precision_is_refused(precision: str) -> None:
-    with pytest.raises(ValueError, match="precision must be one of 'auto', 'fp64'"):
+    with pytest.raises(ValueError, match="precision must be one of 'auto', 'fp64', 'qr'"):
         Covariance(3, precision=precision)

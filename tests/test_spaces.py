@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 import nullspace.sums_torch as sums_torch
+from inputs import activations
 from models import FAMILIES, VOCABULARY, random_batches, tiny
-from nullspace import Covariance, NullSpace, NullSpaces, Site, compute_null_spaces, report, store
+from nullspace import Covariance, NullSpace, NullSpaces, Site, compute_null_spaces, report, solvers, store
 from nullspace.sites import find_targets
 from nullspace.spaces import TOLERANCE
 from reference import excess_leak, leak, optimal_leak, recorded_inputs
@@ -263,7 +264,7 @@ def test_the_summary_is_an_aligned_table_with_a_line_a_site(spectrum: bool) -> N
         cells = [cell for cell in others if not cell.startswith("+")]
         assert cells[:4] == [str(site.d_in), "4,096", str(RANK), f"{space.leak:.2e}"]
         assert cells[4:7] == [f"{space.gap:.1%}", str(space.outliers), space.precision]
-        assert cells[7:] == ([f"{space.effective_rank:.1f}"] if spectrum else [])
+        assert cells[7:] == [f"{space.excess_estimate:.0e}", *([f"{space.effective_rank:.1f}"] if spectrum else [])]
 
 
 def test_there_is_a_summary_of_nothing() -> None:
@@ -627,6 +628,87 @@ def test_the_excess_is_never_far_above_its_estimate(family: str, no_probe: None)
     spaces = compute_null_spaces(tiny(family), batches_of(family), rank=RANK, progress=False, tolerance=float("inf"))
     for name, x in inputs_of(family).items():
         assert excess_leak(spaces[name].basis, x) <= 3 * spaces[name].excess_estimate + 1e-9, name
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp64", "qr"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_excess_is_never_above_its_bound(family: str, precision: str, no_probe: None) -> None:
+    spaces = compute_null_spaces(
+        tiny(family), batches_of(family), rank=RANK, precision=precision, progress=False, tolerance=float("inf")
+    )
+    for name, x in inputs_of(family).items():
+        assert excess_leak(spaces[name].basis, x) <= spaces[name].excess_bound + 1e-9, name
+        assert spaces[name].excess_estimate >= 0
+
+
+class Echo(nn.Module):
+    """Two layers that hear what the loader gives, of which the second hears it without its massive tokens."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.massive, self.plain = nn.Linear(d, d), nn.Linear(d, d)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.massive(x) + self.plain(x / x.norm(dim=1, keepdim=True).clamp(min=30.0))
+
+
+@pytest.mark.parametrize(("scale", "precision"), [(1e3, "mixed"), (1e6, "qr")])
+def test_auto_goes_on_to_qr_where_float64_is_short(scale: float, precision: str) -> None:
+    x = activations(4096, 96, quietest=1e-3, massive=scale)
+    loader = list(x.split(512))
+    spaces = compute_null_spaces(Echo(96), loader, rank=RANK, progress=False)
+    assert spaces["massive"].precision in {"mixed": ("mixed", "fp64"), "qr": ("qr",)}[precision]
+    assert spaces["plain"].precision != "qr"
+    assert all(space.excess_estimate <= TOLERANCE for space in spaces.values())
+    assert excess_leak(spaces["massive"].basis, x) <= 1e-3
+    if precision == "qr":  # and it had to
+        spaces = compute_null_spaces(Echo(96), loader, rank=RANK, precision="fp64", progress=False)
+        assert spaces["massive"].excess_estimate > TOLERANCE
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e4, 1e5, 1e6, 3e6])
+@pytest.mark.parametrize(("d", "quietest"), [(96, 1e-3), (256, 1e-2)])
+@pytest.mark.parametrize("precision", ["auto", "fp64", "qr"])
+def test_the_excess_under_massive_tokens_is_known(precision: str, d: int, quietest: float, scale: float) -> None:
+    x = activations(4096, d, quietest=quietest, massive=scale)
+    covariance = Covariance(d, precision=precision)
+    covariance.update(x)
+    space = NullSpace.from_covariance(covariance, RANK)
+    excess = excess_leak(space.basis, x)
+    assert excess <= 3 * space.excess_estimate + 1e-9
+    assert excess <= space.excess_bound + 1e-9
+
+
+def test_a_precision_can_be_chosen_layer_by_layer() -> None:
+    x = activations(1024, 96, quietest=1e-1)
+    chosen = {"mass.*": "qr", ".*": "fp64"}
+    spaces = compute_null_spaces(Echo(96), list(x.split(512)), rank=RANK, precision=chosen, progress=False)
+    assert (spaces["massive"].precision, spaces["plain"].precision) == ("qr", "fp64")
+    spaces = compute_null_spaces(Echo(96), list(x.split(512)), rank=RANK, precision={"plain": "qr"}, progress=False)
+    assert (spaces["massive"].precision, spaces["plain"].precision) == ("mixed", "qr")
+    with pytest.raises(ValueError, match="precision must be one of 'auto', 'fp64', 'qr', not 'fp32'"):
+        compute_null_spaces(Echo(96), [x], rank=RANK, precision={"plain": "fp32"}, progress=False)
+
+
+@pytest.mark.parametrize("precision", ["fp64", "qr"])
+@pytest.mark.parametrize(("tokens", "nullity"), [(600, 0), (30, 34), (64, 0)])
+def test_the_numerical_nullity_is_what_the_tokens_leave(tokens: int, nullity: int, precision: str) -> None:
+    covariance = Covariance(64, precision=precision)
+    covariance.update(activations(tokens, 64, quietest=1e-1))
+    assert NullSpace.from_covariance(covariance, RANK).nullity == nullity
+
+
+def test_large_layers_are_solved_by_shift_invert_to_the_same_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = activations(3000, 320, quietest=1e-2)
+    covariance = Covariance(320, precision="fp64")
+    covariance.update(x)
+    every = NullSpace.from_covariance(covariance, 8)
+    monkeypatch.setattr(solvers, "INVERT_MIN_D", 300)
+    found = NullSpace.from_covariance(covariance, 8)
+    assert found.leak == pytest.approx(every.leak, rel=1e-9)
+    assert found.gap == pytest.approx(every.gap, abs=1e-9)
+    assert every.excess_estimate <= found.excess_estimate <= 100 * every.excess_estimate + 1e-15
+    assert NullSpace.from_covariance(covariance, 8, spectrum=True).effective_rank is not None
 
 
 def test_outlier_tokens_do_not_call_for_a_second_pass() -> None:

@@ -60,6 +60,8 @@ def random_spaces(seed: int, sites: int) -> NullSpaces:
             outliers=0,
             precision="mixed",
             excess_estimate=0.0,
+            excess_bound=0.0,
+            nullity=0,
             site=Site((f"layers.{i}.up",), 64),
         )
         for i in range(sites)
