@@ -18,7 +18,8 @@ METHODS = ("auto", "eigh", "lapack-subset", "shift-invert")
 #     d = 3072     0.40   0.47   0.92   2.0
 SUBSET_FRACTION = 1 / 6
 SUBSET_MIN_D = 128
-# Shift-invert overtakes LAPACK's subset driver about here, on 2 CPU cores (benchmarks/results/solvers-cpu.json).
+# Shift-invert against the subset driver, 2 CPU cores, k = 128, time of the first over that of the second
+# (benchmarks/results/solvers-cpu.json): d = 2048: 1.1 to 1.2, d = 4096: 0.44 to 0.65, d = 8192: 0.36.
 INVERT_FRACTION = 1 / 24
 INVERT_MIN_D = 3072
 # Inside shift-invert. How often the shift is raised tenfold if Cholesky fails with eps · trace, the least that rounding allows.

@@ -77,7 +77,20 @@ def test_massive_activations_do_no_harm(name: str, scale: float, inputs: dict[st
     assert excess_leak(space_of(x, "fp64").basis, x) <= 1e-8
 
 
-def test_the_test_above_has_teeth(inputs: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize("name", [name for name in SITES if ".15." in name])
+def test_qr_withstands_what_float64_products_do_not(name: str, inputs: dict[str, torch.Tensor]) -> None:
+    x = inputs[name].clone()
+    x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:32]] *= 1e5
+    assert excess_leak(space_of(x, "qr").basis, x) <= 1e-6
+    for precision in ("auto", "fp64", "qr"):
+        space = space_of(x, precision)
+        excess = excess_leak(space.basis, x)
+        assert excess <= 1e-3
+        assert excess <= 3 * space.excess_estimate + 1e-9
+        assert excess <= space.excess_bound + 1e-9
+
+
+def test_one_float32_product_loses_the_null_space(inputs: dict[str, torch.Tensor]) -> None:
     """What everybody else does, one float32 product, loses the null space of the same input."""
     x = inputs["model.layers.15.mlp.down_proj"].clone()
     x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:32]] *= 1e3
