@@ -23,6 +23,8 @@ from nullspace.stream import precision_of, stream_covariances
 TOLERANCE = 1e-4
 # A leak below this is none: the excess over it is not counted.
 NO_LEAK = 1e-8
+# What float64 sums leave of an exact null space, where no massive tokens make the norm of X meaningless.
+QUIET = 1e-7
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class NullSpace:
             Where it exceeds the rank, any basis within the null space would have done as well.
         precision: `"mixed"` (float32 chains into float64 sums, outlier tokens in float64), `"fp64"` or `"qr"`.
         excess_estimate: how much louder than the quietest basis this one may be for rounding's sake: leak / optimum − 1, by
-            second-order perturbation theory (`estimated_excess`). Rather too high than too low.
+            second-order perturbation theory (`estimated_excess`). Rather too high than too low; 0 where tokens ≤ d_in − rank.
         excess_bound: the same without any theory of how errors fall (Ky Fan's inequality, `bounded_excess`): never too low if the
             error of the sum is what it is taken for, and often too high by many orders.
         effective_rank: exp of the entropy of σ / Σσ of X (eq. 2–3); None unless it was asked for with `spectrum=True`.
@@ -103,6 +105,8 @@ class NullSpace:
         known = known.clamp(min=0).cpu()
         values, behind = known[:rank], float(known[rank])
         error, trace = covariance.error_norm, covariance.trace
+        # With so few tokens the null space is exact, and what is left in it is rounding alone, whichever basis is taken.
+        exact = covariance.tokens + rank <= covariance.d_in
         return cls(
             basis=vectors.cpu().contiguous(),
             eigenvalues=values.clone(),
@@ -112,7 +116,7 @@ class NullSpace:
             outliers=covariance.outliers,
             nullity=int((known <= (error if squared else error**2)).sum()),
             precision=covariance.products,
-            excess_estimate=estimated_excess(known, rank, error, trace, d_in=covariance.d_in, squared=squared),
+            excess_estimate=0.0 if exact else estimated_excess(known, rank, error, trace, d_in=covariance.d_in, squared=squared),
             excess_bound=bounded_excess(values, error, trace, squared=squared),
             site=site or Site(members=("",), d_in=covariance.d_in),
             effective_rank=solvers.effective_rank(known.sqrt()) if spectrum else None,
@@ -392,6 +396,8 @@ def compute_null_spaces(
             and s.precision not in (better, "qr")
             and s.excess_estimate > tolerance
         ]
+        if better == "qr":  # without massive tokens a leak as small as this is none, and more digits of it are worth no pass
+            unsure = [s for s in unsure if s.outliers > 0 or s.leak > QUIET]
         if once:
             break
         if not unsure:
