@@ -175,7 +175,7 @@ def _shift_invert(c: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] 
 
     The wanted end of C is the far end of (C + σI)⁻¹, where Krylov spaces converge fast, and a shift moves no vector. With
     LLᵀ = C + σI, a step is two triangular solves and a reorthogonalisation against all columns so far (Golub and Van Loan,
-    "Matrix Computations", 4th ed., 10.3.6). Rayleigh–Ritz on the last space takes the singular values of LᵀU, which keep small
+    "Matrix Computations", block Lanczos). Rayleigh–Ritz on the last space takes the singular values of LᵀU, which keep small
     eigenvalues better than those of UᵀCU. What is returned has been checked: ‖CU − UΛ‖ ≤ 1e-12 ‖C‖ (Frobenius norms), and a search
     in the complement has found nothing quieter.
     """

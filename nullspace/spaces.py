@@ -43,7 +43,7 @@ class NullSpace:
             Where it exceeds the rank, any basis within the null space would have done as well.
         precision: `"mixed"` (float32 chains into float64 sums, outlier tokens in float64), `"fp64"` or `"qr"`.
         excess_estimate: how much louder than the quietest basis this one may be for rounding's sake: leak / optimum − 1, by
-            second-order perturbation theory (`estimated_excess`). Rather too high than too low; 0 where tokens ≤ d_in − rank.
+            second-order perturbation theory (`estimated_excess`). Rather too high than too low.
         excess_bound: the same without any theory of how errors fall (Ky Fan's inequality, `bounded_excess`): never too low if the
             error of the sum is what it is taken for, and often too high by many orders.
         effective_rank: exp of the entropy of σ / Σσ of X (eq. 2–3); None unless it was asked for with `spectrum=True`.
@@ -105,8 +105,6 @@ class NullSpace:
         known = known.clamp(min=0).cpu()
         values, behind = known[:rank], float(known[rank])
         error, trace = covariance.error_norm, covariance.trace
-        # With so few tokens the null space is exact, and what is left in it is rounding alone, whichever basis is taken.
-        exact = covariance.tokens + rank <= covariance.d_in
         return cls(
             basis=vectors.cpu().contiguous(),
             eigenvalues=values.clone(),
@@ -116,7 +114,7 @@ class NullSpace:
             outliers=covariance.outliers,
             nullity=int((known <= (error if squared else error**2)).sum()),
             precision=covariance.products,
-            excess_estimate=0.0 if exact else estimated_excess(known, rank, error, trace, d_in=covariance.d_in, squared=squared),
+            excess_estimate=estimated_excess(known, rank, error, trace, d_in=covariance.d_in, squared=squared),
             excess_bound=bounded_excess(values, error, trace, squared=squared),
             site=site or Site(members=("",), d_in=covariance.d_in),
             effective_rank=solvers.effective_rank(known.sqrt()) if spectrum else None,

@@ -638,7 +638,6 @@ def test_the_excess_is_never_above_its_bound(family: str, precision: str, no_pro
     )
     for name, x in inputs_of(family).items():
         assert excess_leak(spaces[name].basis, x) <= spaces[name].excess_bound + 1e-9, name
-        assert spaces[name].excess_estimate >= 0
 
 
 class Echo(nn.Module):
