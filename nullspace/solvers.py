@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+
 import numpy as np
 import scipy.linalg
 import torch
 from scipy.linalg import lapack
+from threadpoolctl import ThreadpoolController
 
 METHODS = ("auto", "eigh", "lapack-subset", "shift-invert")
 
@@ -18,6 +22,9 @@ METHODS = ("auto", "eigh", "lapack-subset", "shift-invert")
 #     d = 3072     0.40   0.47   0.92   2.0
 SUBSET_FRACTION = 1 / 6
 SUBSET_MIN_D = 128
+# Below this order, more BLAS threads than one only wait for each other. Reduction to tridiagonal form with one and with two:
+# d = 576: 12 and 17 ms, d = 1536: 230 and 155 ms.
+THREADS_MIN_D = 1024
 # Shift-invert against the subset driver, 2 CPU cores, k = 128, time of the first over that of the second
 # (benchmarks/results/solvers-cpu.json): d = 2048: 1.1 to 1.2, d = 4096: 0.44 to 0.65, d = 8192: 0.36.
 INVERT_FRACTION = 1 / 24
@@ -93,7 +100,8 @@ def partial_eigh(
     if method == "auto":
         method = "lapack-subset" if on_cpu and d >= SUBSET_MIN_D and k <= d * SUBSET_FRACTION else "eigh"
     if method == "lapack-subset" and d > 2:
-        values, vectors = _tridiagonal_eigh(c.detach().to("cpu", torch.float64).numpy(), k, overwrite)
+        with _blas().limit(limits=1, user_api="blas") if d < THREADS_MIN_D else contextlib.nullcontext():
+            values, vectors = _tridiagonal_eigh(c.detach().to("cpu", torch.float64).numpy(), k, overwrite)
         eigenvalues, basis = torch.from_numpy(values).to(c.device), torch.from_numpy(vectors).to(c.device)
     else:
         eigenvalues, basis = torch.linalg.eigh(c.to(torch.float64))
@@ -287,6 +295,11 @@ def _inverse_krylov(factor: torch.Tensor, shift: float, least: float, wanted: in
     return None, estimate
 
 
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
 def _tridiagonal_eigh(c: np.ndarray, k: int, overwrite: bool) -> tuple[np.ndarray, np.ndarray]:
     """The steps of LAPACK's dsyevr, one by one, since the driver gives either a subset or all eigenvalues."""
     d = len(c)
@@ -308,8 +321,7 @@ def _tridiagonal_eigh(c: np.ndarray, k: int, overwrite: bool) -> tuple[np.ndarra
     _, size, _ = lapack.dormqr("L", "N", q, q_tau, below, -1)
     below, _, _ = lapack.dormqr("L", "N", q, q_tau, below, int(size[0]))
     # The vectors of close eigenvalues of T come out orthogonal to some 1e-12 only; QR, which moves none by more, sets that right.
-    vectors, triangle = np.linalg.qr(np.concatenate([small[:1], below]))
-    return every * scale, vectors * np.sign(np.diagonal(triangle))
+    return every * scale, torch.linalg.qr(torch.from_numpy(np.concatenate([small[:1], below]))).Q.numpy()
 
 
 def _check_symmetric(c: torch.Tensor) -> int:

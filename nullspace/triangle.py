@@ -52,8 +52,9 @@ class LowerTriangle:
 
     def norm(self) -> float:
         """The Frobenius norm of the whole matrix."""
-        below = [torch.linalg.vector_norm(panel.tril(start - 1)) for start, _, panel in self._panels]
-        strict, diagonal = torch.stack(below).norm(), self.diagonal().norm()
+        left = [torch.linalg.vector_norm(panel[:, :start]) for start, _, panel in self._panels]
+        below = [torch.linalg.vector_norm(panel[:, start:].tril(-1)) for start, _, panel in self._panels]
+        strict, diagonal = torch.stack(left + below).norm(), self.diagonal().norm()
         return float(torch.hypot(2**0.5 * strict, diagonal))
 
     def square(self) -> torch.Tensor:
