@@ -15,9 +15,10 @@ from torch import nn
 
 from nullspace import report, solvers, store
 from nullspace.covariance import Covariance
+from nullspace.listening import precision_of
 from nullspace.progress import Progress, reporter
 from nullspace.sites import Site, find_targets, weight_of, weight_shape
-from nullspace.stream import precision_of, stream_covariances
+from nullspace.stream import stream_covariances
 
 # Excess leak, by estimate, above which a float32 sum is not trusted and the site is summed again in float64.
 TOLERANCE = 1e-4

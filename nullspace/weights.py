@@ -57,7 +57,8 @@ class Loaded:
     """A module's weights, all of them, on one device.
 
     Reading starts at once, on a thread of its own and, for a GPU, on a stream of its own: make the next block's while this one
-    computes. Use as a context manager: inside, the module works with the tensors that were read and accelerate's hooks stand aside.
+    computes. Use as a context manager, once or again: inside, the module works with the tensors that were read and accelerate's hooks
+    stand aside. Until `close` they stay in memory.
 
     Args:
         module: what to load, with everything below it, but for
@@ -120,10 +121,9 @@ class Loaded:
         for part, name, own in self._undo:
             _put(part, name, own)
         self._undo, self._forwards = [], []
-        self.close()
 
     def close(self) -> None:
-        """Forget what was read; for weights that nobody will enter."""
+        """Forget what was read: the weights cannot be entered again."""
         if self._reader is not None:
             self._reader.shutdown(wait=True, cancel_futures=True)
         self._read = {}

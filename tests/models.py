@@ -112,10 +112,62 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+SMALL: dict[str, int] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+
+
+def _qwen3() -> nn.Module:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16))
+
+
+def _gemma3() -> nn.Module:
+    """Sliding and full attention in turns: the blocks are handed different masks and rotary embeddings."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    return transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=16, sliding_window=8, layer_types=kinds)
+    )
+
+
+def _mistral() -> nn.Module:
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=16))
+
+
+def _phi3() -> nn.Module:
+    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**SMALL, num_key_value_heads=2, pad_token_id=0))
+
+
+def _gpt_neox() -> nn.Module:
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL))
+
+
+def _falcon() -> nn.Module:
+    """Its blocks return tuples."""
+    sizes = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, ffn_hidden_size=96))
+
+
+# What a layerwise pass must understand.
+CHAINS: dict[str, Callable[[], nn.Module]] = {
+    **{name: FAMILIES[name] for name in ("llama", "qwen2", "gemma", "gpt2", "opt", "bert")},
+    "qwen3": _qwen3,
+    "gemma3": _gemma3,
+    "mistral": _mistral,
+    "phi3": _phi3,
+    "gpt_neox": _gpt_neox,
+    "falcon": _falcon,
+}
+
+
 def tiny(family: str, seed: int = 0) -> nn.Module:
     """A tiny model of a family, in eval mode."""
     torch.manual_seed(seed)
-    return FAMILIES[family]().eval()
+    return {**FAMILIES, **CHAINS}[family]().eval()
 
 
 def random_batches(

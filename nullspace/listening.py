@@ -1,0 +1,207 @@
+"""Which layer hears which input: `Listener` sums the inputs of its targets while the model runs.
+
+A layer that is handed the very tensor object that another layer was handed in the same batch joins that layer's site; from then on
+it must be so in every batch, or the sum would not be the layer's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from nullspace.covariance import Covariance, find_nonfinite
+from nullspace.sites import Site, weight_shape
+from nullspace.sums import TokenMask
+
+
+def precision_of(name: str, precision: str | Mapping[str, str]) -> str:
+    """What a precision says of one layer."""
+    if isinstance(precision, str):
+        return precision
+    return next((value for pattern, value in precision.items() if re.fullmatch(pattern, name)), "auto")
+
+
+class _Sum:
+    """One site while the model runs."""
+
+    def __init__(self, name: str, covariance: Covariance) -> None:
+        self.members = [name]
+        self.covariance = covariance
+        self.joinable = True  # until its first input has passed
+        self._input: weakref.ref[torch.Tensor] | None = None
+        self._version: int | None = None
+        self._heard: set[str] = set()
+
+    def hears(self, x: torch.Tensor) -> bool:
+        """Whether x is the input at hand: the same object, and not written to since."""
+        return self._input is not None and self._input() is x and self._version == _version(x)
+
+    def begin_input(self, name: str, x: torch.Tensor, mask: TokenMask | None) -> None:
+        self.covariance.update(x, mask)
+        # A weak reference holds no memory, and answers None (not another tensor at the same address) when x is gone.
+        self._input, self._version, self._heard = weakref.ref(x), _version(x), {name}
+
+    def hear(self, name: str) -> None:
+        self._heard.add(name)
+
+    def has_heard(self, name: str) -> bool:
+        return name in self._heard
+
+    def end_input(self) -> str | None:
+        """Forget the input at hand; the name of a member that was not handed it, if there is one."""
+        missing = next((m for m in self.members if m not in self._heard), None) if self._heard else None
+        self._input, self._heard, self.joinable = None, set(), False
+        return missing
+
+
+class Listener:
+    """All sites of some targets while the model runs: which layer hears which input, checked at every call.
+
+    Args:
+        targets: module name → linear layer.
+        precision: as in `stream_covariances`.
+        device: where the sums live; by default where the first input of each is.
+    """
+
+    def __init__(self, targets: Mapping[str, nn.Module], precision: str | Mapping[str, str]) -> None:
+        self._targets = targets
+        self._precision = precision
+        self._sums: list[_Sum] = []
+        self._of: dict[str, _Sum] = {}
+        self._batch = 0
+        self._mask: torch.Tensor | None = None
+        # What the mask says of one vector a token, and of one vector a sequence: looked at once a batch, not once a layer.
+        self._tokens: TokenMask | None = None
+        self._sequences: TokenMask | None = None
+        self._encoder_decoder = False
+
+    @property
+    def silent(self) -> dict[str, nn.Module]:
+        """The targets that have not been called so far."""
+        return {name: module for name, module in self._targets.items() if name not in self._of}
+
+    def begin_batch(self, batch: int, mask: torch.Tensor | None, *, encoder_decoder: bool) -> None:
+        """From here on, inputs are those of another batch, with this mask (batch, tokens)."""
+        self._batch = batch
+        self._encoder_decoder = encoder_decoder
+        self._mask = mask if isinstance(mask, torch.Tensor) and not bool((mask != 0).all()) else None
+        self._tokens = self._sequences = None
+        if mask is not None and not isinstance(mask, torch.Tensor):
+            raise ValueError(f"batch {batch}: attention_mask is {type(mask).__name__}, not a tensor (batch, tokens)")
+
+    def hear(self, name: str, x: torch.Tensor) -> None:
+        """A target is about to be called with x."""
+        member_of = self._of.get(name)
+        if member_of is None:
+            joined = next((s for s in self._sums if s.joinable and s.hears(x)), None)
+            if joined is None:
+                joined = _Sum(name, self._new_covariance(name, x))
+                self._begin_input(joined, name, x)
+                self._sums.append(joined)
+            else:
+                joined.members.append(name)
+                joined.hear(name)
+            self._of[name] = joined
+        elif member_of.hears(x) and not member_of.has_heard(name):
+            member_of.hear(name)
+        else:  # the next input of a layer that is called several times a batch, or the first one of this batch
+            self._end_input(member_of)
+            self._begin_input(member_of, name, x)
+
+    def end_batch(self) -> None:
+        """Whether every member was handed its site's input, and no input held NaN or Inf: `ValueError` otherwise."""
+        for each in self._sums:
+            self._end_input(each)
+        found = find_nonfinite([each.covariance for each in self._sums])
+        if found is not None:
+            name = next(each.members[0] for each in self._sums if each.covariance is found[0])
+            raise ValueError(f"{name}, batch {self._batch}: {found[1]}")
+
+    def release(self) -> Iterator[tuple[Site, Covariance]]:
+        """The sites and their sums, in the order in which they were first called, each given out of hand."""
+        deaf = next((s for s in self._sums if s.covariance.tokens == 0), None)
+        if deaf is not None:
+            raise ValueError(f"no tokens at {deaf.members[0]!r}: everything is masked as padding")
+        self._of.clear()
+        while self._sums:
+            each = self._sums.pop(0)
+            site, covariance = Site(tuple(each.members), each.covariance.d_in), each.covariance
+            del each
+            yield site, covariance
+            del covariance
+
+    def _new_covariance(self, name: str, x: torch.Tensor) -> Covariance:
+        device = x.device if x.device.type in ("cpu", "cuda") else "cpu"  # elsewhere there is no float64
+        return Covariance(weight_shape(self._targets[name])[1], device=device, precision=precision_of(name, self._precision))
+
+    def _begin_input(self, each: _Sum, name: str, x: torch.Tensor) -> None:
+        try:
+            each.begin_input(name, x, self._rows_that_count(x))
+        except ValueError as error:
+            raise ValueError(f"{name}, batch {self._batch}: {error}") from error
+
+    def _end_input(self, each: _Sum) -> None:
+        missing = each.end_input()
+        if missing is not None:
+            other = next(m for m in each.members if m != missing)
+            raise ValueError(
+                f"{missing!r} shared its input with {other!r} in the batch in which they were first called, but not in batch "
+                f"{self._batch}: one sum cannot serve both. Calibrate them in separate runs (targets=[{missing!r}], …)."
+            )
+
+    def _rows_that_count(self, x: torch.Tensor) -> TokenMask | None:
+        mask = self._mask
+        if mask is None:
+            return None
+        if self._encoder_decoder or mask.ndim != 2:
+            what = "an encoder–decoder model" if self._encoder_decoder else f"an attention_mask of shape {tuple(mask.shape)}"
+            raise ValueError(f"cannot tell padding from tokens with {what}: give batches without padding")
+        tokens = x.shape[:-1]
+        if tokens == mask.shape or tokens == (mask.numel(),) or tokens == (1, mask.numel()):
+            self._tokens = self._tokens or TokenMask(mask)
+            return self._tokens
+        if tokens == mask.shape[:1]:  # one vector a sequence, such as a pooler's input
+            self._sequences = self._sequences or TokenMask(mask.any(dim=1))
+            return self._sequences
+        raise ValueError(
+            f"its input {tuple(x.shape)} cannot be lined up with the attention_mask {tuple(mask.shape)}, which has padding: "
+            "give batches without padding (packed, or one sample each)"
+        )
+
+
+def _version(x: torch.Tensor) -> int | None:
+    return None if x.is_inference() else x._version
+
+
+def refuse_silent(silent: Mapping[str, nn.Module]) -> None:
+    """Raise `ValueError`, naming the first, if there are targets that were never called."""
+    if silent:
+        more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
+        raise ValueError(
+            f"target {next(iter(silent))!r}{more} was never called: these data do not reach it. Leave it out of targets, or add "
+            "data that do."
+        )
+
+
+@contextlib.contextmanager
+def listening(targets: Mapping[str, nn.Module], sums: Listener) -> Iterator[None]:
+    """Inside, the listener hears whatever the targets are called with."""
+
+    def listener(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            sums.hear(name, args[0] if args else next(iter(kwargs.values())))
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(listener(name), with_kwargs=True) for name, m in targets.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
