@@ -62,7 +62,8 @@ def stream_by_block(
     head = output_head(model)
     options = forward_options(model, dict(targets))
     unused = tuple(chain.blocks) + (() if head is None or any(m is head for m in outside.values()) else (head,))
-    ready: Loaded | None = Loaded(chain.blocks[0], chain.device_of(0))
+    first = Loaded(chain.blocks[0], chain.device_of(0))
+    ready: Loaded | None = first
     try:
         around = Loaded(model, chain.device_of(0), but=unused)
         with (
@@ -75,7 +76,7 @@ def stream_by_block(
         ):
             for call in calls(model, loader, device):
                 ahead.begin_batch(call.number, call.mask, encoder_decoder=False)
-                leaves = chain.prepare(call, options, ready)
+                leaves = chain.prepare(call, options, first)
                 ahead.end_batch()
                 if shelf is None:
                     place = choose_place(hidden_states, leaves.hidden_bytes() * (total or 1), chain.device_of(0))

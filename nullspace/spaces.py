@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from nullspace import report, solvers, store
+from nullspace.checkpoint import Checkpoint, fingerprint_of_run
 from nullspace.covariance import Covariance
 from nullspace.listening import precision_of
 from nullspace.progress import Progress, reporter
-from nullspace.sites import Site, find_targets, weight_of, weight_shape
-from nullspace.stream import stream_covariances
+from nullspace.sites import Site, find_targets, weight_shape
+from nullspace.stream import choose_strategy, stream_covariances
+from nullspace.weights import tensor_of
+
+logger = logging.getLogger(__name__)
 
 # Excess leak, by estimate, above which a float32 sum is not trusted and the site is summed again in float64.
 TOLERANCE = 1e-4
@@ -26,6 +32,10 @@ TOLERANCE = 1e-4
 NO_LEAK = 1e-8
 # What float64 sums leave of an exact null space, where no massive tokens make the norm of X meaningless.
 QUIET = 1e-7
+
+
+# Module name → (d_out, d_in) of its weight, and its fingerprint where it has one.
+Weights: TypeAlias = Mapping[str, tuple[tuple[int, int], torch.Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +131,34 @@ class NullSpace:
             effective_rank=solvers.effective_rank(known.sqrt()) if spectrum else None,
         )
 
+    def facts(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON takes it; the inverse is `from_facts`."""
+        return {
+            "members": list(self.site.members),
+            "d_in": self.site.d_in,
+            "rank": self.rank,
+            "tokens": self.tokens,
+            "trace": self.trace,
+            "gap": self.gap,
+            "outliers": self.outliers,
+            "precision": self.precision,
+            "excess_estimate": self.excess_estimate,
+            "excess_bound": self.excess_bound,
+            "nullity": self.nullity,
+            "effective_rank": self.effective_rank,
+        }
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> NullSpace:
+        """A space of what `facts` gave and its two tensors, `basis` and `eigenvalues`."""
+        names = ("trace", "tokens", "gap", "outliers", "nullity", "precision", "excess_estimate", "excess_bound", "effective_rank")
+        return cls(
+            basis=tensors["basis"],
+            eigenvalues=tensors["eigenvalues"],
+            site=Site(tuple(facts["members"]), facts["d_in"]),
+            **{name: facts[name] for name in names},
+        )
+
 
 def estimated_excess(
     eigenvalues: torch.Tensor, rank: int, error_norm: float, trace: float, *, d_in: int | None = None, squared: bool = True
@@ -179,6 +217,30 @@ def bounded_excess(values: torch.Tensor, error_norm: float, trace: float, *, squ
     return (max(most, none) / max(least, none)) ** 0.5 - 1
 
 
+class _Stored:
+    """A space that is read when it is asked for, and again when nobody holds it any more."""
+
+    def __init__(self, directory: Path, entry: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        self.site = Site(tuple(entry["members"]), entry["d_in"])
+        self.shapes: Mapping[str, list[int]] = entry["weight_shapes"]
+        self._directory, self._entry, self._manifest = directory, entry, manifest
+        self._space: weakref.ref[NullSpace] | None = None
+
+    def _read(self) -> dict[str, torch.Tensor]:
+        return store.read_tensors(self._directory, self._entry["file"], self._manifest)
+
+    def space(self) -> NullSpace:
+        space = None if self._space is None else self._space()
+        if space is None:
+            space = NullSpace.from_facts(self._entry, self._read())
+            self._space = weakref.ref(space)
+        return space
+
+    def weights(self) -> Weights:
+        tensors = self._read()
+        return {name: ((shape[0], shape[1]), tensors.get(f"fingerprint.{name}")) for name, shape in self.shapes.items()}
+
+
 class NullSpaces(Mapping[str, NullSpace]):
     """Module name → `NullSpace`; the members of a site share one object.
 
@@ -188,17 +250,14 @@ class NullSpaces(Mapping[str, NullSpace]):
             known again.
     """
 
-    def __init__(
-        self,
-        spaces: Iterable[NullSpace],
-        weights: Mapping[str, tuple[tuple[int, int], torch.Tensor | None]] | None = None,
-    ) -> None:
-        self._spaces = tuple(spaces)
+    def __init__(self, spaces: Iterable[NullSpace], weights: Weights | None = None) -> None:
+        self._spaces: tuple[NullSpace | _Stored, ...] = tuple(spaces)
         self._of = {name: space for space in self._spaces for name in space.site.members}
         self._weights = dict(weights or {})
 
     def __getitem__(self, name: str) -> NullSpace:
-        return self._of[name]
+        found = self._of[name]
+        return found.space() if isinstance(found, _Stored) else found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._of)
@@ -208,6 +267,10 @@ class NullSpaces(Mapping[str, NullSpace]):
 
     def __repr__(self) -> str:
         return f"NullSpaces({len(self._spaces)} sites, {len(self)} layers)"
+
+    def _weight(self, name: str) -> tuple[tuple[int, int], torch.Tensor | None] | None:
+        found = self._of[name]
+        return (found.weights() if isinstance(found, _Stored) else self._weights).get(name)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -232,12 +295,12 @@ class NullSpaces(Mapping[str, NullSpace]):
             known = ", ".join(list(self._of)[:3])
             raise ValueError(f"there is no null space for {name!r}; the spaces are for {known}, … ({len(self)} layers)")
         shape = weight_shape(module)
-        known_shape, known_print = self._weights.get(name, ((shape[0], self._of[name].site.d_in), None))
+        known_shape, known_print = self._weight(name) or ((shape[0], self._of[name].site.d_in), None)
         if shape != known_shape:
             raise ValueError(
                 f"these spaces are for another model: {name!r} has weight {shape} here and had {known_shape} at calibration"
             )
-        found = store.fingerprint(weight_of(module))
+        found = _sample(module)
         if known_print is not None and found is not None and not store.same_fingerprint(known_print, found):
             raise ValueError(
                 f"these spaces are for another model: the weight of {name!r} begins with {_head(found)} here and with "
@@ -262,68 +325,36 @@ class NullSpaces(Mapping[str, NullSpace]):
         """The content of `save`, into a directory that somebody else makes and renames."""
         directory.mkdir(parents=True, exist_ok=True)
         entries: list[dict[str, Any]] = []
-        for index, space in enumerate(self._spaces):
+        for index, each in enumerate(self._spaces):
+            space = each.space() if isinstance(each, _Stored) else each
+            weights = each.weights() if isinstance(each, _Stored) else self._weights
             name = f"{index:04d}-{re.sub(r'[^A-Za-z0-9._-]', '_', space.site.name)[:200]}.safetensors"
             tensors = {"basis": space.basis, "eigenvalues": space.eigenvalues}
             shapes = {}
             for member in space.site.members:
-                if member in self._weights:
-                    shapes[member], sample = self._weights[member]
+                if member in weights:
+                    shapes[member], sample = weights[member]
                     if sample is not None:
                         tensors[f"fingerprint.{member}"] = sample
             store.write_tensors(directory / name, tensors)
-            entries.append(
-                {
-                    "file": name,
-                    "members": list(space.site.members),
-                    "d_in": space.site.d_in,
-                    "rank": space.rank,
-                    "tokens": space.tokens,
-                    "trace": space.trace,
-                    "gap": space.gap,
-                    "outliers": space.outliers,
-                    "precision": space.precision,
-                    "excess_estimate": space.excess_estimate,
-                    "excess_bound": space.excess_bound,
-                    "nullity": space.nullity,
-                    "effective_rank": space.effective_rank,
-                    "weight_shapes": shapes,
-                }
-            )
+            entries.append({"file": name, **space.facts(), "weight_shapes": shapes})
         store.write_manifest(directory, "spaces", {"sites": entries}, files=tuple(e["file"] for e in entries))
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> NullSpaces:
-        """Read what `save` wrote, checking every byte.
+        """Read what `save` wrote, checking every byte; the bases stay in their files until they are asked for, one by one.
 
         Raises:
             FileNotFoundError: if there is no such directory.
             ValueError: naming the file that is missing, truncated, altered or not ours.
         """
         manifest = store.read_manifest(directory, "spaces")
-        spaces, weights = [], {}
+        found = cls(())
+        found._spaces = tuple(_Stored(Path(directory), entry, manifest) for entry in manifest["sites"])
         for entry in manifest["sites"]:
-            tensors = store.read_tensors(directory, entry["file"], manifest)
-            site = Site(tuple(entry["members"]), entry["d_in"])
-            spaces.append(
-                NullSpace(
-                    basis=tensors["basis"],
-                    eigenvalues=tensors["eigenvalues"],
-                    trace=entry["trace"],
-                    tokens=entry["tokens"],
-                    gap=entry["gap"],
-                    outliers=entry["outliers"],
-                    precision=entry["precision"],
-                    excess_estimate=entry["excess_estimate"],
-                    excess_bound=entry["excess_bound"],
-                    nullity=entry["nullity"],
-                    site=site,
-                    effective_rank=entry["effective_rank"],
-                )
-            )
-            for member, shape in entry["weight_shapes"].items():
-                weights[member] = (tuple(shape), tensors.get(f"fingerprint.{member}"))
-        return cls(spaces, weights)
+            store.check_file(directory, entry["file"], manifest)
+        found._of = {name: space for space in found._spaces for name in space.site.members}
+        return found
 
 
 def compute_null_spaces(
@@ -336,6 +367,9 @@ def compute_null_spaces(
     precision: str | Mapping[str, str] = "auto",
     tolerance: float = TOLERANCE,
     spectrum: bool = False,
+    device: torch.device | str | None = None,
+    hidden_states: str = "auto",
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | Progress = True,
 ) -> NullSpaces:
     """Run the model over the loader and find, for every linear layer, the directions that its input hardly ever takes.
@@ -353,13 +387,19 @@ def compute_null_spaces(
             mapping from regular expressions for layer names to these: see `stream_covariances`.
         tolerance: excess leak, by estimate, that `"auto"` accepts.
         spectrum: report effective ranks too.
+        device, hidden_states: for the layerwise strategy: see `stream_covariances`.
+        checkpoint: a directory for what is finished, site by site. A run that was cut off and is called again with the same
+            arguments goes on behind the last finished site (with `strategy="layerwise"`, in the block where it was), and ends
+            with the same bits. The caller deletes it. The loader must give the same batches every time.
         progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
 
     Returns:
         A mapping from module name to `NullSpace`.
 
     Raises:
-        ValueError: see `stream_covariances`; and before the forward pass if the rank does not fit a layer.
+        ValueError: see `stream_covariances`; before the forward pass if the rank does not fit a layer, or if the checkpoint is
+            that of another run (another model, data, or setting: which ones is said), damaged, or asked for with a loader that
+            can be read only once.
 
     Warns:
         UserWarning: naming the sites that saw fewer than d_in + rank tokens; and those that a second pass should sum again, if
@@ -369,23 +409,52 @@ def compute_null_spaces(
         targets = list(targets)
     modules = find_targets(model, targets)
     check_rank(modules, rank)
+    strategy = choose_strategy(model, modules, strategy, device)
     report_progress = reporter(progress)
+    kept: Checkpoint | None = None
+    if checkpoint is not None:
+        settings = {
+            "rank": rank,
+            "precision": precision if isinstance(precision, str) else dict(precision),
+            "tolerance": tolerance,
+            "spectrum": spectrum,
+            "strategy": strategy,
+        }
+        kept = Checkpoint(checkpoint, fingerprint_of_run(model, loader, modules, settings))
+    spaces = [NullSpace.from_facts(facts, tensors) for facts, tensors in kept.load()] if kept is not None else []
+    done = {name for space in spaces for name in space.site.members}
 
     def measure(chosen: str | list[str], precision: str | Mapping[str, str], forward: str) -> list[NullSpace]:
         def renamed(stage: str, done: int, total: int | None, tokens: int) -> None:
             report_progress(forward if stage == "forward" else stage, done, total, tokens)
 
-        spaces: list[NullSpace] = []
+        found: list[NullSpace] = []
         # A caller in inference mode would otherwise get bases that no later training step may touch.
         with torch.inference_mode(False):
-            stream = stream_covariances(model, loader, targets=chosen, strategy=strategy, precision=precision, progress=renamed)
+            stream = stream_covariances(
+                model,
+                loader,
+                targets=chosen,
+                strategy=strategy,
+                precision=precision,
+                device=device,
+                hidden_states=hidden_states,
+                progress=renamed,
+            )
             for site, covariance in stream:
-                spaces.append(NullSpace.from_covariance(covariance, rank, site=site, spectrum=spectrum))
+                space = NullSpace.from_covariance(covariance, rank, site=site, spectrum=spectrum)
                 del covariance
-                report_progress("null spaces", sum(len(space.site.members) for space in spaces), len(modules), 0)
-        return spaces
+                if kept is not None:
+                    kept.keep(space.site.name, space.facts(), {"basis": space.basis, "eigenvalues": space.eigenvalues})
+                logger.info("%s: leak %.1e, rounding %.0e of it", site.name, space.leak, space.excess_estimate)
+                found.append(space)
+                members = sum(len(s.site.members) for s in found)
+                report_progress("null spaces", members + (len(done) if forward == "forward" else 0), len(modules), 0)
+        return found
 
-    spaces = measure(targets, precision, "forward")
+    left = [name for name in modules if name not in done]
+    if left:
+        spaces += measure(left if done else targets, precision, "forward")
     once = isinstance(loader, Iterator)
     for better in ("fp64", "qr"):
         unsure = [
@@ -411,7 +480,7 @@ def compute_null_spaces(
             stacklevel=2,
         )
     _warn_of_few_tokens(spaces)
-    return NullSpaces(spaces, {n: (weight_shape(m), store.fingerprint(weight_of(m))) for n, m in modules.items()})
+    return NullSpaces(spaces, {n: (weight_shape(m), _sample(m)) for n, m in modules.items()})
 
 
 def check_rank(modules: Mapping[str, nn.Module], rank: int) -> None:
@@ -443,6 +512,14 @@ def _warn_of_few_tokens(spaces: list[NullSpace]) -> None:
 
 def _few_names(spaces: list[NullSpace]) -> str:
     return ", ".join(s.site.name for s in spaces[:4]) + (", …" if len(spaces) > 4 else "")
+
+
+def _sample(module: nn.Module) -> torch.Tensor | None:
+    """The fingerprint of a layer's weight; None where its values are nowhere at hand."""
+    try:
+        return store.fingerprint(tensor_of(module, "weight"))
+    except ValueError:
+        return None
 
 
 def _head(sample: torch.Tensor) -> str:

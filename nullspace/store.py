@@ -52,14 +52,14 @@ def new_directory(out: str | os.PathLike[str], *, overwrite: bool = False) -> It
         yield part
         for folder, _, names in os.walk(part):
             for name in names:
-                _sync(Path(folder, name))
-            _sync(Path(folder))
+                sync(Path(folder, name))
+            sync(Path(folder))
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
         part.rename(out)
         shutil.rmtree(old, ignore_errors=True)
-        _sync(out.parent)
+        sync(out.parent)
     except BaseException:
         if old.exists() and not out.exists():
             old.rename(out)
@@ -78,10 +78,10 @@ def check_free(out: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         raise FileExistsError(f"{out} was not written by nullspace (it has no {MANIFEST}) and is not overwritten")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> None:
     """One safetensors file; errors of the file system come as `OSError`."""
     try:
-        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path)
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
@@ -128,8 +128,8 @@ def read_manifest(directory: str | os.PathLike[str], kind: str) -> dict[str, Any
     return body
 
 
-def read_tensors(directory: str | os.PathLike[str], name: str, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of one file, after its size and SHA-256 were compared with the manifest's.
+def check_file(directory: str | os.PathLike[str], name: str, manifest: Mapping[str, Any]) -> Path:
+    """The path of one file, after its size and SHA-256 were compared with the manifest's.
 
     Raises:
         ValueError: naming the file, if it is missing, truncated, altered or unknown to the manifest.
@@ -144,7 +144,16 @@ def read_tensors(directory: str | os.PathLike[str], name: str, manifest: Mapping
         raise ValueError(f"{path} has {path.stat().st_size} bytes and should have {expected['bytes']}: truncated or altered")
     if _sha256(path) != expected["sha256"]:
         raise ValueError(f"{path} was altered: its SHA-256 does not fit")
-    return load_tensors(path)
+    return path
+
+
+def read_tensors(directory: str | os.PathLike[str], name: str, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of one file, after `check_file`.
+
+    Raises:
+        ValueError: naming the file, if it is missing, truncated, altered or unknown to the manifest.
+    """
+    return load_tensors(check_file(directory, name, manifest))
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -192,7 +201,8 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """See to it that a file or a directory is on the disk, not only on its way there."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -57,8 +57,8 @@ class Loaded:
     """A module's weights, all of them, on one device.
 
     Reading starts at once, on a thread of its own and, for a GPU, on a stream of its own: make the next block's while this one
-    computes. Use as a context manager, once or again: inside, the module works with the tensors that were read and accelerate's hooks
-    stand aside. Until `close` they stay in memory.
+    computes. Use as a context manager, once or again: inside, the module works with the tensors that were read, and accelerate's
+    hooks stand aside. Until `close` they stay in memory.
 
     Args:
         module: what to load, with everything below it, but for

@@ -1,0 +1,170 @@
+"""What a long run has finished, on disk: a directory of one file a site, each written whole or not at all.
+
+`run.json` says which run it belongs to: the identity of model and data, and every setting that the result depends on. Whoever
+comes with another one is told what differs. A file is written under another name, synced, and renamed; what a crash leaves half
+done is called `.part` and is overwritten by the next run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from nullspace import store
+from nullspace.weights import execution_device, tensor_of
+
+RUN = "run.json"
+
+
+class Checkpoint:
+    """Sites that are finished.
+
+    Args:
+        directory: is made if it does not exist.
+        run: which run this is (`fingerprint_of_run`), as JSON takes it.
+
+    Raises:
+        ValueError: naming what differs, if the directory is another run's; naming the file, if it is damaged.
+        FileExistsError: if the directory is not empty and not ours.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
+        self._directory = Path(directory)
+        self._numbers: dict[str, int] = {}
+        path = self._directory / RUN
+        if path.is_file():
+            _compare(path, dict(run))
+            return
+        if self._directory.is_dir() and any(not p.name.endswith(".part") for p in self._directory.iterdir()):
+            raise FileExistsError(f"{self._directory} has files but no {RUN}: it is no checkpoint of nullspace")
+        self._directory.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(run, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        _make_real(part, path)
+
+    def load(self) -> list[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+        """What was kept, in the order in which it was first kept: facts and tensors.
+
+        Raises:
+            ValueError: naming the file, if it is damaged.
+        """
+        found = []
+        for path in sorted(self._directory.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    facts = json.loads(file.metadata()["facts"])
+                    tensors = {name: file.get_tensor(name) for name in ("basis", "eigenvalues")}
+            except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+                raise ValueError(f"{path} is damaged ({error}); without it, its site is computed again") from error
+            self._numbers[facts["members"][0]] = int(path.stem)
+            found.append((facts, tensors))
+        return found
+
+    def keep(self, site: str, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write one site, in the place of what there was of it.
+
+        Raises:
+            OSError: if it cannot be written; what was there before is still there.
+        """
+        number = self._numbers.setdefault(site, len(self._numbers))
+        path = self._directory / f"{number:05d}.safetensors"
+        part = path.with_name(path.name + ".part")
+        store.write_tensors(part, tensors, metadata={"facts": json.dumps(facts)})
+        _make_real(part, path)
+
+
+def fingerprint_of_run(
+    model: nn.Module, loader: Iterable[Any], targets: Iterable[str], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a result depends on: the model's weights (some entries of each), the data (all of them), settings and versions.
+
+    Args:
+        model: its weights may be on the disk; of each, 64 entries are read.
+        loader: is read to its end.
+        targets: names of layers.
+        settings: as JSON takes them.
+
+    Raises:
+        ValueError: if the loader can be read only once.
+    """
+    if isinstance(loader, Iterator):
+        raise ValueError("a checkpoint needs a loader that can be read more than once: a list or a DataLoader, not an iterator")
+    packages = ("nullspace-lora", "torch", *(name for name in ("transformers", "triton") if name in sys.modules))
+    return {
+        "model": {"class": type(model).__name__, "weights": _hash_weights(model)},
+        "data": _hash_data(loader),
+        "targets": _short(hashlib.sha256("\n".join(targets).encode())),
+        **settings,
+        "device": (execution_device(model) or torch.device("cpu")).type,
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _compare(path: Path, run: dict[str, Any]) -> None:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    ours = json.loads(json.dumps(run))
+    if known == ours:
+        return
+    keys = [key for key in {**known, **ours} if known.get(key) != ours.get(key)] if isinstance(known, dict) else []
+    lines = "".join(f"\n  {key}: {known.get(key)!r} there, {ours.get(key)!r} now" for key in keys)
+    raise ValueError(f"{path.parent} is the checkpoint of another run; delete it, or give another directory. It differs in:{lines}")
+
+
+def _hash_weights(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        for key, own in (*module._parameters.items(), *module._buffers.items()):
+            if own is None or key in module._non_persistent_buffers_set:
+                continue
+            value = tensor_of(module, key)
+            digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode())
+            sample = store.fingerprint(value)
+            if sample is not None:
+                digest.update(sample.numpy().tobytes())
+    return _short(digest)
+
+
+def _hash_data(loader: Iterable[Any]) -> dict[str, Any]:
+    digest, batches = hashlib.sha256(), 0
+    for batch in loader:
+        leaves, structure = pytree.tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+        digest.update(str(structure).encode())
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor):
+                digest.update(f"{tuple(leaf.shape)} {leaf.dtype}".encode())
+                digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(repr(leaf).encode())
+        batches += 1
+    return {"batches": batches, "content": _short(digest)}
+
+
+def _short(digest: Any) -> str:
+    return str(digest.hexdigest()[:16])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _make_real(part: Path, path: Path) -> None:
+    store.sync(part)
+    part.rename(path)
+    store.sync(path.parent)
