@@ -79,7 +79,7 @@ def stream_by_block(
                 leaves = chain.prepare(call, options, first)
                 ahead.end_batch()
                 if shelf is None:
-                    place = choose_place(hidden_states, leaves.hidden_bytes() * (total or 1), chain.device_of(0))
+                    place = choose_place(hidden_states, leaves.bytes() * (total or 1), chain.device_of(0))
                     shelf = Shelf(place, folder)
                     arguments = Arguments(shelf)
                 arguments.keep(call.number, leaves.blocks, leaves.hidden)
@@ -176,9 +176,16 @@ class _Prepared:
         self.blocks: list[tuple[list[Any], Any]] = []  # leaves of (args, kwargs), and their structure
         self.hidden: list[int] = []  # which leaf is the hidden states
 
-    def hidden_bytes(self) -> int:
-        tensor = self.blocks[0][0][self.hidden[0]]
-        return int(tensor.numel() * tensor.element_size())
+    def bytes(self) -> int:
+        """Of all that is to be kept: the first block's hidden states, and every mask and embedding once."""
+        beside = [
+            leaf
+            for (leaves, _), place in zip(self.blocks, self.hidden, strict=True)
+            for number, leaf in enumerate(leaves)
+            if isinstance(leaf, torch.Tensor) and number != place
+        ]
+        kept = {id(t): t for t in (self.blocks[0][0][self.hidden[0]], *beside)}
+        return sum(t.numel() * t.element_size() for t in kept.values())
 
 
 class _Arrived(BaseException):
