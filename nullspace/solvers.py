@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import scipy.linalg
 import torch
-from scipy.linalg import lapack
 from threadpoolctl import ThreadpoolController
+
+from nullspace import lapack
 
 METHODS = ("auto", "eigh", "lapack-subset", "shift-invert")
 
-# LAPACK's subset driver (dsyevr) computes only the wanted vectors, the divide-and-conquer driver behind torch.linalg.eigh all
-# of them, but with GEMM. Measured on 2 CPU cores, time of the first over that of the second:
-#     k / d        0.02   0.10   0.25   0.50
-#     d = 64       0.88   1.28   2.2    3.9
-#     d = 576      0.42   0.65   1.2    2.4
-#     d = 1536     0.47   0.62   0.89   1.8
-#     d = 3072     0.40   0.47   0.92   2.0
-SUBSET_FRACTION = 1 / 6
+# LAPACK's tridiagonal form and inverse iteration give only the wanted vectors, the divide-and-conquer driver behind
+# torch.linalg.eigh all of them, but with GEMM. Measured with one thread, time of the first over that of the second:
+#     k / d        0.02   0.10   0.25   0.33   0.50
+#     d = 64       1.24   1.28   1.52   1.65   1.97
+#     d = 128      0.68   0.77   1.02   1.20   1.60
+#     d = 576      0.39   0.50   0.83   0.90   1.29
+#     d = 1536     0.30   0.45   0.56   0.73   1.12
+#     d = 3072     0.33   0.39   0.61   0.81   1.36
+SUBSET_FRACTION = 1 / 4
 SUBSET_MIN_D = 128
 # Below this order, more BLAS threads than one only wait for each other. Reduction to tridiagonal form with one and with two:
 # d = 576: 12 and 17 ms, d = 1536: 230 and 155 ms.
 THREADS_MIN_D = 1024
+# Matrices side by side, one thread each, against one after the other with all threads, k = 32, 2 CPU cores: 90 of d = 576 in 1.0
+# and 2.0 s, 30 of d = 1536 in 4.5 and 5.6 s. Where other work takes one of the cores, BLAS threads that wait for each other make
+# the second ten times as long, and the first twice.
+SIDE_BY_SIDE_BYTES = 2**30
 # Shift-invert against the subset driver, 2 CPU cores, k = 128, time of the first over that of the second
 # (benchmarks/results/solvers-cpu.json): d = 2048: 1.1 to 1.2, d = 4096: 0.44 to 0.65, d = 8192: 0.36.
 INVERT_FRACTION = 1 / 24
@@ -40,6 +49,8 @@ FIRST_CHECK, CHECK_EVERY, MAX_COLUMNS = 5, 2, 10
 # ‖CU − UΛ‖ ≤ RESIDUAL · ‖C‖.
 RITZ_TOLERANCE, RESIDUAL = 1e-7, 1e-12
 POLISHES = 4
+# Inverse iteration on the tridiagonal matrix leaves some 1e-15 of its norm; where it leaves more, the vectors are found otherwise.
+PAIR_TOLERANCE = 1e-13
 # Columns and steps of the search for what was missed.
 PROBES, PROBE_STEPS = 8, 4
 
@@ -52,10 +63,10 @@ def bottom_eigenpairs(
     Args:
         c: (d, d) symmetric positive semi-definite matrix; taken in float64.
         k: how many, 1 ≤ k ≤ d.
-        method: `"lapack-subset"` (the steps of LAPACK's `dsyevr` by index; on the CPU), `"eigh"` (all d pairs by
+        method: `"lapack-subset"` (LAPACK's tridiagonal form and inverse iteration; on the CPU), `"eigh"` (all d pairs by
             `torch.linalg.eigh`, on the matrix's device), `"shift-invert"` (block Krylov on (C + σI)⁻¹, on the matrix's device;
             it falls back to one of the others where it does not converge) or `"auto"`: for a CPU matrix, shift-invert from
-            d = 3072 on if k ≤ d / 24, the subset from d = 128 on if k ≤ d / 6; else `"eigh"`.
+            d = 3072 on if k ≤ d / 24, the subset from d = 128 on if k ≤ d / 4; else `"eigh"`.
         overwrite: `c` may be destroyed, which saves a copy of it.
 
     Returns:
@@ -63,7 +74,7 @@ def bottom_eigenpairs(
         magnitude of every vector is positive. Where eigenvalues coincide, any orthonormal basis of their space is right and
         one of them is returned. Rounding may turn a zero eigenvalue into ±eps · ‖C‖.
 
-    Cost: 4/3 · d³ flops for the reduction to tridiagonal form (half of them bound by memory), then O(d² k) for the subset driver;
+    Cost: 4/3 · d³ flops for the reduction to tridiagonal form (half of them bound by memory), then O(d² k) for the subset;
     about 9 d³ in all for `"eigh"`; d³ / 3 + 2 d² (k + 16) a step for shift-invert, some ten steps. 16 · d² bytes at most, and for
     shift-invert its basis, 8 · d (k + 16) a step.
 
@@ -100,8 +111,7 @@ def partial_eigh(
     if method == "auto":
         method = "lapack-subset" if on_cpu and d >= SUBSET_MIN_D and k <= d * SUBSET_FRACTION else "eigh"
     if method == "lapack-subset" and d > 2:
-        with _blas().limit(limits=1, user_api="blas") if d < THREADS_MIN_D else contextlib.nullcontext():
-            values, vectors = _tridiagonal_eigh(c.detach().to("cpu", torch.float64).numpy(), k, overwrite)
+        values, vectors = _tridiagonal_eigh(c.detach().to("cpu", torch.float64).numpy(), k, overwrite)
         eigenvalues, basis = torch.from_numpy(values).to(c.device), torch.from_numpy(vectors).to(c.device)
     else:
         eigenvalues, basis = torch.linalg.eigh(c.to(torch.float64))
@@ -176,6 +186,42 @@ def effective_rank(singular_values: torch.Tensor | np.ndarray) -> float:
     if total == 0:
         return 0.0
     return float(torch.exp(torch.special.entr(sigma / total).sum()))
+
+
+def side_by_side(d: int, device: torch.device | str = "cpu") -> int:
+    """How many d × d matrices are best decomposed at once: as many as PyTorch has threads, with one thread each.
+
+    One after the other on a GPU, where threads wait for the same device; from d = 3072 on, where most of the work is in large
+    products and n copies cost memory; and where n of them would take more than 1 GiB.
+    """
+    if torch.device(device).type != "cpu" or d >= INVERT_MIN_D:
+        return 1
+    return max(1, min(torch.get_num_threads(), SIDE_BY_SIDE_BYTES // (16 * d * d)))
+
+
+@contextlib.contextmanager
+def one_thread_each(n: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of n workers, in each of which BLAS and PyTorch compute with one thread.
+
+        n = solvers.side_by_side(d)
+        if n > 1:
+            with solvers.one_thread_each(n) as pool:
+                pairs = list(pool.map(lambda c: solvers.partial_eigh(c, k), matrices))
+
+    What a worker returns has the bits that a lone call has with one thread (`"lapack-subset"` below d = 1024: with any number).
+    Until the context ends, BLAS works with one thread in the whole process: nothing else that is large should run meanwhile. Grad
+    and inference modes are per thread, and a worker starts with PyTorch's defaults.
+
+    Args:
+        n: at least 1.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with _one_blas_thread, ThreadPoolExecutor(n, "decomposition", torch.set_num_threads, (1,)) as pool:
+            yield pool
+    finally:
+        # PyTorch's number is a thread's own where it was built with OpenMP, and the process's elsewhere.
+        torch.set_num_threads(threads)
 
 
 def _shift_invert(c: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -300,28 +346,61 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+class _OneBlasThread:
+    """A context in which BLAS works with one thread. The limit holds for the whole process, so that of several threads in such
+    contexts, which may overlap in any order, the first sets it and the last lifts it."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._limit = _blas().limit(limits=1, user_api="blas")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._limit.restore_original_limits()
+
+
+_one_blas_thread = _OneBlasThread()
+
+
 def _tridiagonal_eigh(c: np.ndarray, k: int, overwrite: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The steps of LAPACK's dsyevr, one by one, since the driver gives either a subset or all eigenvalues."""
-    d = len(c)
-    # The transpose of a row-major array is in LAPACK's own order, and nothing is copied. Scaling, as in dsyevr, keeps tiny and
-    # huge matrices away from the ends of the range.
-    scale = np.abs(c).max() or 1.0
-    work = np.divide(c, scale, out=c if overwrite else None).T
-    work_size = int(lapack.dsytrd_lwork(d, lower=1)[0])
-    reflectors, diagonal, off_diagonal, tau, _ = lapack.dsytrd(work, lower=1, lwork=work_size, overwrite_a=True)
-    every, info = lapack.dsterf(diagonal, off_diagonal)
-    if info:
-        raise np.linalg.LinAlgError(f"dsterf: {info} off-diagonal elements did not converge")
-    values, small = scipy.linalg.eigh_tridiagonal(
-        diagonal, off_diagonal, select="i", select_range=(0, k - 1), lapack_driver="stemr", check_finite=False
+    """All eigenvalues and k vectors: the steps of LAPACK's drivers, one by one, since those give either a subset or all of both."""
+    # Scaling, as in dsyevr, keeps tiny and huge matrices away from the ends of the range.
+    scale = max(c.max(), -c.min()) or 1.0
+    work = np.divide(c, scale, out=c if overwrite and c.flags.c_contiguous else None, order="C")
+    with _one_blas_thread if len(c) < THREADS_MIN_D else contextlib.nullcontext():
+        diagonal, beside, tau = lapack.tridiagonal(work)
+    with _one_blas_thread:
+        every = lapack.eigenvalues(diagonal, beside)
+        vectors = lapack.eigenvectors(diagonal, beside, every[:k])
+        if vectors is None or not _are_eigenpairs(diagonal, beside, every[:k], vectors):
+            vectors = _robust_eigenvectors(diagonal, beside, k)
+        return every * scale, lapack.rotate(work, tau, vectors)
+
+
+def _are_eigenpairs(diagonal: np.ndarray, beside: np.ndarray, values: np.ndarray, vectors: np.ndarray) -> bool:
+    """Whether T V = V Λ and VᵀV = I. With the k smallest of all eigenvalues in Λ, there is then nothing that could be missing."""
+    residual = vectors * (diagonal[:, None] - values)
+    residual[1:] += vectors[:-1] * beside[:, None]
+    residual[:-1] += vectors[1:] * beside[:, None]
+    norm = max(np.abs(diagonal).max(), np.abs(beside).max())
+    # Written so that NaN fails too.
+    small = bool(np.abs(residual).max() <= PAIR_TOLERANCE * norm)
+    return small and bool(np.abs(vectors.T @ vectors - np.eye(len(values))).max() <= PAIR_TOLERANCE)
+
+
+def _robust_eigenvectors(diagonal: np.ndarray, beside: np.ndarray, k: int) -> np.ndarray:
+    _, vectors = scipy.linalg.eigh_tridiagonal(
+        diagonal, beside, select="i", select_range=(0, k - 1), lapack_driver="stemr", check_finite=False
     )
-    every[:k] = values
-    # C = Q T Qᵀ with Q = diag(1, Q′), and Q′ in the layout of a QR factorisation below the first row (what dormtr does).
-    q, q_tau, below = reflectors[1:, :-1], tau, np.asfortranarray(small[1:])
-    _, size, _ = lapack.dormqr("L", "N", q, q_tau, below, -1)
-    below, _, _ = lapack.dormqr("L", "N", q, q_tau, below, int(size[0]))
-    # The vectors of close eigenvalues of T come out orthogonal to some 1e-12 only; QR, which moves none by more, sets that right.
-    return every * scale, torch.linalg.qr(torch.from_numpy(np.concatenate([small[:1], below]))).Q.numpy()
+    # The vectors of close eigenvalues come out orthogonal to some 1e-12 only; QR, which moves none by more, sets that right.
+    return np.asfortranarray(np.linalg.qr(vectors)[0])
 
 
 def _check_symmetric(c: torch.Tensor) -> int:

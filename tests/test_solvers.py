@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -18,15 +19,15 @@ from reference import leak, optimal_leak
 # Backward stable: residual and loss of orthogonality are a small multiple of d · 2e-16.
 TINY = 1e-12
 
-# (d, k): the smallest, all of them, and both sides of where "auto" changes its mind (d = 128, k = d / 6).
+# (d, k): the smallest, all of them, and both sides of where "auto" changes its mind (d = 128, k = d / 4).
 SIZES = [
     (1, 1),
     (2, 1),
     (2, 2),
     (9, 9),
     (SUBSET_MIN_D - 1, 5),
-    (SUBSET_MIN_D, 21),
-    (SUBSET_MIN_D, 22),
+    (SUBSET_MIN_D, 32),
+    (SUBSET_MIN_D, 33),
     (257, 1),
     (257, 40),
     (257, 257),
@@ -205,8 +206,8 @@ def test_strides_do_not_matter(view: Callable[[torch.Tensor], torch.Tensor], met
     ("d", "k", "method"),
     [
         (SUBSET_MIN_D - 1, 1, "eigh"),
-        (SUBSET_MIN_D, SUBSET_MIN_D // 6, "lapack-subset"),
-        (SUBSET_MIN_D, SUBSET_MIN_D // 6 + 1, "eigh"),
+        (SUBSET_MIN_D, SUBSET_MIN_D // 4, "lapack-subset"),
+        (SUBSET_MIN_D, SUBSET_MIN_D // 4 + 1, "eigh"),
     ],
 )
 def test_auto_is_the_documented_method(d: int, k: int, method: str) -> None:
@@ -324,6 +325,106 @@ def test_the_spectrum_is_all_eigenvalues(d: int) -> None:
     assert (values.diff() >= 0).all()
     np.testing.assert_allclose(values.numpy(), np.linalg.eigvalsh(c.numpy()), rtol=0.0, atol=TINY * float(c.norm()))
     assert float(values.sum()) == pytest.approx(float(c.trace()), rel=TINY)
+
+
+# ------------------------------------------------------------------------------------------------ the steps, and side by side
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15, 1.0])
+@pytest.mark.parametrize("d", [*range(1, 65, 9), 576])
+def test_the_steps_give_numpys_eigenpairs(d: int, share: float) -> None:
+    c, k = psd(d), max(1, int(share * d))
+    known, vectors = solvers.partial_eigh(c, k, method="lapack-subset")
+    assert len(known) == d
+    np.testing.assert_allclose(known.numpy(), np.linalg.eigh(c.numpy())[0], rtol=0.0, atol=TINY * float(c.norm()))
+    assert_eigenpairs(c, known[:k], vectors, k)
+    assert float((vectors.T @ vectors - torch.eye(k)).abs().max()) <= 1e-13
+
+
+@pytest.mark.parametrize("exponent", [-1000, 0, 900])
+@pytest.mark.parametrize("kind", ["layer", "steep", "massive", "some zeros", "wide null space", "repeated", "all equal"])
+def test_the_steps_master_every_spectrum_at_every_scale(kind: str, exponent: int) -> None:
+    c, _ = with_eigenvalues(list(spectrum_of(kind, 160)), seed=5)
+    values, vectors = bottom_eigenpairs(torch.ldexp(c, torch.tensor(exponent)), 20, method="lapack-subset")
+    assert_eigenpairs(c, torch.ldexp(values, torch.tensor(-exponent)), vectors, 20)
+
+
+@pytest.mark.parametrize("bad", [lambda v: None, lambda v: v * np.nan, lambda v: v[:, :1].repeat(v.shape[1], 1), lambda v: 2 * v])
+@pytest.mark.parametrize("d", [9, 64, 200])
+def test_vectors_that_are_none_are_found_otherwise(d: int, bad: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+    c, k = psd(d), 7
+    right = solvers.lapack.eigenvectors
+    expected = bottom_eigenpairs(c, k, method="lapack-subset")
+    monkeypatch.setattr(solvers.lapack, "eigenvectors", lambda *arguments: bad(right(*arguments)))
+    values, vectors = bottom_eigenpairs(c, k, method="lapack-subset")
+    assert_eigenpairs(c, values, vectors, k)
+    assert torch.equal(values, expected[0])
+    torch.testing.assert_close(vectors @ vectors.T, expected[1] @ expected[1].T, rtol=0.0, atol=1e-7)
+
+
+@pytest.mark.parametrize("d", [9, 140, 576])
+def test_without_pointers_the_result_is_the_same_to_rounding(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = psd(d)
+    before, k = c.clone(), max(1, d // 8)
+    values, vectors = bottom_eigenpairs(c, k, method="lapack-subset")
+    monkeypatch.setattr(solvers.lapack, "_routine", lambda name: None)
+    other_values, other_vectors = bottom_eigenpairs(c, k, method="lapack-subset")
+    assert_eigenpairs(c, other_values, other_vectors, k)
+    torch.testing.assert_close(values, other_values, rtol=0.0, atol=TINY * float(c.norm()))
+    torch.testing.assert_close(vectors @ vectors.T, other_vectors @ other_vectors.T, rtol=0.0, atol=1e-7)
+    assert torch.equal(c, before)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_a_pool_gives_the_bits_of_lone_calls(workers: int) -> None:
+    matrices = [psd(d, seed) for seed, d in enumerate([3, 40, 130, 200, 200, 576, 576, 130])]
+    alone = [solvers.partial_eigh(c, 3, method="lapack-subset") for c in matrices]
+    with solvers.one_thread_each(workers) as pool:
+        together = list(pool.map(lambda c: solvers.partial_eigh(c, 3, method="lapack-subset"), matrices))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+def blas_threads() -> list[int]:
+    return [library["num_threads"] for library in solvers._blas().info() if library["user_api"] == "blas"]
+
+
+def test_workers_compute_with_one_thread_and_leave_none_behind() -> None:
+    torch_threads, blas = torch.get_num_threads(), blas_threads()
+    with solvers.one_thread_each(3) as pool:
+        assert list(pool.map(lambda _: torch.get_num_threads(), range(9))) == [1] * 9
+        solvers.partial_eigh(psd(200), 3)  # which sets and lifts a limit itself
+        list(pool.map(lambda c: solvers.partial_eigh(c, 3), [psd(200)] * 4))
+        assert set(blas_threads()) <= {1}
+    assert (torch.get_num_threads(), blas_threads()) == (torch_threads, blas)
+
+
+def test_an_error_in_a_worker_comes_out_and_lifts_the_limit() -> None:
+    torch_threads, blas = torch.get_num_threads(), blas_threads()
+    with pytest.raises(ValueError, match="NaN or Inf"), solvers.one_thread_each(2) as pool:
+        list(pool.map(lambda c: solvers.partial_eigh(c, 1), [psd(200), torch.full((200, 200), torch.nan)]))
+    assert (torch.get_num_threads(), blas_threads()) == (torch_threads, blas)
+
+
+def test_limits_may_overlap_in_any_order() -> None:
+    before = blas_threads()
+    limit = solvers._OneBlasThread()
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(limit)
+        second.enter_context(limit)
+        first.close()
+        assert set(blas_threads()) <= {1}
+    assert blas_threads() == before
+
+
+def test_as_many_sites_as_threads_are_decomposed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert solvers.side_by_side(576) == solvers.side_by_side(1536, torch.device("cpu")) == 16
+    assert solvers.side_by_side(2880) == 8  # 1 GiB
+    assert solvers.side_by_side(solvers.INVERT_MIN_D) == solvers.side_by_side(100_000) == 1
+    assert solvers.side_by_side(576, "cuda") == solvers.side_by_side(576, torch.device("cuda", 1)) == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert solvers.side_by_side(576) == 1
 
 
 # ------------------------------------------------------------------------------------------------ bad input

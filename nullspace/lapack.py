@@ -1,0 +1,159 @@
+"""LAPACK's steps to the eigenpairs of a symmetric matrix, which leave Python's lock to other threads while they work.
+
+`scipy.linalg.lapack` keeps the lock, so that two matrices in two threads wait for each other. SciPy also publishes plain C pointers
+to the same routines, each in a capsule whose name is the C signature (`scipy.linalg.cython_lapack`, for Cython code), and `ctypes`
+lets the lock go around a call. Where a pointer is missing or has another signature (64-bit integers, say), the routine of
+`scipy.linalg.lapack` does the same work.
+
+All arrays are float64. Nothing is checked here: `nullspace.solvers` does that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.linalg import cython_lapack, lapack
+
+# C signatures, with the name that Cython gives to `double`, which holds the module's, replaced by `double`.
+SIGNATURES = {
+    "dsytrd": "void (char *, int *, double *, int *, double *, double *, double *, double *, int *, int *)",
+    "dsterf": "void (int *, double *, double *, int *)",
+    "dstein": "void (int *, double *, double *, int *, double *, int *, int *, double *, int *, double *, int *, int *, int *)",
+    "dormtr": "void (char *, char *, char *, int *, int *, double *, int *, double *, double *, int *, double *, int *, int *)",
+}
+DOUBLE = r"\b__pyx_t_\w*cython_lapack_d\b"
+
+
+def tridiagonal(a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A = Q T Qᵀ with T tridiagonal: `dsytrd`.
+
+    Args:
+        a: (d, d), d ≥ 2, symmetric, of which the upper triangle is read, C-contiguous; overwritten by what `rotate` needs of Q.
+
+    Returns:
+        The diagonal of T (d,), its neighbour (d − 1,) and the scales of the reflections (d − 1,).
+
+    Cost: 4/3 · d³ flops, half of them bound by memory; 8 · 64 · d bytes beside the arguments.
+    """
+    d = len(a)
+    dsytrd = _routine("dsytrd")
+    # A row-major array is, in LAPACK's own order, its transpose: the upper triangle is the lower one there, and nothing is copied.
+    if dsytrd is None:
+        _, diagonal, beside, tau, _ = lapack.dsytrd(a.T, lower=1, lwork=int(lapack.dsytrd_lwork(d, lower=1)[0]), overwrite_a=True)
+        return diagonal, beside, tau
+    diagonal, beside, tau, size = np.empty(d), np.empty(d - 1), np.empty(d - 1), np.empty(1)
+    dsytrd(b"L", d, a, d, diagonal, beside, tau, size, -1)
+    work = np.empty(int(size[0]))
+    dsytrd(b"L", d, a, d, diagonal, beside, tau, work, len(work))
+    return diagonal, beside, tau
+
+
+def eigenvalues(diagonal: np.ndarray, beside: np.ndarray) -> np.ndarray:
+    """All eigenvalues of a tridiagonal matrix, (d,), ascending: `dsterf`. About 30 d² flops.
+
+    Raises:
+        numpy.linalg.LinAlgError: if the iteration does not converge.
+    """
+    dsterf = _routine("dsterf")
+    if dsterf is None:
+        values, info = lapack.dsterf(diagonal, beside)
+    else:
+        values = diagonal.copy()
+        info = dsterf(len(values), values, beside.copy())
+    if info:
+        raise np.linalg.LinAlgError(f"dsterf: {info} off-diagonal elements did not converge")
+    return values
+
+
+def eigenvectors(diagonal: np.ndarray, beside: np.ndarray, values: np.ndarray) -> np.ndarray | None:
+    """Vectors of known eigenvalues of a tridiagonal matrix by inverse iteration: `dstein`.
+
+    Args:
+        diagonal: (d,), d ≥ 2.
+        beside: (d − 1,), the neighbour of the diagonal.
+        values: (k,), ascending.
+
+    Returns:
+        (d, k), F-contiguous; None if one of them did not converge. The caller looks whether they are orthonormal.
+
+    Cost: O(d k²) flops where the values are close to each other (within 1e-3 of the norm), otherwise O(d k).
+    """
+    d, k = len(diagonal), len(values)
+    # One block from the first row to the last, even where T falls apart into several: `dsterf` does not say which value is whose.
+    block, ends = np.ones(d, np.intc), np.zeros(d, np.intc)
+    ends[0] = d
+    dstein = _routine("dstein")
+    if dstein is None:
+        vectors, info = lapack.dstein(diagonal, beside, values, block, ends)
+    else:
+        vectors = np.empty((d, k), order="F")
+        work, whole_work, failed = np.empty(5 * d), np.empty(d, np.intc), np.empty(k, np.intc)
+        diagonal, beside, values = (np.ascontiguousarray(x) for x in (diagonal, beside, values))
+        info = dstein(d, diagonal, beside, k, values, block, ends, vectors, d, work, whole_work, failed)
+    return None if info else vectors
+
+
+def rotate(reflectors: np.ndarray, tau: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Q V, the vectors of A from those of T: `dormtr`.
+
+    Args:
+        reflectors: (d, d), what `tridiagonal` left in `a`.
+        tau: (d − 1,), the third array that `tridiagonal` returned.
+        vectors: (d, k), F-contiguous; overwritten.
+
+    Returns:
+        (d, k), F-contiguous.
+
+    Cost: 2 d² k flops, 8 · 64 · k bytes.
+    """
+    d, k = vectors.shape
+    dormtr = _routine("dormtr")
+    if dormtr is None:
+        # Q = diag(1, Q′), and Q′ in the layout of a QR factorisation below the first row.
+        q, below = reflectors.T[1:, :-1], np.asfortranarray(vectors[1:])
+        work = lapack.dormqr("L", "N", q, tau, below, -1)[1]
+        vectors[1:] = lapack.dormqr("L", "N", q, tau, below, int(work[0]), overwrite_c=True)[0]
+        return vectors
+    size = np.empty(1)
+    dormtr(b"L", b"L", b"N", d, k, reflectors, d, tau, vectors, d, size, -1)
+    work = np.empty(int(size[0]))
+    dormtr(b"L", b"L", b"N", d, k, reflectors, d, tau, vectors, d, work, len(work))
+    return vectors
+
+
+@functools.cache
+def _routine(name: str) -> Callable[..., int] | None:
+    """A routine that takes bytes, integers and arrays, all but `info`, which it returns; None where there is no such pointer."""
+    capsule = getattr(cython_lapack, "__pyx_capi__", {}).get(name)
+    if capsule is None:
+        return None
+    signature = _name(capsule)
+    if re.sub(DOUBLE, "double", signature.decode()) != SIGNATURES[name]:
+        return None
+    pointer = _pointer(capsule, signature)
+    foreign = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * SIGNATURES[name].count("*"))(pointer)
+
+    def call(*arguments: bytes | int | np.ndarray) -> int:
+        info = ctypes.c_int(0)
+        foreign(*map(_passed, arguments), ctypes.byref(info))
+        if info.value < 0:
+            raise ValueError(f"{name}: argument {-info.value} is wrong")
+        return info.value
+
+    return call
+
+
+def _passed(argument: bytes | int | np.ndarray) -> Any:
+    """An argument as Fortran takes it: where it lies."""
+    if isinstance(argument, np.ndarray):
+        return argument.ctypes.data
+    return ctypes.byref(ctypes.c_int(argument)) if isinstance(argument, int) else argument
+
+
+_name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))
+_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
