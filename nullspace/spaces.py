@@ -441,15 +441,14 @@ def compute_null_spaces(
                 hidden_states=hidden_states,
                 progress=renamed,
             )
-            for site, covariance in stream:
-                space = NullSpace.from_covariance(covariance, rank, site=site, spectrum=spectrum)
-                del covariance
-                if kept is not None:
-                    kept.keep(space.site.name, space.facts(), {"basis": space.basis, "eigenvalues": space.eigenvalues})
-                logger.info("%s: leak %.1e, rounding %.0e of it", site.name, space.leak, space.excess_estimate)
-                found.append(space)
-                members = sum(len(s.site.members) for s in found)
-                report_progress("null spaces", members + (len(done) if forward == "forward" else 0), len(modules), 0)
+            for ready in _side_by_side(stream):
+                for space in _decompose(ready, rank, spectrum):
+                    if kept is not None:
+                        kept.keep(space.site.name, space.facts(), {"basis": space.basis, "eigenvalues": space.eigenvalues})
+                    logger.info("%s: leak %.1e, rounding %.0e of it", space.site, space.leak, space.excess_estimate)
+                    found.append(space)
+                    members = sum(len(s.site.members) for s in found)
+                    report_progress("null spaces", members + (len(done) if forward == "forward" else 0), len(modules), 0)
         return found
 
     left = [name for name in modules if name not in done]
@@ -481,6 +480,41 @@ def compute_null_spaces(
         )
     _warn_of_few_tokens(spaces)
     return NullSpaces(spaces, {n: (weight_shape(m), _sample(m)) for n, m in modules.items()})
+
+
+def _side_by_side(stream: Iterator[tuple[Site, Covariance]]) -> Iterator[list[tuple[Site, Covariance]]]:
+    """As many sites as are to be decomposed at once, drawn before that begins: the model may have to run for the next one."""
+    ready: list[tuple[Site, Covariance]] = []
+    for pair in stream:
+        ready.append(pair)
+        last = len(ready) >= solvers.side_by_side(pair[1].d_in, pair[1].device)
+        del pair  # the consumer frees the sums, and no name here holds them back
+        if last:
+            yield ready
+            ready = []
+    if ready:
+        yield ready
+
+
+def _decompose(ready: list[tuple[Site, Covariance]], rank: int, spectrum: bool) -> Iterator[NullSpace]:
+    """The null spaces of some sites, which are forgotten on the way.
+
+    A small one goes through the pool even when it comes alone: with one thread its bits do not depend on who is beside it.
+    """
+
+    def solve(pair: tuple[Site, Covariance]) -> NullSpace:
+        return NullSpace.from_covariance(pair[1], rank, site=pair[0], spectrum=spectrum)
+
+    small = [pair for pair in ready if solvers.side_by_side(pair[1].d_in, pair[1].device) > 1]
+    large = ready[len(small) :]  # at most one: it ends the drawing
+    ready.clear()
+    if small:
+        with solvers.one_thread_each(len(small)) as pool:
+            spaces = list(pool.map(solve, small))
+        small.clear()
+        yield from spaces
+    while large:
+        yield solve(large.pop())
 
 
 def check_rank(modules: Mapping[str, nn.Module], rank: int) -> None:
