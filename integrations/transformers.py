@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import logging
 import os
+import shutil
+import tempfile
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +19,8 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from nullspace.sites import is_linear
 
 # Pairs of fields that are joined into one text where `field` is not given; the first of them that all are present wins.
 KNOWN_FIELDS = (
@@ -31,6 +39,8 @@ def load_model(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
+    offload: bool = False,
+    offload_folder: str | os.PathLike[str] | None = None,
 ) -> tuple[nn.Module, Any]:
     """A model in eval mode and its tokenizer.
 
@@ -38,15 +48,24 @@ def load_model(
         name: a hub name, a folder, or a `.gguf` file (which needs the package `gguf`; its weights are dequantised, to float32
             unless `dtype` says otherwise).
         dtype: of the weights; `"auto"` takes the checkpoint's own.
-        device: where to put it; CUDA if there is one, else the CPU, by default.
+        device: where to put it, or with `offload` where it computes; CUDA if there is one, else the CPU, by default.
+        offload: leave the weights of the transformer blocks, the embeddings and the head in the checkpoint's files, from where
+            accelerate reads them when they are needed: see `offload_map`.
+        offload_folder: where to keep the weights that cannot stay in the checkpoint's own files (it is not safetensors, or the
+            model joins tensors that the checkpoint keeps apart). By default a temporary directory, which goes with the model.
 
     Returns:
         `(model, tokenizer)`. The class is the one that the checkpoint names, a causal language model where it names none.
 
     Raises:
         OSError: if there is no such model.
+        ValueError: with `offload`, if the model is quantised, a GGUF file, or has no blocks.
     """
     path = Path(name)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if offload:
+        return _load_offloaded(name, dtype, torch.device(device), offload_folder)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file")
@@ -59,10 +78,171 @@ def load_model(
         config = AutoConfig.from_pretrained(name)
         model = _model_class(config).from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     module: nn.Module = model
     return module.to(device).eval(), tokenizer
+
+
+def offload_map(model: nn.Module, device: torch.device | str) -> dict[str, str]:
+    """A `device_map` with which no more of a model than a block has to be in memory at once.
+
+    On the `"disk"` go the blocks (every outermost `GradientCheckpointingLayer`) and, outside of them, embeddings and linear layers:
+    all that is large. On the device stay norms and what else there is, which is small; and whatever is tied to it.
+
+    Args:
+        model: the architecture; on the meta device will do.
+        device: where everything else goes.
+
+    Returns:
+        Module (or tensor) name → `"disk"` or the device's name, for `from_pretrained`.
+
+    Raises:
+        ValueError: if the model has no blocks.
+    """
+    blocks: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__) and not _within(name, blocks):
+            blocks[name] = module
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no blocks that transformers knows of (GradientCheckpointingLayer): load it whole"
+        )
+    on_disk = dict(blocks)
+    for name, module in model.named_modules():
+        whole = (isinstance(module, nn.Embedding) or is_linear(module)) and not any(True for _ in module.children())
+        if name and whole and not _within(name, blocks):
+            on_disk[name] = module
+    # Tied weights are one tensor: on the disk under all of their names, or under none.
+    while True:
+        kept = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if not _within(name, on_disk)}
+        moved = [name for name, module in on_disk.items() if name not in blocks and any(id(p) in kept for p in module.parameters())]
+        if not moved:
+            break
+        for name in moved:
+            del on_disk[name]
+    found: dict[str, str] = {}
+    _cover("", model, on_disk, str(device), found)
+    if set(found.values()) == {"disk"}:  # accelerate takes the device to compute on from the map
+        del found[next(reversed(found))]
+    return found
+
+
+def _within(name: str, modules: Iterable[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in modules for end in range(1, len(parts) + 1))
+
+
+def _cover(name: str, module: nn.Module, on_disk: Mapping[str, nn.Module], device: str, found: dict[str, str]) -> None:
+    """Name every tensor once, by the largest module that is in one place."""
+    prefix = f"{name}." if name else ""
+    if name in on_disk:
+        found[name] = "disk"
+    elif name and not any(other.startswith(prefix) for other in on_disk):
+        found[name] = device
+    else:
+        own = (*module._parameters.items(), *module._buffers.items())
+        found.update({prefix + tensor: device for tensor, value in own if value is not None})
+        for child_name, child in module.named_children():
+            _cover(prefix + child_name, child, on_disk, device, found)
+
+
+def _load_offloaded(
+    name: str | os.PathLike[str], dtype: torch.dtype | str, device: torch.device, folder: str | os.PathLike[str] | None
+) -> tuple[nn.Module, Any]:
+    if Path(name).suffix == ".gguf":
+        raise ValueError(f"{name} is dequantised while it is loaded, so its weights cannot stay on the disk: load it whole")
+    config = AutoConfig.from_pretrained(name)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{name} is quantised, and its weights are unpacked while it is loaded: load it whole")
+    model_class = _model_class(config)
+    with torch.device("meta"):
+        empty = (model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config)(config)
+    placed = offload_map(empty, device)
+    del empty
+    temporary = tempfile.mkdtemp(prefix="nullspace-") if folder is None else None
+    try:
+        with _one_file_at_a_time(), _without_chatter():
+            model = model_class.from_pretrained(name, dtype=dtype, device_map=placed, offload_folder=str(temporary or folder))
+    except BaseException:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if temporary is not None:
+        weakref.finalize(model, shutil.rmtree, temporary, ignore_errors=True)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """accelerate warns that parameters are where it was asked to put them, and that a map names tensors beside modules."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The following device_map keys do not match any submodules")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _one_file_at_a_time() -> Iterator[None]:
+    """Let `from_pretrained` open a file of the checkpoint when it reads a tensor, not all of them at once.
+
+    It maps every file before it reads the first tensor. These are private mappings, which count as memory of the process under
+    `ulimit -d`, `ulimit -v` and strict overcommit, although nothing was read: the checkpoint would have to fit after all.
+    """
+    loading = transformers.modeling_utils
+    original = getattr(loading, "safe_open", None)
+    if original is None:
+        yield
+        return
+    loading.safe_open = functools.partial(_ClosedFile, original)
+    try:
+        yield
+    finally:
+        loading.safe_open = original
+
+
+class _ClosedFile:
+    """`safetensors.safe_open` for whoever asks for names and slices; the file is open only while one of them is read."""
+
+    def __init__(self, opener: Any, *args: Any, **options: Any) -> None:
+        self._open = functools.partial(opener, *args, **options)
+
+    def __enter__(self) -> _ClosedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def metadata(self) -> Any:
+        with self._open() as file:
+            return file.metadata()
+
+    def keys(self) -> list[str]:
+        with self._open() as file:
+            return list(file.keys())
+
+    def get_slice(self, name: str) -> _ClosedSlice:
+        return _ClosedSlice(self._open, name)
+
+
+class _ClosedSlice:
+    def __init__(self, opener: Any, name: str) -> None:
+        self._open, self._name = opener, name
+
+    def __getitem__(self, index: Any) -> Any:
+        with self._open() as file:
+            return file.get_slice(self._name)[index]
+
+    def get_shape(self) -> Any:
+        with self._open() as file:
+            return file.get_slice(self._name).get_shape()
+
+    def get_dtype(self) -> Any:
+        with self._open() as file:
+            return file.get_slice(self._name).get_dtype()
 
 
 def drop_quantizer(model: Any) -> None:
