@@ -1,4 +1,4 @@
-"""Null spaces into PEFT: `inject_adapters` before training, `export_lora` after it.
+"""Null spaces into PEFT: `inject_adapters` or `write_init` before training, `export_lora` after it.
 
 PEFT has no register of initialisers, so the factors are written after PEFT has made its layers. What is saved is plain PEFT: it
 loads in a process that has never heard of nullspace.
@@ -10,24 +10,31 @@ import copy
 import json
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import nn
 
 from nullspace import factors, store
 from nullspace.sites import is_linear, weight_of
 from nullspace.spaces import NullSpace, NullSpaces
+from nullspace.weights import execution_device, tensor_of
 
 METHODS = ("lora-null", "b-zero")
 RESIDUAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_WEIGHTS = "model{suffix}.safetensors"
+# What `save_pretrained` puts into one file at the most, by default.
+SHARD_BYTES = 50 * 10**9
 
 
 def inject_adapters(
@@ -70,21 +77,13 @@ def inject_adapters(
             model is then as it was.
         TypeError: if the config is not a `LoraConfig`, or the model already is a `PeftModel`.
     """
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"config must be a LoraConfig, not {type(config).__name__}")
-    if isinstance(model, PeftModel):
-        raise TypeError("the model already is a PeftModel: merge or unload its adapters first")
     check_method(method, sigma_scale)
-    _check_config(config)
-    config = copy.deepcopy(config)
-    config.init_lora_weights = True
-    if config.target_modules is None:
-        config.target_modules = list(spaces)
+    config = _own_config(config, model, spaces)
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     try:
         layers = _lora_layers(peft_model, adapter_name)
         for name, layer in layers.items():
-            _check_layer(name, layer, adapter_name, spaces)
+            _check_layer(name, layer, layer.get_base_layer(), adapter_name, spaces)
         check_servable(model, {name: layer.get_base_layer() for name, layer in layers.items()}, method)
     except Exception:
         peft_model.unload()
@@ -164,6 +163,254 @@ def save_init(
     return out
 
 
+def write_init(
+    out: str | os.PathLike[str],
+    model: nn.Module,
+    config: LoraConfig,
+    spaces: NullSpaces,
+    *,
+    method: str = "lora-null",
+    sigma_scale: float = 1.0,
+    tokenizer: Any = None,
+    record: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """`inject_adapters` and `save_init` in one, tensor by tensor: the model is left alone, and may be offloaded to the disk.
+
+    What is written is the same to the bit. In memory is one weight at a time, in its own dtype and once in float64.
+
+    Args:
+        out: as in `save_init`: a directory that must not exist yet, or be empty.
+        model: transformers' base model, on any device, or with weights that accelerate keeps on the disk
+            (`nullspace.integrations.transformers.load_model(..., offload=True)`).
+        config: as in `inject_adapters`.
+        spaces: as in `inject_adapters`.
+        method: as in `inject_adapters`.
+        sigma_scale: as in `inject_adapters`.
+        tokenizer: saved beside the base, if given.
+        record: JSON-able facts to keep in `nullspace.json`.
+        overwrite: replace an earlier directory of ours.
+        max_shard_bytes: of one file of the base's weights; a larger tensor gets a file of its own.
+
+    Raises:
+        ValueError: as `inject_adapters`, before anything is written; and naming the tensors, if the checkpoint holds the model's
+            weights in another form than the model does (fused experts) or the configuration makes PEFT save more than A and
+            B. Load the model whole and use `inject_adapters` and `save_init` for these.
+        TypeError: as `inject_adapters`; and if the model has no `save_pretrained`.
+        FileExistsError: if `out` is in the way.
+        OSError: if it cannot be written; then nothing is left behind.
+    """
+    out = Path(out)
+    check_method(method, sigma_scale)
+    config = _own_config(config, model, spaces)
+    store.check_free(out, overwrite=overwrite)
+    residual = method != "b-zero"
+    with tempfile.TemporaryDirectory() as folder:
+        plans = Path(folder)
+        shell = _without_weights(model)
+        base = _plan_base(shell, plans / "base") if residual else None
+        with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that nobody will see
+            peft_model = get_peft_model(shell, config)
+        adapter = peft_model.active_adapter
+        layers = _lora_layers(peft_model, adapter)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name, layer in layers.items():
+            _check_layer(name, layer, modules[name], adapter, spaces)
+        check_servable(model, {name: modules[name] for name in layers}, method, offloaded=True)
+        if base is not None:
+            _check_base(model, base, layers)
+        original = config.base_model_name_or_path
+        if residual:
+            config.base_model_name_or_path = str(out / "base")
+        factors_file = _plan_adapter(peft_model, adapter, layers, plans / "adapter")
+
+        def adapt(name: str) -> torch.Tensor | None:
+            stored = tensor_of(modules[name], "weight") if residual else weight_of(modules[name])
+            a, b, rest = _factors(layers[name], stored, adapter, spaces[name], method, sigma_scale)
+            adapter_weights.write(factors_file.keys[name, "lora_A"], a)
+            adapter_weights.write(factors_file.keys[name, "lora_B"], b)
+            return rest
+
+        with store.new_directory(out, overwrite=overwrite) as part:
+            spaces.write(part / "spaces")
+            shutil.copytree(plans, part, dirs_exist_ok=True)
+            target = part / "adapter" / ADAPTER_WEIGHTS
+            with store.TensorFile(target, factors_file.tensors, factors_file.metadata) as adapter_weights:
+                if base is None:
+                    for name in layers:
+                        adapt(name)
+                else:
+                    _write_base(part / "base", model, base, {f"{name}.weight": name for name in layers}, adapt, max_shard_bytes)
+            if residual and tokenizer is not None:
+                tokenizer.save_pretrained(part / "base")
+            store.write_manifest(part, "init", {"model": original, **(record or {})})
+    return out
+
+
+class _BasePlan(NamedTuple):
+    """What `save_pretrained` would write: every tensor under its name in the checkpoint, in the checkpoint's order."""
+
+    names: dict[str, str]
+    """In the checkpoint → in the model."""
+    tensors: dict[str, torch.Tensor]
+    """Name in the checkpoint → tensor on the meta device."""
+    metadata: dict[str, str]
+    total_parameters: int
+
+
+class _AdapterPlan(NamedTuple):
+    """What PEFT would write."""
+
+    keys: dict[tuple[str, str], str]
+    """(layer, "lora_A" or "lora_B") → name in the file."""
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+
+def _without_weights(model: nn.Module) -> Any:
+    """A copy of a model with its weights on the meta device and without accelerate's hooks: for transformers and PEFT to handle.
+
+    Quantised weights, which PEFT looks into, are the model's own: nobody writes to them.
+    """
+    memo: dict[int, Any] = {}
+    twins: dict[Any, torch.Tensor] = {}
+    for module in model.modules():
+        if "_hf_hook" in module.__dict__:
+            memo[id(module._hf_hook)] = None
+        for t in (*module._parameters.values(), *module._buffers.values()):
+            if t is None or type(t) not in (nn.Parameter, torch.Tensor):
+                memo.setdefault(id(t), t)
+                continue
+            place = None if t.device.type == "meta" or t.numel() == 0 else (t.device, t.data_ptr(), t.shape, t.stride())
+            empty = torch.empty(t.shape, dtype=t.dtype, device="meta")
+            if isinstance(t, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=t.requires_grad)
+            memo[id(t)] = twins.setdefault(place or id(t), empty)
+    del memo[id(None)]
+    shell = copy.deepcopy(model, memo)
+    for module in shell.modules():
+        if module.__dict__.pop("_old_forward", None) is not None:
+            module.__dict__.pop("forward", None)
+        for name in ("_hf_hook", "hf_device_map", "to", "cuda"):
+            module.__dict__.pop(name, None)
+    return shell
+
+
+def _plan_base(shell: Any, folder: Path) -> _BasePlan:
+    """Let transformers save tiny stand-ins, to see which names and which order it gives to what.
+
+    All that it does to a state dict is seen so: tied weights, names that differ between model and checkpoint, what is left out.
+    A stand-in has two entries along every axis, all different: whatever is joined, divided or turned does not come out as it went
+    in. What else `save_pretrained` writes (the configurations) stays in the folder.
+    """
+    if not hasattr(shell, "save_pretrained"):
+        raise TypeError(f"{type(shell).__name__} is not a transformers model: it has no save_pretrained")
+    known = dict((*shell.named_parameters(remove_duplicate=False), *shell.named_buffers(remove_duplicate=False)))
+    stand_ins: dict[str, torch.Tensor] = {}
+    of: dict[int, torch.Tensor] = {}
+    owners: dict[int, str] = {}
+    first = 0
+    for name in shell.state_dict():
+        if name not in known:
+            raise ValueError(f"{name!r} in the state of {type(shell).__name__} is no parameter or buffer: {_WHOLE}")
+        t = known[name]
+        if id(t) not in of:
+            count = 2**t.ndim
+            of[id(t)] = torch.arange(first, first + count).reshape((2,) * t.ndim)
+            owners[first] = name
+            first += count
+        stand_ins[name] = of[id(t)]
+    try:
+        shell.save_pretrained(folder, state_dict=dict(stand_ins), max_shard_size=1)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"the weights of {type(shell).__name__} cannot be saved one by one ({error}): {_WHOLE}") from error
+    names: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    for path in sorted(folder.glob(BASE_WEIGHTS.format(suffix="*"))):  # one a tensor, numbered
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            for key in file.keys():  # noqa: SIM118
+                found = file.get_tensor(key)
+                owner = owners.get(int(found.reshape(-1)[0]))
+                if owner is None or not torch.equal(found, stand_ins[owner]):
+                    raise ValueError(f"the checkpoint's {key!r} is not a tensor of {type(shell).__name__} as it is: {_WHOLE}")
+                names[key] = owner
+        path.unlink()
+    for path in folder.glob("*.index.json"):
+        path.unlink()
+    total = sum({id(p): p.numel() for p in shell.parameters()}.values())
+    return _BasePlan(names, {key: known[name] for key, name in names.items()}, metadata, total)
+
+
+_WHOLE = "load the model whole, and use inject_adapters and save_init, which save it all at once"
+
+
+def _check_base(model: nn.Module, plan: _BasePlan, layers: Iterable[str]) -> None:
+    lost = {f"{name}.weight" for name in layers}.difference(plan.names.values())
+    if lost:
+        raise ValueError(f"{min(lost)!r} is not saved with {type(model).__name__}, so it cannot become a residual")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in plan.names.values():
+        module, _, tensor = name.rpartition(".")
+        if getattr(modules[module], tensor).device.type == "meta" and execution_device(modules[module]) is None:
+            raise ValueError(f"{name!r} is on the meta device: its values were never loaded")
+
+
+def _plan_adapter(peft_model: PeftModel, adapter: str, layers: Mapping[str, LoraLayer], folder: Path) -> _AdapterPlan:
+    """Let PEFT save stand-ins, to see under which names it saves what; its configuration and model card stay in the folder."""
+    state = peft_model.state_dict()
+    wanted: dict[str, tuple[str, str]] = {}
+    for name in layers:
+        for part in ("lora_A", "lora_B"):
+            wanted[f"base_model.model.{name}.{part}.{adapter}.weight"] = (name, part)
+    order = list(state)
+    _save_adapter(peft_model, adapter, folder, {name: torch.tensor([index]) for index, name in enumerate(order)})
+    keys: dict[tuple[str, str], str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    path = folder / ADAPTER_WEIGHTS
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        for key in file.keys():  # noqa: SIM118
+            origin = order[int(file.get_tensor(key))]
+            if origin not in wanted:
+                raise ValueError(f"with this LoraConfig PEFT saves {key!r}, which is neither an A nor a B: {_WHOLE}")
+            keys[wanted[origin]], tensors[key] = key, state[origin]
+    path.unlink()
+    return _AdapterPlan(keys, tensors, metadata)
+
+
+def _write_base(
+    folder: Path,
+    model: nn.Module,
+    plan: _BasePlan,
+    targets: Mapping[str, str],
+    adapt: Callable[[str], torch.Tensor | None],
+    max_shard_bytes: int,
+) -> None:
+    """The weights of the residual model, read, changed and written one by one; `targets` maps tensor names to layers."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    split = split_torch_state_dict_into_shards(plan.tensors, filename_pattern=BASE_WEIGHTS, max_shard_size=max_shard_bytes)
+    for filename, keys in split.filename_to_tensors.items():
+        with store.TensorFile(folder / filename, {key: plan.tensors[key] for key in keys}, plan.metadata) as file:
+            for key in keys:
+                name = plan.names[key]
+                module, _, tensor = name.rpartition(".")
+                value = adapt(targets[name]) if name in targets else tensor_of(modules[module], tensor)
+                assert value is not None
+                file.write(key, value)
+                del value
+    if split.is_sharded:
+        index = {
+            "metadata": {"total_parameters": plan.total_parameters, **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        path = folder / f"{BASE_WEIGHTS.format(suffix='')}.index.json"
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def check_method(method: str, sigma_scale: float = 1.0) -> None:
     """Raise `ValueError` for a method that does not exist or a scale that it does not take."""
     if method not in METHODS:
@@ -174,13 +421,14 @@ def check_method(method: str, sigma_scale: float = 1.0) -> None:
         raise ValueError("sigma_scale belongs to method 'lora-null'; 'b-zero' has no singular values to scale")
 
 
-def check_servable(model: nn.Module, layers: Mapping[str, nn.Module], method: str) -> None:
+def check_servable(model: nn.Module, layers: Mapping[str, nn.Module], method: str, *, offloaded: bool = False) -> None:
     """Raise `ValueError`, naming the layer and the method that would do, if a base cannot be served. Cheap: ask it first.
 
     Args:
         model: the whole model, to see what else uses a weight.
         layers: module name → linear base layer.
         method: of `inject_adapters`.
+        offloaded: weights that accelerate keeps on the disk will do: `write_init` reads them, `inject_adapters` cannot change them.
     """
     if method == "b-zero":
         return
@@ -189,7 +437,8 @@ def check_servable(model: nn.Module, layers: Mapping[str, nn.Module], method: st
         users.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
     for name, layer in layers.items():
         weight = weight_of(layer)
-        if store.fingerprint(weight) is None or weight.dtype not in RESIDUAL_DTYPES:
+        at_hand = store.fingerprint(weight) is not None or (offloaded and weight.device.type == "meta")
+        if not at_hand or weight.dtype not in RESIDUAL_DTYPES:
             raise ValueError(
                 f"the weight of {name!r} ({type(layer).__name__}, {weight.dtype}, {weight.device}) is quantised, sharded or "
                 f"offloaded and cannot take the residual of method {method!r}; method 'b-zero' leaves the base alone"
@@ -201,10 +450,20 @@ def check_servable(model: nn.Module, layers: Mapping[str, nn.Module], method: st
             )
 
 
-def _check_config(config: LoraConfig) -> None:
+def _own_config(config: LoraConfig, model: nn.Module, spaces: NullSpaces) -> LoraConfig:
+    """A checked copy of a configuration, with our own choices in it."""
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config must be a LoraConfig, not {type(config).__name__}")
+    if isinstance(model, PeftModel):
+        raise TypeError("the model already is a PeftModel: merge or unload its adapters first")
     for name in ("target_parameters", "layer_replication", "use_qalora", "megatron_config"):
         if getattr(config, name, None):
             raise ValueError(f"LoraConfig.{name} is not supported: null spaces belong to whole linear layers")
+    config = copy.deepcopy(config)
+    config.init_lora_weights = True
+    if config.target_modules is None:
+        config.target_modules = list(spaces)
+    return config
 
 
 def _lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
@@ -217,8 +476,7 @@ def _lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLaye
     }
 
 
-def _check_layer(name: str, layer: Any, adapter_name: str, spaces: NullSpaces) -> None:
-    base = layer.get_base_layer()
+def _check_layer(name: str, layer: Any, base: nn.Module, adapter_name: str, spaces: NullSpaces) -> None:
     if not is_linear(base) or adapter_name not in layer.lora_A:
         raise ValueError(f"target {name!r} is {type(base).__name__}, not a linear layer")
     spaces.check(name, base)
@@ -233,20 +491,39 @@ def _check_layer(name: str, layer: Any, adapter_name: str, spaces: NullSpaces) -
 
 @torch.no_grad()
 def _write_factors(layer: Any, adapter: str, space: NullSpace, method: str, sigma_scale: float) -> None:
-    lora_a, lora_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    rank, scaling = layer.r[adapter], layer.scaling[adapter]
     stored = layer.get_base_layer().weight
+    a, b, residual = _factors(layer, stored, adapter, space, method, sigma_scale)
+    layer.lora_A[adapter].weight.copy_(a)
+    layer.lora_B[adapter].weight.copy_(b)
+    if residual is not None:
+        stored.copy_(residual)
+
+
+@torch.no_grad()
+def _factors(
+    layer: Any, stored: torch.Tensor, adapter: str, space: NullSpace, method: str, sigma_scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What an adapter starts with, and what is left of the weight.
+
+    Args:
+        layer: PEFT's; asked for rank, scaling, layout and dtypes, never for values.
+        stored: the weight as the base layer stores it, (d_out, d_in) or the transpose of it (`layer.fan_in_fan_out`).
+
+    Returns:
+        A (r, d_in) and B (d_out, r) in the adapter's dtypes, and the residual in the layout and dtype of `stored`, or None where
+        the base stays as it is.
+    """
+    rank, scaling = layer.r[adapter], layer.scaling[adapter]
+    dtype_a, dtype_b = (each[adapter].weight.dtype for each in (layer.lora_A, layer.lora_B))
     if method == "b-zero":
-        lora_a.copy_(factors.b_zero(space.basis, layer.out_features, rank=rank).A)
-        lora_b.zero_()
-        return
-    weight = (stored.T if layer.fan_in_fan_out else stored).to(torch.float64)
+        a, b = factors.b_zero(space.basis, layer.out_features, rank=rank)
+        return a.to(dtype_a), b.to(dtype_b), None
+    weight = (stored.T if layer.fan_in_fan_out else stored).to(torch.float64, copy=True)
     a, b = factors.lora_null(weight, space.basis, rank=rank, sigma_scale=sigma_scale)
     # s·BA is the product that counts, so each factor takes 1/√s; the residual is that of the factors as they are stored.
-    lora_a.copy_(a / math.sqrt(scaling))
-    lora_b.copy_(b / math.sqrt(scaling))
-    residual = torch.addmm(weight, lora_b.to(weight), lora_a.to(weight), alpha=-scaling)
-    stored.copy_(residual.T if layer.fan_in_fan_out else residual)
+    a, b = (a / math.sqrt(scaling)).to(dtype_a), (b / math.sqrt(scaling)).to(dtype_b)
+    residual = weight.addmm_(b.to(weight), a.to(weight), alpha=-scaling).to(stored.dtype)
+    return a, b, residual.T if layer.fan_in_fan_out else residual
 
 
 def _freeze(layers: Mapping[str, LoraLayer], adapter: str) -> None:
@@ -317,8 +594,8 @@ def export_lora(
     return Path(out)
 
 
-def _save_adapter(peft_model: PeftModel, adapter: str, directory: Path) -> None:
-    peft_model.save_pretrained(str(directory), selected_adapters=[adapter], save_embedding_layers=False)
+def _save_adapter(peft_model: PeftModel, adapter: str, directory: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    peft_model.save_pretrained(str(directory), selected_adapters=[adapter], save_embedding_layers=False, state_dict=state_dict)
     if adapter != "default":  # to which alone PEFT gives no folder of its own
         for file in (directory / adapter).iterdir():
             file.rename(directory / file.name)

@@ -192,7 +192,7 @@ def _one_file_at_a_time() -> Iterator[None]:
     It maps every file before it reads the first tensor. These are private mappings, which count as memory of the process under
     `ulimit -d`, `ulimit -v` and strict overcommit, although nothing was read: the checkpoint would have to fit after all.
     """
-    loading = transformers.modeling_utils
+    loading: Any = transformers.modeling_utils
     original = getattr(loading, "safe_open", None)
     if original is None:
         yield

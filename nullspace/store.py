@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,6 +23,25 @@ from safetensors.torch import load_file, save_file
 
 MANIFEST = "nullspace.json"
 FORMAT_VERSION = 1
+
+# safetensors' names, in the order in which its files hold them.
+_DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 # A fingerprint is this many entries of a weight, evenly spaced.
 FINGERPRINT_ENTRIES = 64
@@ -84,6 +104,58 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: 
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
+
+
+class TensorFile:
+    """A safetensors file whose tensors are written one at a time, in any order: `save_file` wants them all in memory at once.
+
+    The file is laid out as `save_file` would do it, byte for byte. Use as a context manager.
+
+    Args:
+        path: of the file; replaced if it is there.
+        tensors: name → a tensor of the shape and dtype that are to come, on the meta device for instance.
+        metadata: text for the header.
+
+    Raises:
+        OSError: if it cannot be written.
+        ValueError: for a dtype that the format does not have, a tensor that is not the announced one, or one that never came.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+        odd = next((f"{name!r} is {t.dtype}" for name, t in tensors.items() if t.dtype not in _DTYPES), None)
+        if odd is not None:
+            raise ValueError(f"{odd}, which {path} cannot hold")
+        order = list(_DTYPES)
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._missing: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
+        end = 0
+        for name, t in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0].encode())):
+            begin, end = end, end + t.numel() * t.element_size()
+            header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+            self._missing[name] = (begin, t.dtype, t.shape)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # so that the data are aligned
+        self._data = 8 + len(text)
+        self._path = path
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put one tensor, from any device, in its place."""
+        begin, dtype, shape = self._missing.pop(name)
+        if (tensor.dtype, tensor.shape) != (dtype, shape):
+            raise ValueError(f"{name!r} in {self._path} should be {dtype} {tuple(shape)}, not {tensor.dtype} {tuple(tensor.shape)}")
+        if tensor.numel() > 0:
+            self._file.seek(self._data + begin)
+            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        if kind is None and self._missing:
+            raise ValueError(f"{next(iter(self._missing))!r} was never written to {self._path}")
 
 
 def write_manifest(directory: Path, kind: str, content: Mapping[str, Any], files: tuple[str, ...] = ()) -> None:

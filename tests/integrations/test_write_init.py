@@ -1,0 +1,284 @@
+"""`write_init`: the files of `inject_adapters` and `save_init`, from a model that is left alone or is not even in memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from torch import nn
+
+from models import FAMILIES, random_batches, tiny
+from nullspace import NullSpaces, compute_null_spaces, store
+from nullspace.integrations import peft as integration
+from nullspace.integrations.peft import inject_adapters, save_init, write_init
+from nullspace.integrations.transformers import load_model, offload_map
+
+RANK = 8
+BATCH = random_batches(1, 2, 32, seed=7)[0]
+
+COMPUTED: dict[str, NullSpaces] = {}
+
+
+def spaces_for(family: str) -> NullSpaces:
+    if family not in COMPUTED:
+        COMPUTED[family] = compute_null_spaces(tiny(family), random_batches(), rank=RANK, progress=False)
+    return COMPUTED[family]
+
+
+def checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    tiny(family).to(dtype).save_pretrained(folder, **options)
+    return folder
+
+
+def loaded(folder: Path, family: str) -> nn.Module:
+    return type(tiny(family)).from_pretrained(folder).eval()
+
+
+def offloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Without a tokenizer, which tiny checkpoints do not have."""
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    return load_model(folder, device="cpu", offload=True)[0]
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**BATCH).logits
+
+
+def contents(folder: Path, out: Path) -> dict[str, bytes]:
+    """Every file below a folder, with the one path that must differ taken out."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: data.replace(str(out).encode(), b"OUT") for name, data in found.items()}
+
+
+def both_ways(
+    tmp_path: Path, folder: Path, family: str, model: nn.Module, config: dict[str, Any], **options: Any
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """What `inject_adapters` and `save_init` write of a checkpoint, and what `write_init` writes of a model."""
+    adapted = inject_adapters(loaded(folder, family), LoraConfig(**config), spaces_for(family), **options)
+    one, other = tmp_path / "one", tmp_path / "two"
+    save_init(one, adapted, spaces_for(family), record={"note": "x"})
+    write_init(other, model, LoraConfig(**config), spaces_for(family), record={"note": "x"}, **options)
+    return contents(one, one), contents(other, other)
+
+
+CASES = [
+    ("llama", torch.float32, {"r": RANK}, {}),
+    ("llama", torch.bfloat16, {"r": RANK, "lora_alpha": 16}, {}),
+    ("llama", torch.float64, {"r": RANK, "task_type": "CAUSAL_LM"}, {}),
+    ("llama", torch.float32, {"r": RANK, "lora_alpha": 3, "use_rslora": True}, {"sigma_scale": 2.0}),
+    ("llama", torch.float32, {"r": RANK, "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.down_proj": 5}}, {}),
+    ("llama", torch.float32, {"r": RANK, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"k_proj": 32}, "use_rslora": True}, {}),
+    ("llama", torch.bfloat16, {"r": 5, "target_modules": ["q_proj", "down_proj"]}, {}),
+    ("llama", torch.float32, {"r": RANK}, {"method": "b-zero"}),
+    ("qwen2", torch.float32, {"r": RANK}, {}),  # tied embeddings
+    ("qwen2", torch.bfloat16, {"r": RANK}, {"method": "b-zero"}),
+    ("gpt2", torch.float32, {"r": RANK, "lora_alpha": 3}, {}),  # Conv1D, tied embeddings
+    ("gpt2", torch.float16, {"r": RANK}, {}),
+    ("gemma", torch.float32, {"r": RANK}, {}),
+    ("opt", torch.float32, {"r": RANK}, {}),
+    ("bert", torch.float32, {"r": RANK}, {}),
+    ("albert", torch.float32, {"r": RANK}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
+@pytest.mark.parametrize("where", ["whole", "offloaded"])
+@pytest.mark.parametrize(("family", "dtype", "config", "options"), CASES)
+def test_every_file_is_the_same(
+    family: str,
+    dtype: torch.dtype,
+    config: dict[str, Any],
+    options: dict[str, Any],
+    where: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = checkpoint(family, tmp_path / "model", dtype)
+    if where == "whole":
+        model = loaded(folder, family)
+    elif family == "albert":
+        pytest.skip("ALBERT has no blocks that transformers knows of")
+    else:
+        model = offloaded(folder, monkeypatch)
+        assert sum(p.device.type == "meta" for p in model.parameters()) > 10
+    wanted, written = both_ways(tmp_path, folder, family, model, config, **options)
+    assert written.keys() == wanted.keys()
+    assert [name for name in wanted if written[name] != wanted[name]] == []
+    assert ("base/model.safetensors" in wanted) == (options.get("method") != "b-zero")
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint("llama", tmp_path / "model")
+    for model in (loaded(folder, "llama"), offloaded(folder, monkeypatch)):
+        before, state = logits(model), torch.random.get_rng_state()
+        parameters = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+        config = model.config.to_dict()
+        write_init(tmp_path / "out", model, LoraConfig(r=RANK), spaces_for("llama"), overwrite=True)
+        assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == parameters
+        assert model.config.to_dict() == config
+        assert torch.equal(logits(model), before)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_what_is_written_of_an_offloaded_model_computes_what_the_model_did(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(family, tmp_path / "model")
+    before = logits(loaded(folder, family))
+    write_init(tmp_path / "out", offloaded(folder, monkeypatch), LoraConfig(r=RANK), spaces_for(family), max_shard_bytes=30_000)
+    base = loaded(tmp_path / "out" / "base", family)
+    assert (logits(base) - before).abs().max() > 1e-3 * before.abs().max()  # the residual is another model
+    after = logits(PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval())
+    assert (after - before).abs().max() <= 2e-6 * before.abs().max()
+
+
+def test_shards_are_those_of_save_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint("llama", tmp_path / "model", max_shard_size="60KB")  # read from several files, too
+    model = offloaded(folder, monkeypatch)
+    write_init(tmp_path / "out", model, LoraConfig(r=RANK), spaces_for("llama"), max_shard_bytes=60_000)
+    base = tmp_path / "out" / "base"
+    loaded(base, "llama").save_pretrained(tmp_path / "again", max_shard_size=60_000)
+    assert len(list(base.glob("model-*-of-*.safetensors"))) > 3
+    assert contents(base, base) == contents(tmp_path / "again", base)
+    assert max(path.stat().st_size for path in base.glob("*.safetensors")) < 70_000
+
+
+def test_a_checkpoint_that_is_not_safetensors_is_converted_in_a_folder_that_goes_with_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint("llama", tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    model = offloaded(folder, monkeypatch)
+    assert len(list((tmp_path / "temporary").iterdir())) == 1
+    wanted, written = both_ways(tmp_path, folder, "llama", model, {"r": RANK})
+    assert written == wanted
+    del model
+    gc.collect()
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_dtype_of_the_caller_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint("llama", tmp_path / "model")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    found = []
+    for offload in (False, True):
+        model, _ = load_model(folder, dtype=torch.bfloat16, device="cpu", offload=offload)
+        out = tmp_path / f"out-{offload}"
+        write_init(out, model, LoraConfig(r=RANK), spaces_for("llama"))
+        found.append(contents(out, out))
+    assert found[0] == found[1]
+    assert {t.dtype for t in load_file(out / "base" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "albert"])
+def test_nothing_large_stays_in_memory(family: str) -> None:
+    model = tiny(family)
+    placed = offload_map(model, "cuda:1")
+    assert set(placed.values()) == {"disk", "cuda:1"}
+    on_disk = tuple(f"{name}." for name, where in placed.items() if where == "disk")
+    resident = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(on_disk))
+    # BERT's decoder shares its bias with a module that is in the way, and so its embeddings stay.
+    assert resident < (12_000 if family == "bert" else 200)
+    for name, _ in (*model.named_parameters(), *model.named_buffers()):
+        assert sum(f"{name}.".startswith(f"{k}.") for k in placed) == 1, name
+
+
+class _Fused(transformers.LlamaForCausalLM):
+    """A stand-in for models whose checkpoints hold weights in another form (fused experts): here, halves."""
+
+    def save_pretrained(self, folder: Any, *, state_dict: dict[str, torch.Tensor], **options: Any) -> None:
+        whole = state_dict.pop("model.layers.1.mlp.up_proj.weight")
+        one, two = whole.chunk(2)
+        super().save_pretrained(folder, state_dict={**state_dict, "up.0": one.clone(), "up.1": two.clone()}, **options)
+
+
+class _Turned(transformers.LlamaForCausalLM):
+    def save_pretrained(self, folder: Any, *, state_dict: dict[str, torch.Tensor], **options: Any) -> None:
+        turned = state_dict["model.layers.1.mlp.up_proj.weight"].T.contiguous()
+        super().save_pretrained(folder, state_dict={**state_dict, "model.layers.1.mlp.up_proj.weight": turned}, **options)
+
+
+def _of_class(kind: type[nn.Module]) -> nn.Module:
+    model = tiny("llama")
+    model.__class__ = kind
+    return model
+
+
+def _without_values() -> nn.Module:
+    return tiny("llama").to("meta")
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "words"),
+    [
+        (lambda: _of_class(_Fused), {}, r"up\.0.*load the model whole"),
+        (lambda: _of_class(_Turned), {}, r"up_proj.*load the model whole"),
+        (lambda: tiny("llama"), {"use_dora": True}, "lora_magnitude_vector.*load the model whole"),
+        (lambda: tiny("llama"), {"bias": "all", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head.*whole"),
+        (lambda: tiny("llama"), {"r": RANK + 1}, r"'model\.layers\.0\.self_attn\.q_proj' has rank 9, but its null space has 8"),
+        (lambda: tiny("llama", seed=3), {}, r"another model: the weight of 'model\.layers\.0\.self_attn\.q_proj' begins with"),
+        (lambda: tiny("llama"), {"target_modules": ["q_proj", "lm_head"]}, "no null space for 'lm_head'"),
+        (_without_values, {}, "embed_tokens.*never loaded"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_anything_is_written(
+    model: Any, config: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "new_directory", None)
+    with pytest.raises(ValueError, match=words):
+        write_init(tmp_path / "out", model(), LoraConfig(**{"r": RANK, **config}), spaces_for("llama"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_offloaded_model_of_other_weights_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("llama", seed=3).save_pretrained(tmp_path / "model")
+    model = offloaded(tmp_path / "model", monkeypatch)
+    with pytest.raises(ValueError, match="another model"):
+        write_init(tmp_path / "out", model, LoraConfig(r=RANK), spaces_for("llama"))
+    with pytest.raises(ValueError, match="another model"):  # and what injects says so, too
+        inject_adapters(model, LoraConfig(r=RANK), spaces_for("llama"))
+
+
+def test_inject_adapters_still_refuses_offloaded_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = offloaded(checkpoint("llama", tmp_path / "model"), monkeypatch)
+    with pytest.raises(ValueError, match="offloaded"):
+        inject_adapters(model, LoraConfig(r=RANK), spaces_for("llama"))
+
+
+def test_a_failure_midway_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    factors, calls = integration._factors, []
+
+    def fails(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return factors(*arguments)
+
+    monkeypatch.setattr(integration, "_factors", fails)
+    with pytest.raises(KeyboardInterrupt):
+        write_init(tmp_path / "out", tiny("llama"), LoraConfig(r=RANK), spaces_for("llama"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tokenizer_and_the_record_are_written(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(tiny_checkpoint, device="cpu", offload=True)
+    spaces = compute_null_spaces(load_model(tiny_checkpoint, device="cpu")[0], random_batches(), rank=4, progress=False)
+    write_init(tmp_path / "out", model, LoraConfig(r=4), spaces, tokenizer=tokenizer, record={"model": "mine", "x": 1})
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "base").eos_token == "<eos>"
+    manifest = store.read_manifest(tmp_path / "out", "init")
+    assert (manifest["model"], manifest["x"]) == ("mine", 1)
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "out" / "base")
