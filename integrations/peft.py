@@ -279,15 +279,16 @@ def _without_weights(model: nn.Module) -> Any:
         if "_hf_hook" in module.__dict__:
             memo[id(module._hf_hook)] = None
         for t in (*module._parameters.values(), *module._buffers.values()):
-            if t is None or type(t) not in (nn.Parameter, torch.Tensor):
-                memo.setdefault(id(t), t)
+            if t is None:
+                continue
+            if type(t) not in (nn.Parameter, torch.Tensor):
+                memo[id(t)] = t
                 continue
             place = None if t.device.type == "meta" or t.numel() == 0 else (t.device, t.data_ptr(), t.shape, t.stride())
             empty = torch.empty(t.shape, dtype=t.dtype, device="meta")
             if isinstance(t, nn.Parameter):
                 empty = nn.Parameter(empty, requires_grad=t.requires_grad)
             memo[id(t)] = twins.setdefault(place or id(t), empty)
-    del memo[id(None)]
     shell = copy.deepcopy(model, memo)
     for module in shell.modules():
         if module.__dict__.pop("_old_forward", None) is not None:
