@@ -6,13 +6,14 @@ loads in a process that has never heard of nullspace.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from nullspace import factors, store
+from nullspace.progress import Progress, reporter
 from nullspace.sites import is_linear, weight_of
 from nullspace.spaces import NullSpace, NullSpaces
 from nullspace.weights import execution_device, tensor_of
@@ -175,10 +178,12 @@ def write_init(
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
+    progress: bool | Progress = True,
 ) -> Path:
     """`inject_adapters` and `save_init` in one, tensor by tensor: the model is left alone, and may be offloaded to the disk.
 
-    What is written is the same to the bit. In memory is one weight at a time, in its own dtype and once in float64.
+    What is written is the same to the bit. In memory is one weight at a time, in its own dtype and once in float64. (Of a model
+    whose checkpoint holds weights in another form than the model does, such as fused experts, all residuals at once.)
 
     Args:
         out: as in `save_init`: a directory that must not exist yet, or be empty.
@@ -192,11 +197,12 @@ def write_init(
         record: JSON-able facts to keep in `nullspace.json`.
         overwrite: replace an earlier directory of ours.
         max_shard_bytes: of one file of the base's weights; a larger tensor gets a file of its own.
+        progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
 
     Raises:
-        ValueError: as `inject_adapters`, before anything is written; and naming the tensors, if the checkpoint holds the model's
-            weights in another form than the model does (fused experts) or the configuration makes PEFT save more than A and
-            B. Load the model whole and use `inject_adapters` and `save_init` for these.
+        ValueError: as `inject_adapters`, before anything is written; and naming the tensor, if the model is offloaded and its
+            checkpoint holds weights in another form than the model does (fused experts): load it whole; or if the configuration
+            makes PEFT save more than A and B: use `inject_adapters` and `save_init`.
         TypeError: as `inject_adapters`; and if the model has no `save_pretrained`.
         FileExistsError: if `out` is in the way.
         OSError: if it cannot be written; then nothing is left behind.
@@ -206,10 +212,11 @@ def write_init(
     config = _own_config(config, model, spaces)
     store.check_free(out, overwrite=overwrite)
     residual = method != "b-zero"
+    report = reporter(progress)
     with tempfile.TemporaryDirectory() as folder:
         plans = Path(folder)
         shell = _without_weights(model)
-        base = _plan_base(shell, plans / "base") if residual else None
+        base = _plan_base(shell, plans / "base", strict=_on_disk(model)) if residual else None
         with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that nobody will see
             peft_model = get_peft_model(shell, config)
         adapter = peft_model.active_adapter
@@ -223,28 +230,35 @@ def write_init(
         original = config.base_model_name_or_path
         if residual:
             config.base_model_name_or_path = str(out / "base")
-        factors_file = _plan_adapter(peft_model, adapter, layers, plans / "adapter")
+        of_adapter = _plan_adapter(peft_model, adapter, layers, plans / "adapter")
+        done = 0
 
         def adapt(name: str) -> torch.Tensor | None:
+            nonlocal done
+            report("adapters", done, len(layers), 0)
             stored = tensor_of(modules[name], "weight") if residual else weight_of(modules[name])
             a, b, rest = _factors(layers[name], stored, adapter, spaces[name], method, sigma_scale)
-            adapter_weights.write(factors_file.keys[name, "lora_A"], a)
-            adapter_weights.write(factors_file.keys[name, "lora_B"], b)
+            adapter_file.write(of_adapter.keys[name, "lora_A"], a)
+            adapter_file.write(of_adapter.keys[name, "lora_B"], b)
+            done += 1
             return rest
 
         with store.new_directory(out, overwrite=overwrite) as part:
             spaces.write(part / "spaces")
             shutil.copytree(plans, part, dirs_exist_ok=True)
-            target = part / "adapter" / ADAPTER_WEIGHTS
-            with store.TensorFile(target, factors_file.tensors, factors_file.metadata) as adapter_weights:
+            with store.TensorFile(part / "adapter" / ADAPTER_WEIGHTS, of_adapter.tensors, of_adapter.metadata) as adapter_file:
                 if base is None:
-                    for name in layers:
-                        adapt(name)
+                    rests = {f"{name}.weight": adapt(name) for name in layers}
+                    if residual:
+                        shell.save_pretrained(
+                            part / "base", state_dict={**model.state_dict(), **rests}, max_shard_size=max_shard_bytes
+                        )
                 else:
                     _write_base(part / "base", model, base, {f"{name}.weight": name for name in layers}, adapt, max_shard_bytes)
             if residual and tokenizer is not None:
                 tokenizer.save_pretrained(part / "base")
             store.write_manifest(part, "init", {"model": original, **(record or {})})
+        report("adapters", done, len(layers), 0)
     return out
 
 
@@ -268,10 +282,14 @@ class _AdapterPlan(NamedTuple):
     metadata: dict[str, str]
 
 
+def _on_disk(model: nn.Module) -> bool:
+    return any(p.device.type == "meta" for p in model.parameters())
+
+
 def _without_weights(model: nn.Module) -> Any:
     """A copy of a model with its weights on the meta device and without accelerate's hooks: for transformers and PEFT to handle.
 
-    Quantised weights, which PEFT looks into, are the model's own: nobody writes to them.
+    Quantised weights and integers, which PEFT may look into, are the model's own: nobody writes to them.
     """
     memo: dict[int, Any] = {}
     twins: dict[Any, torch.Tensor] = {}
@@ -281,7 +299,7 @@ def _without_weights(model: nn.Module) -> Any:
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is None:
                 continue
-            if type(t) not in (nn.Parameter, torch.Tensor):
+            if type(t) not in (nn.Parameter, torch.Tensor) or not t.is_floating_point():
                 memo[id(t)] = t
                 continue
             place = None if t.device.type == "meta" or t.numel() == 0 else (t.device, t.data_ptr(), t.shape, t.stride())
@@ -298,36 +316,53 @@ def _without_weights(model: nn.Module) -> Any:
     return shell
 
 
-def _plan_base(shell: Any, folder: Path) -> _BasePlan:
+def _plan_base(shell: Any, folder: Path, *, strict: bool = True) -> _BasePlan | None:
     """Let transformers save tiny stand-ins, to see which names and which order it gives to what.
 
     All that it does to a state dict is seen so: tied weights, names that differ between model and checkpoint, what is left out.
     A stand-in has two entries along every axis, all different: whatever is joined, divided or turned does not come out as it went
     in. What else `save_pretrained` writes (the configurations) stays in the folder.
+
+    Returns:
+        None if the weights are not saved one by one as they are, unless `strict`.
+
+    Raises:
+        ValueError: the same, if `strict`.
+        TypeError: if the model has no `save_pretrained`.
     """
     if not hasattr(shell, "save_pretrained"):
         raise TypeError(f"{type(shell).__name__} is not a transformers model: it has no save_pretrained")
     known = dict((*shell.named_parameters(remove_duplicate=False), *shell.named_buffers(remove_duplicate=False)))
+    names = {name: known[name] for name in shell.state_dict() if name in known}
     stand_ins: dict[str, torch.Tensor] = {}
-    of: dict[int, torch.Tensor] = {}
-    owners: dict[int, str] = {}
+    of: dict[int, torch.Tensor] = {}  # tied weights have one stand-in
+    owners: dict[int, str] = {}  # by the first entry
     first = 0
-    for name in shell.state_dict():
-        if name not in known:
-            raise ValueError(f"{name!r} in the state of {type(shell).__name__} is no parameter or buffer: {_WHOLE}")
-        t = known[name]
+    for name, t in names.items():
         if id(t) not in of:
-            count = 2**t.ndim
-            of[id(t)] = torch.arange(first, first + count).reshape((2,) * t.ndim)
             owners[first] = name
-            first += count
+            of[id(t)] = torch.arange(first, first + 2**t.ndim).reshape((2,) * t.ndim)
+            first += 2**t.ndim
         stand_ins[name] = of[id(t)]
     try:
-        shell.save_pretrained(folder, state_dict=dict(stand_ins), max_shard_size=1)
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"the weights of {type(shell).__name__} cannot be saved one by one ({error}): {_WHOLE}") from error
+        with _without_bars():
+            shell.save_pretrained(folder, state_dict=dict(stand_ins), max_shard_size=1)
+        plan = _read_plan(folder, stand_ins, owners, names)
+        problem: Exception | None = None
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever a conversion trips over
+        problem = error
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
+        path.unlink()
+    if problem is None:
+        return plan._replace(total_parameters=sum({id(p): p.numel() for p in shell.parameters()}.values()))
+    if strict:
+        raise ValueError(f"{type(shell).__name__} has no weights that could be saved one by one ({problem}): {_WHOLE}") from problem
+    return None
+
+
+def _read_plan(
+    folder: Path, stand_ins: Mapping[str, torch.Tensor], owners: Mapping[int, str], known: Mapping[str, torch.Tensor]
+) -> _BasePlan:
     names: dict[str, str] = {}
     metadata: dict[str, str] = {}
     for path in sorted(folder.glob(BASE_WEIGHTS.format(suffix="*"))):  # one a tensor, numbered
@@ -337,16 +372,23 @@ def _plan_base(shell: Any, folder: Path) -> _BasePlan:
                 found = file.get_tensor(key)
                 owner = owners.get(int(found.reshape(-1)[0]))
                 if owner is None or not torch.equal(found, stand_ins[owner]):
-                    raise ValueError(f"the checkpoint's {key!r} is not a tensor of {type(shell).__name__} as it is: {_WHOLE}")
+                    raise ValueError(f"{key!r} is made of several, or of a part of one")
                 names[key] = owner
-        path.unlink()
-    for path in folder.glob("*.index.json"):
-        path.unlink()
-    total = sum({id(p): p.numel() for p in shell.parameters()}.values())
-    return _BasePlan(names, {key: known[name] for key, name in names.items()}, metadata, total)
+    return _BasePlan(names, {key: known[name] for key, name in names.items()}, metadata, 0)
 
 
-_WHOLE = "load the model whole, and use inject_adapters and save_init, which save it all at once"
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+_WHOLE = "load the model whole"
 
 
 def _check_base(model: nn.Module, plan: _BasePlan, layers: Iterable[str]) -> None:
@@ -377,7 +419,9 @@ def _plan_adapter(peft_model: PeftModel, adapter: str, layers: Mapping[str, Lora
         for key in file.keys():  # noqa: SIM118
             origin = order[int(file.get_tensor(key))]
             if origin not in wanted:
-                raise ValueError(f"with this LoraConfig PEFT saves {key!r}, which is neither an A nor a B: {_WHOLE}")
+                raise ValueError(
+                    f"with this LoraConfig PEFT saves {key!r}, which is neither an A nor a B: use inject_adapters and save_init"
+                )
             keys[wanted[origin]], tensors[key] = key, state[origin]
     path.unlink()
     return _AdapterPlan(keys, tensors, metadata)
@@ -433,6 +477,9 @@ def check_servable(model: nn.Module, layers: Mapping[str, nn.Module], method: st
     """
     if method == "b-zero":
         return
+    if offloaded and _on_disk(model):
+        with tempfile.TemporaryDirectory() as folder:
+            _plan_base(_without_weights(model), Path(folder))
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))

@@ -56,6 +56,7 @@ Precision = Annotated[
 ]
 DType = Annotated[str, typer.Option(help="Of the model's weights: auto, float32, bfloat16, float16.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu, …; CUDA if there is one by default.")]
+Offload = Annotated[bool, typer.Option("--offload", help="Leave the weights on the disk and read them block by block.")]
 Spectrum = Annotated[bool, typer.Option("--spectrum", help="Report effective ranks too.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of ours.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
@@ -114,6 +115,7 @@ def init(
     precision: Precision = "auto",
     dtype: DType = "auto",
     device: Device = None,
+    offload: Offload = False,
     spectrum: Spectrum = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -130,8 +132,8 @@ def init(
     peft.check_method(method, sigma_scale)
     _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
     with _bars(quiet) as progress:
-        loaded, tokenizer, chosen = _open_model(model, dtype, device, targets, rank, progress)
-        peft.check_servable(loaded, chosen, method)
+        loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, rank, progress)
+        peft.check_servable(loaded, chosen, method, offloaded=True)
         if spaces is not None:
             found = NullSpaces.load(spaces)
         else:
@@ -144,8 +146,6 @@ def init(
             target_modules=list(chosen),
             task_type="CAUSAL_LM" if type(loaded).__name__.endswith("ForCausalLM") else None,
         )
-        progress("adapters", 0, 1, 0)
-        peft_model = peft.inject_adapters(loaded, config, found, method=method, sigma_scale=sigma_scale)
         record = {
             "data": data,
             "rank": rank,
@@ -155,8 +155,18 @@ def init(
             "sigma_scale": sigma_scale,
             "versions": _versions(),
         }
-        peft.save_init(out, peft_model, found, tokenizer=tokenizer, record={**record, "model": model}, overwrite=overwrite)
-        progress("adapters", 1, 1, 0)
+        peft.write_init(
+            out,
+            loaded,
+            config,
+            found,
+            method=method,
+            sigma_scale=sigma_scale,
+            tokenizer=tokenizer,
+            record={**record, "model": model},
+            overwrite=overwrite,
+            progress=progress,
+        )
     _show(found, as_json, quiet, {"out": str(out), **record, "model": model, "seconds": time.perf_counter() - began})
     if not (as_json or quiet):
         stdout.print(_next_steps(out, model, residual=method != "b-zero"), highlight=False, soft_wrap=True)
@@ -178,6 +188,7 @@ def compute(
     precision: Precision = "auto",
     dtype: DType = "auto",
     device: Device = None,
+    offload: Offload = False,
     spectrum: Spectrum = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -188,7 +199,7 @@ def compute(
     store.check_free(out, overwrite=overwrite)
     _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
     with _bars(quiet) as progress:
-        loaded, tokenizer, chosen = _open_model(model, dtype, device, targets, rank, progress)
+        loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, rank, progress)
         batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
         found = _compute(loaded, batches, rank, list(chosen), precision, spectrum, progress)
     found.save(out, overwrite=overwrite)
@@ -266,7 +277,7 @@ def _check_sizes(**sizes: int) -> None:
 
 
 def _open_model(
-    name: str, dtype: str, device: str | None, targets: str, rank: int, progress: Callable[..., None]
+    name: str, dtype: str, device: str | None, offload: bool, targets: str, rank: int, progress: Callable[..., None]
 ) -> tuple[Any, Any, dict[str, Any]]:
     import transformers
 
@@ -280,7 +291,7 @@ def _open_model(
     progress("model", 0, 1, 0)
     # The GGUF reader draws a bar of its own and cannot be told not to.
     with contextlib.nullcontext() if stderr.is_terminal else contextlib.redirect_stderr(io.StringIO()):
-        model, tokenizer = load_model(name, dtype=dtype, device=device)
+        model, tokenizer = load_model(name, dtype=dtype, device=device, offload=offload)
     progress("model", 1, 1, 0)
     chosen = find_targets(model, parse_targets(targets))
     check_rank(chosen, rank)

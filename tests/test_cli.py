@@ -57,6 +57,28 @@ def test_init_does_the_whole_job(tiny_checkpoint: Path, data: Path, tmp_path: Pa
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_init_of_a_model_on_the_disk_writes_the_same(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    assert run("compute", tiny_checkpoint, "--data", data, "--out", tmp_path / "spaces", *SMALL, "-q").exit_code == 0
+    written = []
+    for name, options in (("one", []), ("two", ["--offload"])):
+        out = tmp_path / name
+        result = run("init", tiny_checkpoint, "--spaces", tmp_path / "spaces", "--out", out, "--rank", 8, "-q", *options)
+        assert result.exit_code == 0, result.output
+        files = sorted(path for path in out.rglob("*") if path.is_file())
+        written.append({str(p.relative_to(out)): p.read_bytes().replace(str(out).encode(), b"OUT") for p in files})
+    assert written[0] == written[1]
+    assert "base/model.safetensors" in written[0]
+
+
+def test_init_with_offload_does_the_whole_job(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("init", tiny_checkpoint, "--data", data, "--out", out, *SMALL, "--offload")
+    assert result.exit_code == 0, result.output
+    assert "meta device" not in result.stderr
+    original = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    assert (logits(AutoPeftModelForCausalLM.from_pretrained(out / "adapter")) - logits(original)).abs().max() <= 1e-5
+
+
 def test_compute_inspect_and_init_from_spaces_agree(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
     computed = run("compute", tiny_checkpoint, "--data", data, "--out", tmp_path / "spaces", *SMALL, "--json", "--quiet")
     assert computed.exit_code == 0, computed.output

@@ -495,3 +495,44 @@ def test_weights_of_different_sizes_are_different() -> None:
 )
 def test_a_weight_without_plain_values_has_no_fingerprint(weight: torch.Tensor) -> None:
     assert store.fingerprint(weight) is None
+
+
+def mixed_tensors() -> dict[str, torch.Tensor]:
+    dtypes = [
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+        torch.int64,
+        torch.int32,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    ]
+    tensors = {f"{index % 3}.{str(dtype)[6:]}": (torch.randn(3, 5) * 9).to(dtype) for index, dtype in enumerate(dtypes)}
+    return {**tensors, "scalar": torch.tensor(7), "empty": torch.zeros(0, 4), 'ü"quoted': torch.ones(2)}
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_tensor_file_is_that_of_safetensors_byte_for_byte(metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    tensors = mixed_tensors()
+    save_file(tensors, tmp_path / "theirs", metadata=metadata)
+    with store.TensorFile(tmp_path / "ours", {name: t.to("meta") for name, t in tensors.items()}, metadata) as file:
+        for name in reversed(tensors):
+            file.write(name, tensors[name])
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_tensor_file_takes_what_was_announced_and_all_of_it(tmp_path: Path) -> None:
+    announced = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+    with (
+        pytest.raises(ValueError, match=r"'b' was never written to .*file"),
+        store.TensorFile(tmp_path / "file", announced) as file,
+    ):
+        file.write("a", torch.ones(3, 2).T)  # not contiguous
+    for wrong in (torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"'a' in .*file should be torch.float32 \(2, 3\)"):
+            with store.TensorFile(tmp_path / "file", announced) as file:
+                file.write("a", wrong)
+    with pytest.raises(ValueError, match="'c' is torch.complex64"):
+        store.TensorFile(tmp_path / "file", {"c": torch.zeros(1, dtype=torch.complex64)})

@@ -65,7 +65,7 @@ def both_ways(
     adapted = inject_adapters(loaded(folder, family), LoraConfig(**config), spaces_for(family), **options)
     one, other = tmp_path / "one", tmp_path / "two"
     save_init(one, adapted, spaces_for(family), record={"note": "x"})
-    write_init(other, model, LoraConfig(**config), spaces_for(family), record={"note": "x"}, **options)
+    write_init(other, model, LoraConfig(**config), spaces_for(family), record={"note": "x"}, progress=False, **options)
     return contents(one, one), contents(other, other)
 
 
@@ -196,25 +196,86 @@ def test_nothing_large_stays_in_memory(family: str) -> None:
         assert sum(f"{name}.".startswith(f"{k}.") for k in placed) == 1, name
 
 
-class _Fused(transformers.LlamaForCausalLM):
-    """A stand-in for models whose checkpoints hold weights in another form (fused experts): here, halves."""
+def _mixtral() -> nn.Module:
+    """The checkpoint keeps every expert's weights apart; the model has them in one tensor."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=211,
+        hidden_size=48,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    return transformers.MixtralForCausalLM(config).eval()
 
-    def save_pretrained(self, folder: Any, *, state_dict: dict[str, torch.Tensor], **options: Any) -> None:
-        whole = state_dict.pop("model.layers.1.mlp.up_proj.weight")
-        one, two = whole.chunk(2)
-        super().save_pretrained(folder, state_dict={**state_dict, "up.0": one.clone(), "up.1": two.clone()}, **options)
+
+@pytest.mark.parametrize("method", integration.METHODS)
+def test_fused_experts_are_saved_from_memory_and_refused_from_the_disk(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    _mixtral().save_pretrained(folder)
+    COMPUTED["mixtral"] = compute_null_spaces(_mixtral(), random_batches(), rank=RANK, progress=False)
+    monkeypatch.setitem(FAMILIES, "mixtral", _mixtral)
+    wanted, written = both_ways(tmp_path, folder, "mixtral", loaded(folder, "mixtral"), {"r": RANK}, method=method)
+    assert written == wanted
+    if method == "lora-null":
+        assert any("experts.0.w2" in name for name in load_file(tmp_path / "two" / "base" / "model.safetensors"))
+    model = offloaded(folder, monkeypatch)
+    layers = {name: m for name, m in model.named_modules() if name in spaces_for("mixtral")}
+    if method == "b-zero":
+        write_init(tmp_path / "three", model, LoraConfig(r=RANK), spaces_for("mixtral"), method=method, record={"note": "x"})
+        assert contents(tmp_path / "three", tmp_path / "three") == wanted
+        return
+    for refused in (
+        lambda: integration.check_servable(model, layers, method, offloaded=True),  # the command line asks before the work
+        lambda: write_init(tmp_path / "three", model, LoraConfig(r=RANK), spaces_for("mixtral")),
+    ):
+        with pytest.raises(ValueError, match=r"MixtralForCausalLM.*saved one by one.*load the model whole"):
+            refused()
+    assert not (tmp_path / "three").exists()
 
 
 class _Turned(transformers.LlamaForCausalLM):
+    """A stand-in for a checkpoint that holds a weight the other way round."""
+
     def save_pretrained(self, folder: Any, *, state_dict: dict[str, torch.Tensor], **options: Any) -> None:
         turned = state_dict["model.layers.1.mlp.up_proj.weight"].T.contiguous()
         super().save_pretrained(folder, state_dict={**state_dict, "model.layers.1.mlp.up_proj.weight": turned}, **options)
 
 
-def _of_class(kind: type[nn.Module]) -> nn.Module:
-    model = tiny("llama")
-    model.__class__ = kind
-    return model
+def test_a_weight_that_is_turned_when_it_is_saved_does_not_go_unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = offloaded(checkpoint("llama", tmp_path / "model"), monkeypatch)
+    model.__class__ = _Turned
+    with pytest.raises(ValueError, match=r"up_proj.*load the model whole"):
+        write_init(tmp_path / "out", model, LoraConfig(r=RANK), spaces_for("llama"))
+    assert not (tmp_path / "out").exists()
+
+
+class _Packed(nn.Linear):
+    """A stand-in for a quantised layer."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__(like.in_features, like.out_features, bias=False)
+        self.weight = nn.Parameter(torch.zeros(like.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+
+def test_b_zero_serves_a_quantised_base(tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "two"):
+        model = tiny("llama")
+        model.model.layers[1].mlp.up_proj = _Packed(model.model.layers[1].mlp.up_proj)
+        config, spaces = LoraConfig(r=RANK), NullSpaces([spaces_for("llama")[site.name] for site in spaces_for("llama").sites])
+        if name == "one":
+            save_init(tmp_path / name, inject_adapters(model, config, spaces, method="b-zero"), spaces)
+        else:
+            write_init(tmp_path / name, model, config, spaces, method="b-zero", progress=False)
+            with pytest.raises(ValueError, match=r"up_proj.*quantised.*b-zero"):
+                write_init(tmp_path / "three", model, config, spaces)
+        found.append(contents(tmp_path / name, tmp_path / name))
+    assert found[0] == found[1]
 
 
 def _without_values() -> nn.Module:
@@ -224,10 +285,8 @@ def _without_values() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "config", "words"),
     [
-        (lambda: _of_class(_Fused), {}, r"up\.0.*load the model whole"),
-        (lambda: _of_class(_Turned), {}, r"up_proj.*load the model whole"),
-        (lambda: tiny("llama"), {"use_dora": True}, "lora_magnitude_vector.*load the model whole"),
-        (lambda: tiny("llama"), {"bias": "all", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head.*whole"),
+        (lambda: tiny("llama"), {"use_dora": True}, "lora_magnitude_vector.*use inject_adapters"),
+        (lambda: tiny("llama"), {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head.*use inject_adapters"),
         (lambda: tiny("llama"), {"r": RANK + 1}, r"'model\.layers\.0\.self_attn\.q_proj' has rank 9, but its null space has 8"),
         (lambda: tiny("llama", seed=3), {}, r"another model: the weight of 'model\.layers\.0\.self_attn\.q_proj' begins with"),
         (lambda: tiny("llama"), {"target_modules": ["q_proj", "lm_head"]}, "no null space for 'lm_head'"),
