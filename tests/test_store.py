@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from models import tiny
 from nullspace import NullSpace, NullSpaces, Site, store
@@ -531,8 +532,8 @@ def test_tensor_file_takes_what_was_announced_and_all_of_it(tmp_path: Path) -> N
     ):
         file.write("a", torch.ones(3, 2).T)  # not contiguous
     for wrong in (torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64)):
-        with pytest.raises(ValueError, match=r"'a' in .*file should be torch.float32 \(2, 3\)"):
-            with store.TensorFile(tmp_path / "file", announced) as file:
-                file.write("a", wrong)
-    with pytest.raises(ValueError, match="'c' is torch.complex64"):
+        should = pytest.raises(ValueError, match=r"'a' in .*file should be torch\.float32 \(2, 3\)")
+        with should, store.TensorFile(tmp_path / "file", announced) as file:
+            file.write("a", wrong)
+    with pytest.raises(ValueError, match=r"'c' is torch\.complex64"):
         store.TensorFile(tmp_path / "file", {"c": torch.zeros(1, dtype=torch.complex64)})
