@@ -166,7 +166,9 @@ def _load_offloaded(
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if temporary is not None:
+    if temporary is not None and not os.listdir(temporary):
+        os.rmdir(temporary)
+    elif temporary is not None:
         weakref.finalize(model, shutil.rmtree, temporary, ignore_errors=True)
     return model.eval(), AutoTokenizer.from_pretrained(name)
 

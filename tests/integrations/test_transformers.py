@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from models import tiny
+from models import FAMILIES, random_batches, tiny
 from nullspace.integrations.transformers import PackedBatches, load_model, load_texts
 
 ROWS = [{"question": f"What is {i}?", "answer": [f"It is {i}.", "other"], "text": f"text {i}"} for i in range(5)]
@@ -144,3 +144,67 @@ def test_a_gguf_model_is_an_ordinary_one_after_loading(smollm2: Path) -> None:
     with torch.no_grad():
         ids = tokenizer("The capital of France is", return_tensors="pt")
         assert tokenizer.decode(model(**ids).logits[0, -1].argmax()) == " Paris"
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "albert"])
+def test_an_offloaded_model_computes_the_same_and_holds_no_block(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = tiny(family)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: "tokenizer")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    found, tokenizer = load_model(tmp_path, device="cpu", offload=True)
+    assert list((tmp_path / "temporary").iterdir()) == []  # nothing had to be converted
+    assert tokenizer == "tokenizer"
+    assert not found.training
+    assert not [w for w in recwarn if "device_map" in str(w.message)]
+    blocks = [m for m in found.modules() if isinstance(m, transformers.modeling_layers.GradientCheckpointingLayer)]
+    assert len(blocks) >= 2
+    assert all(p.device.type == "meta" for block in blocks for p in block.parameters())
+    batch = random_batches(1, 2, 16)[0]
+    with torch.no_grad():
+        assert torch.equal(found(**batch).logits, model(**batch).logits)
+        assert torch.equal(found(**batch).logits, model(**batch).logits)  # and again
+
+
+def test_what_cannot_stay_on_the_disk_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.gguf is dequantised.*load it whole"):
+        load_model(tmp_path / "model.gguf", offload=True)
+    tiny("albert").save_pretrained(tmp_path / "albert")
+    with pytest.raises(ValueError, match="AlbertForMaskedLM has no blocks"):
+        load_model(tmp_path / "albert", offload=True)
+    model = tiny("llama")
+    model.config.quantization_config = {"quant_method": "fp8"}
+    model.config.save_pretrained(tmp_path / "quantised")
+    with pytest.raises(ValueError, match=r"quantised.*load it whole"):
+        load_model(tmp_path / "quantised", offload=True)
+
+
+def test_loading_opens_one_file_at_a_time_and_leaves_transformers_as_it_was(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = transformers.modeling_utils.safe_open
+    transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path, max_shard_size="20KB")
+    transformers.AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
+    files = {"open": 0, "most": 0, "ever": 0}
+
+    class Counted:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.file = original(*args, **options)
+
+        def __enter__(self) -> Any:
+            files["open"] += 1
+            files["ever"] += 1
+            files["most"] = max(files["most"], files["open"])
+            return self.file
+
+        def __exit__(self, *_: object) -> None:
+            files["open"] -= 1
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_open", Counted)
+    load_model(tmp_path, device="cpu", offload=True)
+    assert transformers.modeling_utils.safe_open is Counted
+    assert files["ever"] >= len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert files["most"] == 1
