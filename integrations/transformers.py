@@ -122,7 +122,7 @@ def offload_map(model: nn.Module, device: torch.device | str) -> dict[str, str]:
     found: dict[str, str] = {}
     _cover("", model, on_disk, str(device), found)
     if set(found.values()) == {"disk"}:  # accelerate takes the device to compute on from the map
-        del found[next(reversed(found))]
+        found[next(reversed(found))] = str(device)
     return found
 
 
