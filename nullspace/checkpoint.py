@@ -31,7 +31,7 @@ class Checkpoint:
     """Sites that are finished.
 
     Args:
-        directory: is made if it does not exist.
+        directory: is made when the first site is kept.
         run: which run this is (`fingerprint_of_run`), as JSON takes it.
 
     Raises:
@@ -41,17 +41,13 @@ class Checkpoint:
 
     def __init__(self, directory: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
         self._directory = Path(directory)
+        self._run = dict(run)
         self._numbers: dict[str, int] = {}
-        path = self._directory / RUN
-        if path.is_file():
-            _compare(path, dict(run))
-            return
-        if self._directory.is_dir() and any(not p.name.endswith(".part") for p in self._directory.iterdir()):
+        self._begun = (self._directory / RUN).is_file()
+        if self._begun:
+            _compare(self._directory / RUN, self._run)
+        elif self._directory.is_dir() and any(not p.name.endswith(".part") for p in self._directory.iterdir()):
             raise FileExistsError(f"{self._directory} has files but no {RUN}: it is no checkpoint of nullspace")
-        self._directory.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(run, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-        _make_real(part, path)
 
     def load(self) -> list[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
         """What was kept, in the order in which it was first kept: facts and tensors.
@@ -77,11 +73,20 @@ class Checkpoint:
         Raises:
             OSError: if it cannot be written; what was there before is still there.
         """
+        if not self._begun:
+            self._begin()
         number = self._numbers.setdefault(site, len(self._numbers))
         path = self._directory / f"{number:05d}.safetensors"
         part = path.with_name(path.name + ".part")
         store.write_tensors(part, tensors, metadata={"facts": json.dumps(facts)})
         _make_real(part, path)
+
+    def _begin(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        part = self._directory / f"{RUN}.part"
+        part.write_text(json.dumps(self._run, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        _make_real(part, self._directory / RUN)
+        self._begun = True
 
 
 def fingerprint_of_run(

@@ -10,12 +10,14 @@ import contextlib
 import functools
 import io
 import json
+import os
 import platform
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 try:
     import typer
@@ -58,6 +60,13 @@ DType = Annotated[str, typer.Option(help="Of the model's weights: auto, float32,
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu, …; CUDA if there is one by default.")]
 Offload = Annotated[bool, typer.Option("--offload", help="Leave the weights on the disk and read them block by block.")]
 Spectrum = Annotated[bool, typer.Option("--spectrum", help="Report effective ranks too.")]
+Strategy = Annotated[
+    str, typer.Option(help="'resident': all layers' sums at once; 'layerwise': block by block; 'auto': what the memory asks for.")
+]
+HiddenStates = Annotated[
+    str, typer.Option(help="Where a layerwise run keeps what lies between two blocks: device, host, disk, or auto.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever an interrupted run left in OUT.checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of ours.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
@@ -88,7 +97,7 @@ def _exits(command: Callable[..., None]) -> Callable[..., None]:
                 stderr.print(f"[bold red]failed:[/] {_escaped(error)}\nTry a smaller --batch-size or --length.", soft_wrap=True)
                 raise typer.Exit(1) from None
             except KeyboardInterrupt:
-                stderr.print("interrupted; nothing was written")
+                stderr.print("interrupted; the same command goes on where this one was")
                 raise typer.Exit(130) from None
 
     return wrapped
@@ -116,6 +125,9 @@ def init(
     dtype: DType = "auto",
     device: Device = None,
     offload: Offload = False,
+    strategy: Strategy = "auto",
+    hidden_states: HiddenStates = "auto",
+    fresh: Fresh = False,
     spectrum: Spectrum = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -138,7 +150,8 @@ def init(
             found = NullSpaces.load(spaces)
         else:
             batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
-            found = _compute(loaded, batches, rank, list(chosen), precision, spectrum, progress)
+            run = _Run(rank, list(chosen), strategy, hidden_states, precision, spectrum)
+            found = _compute(loaded, batches, run, out, fresh, progress)
         config = peft.LoraConfig(
             r=rank,
             lora_alpha=rank if alpha is None else int(alpha) if alpha.is_integer() else alpha,
@@ -167,6 +180,8 @@ def init(
             overwrite=overwrite,
             progress=progress,
         )
+    if spaces is None:
+        shutil.rmtree(_checkpoint(out), ignore_errors=True)
     _show(found, as_json, quiet, {"out": str(out), **record, "model": model, "seconds": time.perf_counter() - began})
     if not (as_json or quiet):
         stdout.print(_next_steps(out, model, residual=method != "b-zero"), highlight=False, soft_wrap=True)
@@ -189,6 +204,9 @@ def compute(
     dtype: DType = "auto",
     device: Device = None,
     offload: Offload = False,
+    strategy: Strategy = "auto",
+    hidden_states: HiddenStates = "auto",
+    fresh: Fresh = False,
     spectrum: Spectrum = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -201,8 +219,10 @@ def compute(
     with _bars(quiet) as progress:
         loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, rank, progress)
         batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
-        found = _compute(loaded, batches, rank, list(chosen), precision, spectrum, progress)
+        run = _Run(rank, list(chosen), strategy, hidden_states, precision, spectrum)
+        found = _compute(loaded, batches, run, out, fresh, progress)
     found.save(out, overwrite=overwrite)
+    shutil.rmtree(_checkpoint(out), ignore_errors=True)
     _show(found, as_json, quiet, {"out": str(out), "model": model, "data": data, "seconds": time.perf_counter() - began})
 
 
@@ -317,14 +337,30 @@ def _open_data(
     return batches
 
 
-def _compute(
-    model: Any, batches: Any, rank: int, targets: list[str], precision: str, spectrum: bool, progress: Callable[..., None]
-) -> NullSpaces:
+class _Run(NamedTuple):
+    """What `compute_null_spaces` is asked for."""
+
+    rank: int
+    targets: list[str]
+    strategy: str
+    hidden_states: str
+    precision: str
+    spectrum: bool
+
+
+def _checkpoint(out: Path) -> Path:
+    """Where a run keeps what it has finished, beside what it is going to write."""
+    out = Path(os.path.abspath(out))
+    return out.with_name(out.name + ".checkpoint")
+
+
+def _compute(model: Any, batches: Any, run: _Run, out: Path, fresh: bool, progress: Callable[..., None]) -> NullSpaces:
     from nullspace import compute_null_spaces
 
-    return compute_null_spaces(
-        model, batches, rank=rank, targets=targets, precision=precision, spectrum=spectrum, progress=progress
-    )
+    kept = _checkpoint(out)
+    if fresh:
+        shutil.rmtree(kept, ignore_errors=True)
+    return compute_null_spaces(model, batches, **run._asdict(), checkpoint=kept, progress=progress)
 
 
 def _show(spaces: NullSpaces, as_json: bool, quiet: bool, facts: dict[str, Any]) -> None:
