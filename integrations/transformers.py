@@ -82,6 +82,28 @@ def load_model(
     return module.to(device).eval(), tokenizer
 
 
+def empty_model(name: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """A model of a configuration alone, on the meta device: shapes, no weights. In eval mode, of `load_model`'s class.
+
+    Args:
+        name: a hub name, or a folder with a `config.json`.
+        dtype: of the weights; `"auto"` takes the configuration's own, float32 where it names none.
+
+    Raises:
+        OSError: if there is no such configuration.
+    """
+    config = AutoConfig.from_pretrained(name)
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    build = _model_class(config)
+    with torch.device("meta"):
+        # A class is told by `_from_config`, the Auto classes by `from_config`, and neither takes the other's.
+        model: nn.Module = (build.from_config if hasattr(build, "from_config") else build._from_config)(config, dtype=dtype)
+    return model.eval()
+
+
 def offload_map(model: nn.Module, device: torch.device | str) -> dict[str, str]:
     """A `device_map` with which no more of a model than a block has to be in memory at once.
 
@@ -154,10 +176,7 @@ def _load_offloaded(
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name} is quantised, and its weights are unpacked while it is loaded: load it whole")
     model_class = _model_class(config)
-    with torch.device("meta"):
-        empty = (model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config)(config)
-    placed = offload_map(empty, device)
-    del empty
+    placed = offload_map(empty_model(name, dtype=dtype), device)
     temporary = tempfile.mkdtemp(prefix="nullspace-") if folder is None else None
     try:
         with _one_file_at_a_time(), _without_chatter():

@@ -1,4 +1,4 @@
-"""The command line: `nullspace init | compute | inspect | export | demo`.
+"""The command line: `nullspace init | compute | inspect | export | plan | demo`.
 
 What a person reads goes to standard output as tables, or with `--json` as one JSON document; progress and warnings go to standard
 error. Exit codes: 0 done, 1 the machine failed (disk, memory), 2 the input was wrong, 130 interrupted.
@@ -269,6 +269,66 @@ def export(
 
 @app.command()
 @_exits
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub name, or folder with a config.json. No weights are read.")],
+    samples: Samples = 256,
+    length: Length = 1024,
+    batch_size: BatchSize = 4,
+    rank: Rank = 128,
+    targets: Targets = "all-linear",
+    dtype: DType = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; cuda by default if there is one, or if --device-memory is given.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Only plans with the weights on 'device', 'host' or 'disk'.")] = None,
+    device_memory: Annotated[str | None, typer.Option(help="Of the GPU: 24GB, 80GiB, …; without, no limit.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Of the host; without, no limit.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a calibration would take in memory and time, from the model's configuration alone."""
+    import torch
+
+    from nullspace import plan as planning
+    from nullspace.integrations.transformers import empty_model
+    from nullspace.sites import find_targets
+    from nullspace.spaces import check_rank
+
+    _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
+    _check_dtype(dtype)
+    empty = empty_model(model, dtype=dtype)
+    check_rank(find_targets(empty, parse_targets(targets)), rank)
+    limits = tuple(planning.parse_size(text) if text else None for text in (device_memory, host_memory))
+    workload = planning.Workload(
+        samples=samples,
+        length=length,
+        batch_size=batch_size,
+        rank=rank,
+        targets=parse_targets(targets),
+        device=device or ("cuda" if device_memory or torch.cuda.is_available() else "cpu"),
+        weights=weights,
+    )
+    plans = planning.forecast(empty, workload)
+    chosen, lack = None, None
+    try:
+        chosen = planning.fit(empty, workload, device_memory=limits[0], host_memory=limits[1])
+    except MemoryError as error:
+        lack = str(error)
+    if as_json:
+        facts = {"model": model, "device_memory": limits[0], "host_memory": limits[1], "plans": [p.as_dict() for p in plans]}
+        _print_json({**facts, "choice": chosen.as_dict() if chosen else None, "missing": lack})
+        return
+    _show_table([planning.cells(p, fits=not p.missing(*limits)) for p in plans])
+    stdout.print(
+        f"\nThe fastest that fits: {planning.describe(chosen)}" if chosen else f"\n{lack}", soft_wrap=True, highlight=False
+    )
+    if plans[0].estimated_rates:
+        stdout.print("Times rest on estimated throughputs: they rank the plans, and promise nothing.", soft_wrap=True)
+    if not plans[0].tracked:
+        stdout.print("The model does not run without data: its activations are estimated from its layers.", soft_wrap=True)
+
+
+@app.command()
+@_exits
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the result.")] = Path("nullspace-demo"),
     rank: Rank = 32,
@@ -296,6 +356,11 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
 
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")
+
+
 def _open_model(
     name: str, dtype: str, device: str | None, offload: bool, targets: str, rank: int, progress: Callable[..., None]
 ) -> tuple[Any, Any, dict[str, Any]]:
@@ -305,8 +370,7 @@ def _open_model(
     from nullspace.sites import find_targets
     from nullspace.spaces import check_rank
 
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")
+    _check_dtype(dtype)
     transformers.utils.logging.disable_progress_bar()
     progress("model", 0, 1, 0)
     # The GGUF reader draws a bar of its own and cannot be told not to.
@@ -368,15 +432,18 @@ def _show(spaces: NullSpaces, as_json: bool, quiet: bool, facts: dict[str, Any])
     if as_json:
         _print_json({**facts, "sites": rows})
     elif not quiet:
-        shown = [report.cells(row) for row in rows]
-        table = Table(box=None, pad_edge=False)
-        for index, title in enumerate(shown[0]):
-            table.add_column(title, justify="right" if index else "left", no_wrap=True)
-        for row in shown:
-            table.add_row(*row.values())
-        # Numbers are never cut: in a window that is too narrow, the lines wrap.
-        needed = stdout.measure(table, options=stdout.options.update(width=1000)).maximum
-        Console(width=max(needed, stdout.width)).print(table)
+        _show_table([report.cells(row) for row in rows])
+
+
+def _show_table(shown: list[dict[str, str]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for index, title in enumerate(shown[0]):
+        table.add_column(title, justify="right" if index else "left", no_wrap=True)
+    for row in shown:
+        table.add_row(*row.values())
+    # Numbers are never cut: in a window that is too narrow, the lines wrap.
+    needed = stdout.measure(table, options=stdout.options.update(width=1000)).maximum
+    Console(width=max(needed, stdout.width)).print(table)
 
 
 def _next_steps(out: Path, model: str, *, residual: bool) -> str:
