@@ -19,6 +19,7 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.layerwise
 
 clean:
 	rm -rf .venv build *.egg-info nullspace-demo

@@ -487,6 +487,7 @@ class _Survey:
         try:
             self._run(model, targets, [block for _, block in blocks], workload, batch)
         except Exception:  # whatever a model does that needs data: routing tokens to experts, custom kernels, …
+            self.block_activations, self.block_flops = [0] * len(blocks), [0.0] * len(blocks)
             self._guess(model, targets, blocks, workload, batch)
         self.layered = bool(blocks) and all(site.block is not None for site in self.sites)
 
@@ -508,7 +509,8 @@ class _Survey:
                 d_in = weight_shape(module)[1]
                 rows = x.numel() // d_in
                 live.held(_update_bytes(rows, d_in, workload.device))
-                found.append(self._site(name, module, d_in, rows, x.dtype, workload.device))
+                if all(site.name != name for site in found):  # a layer may be called several times
+                    found.append(self._site(name, module, d_in, rows, x.dtype, workload.device))
 
             return hook
 
@@ -528,8 +530,8 @@ class _Survey:
             def hook(*_: Any) -> None:
                 nonlocal overall
                 overall = max(overall, live.peak)
-                self.block_activations[index] = live.peak - entry
-                self.block_flops[index] = live.flops - flops
+                self.block_activations[index] = max(self.block_activations[index], live.peak - entry)
+                self.block_flops[index] += live.flops - flops
 
             return hook
 

@@ -1,0 +1,61 @@
+"""A variant of a benchmark in a process of its own, so that its peak memory is its own and a time limit can end it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+
+def run_child(module: str, arguments: list[str], *, timeout: float | None = None) -> dict[str, Any]:
+    """`python -m module arguments`: the JSON on the last line that it prints; `{"failed": why}` if it fails or takes too long."""
+    began = time.perf_counter()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done in {timeout:.0f} s", "wall": time.perf_counter() - began}
+    wall = time.perf_counter() - began
+    if done.returncode != 0:
+        return {"failed": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1][:500], "wall": wall}
+    return {**json.loads(done.stdout.splitlines()[-1]), "wall": wall}
+
+
+def anonymous_bytes() -> int:
+    """What this process holds of memory that is no file's (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status does not say RssAnon")
+
+
+class PeakMemory:
+    """The largest `anonymous_bytes` while it is open, looked at every few milliseconds: `bytes`, above what there was before."""
+
+    def __enter__(self) -> PeakMemory:
+        self._before = self._top = anonymous_bytes()
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.002):
+            self._top = max(self._top, anonymous_bytes())
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        self._watcher.join()
+
+    @property
+    def bytes(self) -> int:
+        return self._top - self._before

@@ -1,0 +1,77 @@
+"""Resident against layerwise: time and peak memory, against the bare forward pass, on a real model.
+
+    python -m benchmarks.layerwise [--rounds 3]      # writes benchmarks/results/layerwise-cpu.json
+
+Workload and method are those of `benchmarks.peers`: SmolLM2-135M in float32, 16 × 512 tokens in batches of 4, all 210 linear
+layers, rank 32, on the CPU; one fresh process a run, the variants taking turns within a round, ratios within a round, medians.
+Measured is `compute_null_spaces` without injection; loading and tokenising are not timed.
+
+- `forward`: the model over the batches, nothing else.
+- `resident`, `layerwise`: `compute_null_spaces` with this strategy; `layerwise` keeps hidden states in the host's memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.children import run_child
+from benchmarks.environment import write_result
+from benchmarks.peers import BATCH_SIZE, LENGTH, RANK, SAMPLES, checkpoint_of_demo_model, forward, setup, summarise
+
+VARIANTS = ["forward", "resident", "layerwise"]
+
+
+def calibrate(model: Any, batches: Any, strategy: str) -> dict[str, Any]:
+    from nullspace import compute_null_spaces
+
+    options = {"hidden_states": "host"} if "hidden_states" in inspect.signature(compute_null_spaces).parameters else {}
+    began = time.perf_counter()
+    spaces = compute_null_spaces(model, batches, rank=RANK, strategy=strategy, progress=False, **options)
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "leak": statistics.median(spaces[site.name].leak for site in spaces.sites)}
+
+
+def run_variant(variant: str, checkpoint: str) -> dict[str, Any]:
+    model, batches = setup(checkpoint)
+    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if variant == "forward":
+        result: dict[str, Any] = {"seconds": forward(model, batches)["forward"]}
+    else:
+        result = calibrate(model, batches, variant)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"variant": variant, **result, "peak_gb": peak / 1e6, "loaded_gb": loaded / 1e6}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--checkpoint", type=Path, default=Path(".venv") / "smollm2-135m", help="made if it is not there")
+    parser.add_argument("--run", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        print(json.dumps(run_variant(options.run, str(options.checkpoint))))
+        return
+    checkpoint = checkpoint_of_demo_model(options.checkpoint)
+    runs: list[dict[str, Any]] = []
+    for round_number in range(options.rounds):
+        for variant in VARIANTS:
+            done = run_child("benchmarks.layerwise", ["--run", variant, "--checkpoint", checkpoint])
+            if "failed" in done:
+                raise SystemExit(f"{variant}: {done['failed']}")
+            runs.append({"round": round_number, **done})
+            print(f"round {round_number}  {variant:10} {done['seconds']:7.1f} s  peak {done['peak_gb']:.2f} GB", flush=True)
+    summary = summarise(runs, VARIANTS)
+    print("\n" + "\n".join(f"{v:10} {s['time_over_forward']:.2f} x   {s['gb_above_forward']:+.2f} GB" for v, s in summary.items()))
+    workload = {"model": "SmolLM2-135M float32", "samples": SAMPLES, "length": LENGTH, "batch_size": BATCH_SIZE, "rank": RANK}
+    print(f"\nwrote {write_result('layerwise-cpu', {'workload': workload, 'summary': summary, 'runs': runs})}")
+
+
+if __name__ == "__main__":
+    main()
