@@ -38,9 +38,9 @@ PLACES = ("device", "host", "disk")
 # What a plan may take of the memory there is. The rest is for fragments that the allocator cannot use, and on a GPU for the CUDA
 # context (some 0.5 GB), which PyTorch's figures leave out.
 MARGIN = 0.92
-# Buffers that the libraries behind PyTorch keep once they have run: cuBLAS takes 32 MiB on GPUs of Hopper's kind, cuSOLVER and
-# oneDNN less. An estimate.
-LIBRARIES = 48 * 2**20
+# What libraries keep. On a GPU, buffers: cuBLAS takes 32 MiB on those of Hopper's kind, cuSOLVER less (an estimate). On a CPU also
+# what the C library does not give back of freed pieces below 32 MiB: 30 to 160 MB were measured (`benchmarks.plan_check`).
+LIBRARIES = {"cuda": 48 * 2**20, "cpu": 96 * 2**20}
 # `strategy="auto"` looks no closer at a model that takes less than this part of the memory even at a rough upper bound.
 PLENTY = 0.25
 
@@ -588,7 +588,7 @@ class _Survey:
 def _resident(survey: _Survey, workload: Workload, weights: str) -> Plan:
     # Where the weights are elsewhere, accelerate brings them layer by layer, for every batch.
     base = {"weights": survey.weights if weights == "device" or _at_home(workload, weights) else survey.largest_layer}
-    libraries = {"libraries": LIBRARIES}
+    libraries = {"libraries": LIBRARIES[workload.device]}
     every = {"sums": sum(site.triangle + site.staging for site in survey.sites)}
     device = [{**base, **every, "activations": survey.activations, **libraries}]
     host = [_host_weights(survey, workload, weights)]
@@ -624,7 +624,7 @@ def _layerwise(survey: _Survey, workload: Workload, weights: str, hidden_states:
     else:
         passing = 0 if hidden_states == "device" else 3 * survey.hidden
     staged = 2 * survey.hidden if hidden_states == "disk" and workload.device == "cuda" else 0
-    held = {"arguments": survey.arguments * batches, "hidden states": on_device + passing, "libraries": LIBRARIES}
+    held = {"arguments": survey.arguments * batches, "hidden states": on_device + passing, "libraries": LIBRARIES[workload.device]}
     host_held = {**_host_weights(survey, workload, weights), "hidden states": on_host + staged}
     outside = survey.weights if whole else survey.outside
     phases = [({"weights": outside, "activations": survey.prologue, **held}, {**host_held})]
@@ -822,7 +822,7 @@ def _upper_bound(model: nn.Module, targets: str | Sequence[str], tokens: int) ->
     widths = [weight_shape(module)[1] for module in find_targets(model, targets).values()]
     outputs = sum(sum(weight_shape(m)) for m in model.modules() if is_linear(m))
     sums = sum(8 * d * d + 16 * max(STAGE_TOKENS, 2 * d) * d for d in widths)
-    return size_in_bytes(model) + sums + 32 * max(widths) ** 2 + 16 * tokens * outputs + LIBRARIES
+    return size_in_bytes(model) + sums + 32 * max(widths) ** 2 + 16 * tokens * outputs + max(LIBRARIES.values())
 
 
 def _free_on_device(device: torch.device) -> int:

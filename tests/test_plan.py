@@ -232,6 +232,30 @@ def test_choose_strategy_of_a_loaded_model() -> None:
         assert choose_strategy(model, batch=batch, batches=4, host_memory=1e6).strategy == "layerwise"
 
 
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_weights_that_are_elsewhere_are_read_once_a_block(place: str, tmp_path: Path) -> None:
+    import accelerate
+
+    model, batch = llama(4, device="cpu"), {"input_ids": torch.zeros(2, 64, dtype=torch.long)}
+    if place == "disk":
+        accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    else:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    choice = choose_strategy(model, batch=batch, batches=4)
+    if place == "host":  # on a CPU that is where they are used
+        assert choice.strategy == "resident"
+    else:
+        assert (choice.strategy, choice.hidden_states, choice.plan and choice.plan.tracked) == ("layerwise", "host", True)
+    with torch.no_grad():
+        assert model(**batch).logits.isfinite().all()  # accelerate's hooks are back in their places
+
+
+def test_a_model_on_the_host_is_run_layerwise_on_a_gpu() -> None:
+    batch = {"input_ids": torch.zeros(2, 64, dtype=torch.long)}
+    choice = choose_strategy(llama(4, device="cpu"), batch=batch, device="cuda", device_memory=24e9)
+    assert (choice.strategy, choice.hidden_states) == ("layerwise", "device")
+
+
 def test_choose_strategy_keeps_to_resident_without_blocks() -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))
     with pytest.warns(UserWarning, match="to be expected"):
