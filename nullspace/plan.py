@@ -5,7 +5,7 @@ strategy and each place where weights and hidden states can be. `choose` picks t
 too, and `choose_strategy` is what `strategy="auto"` asks.
 
 Memory is counted, not guessed: sums from `LowerTriangle` itself, activations from a forward pass on the meta device
-(`nullspace.live`), the solvers' workspace as they take it. Time is flops and bytes over throughputs (`Rates`), whose defaults are
+(`nullspace.survey`), the solvers' workspace as they take it. Time is flops and bytes over throughputs (`Rates`), whose defaults are
 estimates: good enough to rank plans, not to promise an hour.
 """
 
@@ -16,7 +16,6 @@ import math
 import os
 import re
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,12 +25,9 @@ import torch
 from torch import nn
 
 from nullspace import solvers
-from nullspace.live import LiveBytes, to_meta, watch
 from nullspace.sites import find_targets, is_linear, weight_shape
 from nullspace.sums import STAGE_TOKENS
-from nullspace.sums_torch import CHAIN_TOKENS
-from nullspace.sums_triton import LAUNCH_TOKENS
-from nullspace.triangle import LowerTriangle
+from nullspace.survey import SiteShape, Survey, batch_shape
 from nullspace.weights import _offloaded, execution_device, size_in_bytes
 
 PLACES = ("device", "host", "disk")
@@ -221,7 +217,14 @@ def forecast(model: nn.Module, workload: Workload | None = None, *, batch: Any =
         ValueError: if a target matches nothing (`find_targets`).
     """
     workload = workload or Workload()
-    survey = _Survey(model, workload, batch)
+    survey = Survey(
+        model,
+        targets=workload.targets,
+        batch_size=workload.batch_size,
+        length=workload.length,
+        device=workload.device,
+        batch=batch,
+    )
     places = [workload.weights] if workload.weights else list(PLACES)
     between = list(PLACES)
     if workload.device == "cpu":
@@ -405,7 +408,7 @@ def choose_strategy(
     if host_memory is None:
         free = _free_on_host()
         host_memory = None if free is None else free + on_host
-    size, length = _batch_shape(batch) or (4, 1024)
+    size, length = batch_shape(batch) or (4, 1024)
     memory = device_memory if kind == "cuda" else host_memory
     settled = "host" if kind == "cpu" else "device"
     if weights in (settled, "device") and (memory is None or _upper_bound(model, targets, size * length) < PLENTY * memory):
@@ -453,139 +456,7 @@ def decomposition_cost(d: int, rank: int, device: str) -> tuple[int, float, floa
     return 4 * square + 16 * d * k, 9.0 * d**3, 9.0 * d**3  # vectors, and a workspace of two squares
 
 
-class _Site(NamedTuple):
-    """An input as the forecast knows it: how many layers hear it is not asked."""
-
-    name: str
-    d_in: int
-    block: int | None
-    triangle: int
-    staging: int
-
-
-class _Survey:
-    """What a model's shapes say: sites, weights by block, bytes and flops of a batch."""
-
-    def __init__(self, model: nn.Module, workload: Workload, batch: Any) -> None:
-        targets = find_targets(model, workload.targets)
-        blocks = _blocks(model)
-        self.block_weights = [size_in_bytes(block) for _, block in blocks]
-        self.weights = size_in_bytes(model)
-        self.outside = max(0, self.weights - sum(self.block_weights))
-        self.largest_layer = max(
-            (sum(t.numel() * t.element_size() for t in m.parameters(recurse=False)) for m in model.modules()), default=0
-        )
-        self.largest_tensor = max((t.numel() * t.element_size() for t in model.parameters()), default=0)
-        self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        self.activations = self.prologue = self.hidden = self.arguments = 0
-        self.block_activations = [0] * len(blocks)
-        self.flops = 0.0
-        self.block_flops = [0.0] * len(blocks)
-        self.tracked = True
-        self.sites: list[_Site] = []
-        self._of_block = {id(part): i for i, (_, block) in enumerate(blocks) for part in block.modules()}
-        try:
-            self._run(model, targets, [block for _, block in blocks], workload, batch)
-        except Exception:  # whatever a model does that needs data: routing tokens to experts, custom kernels, …
-            self.block_activations, self.block_flops = [0] * len(blocks), [0.0] * len(blocks)
-            self._guess(model, targets, blocks, workload, batch)
-        self.layered = bool(blocks) and all(site.block is not None for site in self.sites)
-
-    def _run(
-        self, model: nn.Module, targets: dict[str, nn.Module], blocks: list[nn.Module], workload: Workload, batch: Any
-    ) -> None:
-        from nullspace.stream import _evaluating, _forward_options  # which asks this module what `auto` is
-
-        heard: list[weakref.ref[torch.Tensor]] = []
-        found: list[_Site] = []
-        overall, entry, flops = 0, 0, 0
-
-        def hear(name: str, module: nn.Module, live: LiveBytes) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
-                if any(ref() is x for ref in heard):
-                    return
-                heard.append(weakref.ref(x))
-                d_in = weight_shape(module)[1]
-                rows = x.numel() // d_in
-                live.held(_update_bytes(rows, d_in, workload.device))
-                if all(site.name != name for site in found):  # a layer may be called several times
-                    found.append(self._site(name, module, d_in, rows, x.dtype, workload.device))
-
-            return hook
-
-        def enter(index: int, live: LiveBytes) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                nonlocal overall, entry, flops
-                overall = max(overall, live.peak)
-                if index == 0:
-                    self.prologue = live.peak
-                    self.hidden, self.arguments = _argument_bytes(args, kwargs)
-                live.restart()
-                entry, flops = live.live, live.flops
-
-            return hook
-
-        def leave(index: int, live: LiveBytes) -> Any:
-            def hook(*_: Any) -> None:
-                nonlocal overall
-                overall = max(overall, live.peak)
-                self.block_activations[index] = max(self.block_activations[index], live.peak - entry)
-                self.block_flops[index] += live.flops - flops
-
-            return hook
-
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_evaluating(model))
-            live, run = stack.enter_context(watch(model))
-            for name, module in targets.items():
-                handle = module.register_forward_pre_hook(hear(name, module, live), with_kwargs=True)
-                stack.callback(handle.remove)
-            for index, block in enumerate(blocks):
-                stack.callback(block.register_forward_pre_hook(enter(index, live), with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(leave(index, live)).remove)
-            args, kwargs = _example(batch, workload)
-            run(*args, **{**_forward_options(model, targets), **kwargs})
-            self.activations, self.flops = max(overall, live.peak), live.flops
-        if blocks and (not self.hidden or not all(self.block_activations)):
-            raise ValueError("a block was not called")
-        self.sites = found
-
-    def _guess(
-        self, model: nn.Module, targets: dict[str, nn.Module], blocks: list[tuple[str, nn.Module]], workload: Workload, batch: Any
-    ) -> None:
-        """Every linear layer's output of a block at once, and four hidden states; layers of one parent and width share an input."""
-        self.tracked = False
-        size, length = _batch_shape(batch) or (workload.batch_size, workload.length)
-        tokens, itemsize = size * length, self.dtype.itemsize
-
-        def outputs(module: nn.Module) -> int:
-            return sum(weight_shape(m)[0] for m in module.modules() if is_linear(m))
-
-        def products(module: nn.Module) -> float:
-            return 2.0 * tokens * sum(math.prod(weight_shape(m)) for m in module.modules() if is_linear(m))
-
-        inputs: dict[tuple[str, int], tuple[str, nn.Module]] = {}
-        for name, module in targets.items():
-            inputs.setdefault((name.rpartition(".")[0], weight_shape(module)[1]), (name, module))
-        width = max((weight_shape(m)[1] for _, m in inputs.values()), default=0)
-        self.hidden = tokens * width * itemsize
-        self.sites = [
-            self._site(name, module, d_in, tokens, self.dtype, workload.device) for (_, d_in), (name, module) in inputs.items()
-        ]
-        update = max((_update_bytes(tokens, site.d_in, workload.device) for site in self.sites), default=0)
-        self.block_activations = [tokens * itemsize * outputs(block) + 4 * self.hidden + update for _, block in blocks]
-        self.block_flops = [products(block) for _, block in blocks]
-        self.prologue, self.arguments = 2 * self.hidden, 0
-        self.activations = max(self.block_activations, default=tokens * itemsize * outputs(model) + update) + self.hidden
-        self.flops = products(model)
-
-    def _site(self, name: str, module: nn.Module, d_in: int, rows: int, dtype: torch.dtype, device: str) -> _Site:
-        triangle = LowerTriangle(d_in, device="meta").packed.nbytes + 8 * d_in
-        return _Site(name, d_in, self._of_block.get(id(module)), triangle, _staging_bytes(rows, d_in, dtype, device))
-
-
-def _resident(survey: _Survey, workload: Workload, weights: str) -> Plan:
+def _resident(survey: Survey, workload: Workload, weights: str) -> Plan:
     # Where the weights are elsewhere, accelerate brings them layer by layer, for every batch.
     base = {"weights": survey.weights if weights == "device" or _at_home(workload, weights) else survey.largest_layer}
     libraries = {"libraries": LIBRARIES[workload.device]}
@@ -613,7 +484,7 @@ def _resident(survey: _Survey, workload: Workload, weights: str) -> Plan:
     )
 
 
-def _layerwise(survey: _Survey, workload: Workload, weights: str, hidden_states: str) -> Plan:
+def _layerwise(survey: Survey, workload: Workload, weights: str, hidden_states: str) -> Plan:
     batches, count = workload.batches, len(survey.block_weights)
     whole = weights == "device" or _at_home(workload, weights)
     kept = survey.hidden * batches
@@ -664,7 +535,7 @@ def _layerwise(survey: _Survey, workload: Workload, weights: str, hidden_states:
 
 
 def _plan(
-    survey: _Survey,
+    survey: Survey,
     workload: Workload,
     *,
     strategy: str,
@@ -707,7 +578,7 @@ def _plan(
     )
 
 
-def _rates(survey: _Survey, workload: Workload) -> Rates:
+def _rates(survey: Survey, workload: Workload) -> Rates:
     return workload.rates or Rates.of(workload.device, survey.dtype)
 
 
@@ -716,87 +587,26 @@ def _at_home(workload: Workload, weights: str) -> bool:
     return workload.device == "cpu" and weights != "disk"
 
 
-def _weight_rate(survey: _Survey, workload: Workload, weights: str) -> float:
+def _weight_rate(survey: Survey, workload: Workload, weights: str) -> float:
     rates = _rates(survey, workload)
     if weights == "disk":
         return min(rates.disk, rates.transfer)
     return math.inf if _at_home(workload, weights) else rates.transfer
 
 
-def _host_weights(survey: _Survey, workload: Workload, weights: str) -> dict[str, int]:
+def _host_weights(survey: Survey, workload: Workload, weights: str) -> dict[str, int]:
     """Of a GPU's weights, what the host keeps: all, or one tensor on its way and its pinned copy. A CPU's are its own."""
     if workload.device == "cpu" or weights == "device":
         return {"weights": 0}
     return {"weights": survey.weights + survey.largest_tensor if weights == "host" else 2 * survey.largest_tensor}
 
 
-def _sum_flops(sites: Iterable[_Site], workload: Workload) -> float:
+def _sum_flops(sites: Iterable[SiteShape], workload: Workload) -> float:
     return float(sum(site.d_in**2 for site in sites)) * workload.samples * workload.length
 
 
-def _basis_bytes(site: _Site, workload: Workload) -> int:
+def _basis_bytes(site: SiteShape, workload: Workload) -> int:
     return 8 * site.d_in * min(workload.rank, site.d_in - 1)
-
-
-def _update_bytes(rows: int, d: int, device: str) -> int:
-    """What `Covariance.update` takes for a moment. On a GPU tokens go straight into a buffer, which `_staging_bytes` counts."""
-    if device == "cuda":
-        return 0
-    if rows < STAGE_TOKENS:  # the staged rows are joined, and their norms taken in float64
-        rows = -(-STAGE_TOKENS // rows) * rows
-    # PyTorch makes a float64 copy of all rows to take float64 norms of them, and then of one chain for its sum.
-    return max(8 * rows * d, 16 * min(rows, CHAIN_TOKENS) * d)
-
-
-def _staging_bytes(rows: int, d: int, dtype: torch.dtype, device: str) -> int:
-    """What a sum keeps beside its triangle until it is read."""
-    if device == "cuda":
-        if dtype == torch.float64:
-            return 0
-        step = 16 // dtype.itemsize
-        return min(LAUNCH_TOKENS, max(STAGE_TOKENS, 2 * d)) * -(-d // step) * step * dtype.itemsize
-    return -(-STAGE_TOKENS // rows) * rows * d * dtype.itemsize if 0 < rows < STAGE_TOKENS else 0
-
-
-def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    from nullspace.blocks import find_blocks
-
-    try:
-        return list(find_blocks(model))
-    except ValueError:
-        return []
-
-
-def _argument_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Of a block's call: bytes of the hidden states (its first tensor), and of the other tensors."""
-    flat = torch.utils._pytree.tree_leaves((args, kwargs))
-    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in flat if isinstance(t, torch.Tensor)}
-    hidden, *others = sizes.values()
-    return hidden, sum(others)
-
-
-def _example(batch: Any, workload: Workload) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch's arguments, on the meta device."""
-    if batch is None:
-        return (), {"input_ids": torch.zeros(workload.batch_size, workload.length, dtype=torch.long, device="meta")}
-    if isinstance(batch, Mapping):
-        return (), {name: value for name, value in to_meta(batch).items() if name != "labels"}
-    values = (batch,) if isinstance(batch, torch.Tensor) else tuple(batch)
-    return tuple(to_meta(dict(enumerate(values))).values()), {}  # type: ignore[arg-type]
-
-
-def _batch_shape(batch: Any) -> tuple[int, int] | None:
-    """(sequences, tokens) of a batch, if it says so."""
-    if isinstance(batch, Mapping):
-        names = ("input_ids", "inputs_embeds", *batch)
-        first = next((batch[n] for n in names if isinstance(batch.get(n), torch.Tensor)), None)
-    elif isinstance(batch, (tuple, list)):
-        first = next((value for value in batch if isinstance(value, torch.Tensor)), None)
-    else:
-        first = batch
-    if not isinstance(first, torch.Tensor) or first.ndim == 0 or first.numel() == 0:
-        return None
-    return (first.shape[0], first.shape[1]) if first.ndim > 1 else (1, first.shape[0])
 
 
 def _whereabouts(model: nn.Module, where: torch.device) -> tuple[str, int, int]:

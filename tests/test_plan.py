@@ -20,6 +20,7 @@ from nullspace.cli import app
 from nullspace.live import LiveBytes, watch
 from nullspace.plan import Plan, Rates, Workload, choose, choose_strategy, fit, forecast
 from nullspace.stream import stream_covariances
+from nullspace.survey import Survey
 from nullspace.triangle import LowerTriangle
 
 HIDDEN, INNER, ITEM = 64, 176, 4
@@ -90,7 +91,7 @@ def test_flops_are_those_of_the_products() -> None:
 def test_sites_are_those_that_the_stream_finds(make: Any) -> None:
     model = make().eval()
     ids = torch.randint(0, models.VOCABULARY, (2, 16))
-    survey = planning._Survey(model, Workload(samples=2, length=16, batch_size=2, device="cpu"), {"input_ids": ids})
+    survey = Survey(model, device="cpu", batch={"input_ids": ids})
     if not survey.tracked:
         pytest.skip("needs data to run")
     found = [(site.name, c.d_in) for site, c in stream_covariances(model, [{"input_ids": ids}], progress=False)]
@@ -124,7 +125,7 @@ def test_live_bytes_of_a_block_agree_with_a_count_by_hand() -> None:
 
 def test_attention_takes_no_square_of_tokens() -> None:
     def activations(length: int) -> int:
-        return planning._Survey(llama(), replace(WORK, length=length), None).activations
+        return Survey(llama(), batch_size=2, length=length).activations
 
     assert activations(2048) <= 2.1 * activations(1024)
 
