@@ -652,7 +652,10 @@ def _free_on_host() -> int | None:
         found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        room = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Files that were read count as used, and go when the memory is wanted.
+        found.append(room + sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file")))
     if not found:
         with contextlib.suppress(OSError, ValueError):
             found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
