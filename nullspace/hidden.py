@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
+
+from nullspace.memory import free_on_device, free_on_host
 
 PLACES = ("auto", "device", "host", "disk")
 # "auto" fills at most this part of the memory that is free.
@@ -22,18 +22,10 @@ def choose_place(place: str, size: int, device: torch.device) -> str:
     """`place`, or for `"auto"` the first of device, host and disk with room for `size` bytes."""
     if place != "auto":
         return place
-    if device.type == "cuda" and size <= SHARE * torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and size <= SHARE * free_on_device(device):
         return "device"
-    return "host" if size <= SHARE * free_memory() else "disk"
-
-
-def free_memory() -> int:
-    """Bytes of host memory that can be had without swapping."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    free = free_on_host()
+    return "host" if free is None or size <= SHARE * free else "disk"
 
 
 class Shelf:

@@ -11,20 +11,18 @@ estimates: good enough to rank plans, not to promise an hour.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from nullspace import solvers
+from nullspace.memory import free_on_device, free_on_host
 from nullspace.sites import find_targets, is_linear, weight_shape
 from nullspace.sums import STAGE_TOKENS
 from nullspace.survey import SiteShape, Survey, batch_shape
@@ -404,9 +402,9 @@ def choose_strategy(
     kind = "cuda" if where.type == "cuda" else "cpu"
     weights, on_device, on_host = _whereabouts(model, where)
     if device_memory is None and kind == "cuda":
-        device_memory = _free_on_device(where) + on_device
+        device_memory = free_on_device(where) + on_device
     if host_memory is None:
-        free = _free_on_host()
+        free = free_on_host()
         host_memory = None if free is None else free + on_host
     size, length = batch_shape(batch) or (4, 1024)
     memory = device_memory if kind == "cuda" else host_memory
@@ -450,9 +448,9 @@ def decomposition_cost(d: int, rank: int, device: str) -> tuple[int, float, floa
         flops = d**3 / 3 + 20 * d * d * (k + solvers.GUARD)
         return size, flops, flops / 0.45
     if device == "cpu" and d >= solvers.SUBSET_MIN_D and k <= d * solvers.SUBSET_FRACTION:
-        # The reflectors lie in the square; LAPACK's wrapper copies them on the way to the vectors.
+        # The reflectors lie in the square, and LAPACK works on them there; several small ones are at work at once.
         flops = 4 / 3 * d**3 + 4 * d * d * k
-        return 3 * square + 32 * d * k, flops, 3 * flops
+        return solvers.side_by_side(d) * (square + 64 * 8 * d + 32 * d * k), flops, 3 * flops
     return 4 * square + 16 * d * k, 9.0 * d**3, 9.0 * d**3  # vectors, and a workspace of two squares
 
 
@@ -633,30 +631,3 @@ def _upper_bound(model: nn.Module, targets: str | Sequence[str], tokens: int) ->
     outputs = sum(sum(weight_shape(m)) for m in model.modules() if is_linear(m))
     sums = sum(8 * d * d + 16 * max(STAGE_TOKENS, 2 * d) * d for d in widths)
     return size_in_bytes(model) + sums + 32 * max(widths) ** 2 + 16 * tokens * outputs + max(LIBRARIES.values())
-
-
-def _free_on_device(device: torch.device) -> int:
-    """Bytes that this process can still fill: free ones, and those that PyTorch holds and does not use."""
-    free, total = torch.cuda.mem_get_info(device)
-    allocated = torch.cuda.memory_allocated(device)
-    room = free + torch.cuda.memory_reserved(device) - allocated
-    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
-    return int(min(room, fraction * total - allocated))
-
-
-def _free_on_host() -> int | None:
-    """Bytes that can be had without swapping, of the machine and of the control group; None if the system does not say."""
-    found = []
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        room = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # Files that were read count as used, and go when the memory is wanted.
-        found.append(room + sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file")))
-    if not found:
-        with contextlib.suppress(OSError, ValueError):
-            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return max(0, min(found)) if found else None

@@ -21,7 +21,7 @@ from nullspace.covariance import Covariance
 from nullspace.listening import precision_of
 from nullspace.progress import Progress, reporter
 from nullspace.sites import Site, find_targets, weight_shape
-from nullspace.stream import choose_strategy, stream_covariances
+from nullspace.stream import check_options, resolve_strategy, stream_covariances
 from nullspace.weights import tensor_of
 
 logger = logging.getLogger(__name__)
@@ -407,9 +407,13 @@ def compute_null_spaces(
     """
     if not isinstance(targets, str):
         targets = list(targets)
+    check_options(strategy, precision, hidden_states)
     modules = find_targets(model, targets)
     check_rank(modules, rank)
-    strategy = choose_strategy(model, modules, strategy, device)
+    if strategy == "auto":
+        strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states, rank=rank)
+        device = None if strategy == "resident" else device
+        hidden_states = "auto" if strategy == "resident" else hidden_states
     report_progress = reporter(progress)
     kept: Checkpoint | None = None
     if checkpoint is not None:

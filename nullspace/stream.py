@@ -6,7 +6,7 @@ was run, and how much was in memory at once, is the generator's business (its *s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,16 +15,14 @@ from torch import nn
 from nullspace.batches import calls, evaluating, forward_options, is_encoder_decoder, length
 from nullspace.blocks import find_blocks
 from nullspace.covariance import PRECISIONS, Covariance
-from nullspace.hidden import PLACES, free_memory
+from nullspace.hidden import PLACES
 from nullspace.layerwise import stream_by_block
 from nullspace.listening import Listener, listening, refuse_silent
+from nullspace.plan import choose_strategy
 from nullspace.progress import Progress, reporter
-from nullspace.sites import Site, find_targets, weight_shape
-from nullspace.weights import execution_device, is_loaded
+from nullspace.sites import Site, find_targets
 
 STRATEGIES = ("auto", "resident", "layerwise")
-# "auto" is resident if all sums, each layer counted by itself, take less than this part of the free memory.
-SUMS_SHARE = 0.5
 
 
 def stream_covariances(
@@ -50,8 +48,8 @@ def stream_covariances(
             GPU up to as much again for tokens on their way).
             `"layerwise"`: block by block: the weights and the sums of one block at a time, whatever the depth; the loader is read
             once. For models whose blocks are one chain (`nullspace.blocks.find_blocks`): anything else is refused by name.
-            `"auto"`: layerwise for a model that is not whole in memory, or whose sums are not going to fit beside it; resident
-            otherwise.
+            `"auto"`: layerwise for a model that is not whole where it computes, or that leaves no room there for all sums
+            (`nullspace.plan.choose_strategy`); resident otherwise.
         precision: `"auto"`, `"fp64"` or `"qr"`: see `Covariance`. Or a mapping from regular expressions to these: the first one
             that matches a layer's whole name counts, `"auto"` where none does. A shared input is summed as its first layer says.
         device: where a layerwise pass computes, if not where the weights are: a model in host memory is then brought there block by
@@ -68,6 +66,25 @@ def stream_covariances(
             that is shared in one batch and not in the next, or padding that cannot be located in a layer's input; after it
             for a target that was never called, and for a loader that is empty, ends early or holds padding only.
     """
+    check_options(strategy, precision, hidden_states)
+    if not isinstance(targets, str):
+        targets = list(targets)
+    chosen = find_targets(model, targets)
+    if strategy == "auto":
+        strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states)
+        device = None if strategy == "resident" else device
+    elif strategy == "resident" and (device is not None or hidden_states != "auto"):
+        raise ValueError("device and hidden_states belong to strategy='layerwise'")
+    if strategy == "resident":
+        return _resident(model, loader, chosen, precision, reporter(progress))
+    where = None if device is None else torch.device(device)
+    return stream_by_block(
+        model, loader, chosen, find_blocks(model), precision, reporter(progress), device=where, hidden_states=hidden_states
+    )
+
+
+def check_options(strategy: str, precision: str | Mapping[str, str], hidden_states: str) -> None:
+    """Raise `ValueError` for what `stream_covariances` does not know."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, not {strategy!r}")
     for value in precision.values() if isinstance(precision, Mapping) else [precision]:
@@ -75,34 +92,26 @@ def stream_covariances(
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, not {value!r}")
     if hidden_states not in PLACES:
         raise ValueError(f"hidden_states must be one of {', '.join(map(repr, PLACES))}, not {hidden_states!r}")
-    chosen = find_targets(model, targets)
-    strategy = choose_strategy(model, chosen, strategy, device)
-    if strategy == "resident":
-        if device is not None or hidden_states != "auto":
-            raise ValueError("device and hidden_states belong to strategy='layerwise'")
-        return _resident(model, loader, chosen, precision, reporter(progress))
-    where = None if device is None else torch.device(device)
-    blocks = find_blocks(model)
-    return stream_by_block(model, loader, chosen, blocks, precision, reporter(progress), device=where, hidden_states=hidden_states)
 
 
-def choose_strategy(
-    model: nn.Module, targets: Mapping[str, nn.Module], strategy: str = "auto", device: torch.device | str | None = None
-) -> str:
-    """`strategy`, or for `"auto"` the one that fits this model as it is: see `stream_covariances`."""
-    if strategy != "auto":
-        return strategy
-    if device is not None or not is_loaded(model):
-        return "layerwise"
-    where = execution_device(model) or torch.device("cpu")
-    free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else free_memory()
-    if sum(4 * weight_shape(m)[1] ** 2 for m in targets.values()) < SUMS_SHARE * free:
-        return "resident"
-    try:
-        find_blocks(model)
-    except ValueError:
-        return "resident"
-    return "layerwise"
+def resolve_strategy(
+    model: nn.Module,
+    loader: Iterable[Any],
+    targets: str | list[str],
+    *,
+    device: torch.device | str | None = None,
+    hidden_states: str = "auto",
+    rank: int = 128,
+) -> tuple[str, str]:
+    """What `strategy="auto"` comes to for this model, as it lies in memory: a strategy, and a place for hidden states.
+
+    Args: as of `stream_covariances` and `compute_null_spaces`.
+    """
+    example = loader[0] if isinstance(loader, Sequence) and len(loader) else None
+    choice = choose_strategy(
+        model, targets=targets, batch=example, batches=length(loader), device=device, hidden_states=hidden_states, rank=rank
+    )
+    return choice.strategy, choice.hidden_states
 
 
 def _resident(

@@ -51,7 +51,8 @@ class TorchSums(GramSums):
         """Add rows; if it raises (`ValueError`, for NaN or Inf), nothing was added."""
         x_nd = x_nd.to(self.device)
         rows = x_nd if mask is None else x_nd.index_select(0, mask.indices(self.device))
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        # Chain by chain: a norm in float64 copies its rows to float64.
+        norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows.split(CHAIN_TOKENS)])
         complaint = nonfinite([norms])
         if complaint:
             raise ValueError(complaint)

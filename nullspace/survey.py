@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from nullspace.batches import evaluating, forward_options
 from nullspace.live import LiveBytes, to_meta, watch
 from nullspace.sites import find_targets, is_linear, weight_shape
 from nullspace.sums import STAGE_TOKENS
@@ -104,7 +105,6 @@ class Survey:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        from nullspace.stream import _evaluating, _forward_options  # which asks this module what `auto` is
 
         heard: list[weakref.ref[torch.Tensor]] = []
         found: list[SiteShape] = []
@@ -146,7 +146,7 @@ class Survey:
             return hook
 
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_evaluating(model))
+            stack.enter_context(evaluating(model))
             live, run = stack.enter_context(watch(model))
             for name, module in targets.items():
                 handle = module.register_forward_pre_hook(hear(name, module, live), with_kwargs=True)
@@ -154,7 +154,7 @@ class Survey:
             for index, block in enumerate(blocks):
                 stack.callback(block.register_forward_pre_hook(enter(index, live), with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(leave(index, live)).remove)
-            run(*args, **{**_forward_options(model, targets), **kwargs})
+            run(*args, **{**forward_options(model, targets), **kwargs})
             self.activations, self.flops = max(overall, live.peak), live.flops
         if blocks and (not self.hidden or not all(self.block_activations)):
             raise ValueError("a block was not called")
@@ -219,7 +219,7 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     from nullspace.blocks import find_blocks
 
     try:
-        return list(find_blocks(model))
+        return list(find_blocks(model).items())
     except ValueError:
         return []
 

@@ -20,7 +20,7 @@ from models import CHAINS, random_batches, tiny
 from nullspace import Covariance, compute_null_spaces, stream_covariances
 from nullspace.blocks import find_blocks
 from nullspace.hidden import Shelf, choose_place
-from nullspace.stream import choose_strategy
+from nullspace.stream import resolve_strategy
 from nullspace.weights import Loaded, is_loaded
 
 
@@ -288,17 +288,24 @@ def test_weights_are_read_from_the_disk_block_by_block(on_disk: tuple[nn.Module,
     assert_same(resident(offloaded, batches), expected)  # accelerate's own hooks are in force again
 
 
+def chosen(model: nn.Module, **options: Any) -> str:
+    return resolve_strategy(model, random_batches(), "all-linear", rank=4, **options)[0]
+
+
 def test_auto_goes_by_blocks_where_the_model_is_not_whole_in_memory(on_disk: tuple[nn.Module, nn.Module]) -> None:
     whole, offloaded = on_disk
-    assert choose_strategy(offloaded, {}) == "layerwise"
-    assert choose_strategy(whole, {}) == "resident"
+    assert chosen(offloaded) == "layerwise"
+    assert chosen(whole) == "resident"
+    assert_same(dict(stream_covariances(offloaded, random_batches(), progress=False)), resident(whole, random_batches()))
 
 
 def test_auto_goes_by_blocks_where_the_sums_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nullspace.stream.free_memory", lambda: 1000)
-    targets = {"q": nn.Linear(48, 48)}
-    assert choose_strategy(tiny("llama"), targets) == "layerwise"
-    assert choose_strategy(tiny("albert"), targets) == "resident"  # not marked blocks, one list of one
+    sums = 10**8
+    model = tiny("llama")
+    monkeypatch.setattr("nullspace.plan.free_on_host", lambda: sums)
+    monkeypatch.setattr("nullspace.plan.LIBRARIES", {"cpu": sums, "cuda": 0})
+    with pytest.warns(UserWarning, match="out of memory is to be expected"):
+        assert chosen(model) == "layerwise"
 
 
 def test_loading_may_be_entered_twice_and_leaves_the_modules_own_tensors(on_disk: tuple[nn.Module, nn.Module]) -> None:
@@ -335,7 +342,7 @@ def test_a_shelf_gives_back_what_was_put_last() -> None:
 
 
 def test_auto_puts_hidden_states_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nullspace.hidden.free_memory", lambda: 1000)
+    monkeypatch.setattr("nullspace.hidden.free_on_host", lambda: 1000)
     cpu = torch.device("cpu")
     assert [choose_place("auto", size, cpu) for size in (250, 251)] == ["host", "disk"]
     assert choose_place("device", 10**9, cpu) == "device"
