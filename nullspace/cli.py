@@ -94,7 +94,7 @@ def _exits(command: Callable[..., None]) -> Callable[..., None]:
             except RuntimeError as error:
                 if "out of memory" not in str(error):
                     raise
-                stderr.print(f"[bold red]failed:[/] {_escaped(error)}\nTry a smaller --batch-size or --length.", soft_wrap=True)
+                stderr.print(f"[bold red]failed:[/] {_escaped(error)}", soft_wrap=True)
                 raise typer.Exit(1) from None
             except KeyboardInterrupt:
                 stderr.print("interrupted; the same command goes on where this one was")

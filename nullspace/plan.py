@@ -432,6 +432,51 @@ def choose_strategy(
     return Choice(plan.strategy, plan.hidden_states if hidden_states == "auto" else hidden_states, plan)
 
 
+def advice(
+    model: nn.Module,
+    *,
+    targets: str | Sequence[str],
+    strategy: str,
+    batch: Any = None,
+    batches: int | None = None,
+    device: torch.device | str | None = None,
+    rank: int = 128,
+) -> str:
+    """What to say to somebody whose run was out of memory: what it was going to take, and the cheapest setting that fits.
+
+    Args: as of `choose_strategy`, and
+        strategy: the one that failed.
+    """
+    where = torch.device(device) if device is not None else execution_device(model) or torch.device("cpu")
+    kind = "cuda" if where.type == "cuda" else "cpu"
+    weights, on_device, on_host = _whereabouts(model, where)
+    device_memory = free_on_device(where) + on_device if kind == "cuda" else None
+    free = free_on_host()
+    host_memory = None if free is None else free + on_host
+    size, length = batch_shape(batch) or (4, 1024)
+    workload = Workload(
+        samples=size * (batches or 64), length=length, batch_size=size, rank=rank, targets=targets, device=kind, weights=weights
+    )
+    said = []
+    failed = [plan for plan in forecast(model, workload) if plan.strategy == strategy]
+    if failed:
+        plan = min(failed, key=lambda plan: plan.device_bytes + plan.host_bytes)
+        parts = plan.device_parts if kind == "cuda" else plan.host_parts
+        listed = ", ".join(f"{name} {gigabytes(n)}" for name, n in sorted(parts.items(), key=lambda item: -item[1]) if n)
+        said.append(f"By the forecast, {plan.name} takes {gigabytes(sum(parts.values()))} ({listed}).")
+    try:
+        plan = fit(model, replace(workload, weights=None), device_memory=device_memory, host_memory=host_memory)
+    except MemoryError as error:
+        said.append(f"There is no setting that fits: {error}")
+    else:
+        between = f", hidden_states={plan.hidden_states!r}" if plan.strategy == "layerwise" else ""
+        said.append(
+            f"What fits: strategy={plan.strategy!r}{between}, weights on the {plan.weights}, batches of {plan.batch_size}: "
+            f"{gigabytes(plan.device_bytes if kind == 'cuda' else plan.host_bytes)}."
+        )
+    return " ".join(said)
+
+
 def decomposition_cost(d: int, rank: int, device: str) -> tuple[int, float, float]:
     """What the bottom of one (d, d) second moment takes, by the method that `solvers.partial_eigh` chooses by itself.
 

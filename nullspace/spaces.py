@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,7 +16,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from nullspace import report, solvers, store
+from nullspace import plan, report, solvers, store
+from nullspace.batches import length
 from nullspace.checkpoint import Checkpoint, fingerprint_of_run
 from nullspace.covariance import Covariance
 from nullspace.listening import precision_of
@@ -404,6 +406,9 @@ def compute_null_spaces(
     Warns:
         UserWarning: naming the sites that saw fewer than d_in + rank tokens; and those that a second pass should sum again, if
             the loader can be read only once.
+
+    Out of memory, PyTorch's error comes with what the run was going to take, and the cheapest setting that fits
+    (`nullspace.plan`).
     """
     if not isinstance(targets, str):
         targets = list(targets)
@@ -428,13 +433,19 @@ def compute_null_spaces(
     spaces = [NullSpace.from_facts(facts, tensors) for facts, tensors in kept.load()] if kept is not None else []
     done = {name for space in spaces for name in space.site.members}
 
+    def explain() -> str:
+        example = loader[0] if isinstance(loader, Sequence) and len(loader) else None
+        return plan.advice(
+            model, targets=targets, strategy=strategy, batch=example, batches=length(loader), device=device, rank=rank
+        )
+
     def measure(chosen: str | list[str], precision: str | Mapping[str, str], forward: str) -> list[NullSpace]:
         def renamed(stage: str, done: int, total: int | None, tokens: int) -> None:
             report_progress(forward if stage == "forward" else stage, done, total, tokens)
 
         found: list[NullSpace] = []
         # A caller in inference mode would otherwise get bases that no later training step may touch.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), _explaining_memory(explain):
             stream = stream_covariances(
                 model,
                 loader,
@@ -484,6 +495,22 @@ def compute_null_spaces(
         )
     _warn_of_few_tokens(spaces)
     return NullSpaces(spaces, {n: (weight_shape(m), _sample(m)) for n, m in modules.items()})
+
+
+@contextlib.contextmanager
+def _explaining_memory(explain: Callable[[], str]) -> Iterator[None]:
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # PyTorch's allocator for the CPU raises a plain RuntimeError.
+        if not isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        try:
+            text = explain()
+        except Exception:  # advice is not worth hiding the error for
+            raise error from None
+        kind = torch.cuda.OutOfMemoryError if isinstance(error, torch.cuda.OutOfMemoryError) else MemoryError
+        raise kind(f"{error}\n{text}") from error
 
 
 def _side_by_side(stream: Iterator[tuple[Site, Covariance]]) -> Iterator[list[tuple[Site, Covariance]]]:

@@ -15,6 +15,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import models
+from models import random_batches, tiny
+from nullspace import compute_null_spaces
 from nullspace import plan as planning
 from nullspace.cli import app
 from nullspace.live import LiveBytes, watch
@@ -329,3 +331,34 @@ def test_command_line_with_wrong_input(configuration: Path, arguments: list[Any]
     result = run(configuration, *arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), torch.cuda.OutOfMemoryError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"), MemoryError),
+        (MemoryError("Unable to allocate 9 GiB"), MemoryError),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["resident", "layerwise"])
+def test_out_of_memory_comes_with_the_forecast_and_what_fits(
+    error: BaseException, kind: type[BaseException], strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("nullspace.covariance.Covariance.update", fails)
+    with pytest.raises(kind, match=r"By the forecast, " + strategy) as raised:
+        compute_null_spaces(tiny("llama"), random_batches(), rank=4, strategy=strategy, progress=False)
+    assert str(error) in str(raised.value)
+    assert "What fits: strategy='resident'" in str(raised.value)
+
+
+def test_other_errors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr("nullspace.covariance.Covariance.update", fails)
+    with pytest.raises(RuntimeError, match=r"^shape mismatch$"):
+        compute_null_spaces(tiny("llama"), random_batches(), rank=4, progress=False)
