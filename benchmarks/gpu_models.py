@@ -23,7 +23,6 @@ above that before the model).
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import statistics
 import tempfile
@@ -98,7 +97,6 @@ def ours(options: argparse.Namespace, model: Any, variant: str) -> dict[str, Any
 
     strategy, _, hidden_states = OURS[variant]
     wanted: dict[str, Any] = {"device": options.device, "hidden_states": hidden_states} if strategy == "layerwise" else {}
-    takes = inspect.signature(compute_null_spaces).parameters
     targets = [name for name in PROJECTIONS if variant != "capped-six" or name != "down_proj"]
     marks: dict[str, float] = {}
 
@@ -114,7 +112,7 @@ def ours(options: argparse.Namespace, model: Any, variant: str) -> dict[str, Any
         strategy=strategy,
         progress=mark,
         tolerance=float("inf"),  # the fast sums alone: a second pass would be another measurement
-        **{name: value for name, value in wanted.items() if name in takes},
+        **wanted,
     )
     found = [spaces[site.name] for site in spaces.sites]
     return {

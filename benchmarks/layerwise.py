@@ -13,7 +13,6 @@ Measured is `compute_null_spaces` without injection; loading and tokenising are 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import resource
 import statistics
@@ -31,7 +30,7 @@ VARIANTS = ["forward", "resident", "layerwise"]
 def calibrate(model: Any, batches: Any, strategy: str) -> dict[str, Any]:
     from nullspace import compute_null_spaces
 
-    options = {"hidden_states": "host"} if "hidden_states" in inspect.signature(compute_null_spaces).parameters else {}
+    options: dict[str, Any] = {"hidden_states": "host"} if strategy == "layerwise" else {}
     began = time.perf_counter()
     spaces = compute_null_spaces(model, batches, rank=RANK, strategy=strategy, progress=False, **options)
     seconds = time.perf_counter() - began

@@ -469,6 +469,8 @@ def advice(
     except MemoryError as error:
         said.append(f"There is no setting that fits: {error}")
     else:
+        if (plan.strategy, plan.batch_size) == (strategy, size):  # so the forecast was wrong: what takes least, then
+            plan = min(forecast(model, replace(workload, weights=None)), key=lambda plan: plan.device_bytes or plan.host_bytes)
         between = f", hidden_states={plan.hidden_states!r}" if plan.strategy == "layerwise" else ""
         said.append(
             f"What fits: strategy={plan.strategy!r}{between}, weights on the {plan.weights}, batches of {plan.batch_size}: "

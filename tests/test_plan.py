@@ -352,7 +352,7 @@ def test_out_of_memory_comes_with_the_forecast_and_what_fits(
     with pytest.raises(kind, match=r"By the forecast, " + strategy) as raised:
         compute_null_spaces(tiny("llama"), random_batches(), rank=4, strategy=strategy, progress=False)
     assert str(error) in str(raised.value)
-    assert "What fits: strategy='resident'" in str(raised.value)
+    assert "What fits: strategy='layerwise', hidden_states=" in str(raised.value)
 
 
 def test_other_errors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
