@@ -28,6 +28,10 @@ from nullspace.weights import tensor_of
 
 logger = logging.getLogger(__name__)
 
+# Sites that are drawn for every thread before they are decomposed side by side, and how many bytes of sums that may come to.
+TURNS = 4
+TOGETHER_BYTES = 2**27
+
 # Excess leak, by estimate, above which a float32 sum is not trusted and the site is summed again in float64.
 TOLERANCE = 1e-4
 # A leak below this is none: the excess over it is not counted.
@@ -514,15 +518,21 @@ def _explaining_memory(explain: Callable[[], str]) -> Iterator[None]:
 
 
 def _side_by_side(stream: Iterator[tuple[Site, Covariance]]) -> Iterator[list[tuple[Site, Covariance]]]:
-    """As many sites as are to be decomposed at once, drawn before that begins: the model may have to run for the next one."""
+    """Sites that are to be decomposed together, drawn before that begins: the model may have to run for the next one.
+
+    Several a thread, so that no thread waits for one that has a larger site; but no more than weigh little.
+    """
     ready: list[tuple[Site, Covariance]] = []
+    weight = 0
     for pair in stream:
         ready.append(pair)
-        last = len(ready) >= solvers.side_by_side(pair[1].d_in, pair[1].device)
+        d = pair[1].d_in
+        weight += 4 * d * d
+        together = solvers.side_by_side(d, pair[1].device)
         del pair  # the consumer frees the sums, and no name here holds them back
-        if last:
+        if together == 1 or len(ready) >= TURNS * together or weight >= TOGETHER_BYTES:
             yield ready
-            ready = []
+            ready, weight = [], 0
     if ready:
         yield ready
 
@@ -540,10 +550,13 @@ def _decompose(ready: list[tuple[Site, Covariance]], rank: int, spectrum: bool) 
     large = ready[len(small) :]  # at most one: it ends the drawing
     ready.clear()
     if small:
-        with solvers.one_thread_each(len(small)) as pool:
-            spaces = list(pool.map(solve, small))
+        # The largest first: what is left at the end is short.
+        order = sorted(range(len(small)), key=lambda i: -small[i][1].d_in)
+        threads = min(len(small), min(solvers.side_by_side(c.d_in, c.device) for _, c in small))
+        with solvers.one_thread_each(threads) as pool:
+            solved = dict(zip(order, pool.map(solve, [small[i] for i in order]), strict=True))
         small.clear()
-        yield from spaces
+        yield from (solved.pop(i) for i in range(len(order)))
     while large:
         yield solve(large.pop())
 
