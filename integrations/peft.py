@@ -648,6 +648,13 @@ def _save_adapter(peft_model: PeftModel, adapter: str, directory: Path, state_di
         for file in (directory / adapter).iterdir():
             file.rename(directory / file.name)
         (directory / adapter).rmdir()
+    # PEFT keeps names in sets, whose order changes from process to process; two runs are to write the same bytes.
+    path = directory / ADAPTER_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("target_modules", "modules_to_save", "exclude_modules"):
+        if isinstance(config.get(name), list):
+            config[name] = sorted(config[name])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 class _Adapter(NamedTuple):

@@ -85,8 +85,10 @@ class Loaded:
 
     def _run(self) -> None:
         if self._device.type != "cuda":
+            # A copy: what safetensors reads is a view of the whole file, mapped once more for every tensor, and such mappings
+            # count as memory of the process under some limits.
             for part, name in self._wanted:
-                self._take(part, name, tensor_of(part, name).to(self._device))
+                self._take(part, name, tensor_of(part, name).to(self._device, copy=True))
             return
         with torch.cuda.stream(torch.cuda.Stream(self._device)) as _, torch.no_grad():
             for part, name in self._wanted:

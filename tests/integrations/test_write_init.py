@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -341,3 +344,28 @@ def test_the_tokenizer_and_the_record_are_written(tiny_checkpoint: Path, tmp_pat
     assert (manifest["model"], manifest["x"]) == ("mine", 1)
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "out" / "base")
+
+
+def test_two_processes_write_the_same_bytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    spaces = tmp_path / "spaces"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    compute_null_spaces(model, random_batches(), rank=4, progress=False).save(spaces)
+    code = f"""
+from peft import LoraConfig
+from nullspace import NullSpaces
+from nullspace.integrations.peft import write_init
+from nullspace.integrations.transformers import load_model
+
+model, _ = load_model({str(tiny_checkpoint)!r}, device="cpu")
+config = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+write_init("out", model, config, NullSpaces.load({str(spaces)!r}), progress=False)
+"""
+    written = []
+    for seed in "123":  # of the order of sets
+        folder = tmp_path / seed
+        folder.mkdir()
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
+        out = folder / "out"
+        written.append({str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()})
+    assert written[0] == written[1] == written[2]
