@@ -33,8 +33,9 @@ PLACES = ("device", "host", "disk")
 # context (some 0.5 GB), which PyTorch's figures leave out.
 MARGIN = 0.92
 # What libraries keep. On a GPU, buffers: cuBLAS takes 32 MiB on those of Hopper's kind, cuSOLVER less (an estimate). On a CPU also
-# what the C library does not give back of freed pieces below 32 MiB: 30 to 160 MB were measured (`benchmarks.plan_check`).
-LIBRARIES = {"cuda": 48 * 2**20, "cpu": 96 * 2**20}
+# what the C library does not give back of freed pieces below 32 MiB, of every thread: 30 to 250 MB were measured
+# (`benchmarks.plan_check`).
+LIBRARIES = {"cuda": 48 * 2**20, "cpu": 160 * 2**20}
 # `strategy="auto"` looks no closer at a model that takes less than this part of the memory even at a rough upper bound.
 PLENTY = 0.25
 
@@ -553,7 +554,10 @@ def _layerwise(survey: Survey, workload: Workload, weights: str, hidden_states: 
         sites = [site for site in survey.sites if site.block == index]
         left = sum(site.triangle + site.staging for site in sites)
         host = {**host_held, "bases": bases}
-        phases.append(({**loaded, "sums": left, "activations": survey.block_activations[index], **held}, host))
+        # On a CPU, small sites of the block before may still wait for others to be decomposed with.
+        before = sum(site.triangle for site in survey.sites if site.block == index - 1)
+        waiting = min(solvers.TOGETHER_BYTES, before) if workload.device == "cpu" else 0
+        phases.append(({**loaded, "sums": left + waiting, "activations": survey.block_activations[index], **held}, host))
         for site in sites:
             left -= site.staging
             workspace = decomposition_cost(site.d_in, workload.rank, workload.device)[0]

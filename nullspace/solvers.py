@@ -34,6 +34,10 @@ THREADS_MIN_D = 1024
 # and 2.0 s, 30 of d = 1536 in 4.5 and 5.6 s. Where other work takes one of the cores, BLAS threads that wait for each other make
 # the second ten times as long, and the first twice.
 SIDE_BY_SIDE_BYTES = 2**30
+# Whoever decomposes side by side draws so many sites a thread first, so that none waits for one that has a larger site; but no more
+# than weigh this many bytes.
+TURNS = 4
+TOGETHER_BYTES = 2**25
 # Shift-invert against the subset driver, 2 CPU cores, k = 128, time of the first over that of the second
 # (benchmarks/results/solvers-cpu.json): d = 2048: 1.1 to 1.2, d = 4096: 0.44 to 0.65, d = 8192: 0.36.
 INVERT_FRACTION = 1 / 24

@@ -28,9 +28,6 @@ from nullspace.weights import tensor_of
 
 logger = logging.getLogger(__name__)
 
-# Sites that are drawn for every thread before they are decomposed side by side, and how many bytes of sums that may come to.
-TURNS = 4
-TOGETHER_BYTES = 2**27
 
 # Excess leak, by estimate, above which a float32 sum is not trusted and the site is summed again in float64.
 TOLERANCE = 1e-4
@@ -530,7 +527,7 @@ def _side_by_side(stream: Iterator[tuple[Site, Covariance]]) -> Iterator[list[tu
         weight += 4 * d * d
         together = solvers.side_by_side(d, pair[1].device)
         del pair  # the consumer frees the sums, and no name here holds them back
-        if together == 1 or len(ready) >= TURNS * together or weight >= TOGETHER_BYTES:
+        if together == 1 or len(ready) >= solvers.TURNS * together or weight >= solvers.TOGETHER_BYTES:
             yield ready
             ready, weight = [], 0
     if ready:
