@@ -205,3 +205,37 @@ def test_targets_are_a_list_unless_marked_as_an_expression() -> None:
     assert parse_targets("all-linear") == "all-linear"
     assert parse_targets("q_proj, v_proj") == ["q_proj", "v_proj"]
     assert parse_targets(r"re:.*\.(q|v)_proj") == r".*\.(q|v)_proj"
+
+
+@pytest.mark.parametrize("again", [[], ["--fresh"]])
+def test_an_interrupted_run_goes_on_where_it_was(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: list[str]
+) -> None:
+    from nullspace import spaces
+
+    command = ["compute", tiny_checkpoint, "--data", data, "--out", tmp_path / "out", "--strategy", "layerwise", "-q", *SMALL]
+    solved = 0
+
+    def interrupted(ready: Any, *arguments: Any) -> Any:
+        nonlocal solved
+        for space in decompose(ready, *arguments):
+            solved += 1
+            if solved == 3:
+                raise KeyboardInterrupt
+            yield space
+
+    decompose = spaces._decompose
+    with monkeypatch.context() as patch:
+        patch.setattr(spaces, "_decompose", interrupted)
+        assert run(*command).exit_code == 130
+    kept = tmp_path / "out.checkpoint"
+    assert len(list(kept.glob("*.safetensors"))) == 2
+    assert not (tmp_path / "out").exists()
+    seen: list[int] = []
+    monkeypatch.setattr(spaces, "_decompose", lambda ready, *a: seen.append(len(ready)) or decompose(ready, *a))
+    assert run(*command, *again).exit_code == 0
+    assert sum(seen) == (8 if again else 6)
+    assert not kept.exists()
+    assert run(*[tmp_path / "whole" if part == tmp_path / "out" else part for part in command]).exit_code == 0
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
