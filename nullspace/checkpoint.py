@@ -75,7 +75,10 @@ class Checkpoint:
         """
         if not self._begun:
             self._begin()
-        number = self._numbers.setdefault(site, len(self._numbers))
+        if site not in self._numbers:  # the lowest that is free: a damaged file may have been deleted
+            taken = set(self._numbers.values())
+            self._numbers[site] = next(n for n in range(len(taken) + 1) if n not in taken)
+        number = self._numbers[site]
         path = self._directory / f"{number:05d}.safetensors"
         part = path.with_name(path.name + ".part")
         store.write_tensors(part, tensors, metadata={"facts": json.dumps(facts)})

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from nullspace.batches import evaluating, forward_options
+from nullspace.blocks import find_blocks
 from nullspace.live import LiveBytes, to_meta, watch
 from nullspace.sites import find_targets, is_linear, weight_shape
 from nullspace.sums import STAGE_TOKENS
@@ -201,8 +202,7 @@ def _update_bytes(rows: int, d: int, device: str) -> int:
         return 0
     if rows < STAGE_TOKENS:  # the staged rows are joined, and their norms taken in float64
         rows = -(-STAGE_TOKENS // rows) * rows
-    # PyTorch makes a float64 copy of all rows to take float64 norms of them, and then of one chain for its sum.
-    return max(8 * rows * d, 16 * min(rows, CHAIN_TOKENS) * d)
+    return 16 * min(rows, CHAIN_TOKENS) * d  # float64 copies of one chain, for its norms, its sum and its products
 
 
 def _staging_bytes(rows: int, d: int, dtype: torch.dtype, device: str) -> int:
@@ -216,8 +216,6 @@ def _staging_bytes(rows: int, d: int, dtype: torch.dtype, device: str) -> int:
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    from nullspace.blocks import find_blocks
-
     try:
         return list(find_blocks(model).items())
     except ValueError:

@@ -68,7 +68,7 @@ class Loaded:
 
     def __init__(self, module: nn.Module, device: torch.device, *, but: tuple[nn.Module, ...] = ()) -> None:
         left_out = {id(part) for each in but for part in each.modules()}
-        self._device = device
+        self._device = device = torch.empty(0, device=device).device  # "cuda" is not equal to the "cuda:0" of a tensor
         self._parts = [part for part in module.modules() if id(part) not in left_out]
         self._wanted = [
             (part, name)
@@ -92,7 +92,9 @@ class Loaded:
             return
         with torch.cuda.stream(torch.cuda.Stream(self._device)) as _, torch.no_grad():
             for part, name in self._wanted:
-                self._take(part, name, tensor_of(part, name).pin_memory().to(self._device, non_blocking=True))
+                value = tensor_of(part, name)
+                pinned = value.pin_memory() if value.device.type == "cpu" else value
+                self._take(part, name, pinned.to(self._device, non_blocking=True))
             self._event = torch.cuda.current_stream(self._device).record_event()
 
     def _take(self, part: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -167,6 +167,8 @@ def test_what_a_crash_left_half_written_is_ignored(tmp_path: Path) -> None:
     assert {s.name for s in again.sites} == {s.name for s in first.sites}
     for site in first.sites:
         assert torch.equal(again[site.name].basis, first[site.name].basis)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
+    assert_equal(compute(model, tmp_path), first)  # nothing was written over anything else, and the order is the first one
 
 
 def test_sites_keep_the_order_in_which_they_were_first_kept(tmp_path: Path) -> None:
