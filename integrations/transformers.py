@@ -20,6 +20,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from nullspace.blocks import marked_blocks
 from nullspace.sites import is_linear
 
 # Pairs of fields that are joined into one text where `field` is not given; the first of them that all are present wins.
@@ -120,10 +121,7 @@ def offload_map(model: nn.Module, device: torch.device | str) -> dict[str, str]:
     Raises:
         ValueError: if the model has no blocks.
     """
-    blocks: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__) and not _within(name, blocks):
-            blocks[name] = module
+    blocks = marked_blocks(model)
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no blocks that transformers knows of (GradientCheckpointingLayer): load it whole"

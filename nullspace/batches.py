@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +102,11 @@ def length(loader: Iterable[Any]) -> int | None:
     with contextlib.suppress(TypeError):  # a DataLoader has `__len__`, but its dataset may have none
         return len(loader) if isinstance(loader, Sized) else None
     return None
+
+
+def example_of(loader: Iterable[Any]) -> Any:
+    """A loader's first batch where a look at it costs nothing; else None."""
+    return loader[0] if isinstance(loader, Sequence) and len(loader) else None
 
 
 def _decoder_padding(kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -23,16 +23,19 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """
     if is_encoder_decoder(model):
         raise ValueError(_refusal(model, "is an encoder–decoder model, whose decoder hears the encoder at every block"))
-    marked = {name: m for name, m in model.named_modules() if _is_marked(m)}
-    outer = {name: m for name, m in marked.items() if not any(name.startswith(f"{other}.") for other in marked)}
-    if not outer:
-        outer = _equal_lists(model)
+    outer = marked_blocks(model) or _equal_lists(model)
     if not outer:
         raise ValueError(_refusal(model, "has no list of blocks"))
     chains = list(dict.fromkeys(name.rpartition(".")[0] for name in outer))
     if len(chains) > 1:
         raise ValueError(_refusal(model, f"has {len(chains)} chains of blocks ({', '.join(map(repr, chains[:4]))})"))
     return outer
+
+
+def marked_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost modules that descend from transformers' `GradientCheckpointingLayer`, one chain or not; maybe none."""
+    marked = {name: m for name, m in model.named_modules() if _is_marked(m)}
+    return {name: m for name, m in marked.items() if not any(name.startswith(f"{other}.") for other in marked)}
 
 
 def refuse_chain(model: nn.Module, why: str) -> ValueError:

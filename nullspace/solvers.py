@@ -79,8 +79,8 @@ def bottom_eigenpairs(
         one of them is returned. Rounding may turn a zero eigenvalue into ±eps · ‖C‖.
 
     Cost: 4/3 · d³ flops for the reduction to tridiagonal form (half of them bound by memory), then O(d² k) for the subset;
-    about 9 d³ in all for `"eigh"`; d³ / 3 + 2 d² (k + 16) a step for shift-invert, some ten steps. 16 · d² bytes at most, and for
-    shift-invert its basis, 8 · d (k + 16) a step.
+    about 9 d³ in all for `"eigh"`; d³ / 3 + 2 d² (k + 16) a step for shift-invert, some ten steps. Beside C, 16 · d² bytes at
+    most (24 · d² for `"eigh"`), and for shift-invert its basis, 8 · d (k + 16) a step.
 
     Raises:
         ValueError: if `c` is not square or holds NaN or Inf, k is out of range, or the method is unknown.

@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nullspace import plan, report, solvers, store
-from nullspace.batches import length
+from nullspace.batches import example_of, length
 from nullspace.checkpoint import Checkpoint, fingerprint_of_run
 from nullspace.covariance import Covariance
 from nullspace.listening import precision_of
@@ -435,9 +435,8 @@ def compute_null_spaces(
     done = {name for space in spaces for name in space.site.members}
 
     def explain() -> str:
-        example = loader[0] if isinstance(loader, Sequence) and len(loader) else None
         return plan.advice(
-            model, targets=targets, strategy=strategy, batch=example, batches=length(loader), device=device, rank=rank
+            model, targets=targets, strategy=strategy, batch=example_of(loader), batches=length(loader), device=device, rank=rank
         )
 
     def measure(chosen: str | list[str], precision: str | Mapping[str, str], forward: str) -> list[NullSpace]:

@@ -6,13 +6,13 @@ was run, and how much was in memory at once, is the generator's business (its *s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from nullspace.batches import calls, evaluating, forward_options, is_encoder_decoder, length
+from nullspace.batches import calls, evaluating, example_of, forward_options, is_encoder_decoder, length
 from nullspace.blocks import find_blocks
 from nullspace.covariance import PRECISIONS, Covariance
 from nullspace.hidden import PLACES
@@ -107,9 +107,14 @@ def resolve_strategy(
 
     Args: as of `stream_covariances` and `compute_null_spaces`.
     """
-    example = loader[0] if isinstance(loader, Sequence) and len(loader) else None
     choice = choose_strategy(
-        model, targets=targets, batch=example, batches=length(loader), device=device, hidden_states=hidden_states, rank=rank
+        model,
+        targets=targets,
+        batch=example_of(loader),
+        batches=length(loader),
+        device=device,
+        hidden_states=hidden_states,
+        rank=rank,
     )
     return choice.strategy, choice.hidden_states
 
