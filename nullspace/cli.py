@@ -134,6 +134,8 @@ def init(
     quiet: Quiet = False,
 ) -> None:
     """From a model and a text to a LoRA adapter in the text's null space, and its residual base."""
+    from peft import LoraConfig
+
     from nullspace import NullSpaces
     from nullspace.integrations import peft
 
@@ -152,9 +154,10 @@ def init(
             batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
             run = _Run(rank, list(chosen), strategy, hidden_states, precision, spectrum)
             found = _compute(loaded, batches, run, out, fresh, progress)
-        config = peft.LoraConfig(
+        scale: Any = rank if alpha is None else int(alpha) if alpha.is_integer() else alpha  # PEFT declares int and takes any number
+        config = LoraConfig(
             r=rank,
-            lora_alpha=rank if alpha is None else int(alpha) if alpha.is_integer() else alpha,
+            lora_alpha=scale,
             use_rslora=use_rslora,
             target_modules=list(chosen),
             task_type="CAUSAL_LM" if type(loaded).__name__.endswith("ForCausalLM") else None,

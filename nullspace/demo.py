@@ -62,10 +62,11 @@ def run(
     gguf = find_model()
     import torch
     import transformers
+    from peft import LoraConfig
     from safetensors.torch import save_file
 
     from nullspace import compute_null_spaces, store
-    from nullspace.integrations.peft import LoraConfig, inject_adapters, save_init
+    from nullspace.integrations.peft import inject_adapters, save_init
     from nullspace.integrations.transformers import PackedBatches, load_model
 
     store.check_free(out, overwrite=overwrite)

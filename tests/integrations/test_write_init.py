@@ -20,7 +20,7 @@ from torch import nn
 from models import FAMILIES, random_batches, tiny
 from nullspace import NullSpaces, compute_null_spaces, store
 from nullspace.integrations import peft as integration
-from nullspace.integrations.peft import inject_adapters, save_init, write_init
+from nullspace.integrations.peft import inject_adapters, save_init, write, write_init
 from nullspace.integrations.transformers import load_model, offload_map
 
 RANK = 8
@@ -321,15 +321,15 @@ def test_inject_adapters_still_refuses_offloaded_weights(tmp_path: Path, monkeyp
 
 
 def test_a_failure_midway_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    factors, calls = integration._factors, []
+    start_of, calls = write.start_of, []
 
     def fails(*arguments: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 9:
             raise KeyboardInterrupt
-        return factors(*arguments)
+        return start_of(*arguments)
 
-    monkeypatch.setattr(integration, "_factors", fails)
+    monkeypatch.setattr(write, "start_of", fails)
     with pytest.raises(KeyboardInterrupt):
         write_init(tmp_path / "out", tiny("llama"), LoraConfig(r=RANK), spaces_for("llama"))
     assert list(tmp_path.iterdir()) == []

@@ -37,7 +37,7 @@ def logits(model: nn.Module, batch: dict[str, torch.Tensor] = BATCH) -> torch.Te
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    return integration._lora_layers(model, "default")
+    return integration.lora_layers(model, "default")
 
 
 def product(layer: Any) -> torch.Tensor:

@@ -1,0 +1,28 @@
+"""Null spaces, and the other methods that second moments serve, into PEFT: before training, and back out of it afterwards.
+
+PEFT has no register of initialisers, so the factors are written after PEFT has made its layers. What is saved is plain PEFT: it
+loads in a process that has never heard of nullspace.
+
+- `inject_adapters` and `save_init` (`inject.py`), or `write_init` (`write.py`) for models that are larger than the memory.
+- `export_lora` (`export.py`): a trained adapter as a plain LoRA for the untouched base.
+"""
+
+from nullspace.integrations.peft.export import export_lora
+from nullspace.integrations.peft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from nullspace.integrations.peft.inject import freeze_a, inject_adapters, save_init
+from nullspace.integrations.peft.layers import METHODS, check_method, check_servable, lora_layers
+from nullspace.integrations.peft.write import write_init
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "METHODS",
+    "check_method",
+    "check_servable",
+    "export_lora",
+    "freeze_a",
+    "inject_adapters",
+    "lora_layers",
+    "save_init",
+    "write_init",
+]

@@ -1,0 +1,136 @@
+"""A model without its weights, for transformers and PEFT to handle: what they would save, under which names."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+BASE_WEIGHTS = "model{suffix}.safetensors"
+
+
+class BasePlan(NamedTuple):
+    """What `save_pretrained` would write: every tensor under its name in the checkpoint, in the checkpoint's order."""
+
+    names: dict[str, str]
+    """In the checkpoint → in the model."""
+    tensors: dict[str, torch.Tensor]
+    """Name in the checkpoint → tensor on the meta device."""
+    metadata: dict[str, str]
+    total_parameters: int
+
+
+def on_disk(model: nn.Module) -> bool:
+    return any(p.device.type == "meta" for p in model.parameters())
+
+
+def without_weights(model: nn.Module) -> Any:
+    """A copy of a model with its weights on the meta device and without accelerate's hooks: for transformers and PEFT to handle.
+
+    Quantised weights and integers, which PEFT may look into, are the model's own: nobody writes to them.
+    """
+    memo: dict[int, Any] = {}
+    twins: dict[Any, torch.Tensor] = {}
+    for module in model.modules():
+        if "_hf_hook" in module.__dict__:
+            memo[id(module._hf_hook)] = None
+        for t in (*module._parameters.values(), *module._buffers.values()):
+            if t is None:
+                continue
+            if type(t) not in (nn.Parameter, torch.Tensor) or not t.is_floating_point():
+                memo[id(t)] = t
+                continue
+            place = None if t.device.type == "meta" or t.numel() == 0 else (t.device, t.data_ptr(), t.shape, t.stride())
+            empty = torch.empty(t.shape, dtype=t.dtype, device="meta")
+            if isinstance(t, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=t.requires_grad)
+            memo[id(t)] = twins.setdefault(place or id(t), empty)
+    shell = copy.deepcopy(model, memo)
+    for module in shell.modules():
+        if module.__dict__.pop("_old_forward", None) is not None:
+            module.__dict__.pop("forward", None)
+        for name in ("_hf_hook", "hf_device_map", "to", "cuda"):
+            module.__dict__.pop(name, None)
+    return shell
+
+
+def plan_base(shell: Any, folder: Path, *, strict: bool = True) -> BasePlan | None:
+    """Let transformers save tiny stand-ins, to see which names and which order it gives to what.
+
+    All that it does to a state dict is seen so: tied weights, names that differ between model and checkpoint, what is left out.
+    A stand-in has two entries along every axis, all different: whatever is joined, divided or turned does not come out as it went
+    in. What else `save_pretrained` writes (the configurations) stays in the folder.
+
+    Returns:
+        None if the weights are not saved one by one as they are, unless `strict`.
+
+    Raises:
+        ValueError: the same, if `strict`.
+        TypeError: if the model has no `save_pretrained`.
+    """
+    if not hasattr(shell, "save_pretrained"):
+        raise TypeError(f"{type(shell).__name__} is not a transformers model: it has no save_pretrained")
+    known = dict((*shell.named_parameters(remove_duplicate=False), *shell.named_buffers(remove_duplicate=False)))
+    names = {name: known[name] for name in shell.state_dict() if name in known}
+    stand_ins: dict[str, torch.Tensor] = {}
+    of: dict[int, torch.Tensor] = {}  # tied weights have one stand-in
+    owners: dict[int, str] = {}  # by the first entry
+    first = 0
+    for name, t in names.items():
+        if id(t) not in of:
+            owners[first] = name
+            of[id(t)] = torch.arange(first, first + 2**t.ndim).reshape((2,) * t.ndim)
+            first += 2**t.ndim
+        stand_ins[name] = of[id(t)]
+    try:
+        with without_bars():
+            shell.save_pretrained(folder, state_dict=dict(stand_ins), max_shard_size=1)
+        plan = _read_plan(folder, stand_ins, owners, names)
+        problem: Exception | None = None
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever a conversion trips over
+        problem = error
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
+        path.unlink()
+    if problem is None:
+        return plan._replace(total_parameters=sum({id(p): p.numel() for p in shell.parameters()}.values()))
+    if strict:
+        raise ValueError(f"{type(shell).__name__} has no weights that could be saved one by one ({problem}): {WHOLE}") from problem
+    return None
+
+
+def _read_plan(
+    folder: Path, stand_ins: Mapping[str, torch.Tensor], owners: Mapping[int, str], known: Mapping[str, torch.Tensor]
+) -> BasePlan:
+    names: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    for path in sorted(folder.glob(BASE_WEIGHTS.format(suffix="*"))):  # one a tensor, numbered
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            for key in file.keys():  # noqa: SIM118
+                found = file.get_tensor(key)
+                owner = owners.get(int(found.reshape(-1)[0]))
+                if owner is None or not torch.equal(found, stand_ins[owner]):
+                    raise ValueError(f"{key!r} is made of several, or of a part of one")
+                names[key] = owner
+    return BasePlan(names, {key: known[name] for key, name in names.items()}, metadata, 0)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+WHOLE = "load the model whole"

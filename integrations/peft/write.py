@@ -1,0 +1,200 @@
+"""`write_init`: `inject_adapters` and `save_init` in one, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import nn
+
+from nullspace import store
+from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, save_adapter
+from nullspace.integrations.peft.layers import check_layer, check_method, check_servable, lora_layers, own_config, start_of
+from nullspace.integrations.peft.shell import BASE_WEIGHTS, BasePlan, on_disk, plan_base, without_weights
+from nullspace.progress import Progress, reporter
+from nullspace.sites import weight_of
+from nullspace.spaces import NullSpaces
+from nullspace.weights import execution_device, tensor_of
+
+# What `save_pretrained` puts into one file at the most, by default.
+SHARD_BYTES = 50 * 10**9
+
+
+def write_init(
+    out: str | os.PathLike[str],
+    model: nn.Module,
+    config: LoraConfig,
+    spaces: NullSpaces,
+    *,
+    method: str = "lora-null",
+    sigma_scale: float = 1.0,
+    tokenizer: Any = None,
+    record: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: bool | Progress = True,
+) -> Path:
+    """`inject_adapters` and `save_init` in one, tensor by tensor: the model is left alone, and may be offloaded to the disk.
+
+    What is written is the same to the bit. In memory is one weight at a time, in its own dtype and once in float64. (Of a model
+    whose checkpoint holds weights in another form than the model does, such as fused experts, all residuals at once.)
+
+    Args:
+        out: as in `save_init`: a directory that must not exist yet, or be empty.
+        model: transformers' base model, on any device, or with weights that accelerate keeps on the disk
+            (`nullspace.integrations.transformers.load_model(..., offload=True)`).
+        config: as in `inject_adapters`.
+        spaces: as in `inject_adapters`.
+        method: as in `inject_adapters`.
+        sigma_scale: as in `inject_adapters`.
+        tokenizer: saved beside the base, if given.
+        record: JSON-able facts to keep in `nullspace.json`.
+        overwrite: replace an earlier directory of ours.
+        max_shard_bytes: of one file of the base's weights; a larger tensor gets a file of its own.
+        progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
+
+    Raises:
+        ValueError: as `inject_adapters`, before anything is written; and naming the tensor, if the model is offloaded and its
+            checkpoint holds weights in another form than the model does (fused experts): load it whole; or if the configuration
+            makes PEFT save more than A and B: use `inject_adapters` and `save_init`.
+        TypeError: as `inject_adapters`; and if the model has no `save_pretrained`.
+        FileExistsError: if `out` is in the way.
+        OSError: if it cannot be written; then nothing is left behind.
+    """
+    out = Path(out)
+    check_method(method, sigma_scale)
+    config = own_config(config, model, spaces)
+    store.check_free(out, overwrite=overwrite)
+    residual = method != "b-zero"
+    report = reporter(progress)
+    with tempfile.TemporaryDirectory() as folder:
+        plans = Path(folder)
+        shell = without_weights(model)
+        base = plan_base(shell, plans / "base", strict=on_disk(model)) if residual else None
+        with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that nobody will see
+            peft_model = get_peft_model(shell, config)
+        adapter = peft_model.active_adapter
+        layers = lora_layers(peft_model, adapter)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name, layer in layers.items():
+            check_layer(name, layer, modules[name], adapter, spaces)
+        check_servable(model, {name: modules[name] for name in layers}, method, offloaded=True)
+        if base is not None:
+            _check_base(model, base, layers)
+        original = config.base_model_name_or_path
+        if residual:
+            config.base_model_name_or_path = str(out / "base")
+        of_adapter = _plan_adapter(peft_model, adapter, layers, plans / "adapter")
+        done = 0
+
+        def adapt(name: str) -> torch.Tensor | None:
+            nonlocal done
+            report("adapters", done, len(layers), 0)
+            stored = tensor_of(modules[name], "weight") if residual else weight_of(modules[name])
+            a, b, rest = start_of(layers[name], stored, adapter, spaces[name], method, sigma_scale)
+            adapter_file.write(of_adapter.keys[name, "lora_A"], a)
+            adapter_file.write(of_adapter.keys[name, "lora_B"], b)
+            done += 1
+            return rest
+
+        with store.new_directory(out, overwrite=overwrite) as part:
+            spaces.write(part / "spaces")
+            shutil.copytree(plans, part, dirs_exist_ok=True)
+            with store.TensorFile(part / "adapter" / ADAPTER_WEIGHTS, of_adapter.tensors, of_adapter.metadata) as adapter_file:
+                if base is None:
+                    rests = {f"{name}.weight": adapt(name) for name in layers}
+                    if residual:
+                        shell.save_pretrained(
+                            part / "base", state_dict={**model.state_dict(), **rests}, max_shard_size=max_shard_bytes
+                        )
+                else:
+                    _write_base(part / "base", model, base, {f"{name}.weight": name for name in layers}, adapt, max_shard_bytes)
+            if residual and tokenizer is not None:
+                tokenizer.save_pretrained(part / "base")
+            store.write_manifest(part, "init", {"model": original, **(record or {})})
+        report("adapters", done, len(layers), 0)
+    return out
+
+
+class _AdapterPlan(NamedTuple):
+    """What PEFT would write."""
+
+    keys: dict[tuple[str, str], str]
+    """(layer, "lora_A" or "lora_B") → name in the file."""
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+
+def _check_base(model: nn.Module, plan: BasePlan, layers: Iterable[str]) -> None:
+    lost = {f"{name}.weight" for name in layers}.difference(plan.names.values())
+    if lost:
+        raise ValueError(f"{min(lost)!r} is not saved with {type(model).__name__}, so it cannot become a residual")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in plan.names.values():
+        module, _, tensor = name.rpartition(".")
+        if getattr(modules[module], tensor).device.type == "meta" and execution_device(modules[module]) is None:
+            raise ValueError(f"{name!r} is on the meta device: its values were never loaded")
+
+
+def _plan_adapter(peft_model: PeftModel, adapter: str, layers: Mapping[str, LoraLayer], folder: Path) -> _AdapterPlan:
+    """Let PEFT save stand-ins, to see under which names it saves what; its configuration and model card stay in the folder."""
+    state = peft_model.state_dict()
+    wanted: dict[str, tuple[str, str]] = {}
+    for name in layers:
+        for part in ("lora_A", "lora_B"):
+            wanted[f"base_model.model.{name}.{part}.{adapter}.weight"] = (name, part)
+    order = list(state)
+    save_adapter(peft_model, adapter, folder, {name: torch.tensor([index]) for index, name in enumerate(order)})
+    keys: dict[tuple[str, str], str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    path = folder / ADAPTER_WEIGHTS
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        for key in file.keys():  # noqa: SIM118
+            origin = order[int(file.get_tensor(key))]
+            if origin not in wanted:
+                raise ValueError(
+                    f"with this LoraConfig PEFT saves {key!r}, which is neither an A nor a B: use inject_adapters and save_init"
+                )
+            keys[wanted[origin]], tensors[key] = key, state[origin]
+    path.unlink()
+    return _AdapterPlan(keys, tensors, metadata)
+
+
+def _write_base(
+    folder: Path,
+    model: nn.Module,
+    plan: BasePlan,
+    targets: Mapping[str, str],
+    adapt: Callable[[str], torch.Tensor | None],
+    max_shard_bytes: int,
+) -> None:
+    """The weights of the residual model, read, changed and written one by one; `targets` maps tensor names to layers."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    split = split_torch_state_dict_into_shards(plan.tensors, filename_pattern=BASE_WEIGHTS, max_shard_size=max_shard_bytes)
+    for filename, keys in split.filename_to_tensors.items():
+        with store.TensorFile(folder / filename, {key: plan.tensors[key] for key in keys}, plan.metadata) as file:
+            for key in keys:
+                name = plan.names[key]
+                module, _, tensor = name.rpartition(".")
+                value = adapt(targets[name]) if name in targets else tensor_of(modules[module], tensor)
+                assert value is not None
+                file.write(key, value)
+                del value
+    if split.is_sharded:
+        index = {
+            "metadata": {"total_parameters": plan.total_parameters, **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        path = folder / f"{BASE_WEIGHTS.format(suffix='')}.index.json"
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
