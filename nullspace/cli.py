@@ -154,7 +154,9 @@ def init(
             batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
             run = _Run(rank, list(chosen), strategy, hidden_states, precision, spectrum)
             found = _compute(loaded, batches, run, out, fresh, progress)
-        scale: Any = rank if alpha is None else int(alpha) if alpha.is_integer() else alpha  # PEFT declares int and takes any number
+        scale: Any = (
+            rank if alpha is None else int(alpha) if alpha.is_integer() else alpha
+        )  # PEFT declares int and takes any number
         config = LoraConfig(
             r=rank,
             lora_alpha=scale,
