@@ -9,8 +9,18 @@ layer hardly hears, and an adapter that lives there can be trained without distu
 """
 
 from nullspace.covariance import Covariance
+from nullspace.covariances import Covariances, compute_covariances
 from nullspace.sites import Site
 from nullspace.spaces import NullSpace, NullSpaces, compute_null_spaces
 from nullspace.stream import stream_covariances
 
-__all__ = ["Covariance", "NullSpace", "NullSpaces", "Site", "compute_null_spaces", "stream_covariances"]
+__all__ = [
+    "Covariance",
+    "Covariances",
+    "NullSpace",
+    "NullSpaces",
+    "Site",
+    "compute_covariances",
+    "compute_null_spaces",
+    "stream_covariances",
+]

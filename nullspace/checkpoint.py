@@ -49,23 +49,21 @@ class Checkpoint:
         elif self._directory.is_dir() and any(not p.name.endswith(".part") for p in self._directory.iterdir()):
             raise FileExistsError(f"{self._directory} has files but no {RUN}: it is no checkpoint of nullspace")
 
-    def load(self) -> list[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-        """What was kept, in the order in which it was first kept: facts and tensors.
+    def load(self) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+        """What was kept, in the order in which it was first kept: facts and tensors. To be read to its end before `keep`.
 
         Raises:
             ValueError: naming the file, if it is damaged.
         """
-        found = []
         for path in sorted(self._directory.glob("*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
                     facts = json.loads(file.metadata()["facts"])
-                    tensors = {name: file.get_tensor(name) for name in ("basis", "eigenvalues")}
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
                 raise ValueError(f"{path} is damaged ({error}); without it, its site is computed again") from error
             self._numbers[facts["members"][0]] = int(path.stem)
-            found.append((facts, tensors))
-        return found
+            yield facts, tensors
 
     def keep(self, site: str, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Write one site, in the place of what there was of it.

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -68,6 +69,7 @@ class Covariance:
         self.precision = precision
         self._sums = _new_sums(d_in, self.device, precision)
         self._tokens = 0
+        self._mass = 0.0
 
     @torch.no_grad()
     def update(self, x: torch.Tensor, mask: torch.Tensor | TokenMask | None = None) -> None:
@@ -98,6 +100,7 @@ class Covariance:
         if count > 0:
             self._sums.add(rows, mask)
             self._tokens += count
+            self._mass += count
 
     def merge(self, other: Covariance) -> None:
         """Add another covariance of the same width: the result is that of all tokens together. `other` keeps its sums.
@@ -112,6 +115,38 @@ class Covariance:
             )
         self._sums.merge(other._sums)
         self._tokens += other._tokens
+        self._mass += other._mass
+
+    def scale(self, weight: float) -> None:
+        """Let every token that was added so far count `weight` times: C, Σ x and `mass` are multiplied by it, `tokens` is not.
+
+        Raises:
+            ValueError: if the weight is not a positive number.
+        """
+        if not 0.0 < weight < float("inf"):
+            raise ValueError(f"a weight must be a positive number, not {weight}")
+        self._sums.scale(weight)
+        self._mass *= weight
+
+    def state(self, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """All of it, to keep in a file: facts as JSON takes them, and tensors; the inverse is `from_state`.
+
+        Args:
+            dtype: of the one large tensor, d_in (d_in + 1) / 2 entries: float64, or float32 for half the space and 7 digits.
+        """
+        sums = self._flushed()
+        numbers, tensors = sums.state(dtype)
+        facts = {"d_in": self.d_in, "tokens": self._tokens, "mass": self._mass, "outliers": sums.outliers, "sums": numbers}
+        return facts, tensors
+
+    @classmethod
+    def from_state(cls, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Covariance:
+        """The covariance, on the CPU, whose `state` this is. Of precision `"qr"`, or else `"fp64"`: for what may be added to it."""
+        found = cls(facts["d_in"], precision="qr" if "root" in tensors else "fp64")
+        found._sums.load_state(facts["sums"], tensors)
+        found._sums.outliers = facts["outliers"]
+        found._tokens, found._mass = facts["tokens"], facts["mass"]
+        return found
 
     def matrix(self) -> torch.Tensor:
         """C as a new (d_in, d_in) float64 tensor, symmetric to the bit. 8 · d_in² bytes."""
@@ -131,12 +166,17 @@ class Covariance:
     def mean(self) -> torch.Tensor:
         """Σ x / n: (d_in,) float64. NaN without tokens."""
         total = self._flushed().total
-        return total / self._tokens if self._tokens else torch.full_like(total, float("nan"))
+        return total / self._mass if self._tokens else torch.full_like(total, float("nan"))
 
     @property
     def tokens(self) -> int:
         """Tokens that were added: padding is not counted."""
         return self._tokens
+
+    @property
+    def mass(self) -> float:
+        """The sum of the tokens' weights: `tokens`, unless `scale` gave some a weight other than 1."""
+        return self._mass
 
     @property
     def outliers(self) -> int:

@@ -1,10 +1,29 @@
-"""From a weight and a basis to the two factors of an adapter: one pure function a method, in float64."""
+"""From a weight and what a calibration knows of its inputs to the two factors of an adapter: one pure function a method, fp64.
+
+Most of them keep of W₀ what lies in r directions of its *output*, B A = Q Qᵀ W₀ with orthonormal Q, and differ in whose directions
+these are, and in how the product is divided among A and B:
+
+    pissa, milora    eigenvectors of W₀ W₀ᵀ                      the largest, the smallest
+    corda            eigenvectors of W₀ C² W₀ᵀ                   the largest (ipm), the smallest (kpm)
+    corda_exact      eigenvectors of W₀ C W₀ᵀ                    the same
+    sc_lora          eigenvectors of W₀ ((1 − β) C₊ − β C₋) W₀ᵀ  the largest
+
+The others choose directions of the input: lora_null and b_zero the null space of the activations, eva their largest components.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+
+from nullspace import solvers
+
+CORDA_MODES = ("kpm", "ipm")
+# What PEFT and the paper's code add to the diagonal of C, relative to its mean.
+DAMPING = 0.01
+# A singular value below this, relative to the largest entry of its product, is zero: nothing is divided by it.
+ZERO = 1e-14
 
 
 class LowRank(NamedTuple):
@@ -69,6 +88,235 @@ def b_zero(basis: torch.Tensor, d_out: int, *, rank: int | None = None) -> LowRa
     rank = _check_rank(basis.shape[1], d_out, rank)
     a = basis[:, :rank].T.to(torch.float64).clone(memory_format=torch.contiguous_format)  # never a view of the basis
     return LowRank(A=a, B=a.new_zeros(d_out, rank))
+
+
+@torch.no_grad()
+def pissa(weight: torch.Tensor, *, rank: int) -> LowRank:
+    """PiSSA's start (arXiv 2404.02948, eq. 2–3): the r largest singular triples, B = U_r √Σ_r, A = √Σ_r V_rᵀ.
+
+    B A is the best rank-r part of W₀ (Eckart–Young).
+
+    Args:
+        weight: (d_out, d_in) W₀.
+        rank: r, at most the smaller side of the weight.
+
+    Returns:
+        `LowRank(A (r, d_in), B (d_out, r))`, float64, on the weight's device, largest singular value first; A positive in the entry
+        of largest magnitude of every row.
+
+    Raises:
+        ValueError: if r is out of range.
+    """
+    return _from_singular(weight, rank, "top")
+
+
+@torch.no_grad()
+def milora(weight: torch.Tensor, *, rank: int) -> LowRank:
+    """MiLoRA's start (arXiv 2406.09044): the r smallest of the min(d_out, d_in) singular triples.
+
+    The residual W₀ − B A is the matrix of rank min(d_out, d_in) − r that is nearest to W₀ (arXiv 2503.02659, eq. 4).
+
+    Args, returns and errors: as `pissa`, largest of the r singular values first.
+    """
+    return _from_singular(weight, rank, "bottom")
+
+
+@torch.no_grad()
+def corda(weight: torch.Tensor, c: torch.Tensor, *, rank: int, mode: str = "kpm", damping: float = DAMPING) -> LowRank:
+    """CorDA's start (arXiv 2406.05223, eq. 2–5): SVD(W₀ C) = U Σ Vᵀ, and r triples of it: B = U_r √Σ_r, A = √Σ_r V_rᵀ C⁻¹.
+
+    As U_rᵀ W₀ C = Σ_r V_rᵀ, A is Σ_r^-½ U_rᵀ W₀ and B A = U_r U_rᵀ W₀: C⁻¹ is never formed. C is divided by the mean of its
+    diagonal, on which the balance between A and B would depend otherwise; B A does not.
+
+    This minimises ‖(W₀ − W₀′) C‖ over the W₀′ of the residual's rank (kpm), and not ‖(W₀ − W₀′) X‖, which the paper sets out from:
+    for that see `corda_exact`.
+
+    Args:
+        weight: (d_out, d_in) W₀.
+        c: (d_in, d_in) second moment of the layer's inputs, in any scale.
+        rank: r, at most the smaller side of the weight.
+        mode: `"kpm"` (knowledge-preserved: the last r triples, of data that must not be forgotten) or `"ipm"`
+            (instruction-previewed: the first r, of the task's data).
+        damping: added to the diagonal of C, relative to its mean. 0 leaves C as it is; it may be singular.
+
+    Returns:
+        As `pissa`: singular values descending.
+
+    Raises:
+        ValueError: if the shapes do not fit, r, mode or damping is out of range, or C is zero or holds NaN or Inf.
+    """
+    _check_mode(mode)
+    if not 0.0 <= damping < float("inf"):
+        raise ValueError(f"damping must be a number ≥ 0, not {damping}")
+    weight, (c,) = _with_moments(weight, c)
+    c = c / _mean_diagonal(c)
+    c.diagonal().add_(damping)
+    sigma, u = _left(weight @ c, rank, "bottom" if mode == "kpm" else "top")
+    return _projected(weight, u, sigma)
+
+
+@torch.no_grad()
+def corda_exact(weight: torch.Tensor, c: torch.Tensor, *, rank: int, mode: str = "kpm") -> LowRank:
+    """What CorDA approximates: SVD(W₀ C^½) = U Σ Vᵀ, B A = U_r Σ_r V_rᵀ C^-½ = U_r U_rᵀ W₀.
+
+    W₀ − B A minimises ‖(W₀ − W₀′) X‖_F over all W₀′ of its rank (kpm: arXiv 2503.02659, eq. 5), and B A does so over those of
+    rank r (ipm). U holds eigenvectors of W₀ C W₀ᵀ. Theorem 2 there says that CorDA's own start is the optimum, but the SVD of
+    W₀ C is that of another norm.
+
+    Args and errors: as `corda`.
+
+    Returns:
+        As `pissa`, but Σ_r here is ‖u_iᵀ W₀‖: the rows of A and the columns of B are of equal norm.
+    """
+    _check_mode(mode)
+    weight, (c,) = _with_moments(weight, c)
+    values, vectors = torch.linalg.eigh(c / _mean_diagonal(c))
+    root = weight @ (vectors * values.clamp(min=0).sqrt())
+    _, u = _left(root, rank, "bottom" if mode == "kpm" else "top")
+    return _projected(weight, u, None)
+
+
+@torch.no_grad()
+def sc_lora(weight: torch.Tensor, c_plus: torch.Tensor, c_minus: torch.Tensor, *, rank: int, beta: float = 0.5) -> LowRank:
+    """SC-LoRA's start (arXiv 2505.23724): outputs that the task's data drive and those to be preserved do not.
+
+    Q holds the r top eigenvectors of (1 − β) Cov₊ − β Cov₋ of the layer's outputs, B = Q, A = Qᵀ W₀. With y = W₀ x, Cov = W₀ C W₀ᵀ,
+    so no further pass over the data is needed; a bias of the layer is not part of y here.
+
+    Args:
+        weight: (d_out, d_in) W₀.
+        c_plus: (d_in, d_in) second moment of the inputs of the task's data, *per token* (`Covariance.matrix() / Covariance.mass`).
+        c_minus: the same of the data to be preserved.
+        rank: r, at most d_out.
+        beta: β between 0 (only the task) and 1 (only preservation).
+
+    Returns:
+        `LowRank(A (r, d_in), B (d_out, r))`, float64, B with orthonormal columns, largest eigenvalue first.
+
+    Raises:
+        ValueError: if the shapes do not fit, or r or β is out of range.
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta must be between 0 and 1, not {beta}")
+    weight, (c_plus, c_minus) = _with_moments(weight, c_plus, c_minus)
+    _check_rank_of(weight, rank, weight.shape[0])
+    difference = weight @ ((1 - beta) * c_plus - beta * c_minus) @ weight.mT
+    _, q = solvers.top_eigenpairs((difference + difference.mT) / 2, rank)
+    return LowRank(A=q.mT @ weight, B=q)
+
+
+@torch.no_grad()
+def eva(c: torch.Tensor, mean: torch.Tensor, mass: float, d_out: int, *, rank: int) -> LowRank:
+    """EVA's start (arXiv 2410.07170): A = the r top right singular vectors of the *centred* activations, B = 0; W₀ stays.
+
+    Args:
+        c: (d_in, d_in) second moment Σ x xᵀ of the inputs, uncentred.
+        mean: (d_in,) their mean.
+        mass: how many tokens were summed (the sum of their weights, if they have any).
+        d_out: rows of the weight.
+        rank: r, at most d_in and d_out.
+
+    Returns:
+        `LowRank(A (r, d_in), B (d_out, r))`, float64, rows of A orthonormal, by descending variance, positive in the entry of
+        largest magnitude.
+
+    Raises:
+        ValueError: if the shapes do not fit or r is out of range.
+    """
+    if not 1 <= rank <= min(len(c), d_out):
+        raise ValueError(f"rank must be between 1 and {min(len(c), d_out)}, not {rank}")
+    _, vectors = solvers.top_eigenpairs(centred(c, mean, mass), rank)
+    return LowRank(A=vectors.mT.contiguous(), B=vectors.new_zeros(d_out, rank))
+
+
+def centred(c: torch.Tensor, mean: torch.Tensor, mass: float) -> torch.Tensor:
+    """Σ (x − μ)(x − μ)ᵀ = C − n μ μᵀ, (d, d) float64, a new tensor."""
+    c = c.to(torch.float64)
+    return torch.addr(c, mean.to(c), mean.to(c), alpha=-mass)
+
+
+@torch.no_grad()
+def orthogonal(
+    d_in: int, d_out: int, *, rank: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> LowRank:
+    """Random A and B, both different from zero, with B A = 0 (PEFT's `init_lora_weights="orthogonal"`, after an idea of D. Bhatta).
+
+    Q is a random orthogonal r × r matrix; A combines its odd rows and B its even ones, with normal coefficients of standard
+    deviation 1/10, so that every column of B is orthogonal to every one of A. W₀ stays.
+
+    Args:
+        d_in: columns of the weight.
+        d_out: its rows.
+        rank: r, even.
+        generator: of the random numbers; PyTorch's own by default. They are drawn on the CPU, whatever the device.
+        device: of the factors.
+
+    Returns:
+        `LowRank(A (r, d_in), B (d_out, r))`, float64.
+
+    Raises:
+        ValueError: if r is odd or smaller than 2.
+    """
+    if rank < 2 or rank % 2:
+        raise ValueError(f"the rank of an orthogonal start must be even, not {rank}")
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    q = torch.linalg.qr(normal(rank, rank)).Q
+    a, b = (normal(d_in, rank // 2) @ q[0::2]).mT / 10, normal(d_out, rank // 2) @ q[1::2] / 10
+    return LowRank(A=a.contiguous().to(device), B=b.to(device))
+
+
+def _from_singular(weight: torch.Tensor, rank: int, end: str) -> LowRank:
+    weight = weight.to(torch.float64)
+    sigma, u = _left(weight, rank, end)
+    return _projected(weight, u, sigma)
+
+
+def _left(m: torch.Tensor, rank: int, end: str) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_rank_of(m, rank, min(m.shape))
+    return solvers.left_singular(m, rank, end=end)
+
+
+def _projected(weight: torch.Tensor, u: torch.Tensor, sigma: torch.Tensor | None) -> LowRank:
+    """B A = U Uᵀ W₀, with B = U √σ and A = √σ⁻¹ Uᵀ W₀; a σ that is zero, or None, stands for the norm of its row of Uᵀ W₀.
+
+    Both signs are such that A is positive in the entry of largest magnitude of every row.
+    """
+    a = u.mT @ weight
+    norms = torch.linalg.vector_norm(a, dim=1)
+    if sigma is None:
+        sigma = norms
+    scale = torch.where(sigma > ZERO * sigma.max(), sigma, norms)
+    root = torch.where(scale > 0, scale, 1.0).sqrt()
+    peak = torch.gather(a, 1, a.abs().argmax(1, keepdim=True))
+    sign = torch.where(peak < 0, -1.0, 1.0)
+    return LowRank(A=sign * a / root[:, None], B=u * (sign.mT * root))
+
+
+def _with_moments(weight: torch.Tensor, *moments: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    for c in moments:
+        if weight.ndim != 2 or c.shape != (weight.shape[1], weight.shape[1]):
+            raise ValueError(f"a weight {tuple(weight.shape)} needs a second moment (d_in, d_in), not {tuple(c.shape)}")
+    return weight.to(torch.float64), [c.to(weight.device, torch.float64) for c in moments]
+
+
+def _mean_diagonal(c: torch.Tensor) -> torch.Tensor:
+    mean = c.diagonal().mean()
+    if not bool(torch.isfinite(mean)) or not bool(mean > 0):
+        raise ValueError(f"the second moment is no such thing: the mean of its diagonal is {float(mean)}")
+    return mean
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in CORDA_MODES:
+        raise ValueError(f"mode must be 'kpm' or 'ipm', not {mode!r}")
+
+
+def _check_rank_of(weight: torch.Tensor, rank: int, limit: int) -> None:
+    if not 1 <= rank <= limit:
+        raise ValueError(f"rank must be between 1 and {limit}, not {rank} (a weight {tuple(weight.shape)})")
 
 
 def _check_rank(columns: int, d_out: int, rank: int | None) -> int:

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
-import re
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
-from nullspace import plan, report, solvers, store
+from nullspace import plan, report, solvers
 from nullspace.batches import example_of, length
 from nullspace.checkpoint import Checkpoint, fingerprint_of_run
 from nullspace.covariance import Covariance
+from nullspace.covariances import Covariances
 from nullspace.listening import precision_of
 from nullspace.progress import Progress, reporter
 from nullspace.sites import Site, find_targets, weight_shape
+from nullspace.sitewise import Sitewise, Weights, weights_of
 from nullspace.stream import check_options, resolve_strategy, stream_covariances
-from nullspace.weights import tensor_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +34,6 @@ TOLERANCE = 1e-4
 NO_LEAK = 1e-8
 # What float64 sums leave of an exact null space, where no massive tokens make the norm of X meaningless.
 QUIET = 1e-7
-
-
-# Module name → (d_out, d_in) of its weight, and its fingerprint where it has one.
-Weights: TypeAlias = Mapping[str, tuple[tuple[int, int], torch.Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +57,7 @@ class NullSpace:
             error of the sum is what it is taken for, and often too high by many orders.
         effective_rank: exp of the entropy of σ / Σσ of X (eq. 2–3); None unless it was asked for with `spectrum=True`.
         site: which input, and which layers hear it.
+        excluded: how many directions the basis had to be orthogonal to (`exclude`).
     """
 
     basis: torch.Tensor
@@ -76,6 +72,7 @@ class NullSpace:
     excess_bound: float
     site: Site
     effective_rank: float | None = None
+    excluded: int = 0
 
     @property
     def rank(self) -> int:
@@ -95,6 +92,7 @@ class NullSpace:
         *,
         site: Site | None = None,
         spectrum: bool = False,
+        exclude: torch.Tensor | None = None,
     ) -> NullSpace:
         """The bottom of a second moment.
 
@@ -102,20 +100,30 @@ class NullSpace:
             covariance: the sums, with at least one token.
             rank: 1 ≤ rank < d_in.
             site: which input this is; a site without a name by default.
-            spectrum: report the effective rank too.
+            spectrum: report the effective rank too (of the whole input, whatever is excluded).
+            exclude: (d_in, m) orthonormal columns that the basis is to be orthogonal to: it is then the quietest such basis.
 
         Raises:
             ValueError: if the rank is out of range or there are no tokens.
         """
-        if not 1 <= rank < covariance.d_in:
-            raise ValueError(f"rank must be between 1 and d_in - 1 = {covariance.d_in - 1}, not {rank}")
+        excluded = 0 if exclude is None else exclude.shape[1]
+        if not 1 <= rank < covariance.d_in - excluded:
+            raise ValueError(f"rank must be between 1 and d_in - 1 = {covariance.d_in - excluded - 1}, not {rank}")
         if covariance.tokens == 0:
             raise ValueError("the covariance has no tokens")
         squared = covariance.products != "qr"
         if squared:
-            known, vectors = solvers.partial_eigh(covariance.matrix(), rank, overwrite=True, every=spectrum)
+            c = covariance.matrix()
+            whole = solvers.spectrum(c) if spectrum and exclude is not None else None
+            known, vectors = solvers.partial_eigh(
+                c if exclude is None else _made_loud(c, exclude.to(c)), rank, overwrite=True, every=spectrum
+            )
         else:
-            known, vectors = solvers.bottom_right_singular(covariance.root(), rank)
+            root = covariance.root()
+            whole = torch.linalg.svdvals(root).square() if spectrum and exclude is not None else None
+            known, vectors = solvers.bottom_right_singular(
+                root if exclude is None else _made_loud_root(root, exclude.to(root)), rank
+            )
         known = known.clamp(min=0).cpu()
         values, behind = known[:rank], float(known[rank])
         error, trace = covariance.error_norm, covariance.trace
@@ -131,7 +139,8 @@ class NullSpace:
             excess_estimate=estimated_excess(known, rank, error, trace, d_in=covariance.d_in, squared=squared),
             excess_bound=bounded_excess(values, error, trace, squared=squared),
             site=site or Site(members=("",), d_in=covariance.d_in),
-            effective_rank=solvers.effective_rank(known.sqrt()) if spectrum else None,
+            effective_rank=(solvers.effective_rank((known if whole is None else whole.clamp(min=0)).sqrt()) if spectrum else None),
+            excluded=excluded,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -149,6 +158,7 @@ class NullSpace:
             "excess_bound": self.excess_bound,
             "nullity": self.nullity,
             "effective_rank": self.effective_rank,
+            "excluded": self.excluded,
         }
 
     @classmethod
@@ -159,8 +169,23 @@ class NullSpace:
             basis=tensors["basis"],
             eigenvalues=tensors["eigenvalues"],
             site=Site(tuple(facts["members"]), facts["d_in"]),
+            excluded=facts.get("excluded", 0),
             **{name: facts[name] for name in names},
         )
+
+
+def _made_loud(c: torch.Tensor, e_dm: torch.Tensor) -> torch.Tensor:
+    """P C P + ‖C‖ E Eᵀ with P = I − E Eᵀ: the same matrix in the complement of E, and E where nobody looks for quiet directions."""
+    loudness = torch.linalg.matrix_norm(c)
+    heard = c @ e_dm
+    half = heard - e_dm @ ((e_dm.mT @ heard) / 2)
+    cross = half @ e_dm.mT
+    return c - cross - cross.mT + loudness * (e_dm @ e_dm.mT)
+
+
+def _made_loud_root(root: torch.Tensor, e_dm: torch.Tensor) -> torch.Tensor:
+    """The same of a root: its rows projected, and E's behind them."""
+    return torch.cat([root - (root @ e_dm) @ e_dm.mT, torch.linalg.matrix_norm(root) * e_dm.mT])
 
 
 def estimated_excess(
@@ -220,31 +245,7 @@ def bounded_excess(values: torch.Tensor, error_norm: float, trace: float, *, squ
     return (max(most, none) / max(least, none)) ** 0.5 - 1
 
 
-class _Stored:
-    """A space that is read when it is asked for, and again when nobody holds it any more."""
-
-    def __init__(self, directory: Path, entry: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-        self.site = Site(tuple(entry["members"]), entry["d_in"])
-        self.shapes: Mapping[str, list[int]] = entry["weight_shapes"]
-        self._directory, self._entry, self._manifest = directory, entry, manifest
-        self._space: weakref.ref[NullSpace] | None = None
-
-    def _read(self) -> dict[str, torch.Tensor]:
-        return store.read_tensors(self._directory, self._entry["file"], self._manifest)
-
-    def space(self) -> NullSpace:
-        space = None if self._space is None else self._space()
-        if space is None:
-            space = NullSpace.from_facts(self._entry, self._read())
-            self._space = weakref.ref(space)
-        return space
-
-    def weights(self) -> Weights:
-        tensors = self._read()
-        return {name: ((shape[0], shape[1]), tensors.get(f"fingerprint.{name}")) for name, shape in self.shapes.items()}
-
-
-class NullSpaces(Mapping[str, NullSpace]):
+class NullSpaces(Sitewise[NullSpace]):
     """Module name → `NullSpace`; the members of a site share one object.
 
     Args:
@@ -253,111 +254,109 @@ class NullSpaces(Mapping[str, NullSpace]):
             known again.
     """
 
+    KIND, WHAT = "spaces", "null space"
+
     def __init__(self, spaces: Iterable[NullSpace], weights: Weights | None = None) -> None:
-        self._spaces: tuple[NullSpace | _Stored, ...] = tuple(spaces)
-        self._of = {name: space for space in self._spaces for name in space.site.members}
-        self._weights = dict(weights or {})
+        super().__init__(((space.site, space) for space in spaces), weights)
 
-    def __getitem__(self, name: str) -> NullSpace:
-        found = self._of[name]
-        return found.space() if isinstance(found, _Stored) else found
+    @staticmethod
+    def _pack(value: NullSpace) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return value.facts(), {"basis": value.basis, "eigenvalues": value.eigenvalues}
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._of)
-
-    def __len__(self) -> int:
-        return len(self._of)
-
-    def __repr__(self) -> str:
-        return f"NullSpaces({len(self._spaces)} sites, {len(self)} layers)"
-
-    def _weight(self, name: str) -> tuple[tuple[int, int], torch.Tensor | None] | None:
-        found = self._of[name]
-        return (found.weights() if isinstance(found, _Stored) else self._weights).get(name)
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """The sites, in the order in which the model called them."""
-        return tuple(space.site for space in self._spaces)
+    @staticmethod
+    def _unpack(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> NullSpace:
+        return NullSpace.from_facts(facts, tensors)
 
     def summary(self) -> str:
         """A table: site, layers, d_in, tokens, rank, leak, gap, outliers, precision, and the effective rank where known."""
         return report.text_table(report.rows(self))
 
-    def check(self, name: str, module: nn.Module) -> None:
-        """Whether these spaces are for this layer of this model.
-
-        Args:
-            name: the layer's name in the model that was calibrated.
-            module: the linear layer.
-
-        Raises:
-            ValueError: showing both sides, if the name is unknown or the shape or the fingerprint differs.
-        """
-        if name not in self._of:
-            known = ", ".join(list(self._of)[:3])
-            raise ValueError(f"there is no null space for {name!r}; the spaces are for {known}, … ({len(self)} layers)")
-        shape = weight_shape(module)
-        known_shape, known_print = self._weight(name) or ((shape[0], self._of[name].site.d_in), None)
-        if shape != known_shape:
-            raise ValueError(
-                f"these spaces are for another model: {name!r} has weight {shape} here and had {known_shape} at calibration"
-            )
-        found = _sample(module)
-        if known_print is not None and found is not None and not store.same_fingerprint(known_print, found):
-            raise ValueError(
-                f"these spaces are for another model: the weight of {name!r} begins with {_head(found)} here and with "
-                f"{_head(known_print)} at calibration"
-            )
-
-    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write a directory: `nullspace.json` and one safetensors file a site. Whole or not at all.
-
-        Args:
-            directory: must not exist yet, or be empty.
-            overwrite: replace an earlier directory of ours.
-
-        Raises:
-            FileExistsError: if the directory is in the way.
-            OSError: if it cannot be written; then nothing is left behind.
-        """
-        with store.new_directory(directory, overwrite=overwrite) as part:
-            self.write(part)
-
-    def write(self, directory: Path) -> None:
-        """The content of `save`, into a directory that somebody else makes and renames."""
-        directory.mkdir(parents=True, exist_ok=True)
-        entries: list[dict[str, Any]] = []
-        for index, each in enumerate(self._spaces):
-            space = each.space() if isinstance(each, _Stored) else each
-            weights = each.weights() if isinstance(each, _Stored) else self._weights
-            name = f"{index:04d}-{re.sub(r'[^A-Za-z0-9._-]', '_', space.site.name)[:200]}.safetensors"
-            tensors = {"basis": space.basis, "eigenvalues": space.eigenvalues}
-            shapes = {}
-            for member in space.site.members:
-                if member in weights:
-                    shapes[member], sample = weights[member]
-                    if sample is not None:
-                        tensors[f"fingerprint.{member}"] = sample
-            store.write_tensors(directory / name, tensors)
-            entries.append({"file": name, **space.facts(), "weight_shapes": shapes})
-        store.write_manifest(directory, "spaces", {"sites": entries}, files=tuple(e["file"] for e in entries))
-
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> NullSpaces:
-        """Read what `save` wrote, checking every byte; the bases stay in their files until they are asked for, one by one.
+    def from_covariances(
+        cls,
+        covariances: Covariances,
+        *,
+        rank: int = 128,
+        spectrum: bool = False,
+        exclude: Mapping[str, torch.Tensor] | None = None,
+        progress: bool | Progress = True,
+    ) -> NullSpaces:
+        """The null spaces of second moments that were kept: no model, no data.
+
+        Args:
+            covariances: of one run, or merged (`Covariances.merge`): with `normalise=True`, what is quiet in every one of several
+                corpora or tasks.
+            rank: as in `compute_null_spaces`.
+            spectrum: as in `compute_null_spaces`.
+            exclude: as in `compute_null_spaces`.
+            progress: True for a bar, False for none, or a callable (`nullspace.progress.Progress`).
 
         Raises:
-            FileNotFoundError: if there is no such directory.
-            ValueError: naming the file that is missing, truncated, altered or not ours.
+            ValueError: naming the site, if the rank does not fit it.
+
+        Warns:
+            UserWarning: naming the sites that saw fewer than d_in + rank tokens, and those whose sums rounding has made too coarse
+                for their bases.
         """
-        manifest = store.read_manifest(directory, "spaces")
-        found = cls(())
-        found._spaces = tuple(_Stored(Path(directory), entry, manifest) for entry in manifest["sites"])
-        for entry in manifest["sites"]:
-            store.check_file(directory, entry["file"], manifest)
-        found._of = {name: space for space in found._spaces for name in space.site.members}
-        return found
+        report_progress = reporter(progress)
+        kept = check_exclude(exclude, covariances)
+        for site in covariances.sites:
+            check_site_rank(site, rank, kept)
+        found: list[NullSpace] = []
+        report_progress("null spaces", 0, len(covariances), 0)
+        for ready in _side_by_side((site, covariances[site.name]) for site in covariances.sites):
+            for space in _decompose(ready, rank, spectrum, kept):
+                found.append(space)
+                report_progress("null spaces", sum(len(s.site.members) for s in found), len(covariances), 0)
+        unsure = [s for s in found if s.excess_estimate > TOLERANCE and (s.outliers > 0 or s.leak > QUIET)]
+        if unsure:
+            warnings.warn(
+                f"rounding may have cost {len(unsure)} of {len(found)} sites more than {TOLERANCE:g} of their leak (at worst "
+                f"{max(s.excess_estimate for s in unsure):.1g}, by estimate): {_few_names(unsure)}. Sum them again with "
+                'precision="fp64" or "qr", and keep them in float64.',
+                stacklevel=2,
+            )
+        _warn_of_few_tokens(found)
+        return cls(found, {name: weight for entry in covariances._entries for name, weight in entry.weights().items()})
+
+
+def check_exclude(exclude: Mapping[str, torch.Tensor] | None, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Checked rows that a basis must be orthogonal to: layer → (m, d_in) float64 on the CPU.
+
+    Raises:
+        ValueError: naming the layer, if it is none of these, or its rows are no finite matrix.
+    """
+    known, found = set(names), {}
+    for name, rows in (exclude or {}).items():
+        if name not in known:
+            raise ValueError(f"exclude: {name!r} is none of the layers; their names are like {next(iter(known))!r}")
+        if rows.ndim != 2 or not rows.is_floating_point() or not bool(torch.isfinite(rows).all()):
+            raise ValueError(
+                f"exclude: {name!r} needs a finite floating-point matrix (m, d_in), not {tuple(rows.shape)} {rows.dtype}"
+            )
+        found[name] = rows.detach().to("cpu", torch.float64)
+    return found
+
+
+def _excluded_at(site: Site, exclude: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """(d_in, m) orthonormal: the span of what is to be avoided by any member of a site; None if there is nothing."""
+    rows = [exclude[name] for name in site.members if name in exclude]
+    if not rows:
+        return None
+    wrong = next((r for r in rows if r.shape[1] != site.d_in), None)
+    if wrong is not None:
+        raise ValueError(f"exclude: {site.name!r} has inputs of width {site.d_in}, and its rows are {tuple(wrong.shape)}")
+    _, sigma, vt = torch.linalg.svd(torch.cat(rows), full_matrices=False)
+    return vt[sigma > 1e-12 * sigma[0]].mT if sigma[0] > 0 else None
+
+
+def check_site_rank(site: Site, rank: int, exclude: Mapping[str, torch.Tensor]) -> None:
+    """Raise `ValueError`, naming the site, if a basis of `rank` columns does not fit beside what is excluded there."""
+    excluded = _excluded_at(site, exclude)
+    left = site.d_in - (0 if excluded is None else excluded.shape[1])
+    if not 1 <= rank < left:
+        beside = "" if left == site.d_in else f", {site.d_in - left} directions of which are excluded"
+        raise ValueError(f"rank must be between 1 and {left - 1} at {site.name!r} (d_in = {site.d_in}{beside}), not {rank}")
 
 
 def compute_null_spaces(
@@ -370,6 +369,7 @@ def compute_null_spaces(
     precision: str | Mapping[str, str] = "auto",
     tolerance: float = TOLERANCE,
     spectrum: bool = False,
+    exclude: Mapping[str, torch.Tensor] | None = None,
     device: torch.device | str | None = None,
     hidden_states: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
@@ -390,6 +390,9 @@ def compute_null_spaces(
             mapping from regular expressions for layer names to these: see `stream_covariances`.
         tolerance: excess leak, by estimate, that `"auto"` accepts.
         spectrum: report effective ranks too.
+        exclude: module name → (m, d_in) matrix whose rows the basis is to be orthogonal to: the A matrices of adapters that were
+            trained before (`nullspace.integrations.peft.row_spaces`), so that a new one does not write where they read (O-LoRA,
+            arXiv 2310.14152). The members of a site avoid each other's too.
         device, hidden_states: for the layerwise strategy: see `stream_covariances`.
         checkpoint: a directory for what is finished, site by site. A run that was cut off and is called again with the same
             arguments goes on behind the last finished site (with `strategy="layerwise"`, in the block where it was), and ends
@@ -416,6 +419,9 @@ def compute_null_spaces(
     check_options(strategy, precision, hidden_states)
     modules = find_targets(model, targets)
     check_rank(modules, rank)
+    avoided = check_exclude(exclude, modules)
+    for name in avoided:
+        check_site_rank(Site((name,), weight_shape(modules[name])[1]), rank, avoided)
     if strategy == "auto":
         strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states, rank=rank)
         device = None if strategy == "resident" else device
@@ -429,6 +435,7 @@ def compute_null_spaces(
             "tolerance": tolerance,
             "spectrum": spectrum,
             "strategy": strategy,
+            "exclude": {name: hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest() for name, rows in avoided.items()},
         }
         kept = Checkpoint(checkpoint, fingerprint_of_run(model, loader, modules, settings))
     spaces = [NullSpace.from_facts(facts, tensors) for facts, tensors in kept.load()] if kept is not None else []
@@ -457,7 +464,7 @@ def compute_null_spaces(
                 progress=renamed,
             )
             for ready in _side_by_side(stream):
-                for space in _decompose(ready, rank, spectrum):
+                for space in _decompose(ready, rank, spectrum, avoided):
                     if kept is not None:
                         kept.keep(space.site.name, space.facts(), {"basis": space.basis, "eigenvalues": space.eigenvalues})
                     logger.info("%s: leak %.1e, rounding %.0e of it", space.site, space.leak, space.excess_estimate)
@@ -494,7 +501,7 @@ def compute_null_spaces(
             stacklevel=2,
         )
     _warn_of_few_tokens(spaces)
-    return NullSpaces(spaces, {n: (weight_shape(m), _sample(m)) for n, m in modules.items()})
+    return NullSpaces(spaces, weights_of(modules))
 
 
 @contextlib.contextmanager
@@ -533,14 +540,17 @@ def _side_by_side(stream: Iterator[tuple[Site, Covariance]]) -> Iterator[list[tu
         yield ready
 
 
-def _decompose(ready: list[tuple[Site, Covariance]], rank: int, spectrum: bool) -> Iterator[NullSpace]:
+def _decompose(
+    ready: list[tuple[Site, Covariance]], rank: int, spectrum: bool, exclude: Mapping[str, torch.Tensor]
+) -> Iterator[NullSpace]:
     """The null spaces of some sites, which are forgotten on the way.
 
     A small one goes through the pool even when it comes alone: with one thread its bits do not depend on who is beside it.
     """
 
     def solve(pair: tuple[Site, Covariance]) -> NullSpace:
-        return NullSpace.from_covariance(pair[1], rank, site=pair[0], spectrum=spectrum)
+        excluded = _excluded_at(pair[0], exclude)
+        return NullSpace.from_covariance(pair[1], rank, site=pair[0], spectrum=spectrum, exclude=excluded)
 
     small = [pair for pair in ready if solvers.side_by_side(pair[1].d_in, pair[1].device) > 1]
     large = ready[len(small) :]  # at most one: it ends the drawing
@@ -586,15 +596,3 @@ def _warn_of_few_tokens(spaces: list[NullSpace]) -> None:
 
 def _few_names(spaces: list[NullSpace]) -> str:
     return ", ".join(s.site.name for s in spaces[:4]) + (", …" if len(spaces) > 4 else "")
-
-
-def _sample(module: nn.Module) -> torch.Tensor | None:
-    """The fingerprint of a layer's weight; None where its values are nowhere at hand."""
-    try:
-        return store.fingerprint(tensor_of(module, "weight"))
-    except ValueError:
-        return None
-
-
-def _head(sample: torch.Tensor) -> str:
-    return "[" + ", ".join(f"{v:.4g}" for v in sample[:4].tolist()) + ", …]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -77,6 +77,19 @@ class Sums(abc.ABC):
         self.total += other.total.to(self.device)
         self.outliers += other.outliers
 
+    def scale(self, weight: float) -> None:
+        """Multiply Σ x xᵀ and Σ x by a positive number."""
+        self.flush()
+        self.total *= weight
+
+    @abc.abstractmethod
+    def state(self, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        """Numbers and tensors to keep, the large tensor in `dtype`, as `(d (d + 1) / 2,)`; complete after `flush`."""
+
+    @abc.abstractmethod
+    def load_state(self, numbers: Mapping[str, float], tensors: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of `state`, into new sums."""
+
     @abc.abstractmethod
     def square(self) -> torch.Tensor:
         """Σ x xᵀ as a new (d, d) matrix, symmetric to the bit."""
@@ -108,6 +121,32 @@ class GramSums(Sums):
         self._mixed_energy = 0.0
         self._independent_loss = 0.0
         self._common_loss = 0.0
+        self._storage_loss = 0.0  # absolute: ‖·‖_F of what a narrower dtype in a file has cost
+
+    def scale(self, weight: float) -> None:
+        super().scale(weight)
+        self.triangle.packed.mul_(weight)
+        self._mixed_energy *= weight
+        self._independent_loss *= weight**2
+        self._common_loss *= weight
+        self._storage_loss *= weight
+
+    def state(self, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        # A half of a unit in the last place at the most, of every entry.
+        lost = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps / 2 * self.triangle.norm()
+        numbers = {
+            "mixed_energy": self._mixed_energy,
+            "independent_loss": self._independent_loss,
+            "common_loss": self._common_loss,
+            "storage_loss": self._storage_loss + lost,
+        }
+        return numbers, {"triangle": self.triangle.rows().to(dtype), "total": self.total}
+
+    def load_state(self, numbers: Mapping[str, float], tensors: Mapping[str, torch.Tensor]) -> None:
+        self.triangle.set_rows(tensors["triangle"])
+        self.total.copy_(tensors["total"])
+        self._mixed_energy, self._independent_loss = numbers["mixed_energy"], numbers["independent_loss"]
+        self._common_loss, self._storage_loss = numbers["common_loss"], numbers["storage_loss"]
 
     def merge(self, other: Sums) -> None:
         assert isinstance(other, GramSums)  # `Covariance.merge` compares the precisions
@@ -116,6 +155,7 @@ class GramSums(Sums):
         self._mixed_energy += other._mixed_energy
         self._independent_loss += other._independent_loss
         self._common_loss += other._common_loss
+        self._storage_loss += other._storage_loss
 
     def square(self) -> torch.Tensor:
         return self.triangle.square()
@@ -132,7 +172,7 @@ class GramSums(Sums):
     def error_norm(self) -> float:
         # The losses were counted relative to the energy of the tokens, which bounds the norm of their sum from above.
         norm = self.triangle.norm()
-        lost = FLOAT64_RESOLUTION * norm
+        lost = FLOAT64_RESOLUTION * norm + self._storage_loss
         if self._mixed_energy > 0:
             lost += (math.sqrt(self._independent_loss) + self._common_loss) * min(norm / self._mixed_energy, 1.0)
         return lost

@@ -7,6 +7,8 @@ decomposition of [R; X_chunk] (COALA, arXiv 2507.07580, calibrates so for the sa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from nullspace.sums import STAGE_TOKENS, Sums, TokenMask, find_outliers, nonfinite
@@ -29,6 +31,7 @@ class QrSums(Sums):
         # As many tokens as there are columns: the decomposition of R's own rows then costs no more than that of the new ones.
         self._chunk = max(STAGE_TOKENS, d_in)
         self._staged: list[torch.Tensor] = []
+        self._storage_loss = 0.0  # ‖·‖_F of what a narrower dtype in a file has cost
 
     def add(self, x_nd: torch.Tensor, mask: TokenMask | None) -> None:
         """Add rows; if it raises (`ValueError`, for NaN or Inf), nothing was added."""
@@ -53,7 +56,26 @@ class QrSums(Sums):
     def merge(self, other: Sums) -> None:
         assert isinstance(other, QrSums)  # `Covariance.merge` compares the precisions
         super().merge(other)
+        self._storage_loss += other._storage_loss
         self._absorb(other.root.to(self.device))
+
+    def scale(self, weight: float) -> None:
+        super().scale(weight)
+        self.root *= weight**0.5
+        self._storage_loss *= weight**0.5
+
+    def state(self, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        lost = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps / 2 * self.trace**0.5
+        rows = torch.cat([self.root[: i + 1, i] for i in range(self.d_in)])  # column by column
+        return {"storage_loss": self._storage_loss + lost}, {"root": rows.to(dtype), "total": self.total}
+
+    def load_state(self, numbers: Mapping[str, float], tensors: Mapping[str, torch.Tensor]) -> None:
+        rows, at = tensors["root"], 0
+        for i in range(self.d_in):
+            self.root[: i + 1, i] = rows[at : at + i + 1].to(self.root)
+            at += i + 1
+        self.total.copy_(tensors["total"])
+        self._storage_loss = numbers["storage_loss"]
 
     def square(self) -> torch.Tensor:
         c = self.root.mT @ self.root
@@ -69,7 +91,7 @@ class QrSums(Sums):
 
     @property
     def error_norm(self) -> float:
-        return QR_RESOLUTION * self.trace**0.5
+        return QR_RESOLUTION * self.trace**0.5 + self._storage_loss
 
     def _absorb(self, rows_nd: torch.Tensor) -> None:
         self.root = torch.linalg.qr(torch.cat([self.root, rows_nd]), mode="r").R

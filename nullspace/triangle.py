@@ -46,6 +46,18 @@ class LowerTriangle:
         """Add another triangle of the same order."""
         self.packed.add_(other.packed.to(self.packed.device))
 
+    def rows(self) -> torch.Tensor:
+        """The triangle alone, row by row, (d (d + 1) / 2,): the order of LAPACK's packed upper triangle, column by column."""
+        return torch.cat([panel[row - start, : row + 1] for start, stop, panel in self._panels for row in range(start, stop)])
+
+    def set_rows(self, rows: torch.Tensor) -> None:
+        """The inverse of `rows`, from any floating dtype."""
+        at = 0
+        for start, stop, panel in self._panels:
+            for row in range(start, stop):
+                panel[row - start, : row + 1] = rows[at : at + row + 1].to(panel)
+                at += row + 1
+
     def diagonal(self) -> torch.Tensor:
         """The (d,) diagonal."""
         return torch.cat([panel.diagonal(offset=start) for start, _, panel in self._panels])

@@ -1,0 +1,235 @@
+"""`Covariances`: the second moments of a whole model, kept, added up, and used again without the model.
+
+What a calibration learns of its data is in them: null spaces, CorDA's and EVA's factors come from the files, for any rank. More
+data later, other machines and other corpora are a sum.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nullspace.checkpoint import Checkpoint, fingerprint_of_run
+from nullspace.covariance import Covariance
+from nullspace.progress import Progress, reporter
+from nullspace.sites import Site, find_targets
+from nullspace.sitewise import Entry, Sitewise, Weights, weights_of, write_sites
+from nullspace.store import check_free, new_directory, same_fingerprint
+from nullspace.stream import check_options, resolve_strategy, stream_covariances
+
+DTYPES = (torch.float64, torch.float32)
+
+
+class Covariances(Sitewise[Covariance]):
+    """Module name → `Covariance`; the members of a site share one object. Those that were loaded are read when they are asked for.
+
+    Args:
+        pairs: what `stream_covariances` yields.
+        weights: module name → (d_out, d_in) and fingerprint of its weight, by which the model is known again.
+    """
+
+    KIND, WHAT = "covariances", "covariance"
+    _dtype = torch.float64
+
+    def __init__(self, pairs: Iterable[tuple[Site, Covariance]], weights: Weights | None = None) -> None:
+        super().__init__(pairs, weights)
+
+    @staticmethod
+    def _pack(value: Covariance) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return value.state()
+
+    @staticmethod
+    def _unpack(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Covariance:
+        return Covariance.from_state(facts, tensors)
+
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False, dtype: torch.dtype = torch.float64) -> None:
+        """Write a directory: `nullspace.json` and one safetensors file a site, of its lower triangle. Whole or not at all.
+
+        Args:
+            directory: must not exist yet, or be empty.
+            overwrite: replace an earlier directory of ours.
+            dtype: float64, or float32 for half the space: enough for CorDA and EVA, and for null spaces that leak more than
+                some 1e-4 (`NullSpace.excess_estimate` counts it in).
+
+        Raises:
+            ValueError: for another dtype.
+            FileExistsError: if the directory is in the way.
+            OSError: if it cannot be written; then nothing is left behind.
+        """
+        check_dtype(dtype)
+        with new_directory(directory, overwrite=overwrite) as part:
+            sites = ((each.site, *each.value().state(dtype), each.weights()) for each in self._entries)
+            write_sites(part, self.KIND, sites)
+
+    @classmethod
+    def merge(cls, runs: Sequence[Covariances], *, weights: Sequence[float] | None = None, normalise: bool = False) -> Covariances:
+        """The second moments of all data together. Sites are added when they are asked for, one at a time.
+
+        Args:
+            runs: of one model and the same layers, in any order.
+            weights: a positive factor a run; 1 by default. What counts is their ratio.
+            normalise: divide each run's sums by their trace first, site by site, so that runs count alike however many tokens they
+                have and however loud these are: for several corpora or tasks, all of which a basis is to leave alone.
+
+        Raises:
+            ValueError: naming what differs, for runs of different layers, sites or models; and for weights that are not positive,
+                or not one a run.
+        """
+        if not runs:
+            raise ValueError("nothing to merge")
+        weights = [1.0] * len(runs) if weights is None else list(weights)
+        if len(weights) != len(runs) or any(not 0.0 < w < float("inf") for w in weights):
+            raise ValueError(f"give one positive weight a run: {len(runs)} runs, weights {weights}")
+        first = runs[0]
+        for number, run in enumerate(runs[1:], 2):
+            _check_same(first, run, number)
+        found = cls(())
+        found._set_entries(
+            _Sum(entry.site, [run._of[entry.site.name] for run in runs], weights, normalise) for entry in first._entries
+        )
+        return found
+
+
+class _Sum(Entry[Covariance]):
+    """The sum of one site over several runs."""
+
+    def __init__(self, site: Site, parts: list[Entry[Covariance]], weights: list[float], normalise: bool) -> None:
+        super().__init__(site)
+        self._parts, self._by, self._normalise = parts, weights, normalise
+
+    def value(self) -> Covariance:
+        total: Covariance | None = None
+        for part, weight in zip(self._parts, self._by, strict=True):
+            covariance = Covariance.from_state(*part.value().state())  # a copy: what it is taken from stays as it is
+            if self._normalise:
+                if not covariance.trace > 0:
+                    raise ValueError(
+                        f"{self.site.name!r} has heard nothing but zeros in one of the runs: it has no trace to divide by"
+                    )
+                weight /= covariance.trace
+            if weight != 1.0:
+                covariance.scale(weight)
+            if total is None:
+                total = covariance
+            elif total.precision == covariance.precision:
+                total.merge(covariance)
+            else:
+                raise ValueError(
+                    f"{self.site.name!r} was summed with precision 'qr' in one run and not in another: they cannot be added"
+                )
+        assert total is not None
+        return total
+
+    def weights(self) -> Weights:
+        return self._parts[0].weights()
+
+
+def compute_covariances(
+    model: nn.Module,
+    loader: Iterable[Any],
+    out: str | os.PathLike[str],
+    *,
+    targets: str | Iterable[str] = "all-linear",
+    strategy: str = "auto",
+    precision: str | Mapping[str, str] = "fp64",
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+    hidden_states: str = "auto",
+    checkpoint: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: bool | Progress = True,
+) -> Covariances:
+    """Run the model over the loader and keep the second moments themselves, in a directory, site by site.
+
+    Args:
+        model, loader, targets, strategy, device, hidden_states, progress: as in `nullspace.stream_covariances`.
+        out: must not exist yet, or be empty. 4 · d_in² bytes a site (float64).
+        precision: as there. `"fp64"` by default: what a later rank or merge will ask of the sums is not known yet.
+        dtype: of the files: see `Covariances.save`.
+        checkpoint: a directory for what is finished: a run that was cut off and is called again goes on behind it. It takes as
+            much space as `out`. The caller deletes it.
+        overwrite: replace an earlier directory of ours.
+
+    Returns:
+        The covariances, to be read from `out` when they are asked for.
+
+    Raises:
+        ValueError: as `nullspace.stream_covariances`; and for a checkpoint of another run.
+        FileExistsError: if `out` is in the way.
+        OSError: if it cannot be written; then nothing is left behind.
+    """
+    check_dtype(dtype)
+    check_free(out, overwrite=overwrite)
+    if not isinstance(targets, str):
+        targets = list(targets)
+    check_options(strategy, precision, hidden_states)
+    modules = find_targets(model, targets)
+    if strategy == "auto":
+        strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states)
+        device, hidden_states = (None, "auto") if strategy == "resident" else (device, hidden_states)
+    kept: Checkpoint | None = None
+    if checkpoint is not None:
+        exact = precision if isinstance(precision, str) else dict(precision)
+        settings = {"keeps": "covariances", "precision": exact, "strategy": strategy, "dtype": str(dtype)}
+        kept = Checkpoint(checkpoint, fingerprint_of_run(model, loader, modules, settings))
+    report = reporter(progress)
+    known = weights_of(modules)
+
+    def sites() -> Iterator[tuple[Site, Mapping[str, Any], Mapping[str, torch.Tensor], Weights]]:
+        done: set[str] = set()
+        for facts, tensors in kept.load() if kept is not None else ():
+            site = Site(tuple(facts["members"]), facts["d_in"])
+            done.update(site.members)
+            yield site, {k: v for k, v in facts.items() if k != "members"}, tensors, {m: known[m] for m in site.members}
+        left = [name for name in modules if name not in done]
+        if not left:
+            return
+        stream = stream_covariances(
+            model,
+            loader,
+            targets=left if done else targets,
+            strategy=strategy,
+            precision=precision,
+            device=device,
+            hidden_states=hidden_states,
+            progress=report,
+        )
+        for site, covariance in stream:
+            facts, tensors = covariance.state(dtype)
+            del covariance
+            if kept is not None:
+                kept.keep(site.name, {"members": list(site.members), **facts}, tensors)
+            yield site, facts, tensors, {m: known[m] for m in site.members}
+            done.update(site.members)
+            report("covariances", len(done), len(modules), 0)
+            del tensors
+
+    with torch.inference_mode(False), new_directory(out, overwrite=overwrite) as part:
+        write_sites(Path(part), Covariances.KIND, sites())
+    return Covariances.load(out)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise `ValueError` for a dtype that covariances are not kept in."""
+    if dtype not in DTYPES:
+        raise ValueError(f"covariances are kept in float64 or float32, not {dtype}")
+
+
+def _check_same(first: Covariances, run: Covariances, number: int) -> None:
+    ours, theirs = {s.members for s in first.sites}, {s.members for s in run.sites}
+    if ours != theirs:
+        other = next(iter(ours ^ theirs))
+        where = "the first one" if other in ours else f"number {number}"
+        raise ValueError(f"these runs are of different layers or models: only {where} has the site {' + '.join(other)}")
+    for entry in first._entries:
+        mine, others = entry.weights(), run._of[entry.site.name].weights()
+        for name in mine.keys() & others.keys():
+            (shape, mark), (other_shape, other_mark) = mine[name], others[name]
+            known = mark is not None and other_mark is not None
+            if tuple(shape) != tuple(other_shape) or (known and not same_fingerprint(mark, other_mark)):  # type: ignore[arg-type]
+                raise ValueError(f"these runs are of different models: {name!r} has another weight in number {number}")

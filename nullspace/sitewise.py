@@ -1,0 +1,232 @@
+"""What is known of every site of a model, by module name; kept in a directory and read site by site when it is asked for.
+
+`NullSpaces` and `Covariances` are such mappings. Beside each value are the shape and the fingerprint of the weights that hear the
+input, by which the model is known again.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+import re
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from nullspace import store
+from nullspace.sites import Site, weight_shape
+from nullspace.weights import tensor_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
+# (d_out, d_in) of a weight, and its fingerprint where it has one.
+Weight: TypeAlias = tuple[tuple[int, int], torch.Tensor | None]
+Weights: TypeAlias = Mapping[str, Weight]
+FINGERPRINT = "fingerprint."
+
+
+class Entry(abc.ABC, Generic[T]):
+    """One site, whose value may have to be fetched first."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    @abc.abstractmethod
+    def value(self) -> T:
+        """The value: at hand, read, or made."""
+
+    @abc.abstractmethod
+    def weights(self) -> Weights:
+        """Of the site's members, as far as they are known."""
+
+
+class _AtHand(Entry[T]):
+    def __init__(self, site: Site, value: T, weights: Weights) -> None:
+        super().__init__(site)
+        self._value, self._weights = value, {m: weights[m] for m in site.members if m in weights}
+
+    def value(self) -> T:
+        return self._value
+
+    def weights(self) -> Weights:
+        return self._weights
+
+
+class _Stored(Entry[T]):
+    """A value that is read when it is asked for, and again when nobody holds it any more."""
+
+    def __init__(
+        self,
+        directory: Path,
+        entry: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+        unpack: Callable[[Mapping[str, Any], Mapping[str, torch.Tensor]], T],
+    ) -> None:
+        super().__init__(Site(tuple(entry["members"]), entry["d_in"]))
+        self._directory, self._entry, self._manifest, self._unpack = directory, entry, manifest, unpack
+        self._read_before: weakref.ref[Any] | None = None
+
+    def _read(self) -> dict[str, torch.Tensor]:
+        return store.read_tensors(self._directory, self._entry["file"], self._manifest)
+
+    def value(self) -> T:
+        value = None if self._read_before is None else self._read_before()
+        if value is None:
+            value = self._unpack(self._entry, self._read())
+            self._read_before = weakref.ref(value)
+        return value
+
+    def weights(self) -> Weights:
+        shapes: Mapping[str, list[int]] = self._entry["weight_shapes"]
+        # Not through `_read`, which takes in the whole file: what is compared here was checked when the directory was opened.
+        with safe_open(self._directory / self._entry["file"], framework="pt") as file:
+            prints = {key: file.get_tensor(key) for key in file.keys() if key.startswith(FINGERPRINT)}  # noqa: SIM118
+        return {name: ((shape[0], shape[1]), prints.get(FINGERPRINT + name)) for name, shape in shapes.items()}
+
+
+class Sitewise(Mapping[str, T], Generic[T]):
+    """Module name → what is known of its input; the members of a site share one object.
+
+    Subclasses say what a value is made of: `_pack`, `_unpack`, and what the thing is called.
+    """
+
+    KIND: ClassVar[str]
+    """Of its directories (`nullspace.store`)."""
+    WHAT: ClassVar[str]
+    """For messages: "there is no … for this layer"."""
+
+    def __init__(self, values: Iterable[tuple[Site, T]], weights: Weights | None = None) -> None:
+        self._set_entries(_AtHand(site, value, weights or {}) for site, value in values)
+
+    def _set_entries(self, entries: Iterable[Entry[T]]) -> None:
+        self._entries: tuple[Entry[T], ...] = tuple(entries)
+        self._of = {name: entry for entry in self._entries for name in entry.site.members}
+
+    @staticmethod
+    @abc.abstractmethod
+    def _pack(value: T) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Facts, as JSON takes them, and tensors."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def _unpack(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> T:
+        """The inverse of `_pack`; the facts come with `members` and `d_in`."""
+
+    def __getitem__(self, name: str) -> T:
+        return self._of[name].value()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self._entries)} sites, {len(self)} layers)"
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites, in the order in which the model called them."""
+        return tuple(entry.site for entry in self._entries)
+
+    def check(self, name: str, module: nn.Module) -> None:
+        """Whether this was computed for this layer of this model.
+
+        Args:
+            name: the layer's name in the model that was calibrated.
+            module: the linear layer.
+
+        Raises:
+            ValueError: showing both sides, if the name is unknown or the shape or the fingerprint differs.
+        """
+        if name not in self._of:
+            known = ", ".join(list(self._of)[:3])
+            raise ValueError(f"there is no {self.WHAT} for {name!r}; there are such for {known}, … ({len(self)} layers)")
+        shape = weight_shape(module)
+        entry = self._of[name]
+        known_shape, known_print = entry.weights().get(name) or ((shape[0], entry.site.d_in), None)
+        if shape != known_shape:
+            raise ValueError(
+                f"this {self.WHAT} is of another model: {name!r} has weight {shape} here and had {known_shape} at calibration"
+            )
+        found = sample(module)
+        if known_print is not None and found is not None and not store.same_fingerprint(known_print, found):
+            raise ValueError(
+                f"this {self.WHAT} is of another model: the weight of {name!r} begins with {_head(found)} here and with "
+                f"{_head(known_print)} at calibration"
+            )
+
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a directory: `nullspace.json` and one safetensors file a site. Whole or not at all.
+
+        Args:
+            directory: must not exist yet, or be empty.
+            overwrite: replace an earlier directory of ours.
+
+        Raises:
+            FileExistsError: if the directory is in the way.
+            OSError: if it cannot be written; then nothing is left behind.
+        """
+        with store.new_directory(directory, overwrite=overwrite) as part:
+            self.write(part)
+
+    def write(self, directory: Path) -> None:
+        """The content of `save`, into a directory that somebody else makes and renames."""
+        write_sites(directory, self.KIND, ((each.site, *self._pack(each.value()), each.weights()) for each in self._entries))
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote, checking every byte; the tensors stay in their files until they are asked for, one by one.
+
+        Raises:
+            FileNotFoundError: if there is no such directory.
+            ValueError: naming the file that is missing, truncated, altered or not ours.
+        """
+        manifest = store.read_manifest(directory, cls.KIND)
+        for entry in manifest["sites"]:
+            store.check_file(directory, entry["file"], manifest)
+        found = cls(())
+        found._set_entries(_Stored(Path(directory), entry, manifest, cls._unpack) for entry in manifest["sites"])
+        return found
+
+
+def write_sites(
+    directory: Path,
+    kind: str,
+    sites: Iterable[tuple[Site, Mapping[str, Any], Mapping[str, torch.Tensor], Weights]],
+) -> None:
+    """One file a site, as they come, and then the manifest: nothing is held but the site at hand."""
+    directory.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    for index, (site, facts, tensors, weights) in enumerate(sites):
+        name = f"{index:04d}-{re.sub(r'[^A-Za-z0-9._-]', '_', site.name)[:200]}.safetensors"
+        prints = {FINGERPRINT + m: found for m, (_, found) in weights.items() if found is not None}
+        store.write_tensors(directory / name, {**tensors, **prints})
+        shapes = {m: shape for m, (shape, _) in weights.items()}
+        entries.append({"file": name, "members": list(site.members), "d_in": site.d_in, **facts, "weight_shapes": shapes})
+        del tensors
+    store.write_manifest(directory, kind, {"sites": entries}, files=tuple(e["file"] for e in entries))
+
+
+def weights_of(modules: Mapping[str, nn.Module]) -> Weights:
+    """Shape and fingerprint of every layer's weight."""
+    return {name: (weight_shape(module), sample(module)) for name, module in modules.items()}
+
+
+def sample(module: nn.Module) -> torch.Tensor | None:
+    """The fingerprint of a layer's weight; None where its values are nowhere at hand."""
+    try:
+        return store.fingerprint(tensor_of(module, "weight"))
+    except ValueError:
+        return None
+
+
+def _head(sample: torch.Tensor) -> str:
+    return "[" + ", ".join(f"{v:.4g}" for v in sample[:4].tolist()) + ", …]"
