@@ -1,4 +1,4 @@
-"""The command line: `nullspace init | compute | inspect | export | plan | demo`.
+"""The command line: `nullspace init | compute | covariances | merge | inspect | export | plan | demo`.
 
 What a person reads goes to standard output as tables, or with `--json` as one JSON document; progress and warnings go to standard
 error. Exit codes: 0 done, 1 the machine failed (disk, memory), 2 the input was wrong, 130 interrupted.
@@ -30,6 +30,7 @@ except ImportError as error:
 from nullspace import report, store
 
 if TYPE_CHECKING:
+    from nullspace.covariances import Covariances
     from nullspace.spaces import NullSpaces
 
 app = typer.Typer(
@@ -65,6 +66,12 @@ Strategy = Annotated[
 ]
 HiddenStates = Annotated[
     str, typer.Option(help="Where a layerwise run keeps what lies between two blocks: device, host, disk, or auto.")
+]
+CovariancesIn = Annotated[
+    Path | None, typer.Option("--covariances", help="Use what `nullspace covariances` or `merge` wrote instead of --data.")
+]
+Exclude = Annotated[
+    list[Path] | None, typer.Option(help="Directory of an earlier adapter whose A the new ones are not to read; may be repeated.")
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever an interrupted run left in OUT.checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of ours.")]
@@ -107,9 +114,10 @@ def _exits(command: Callable[..., None]) -> Callable[..., None]:
 @_exits
 def init(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Directory for spaces/, adapter/ and base/; must not exist yet.")],
+    out: Annotated[Path, typer.Option(help="Directory for adapter/, base/ and spaces/; must not exist yet.")],
     data: Data = None,
     spaces: Annotated[Path | None, typer.Option(help="Use these null spaces (of `nullspace compute`) instead of --data.")] = None,
+    covariances: CovariancesIn = None,
     field: Field = None,
     split: Split = "train",
     samples: Samples = 256,
@@ -118,8 +126,20 @@ def init(
     rank: Rank = 128,
     alpha: Annotated[float | None, typer.Option(help="LoRA's alpha; the rank by default, so that the scaling is 1.")] = None,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(rank).")] = False,
-    method: Annotated[str, typer.Option(help="'lora-null', or 'b-zero' to leave the base alone.")] = "lora-null",
-    sigma_scale: Annotated[float, typer.Option(help="Multiply the adapter's product (the paper's Table 5).")] = 1.0,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="'lora-null', 'corda-kpm', 'corda-ipm', 'corda-exact', 'sc-lora', 'milora' or 'pissa'; 'b-zero', 'eva' or "
+            "'orthogonal' leave the base alone."
+        ),
+    ] = "lora-null",
+    sigma_scale: Annotated[float, typer.Option(help="lora-null: multiply the adapter's product (the paper's Table 5).")] = 1.0,
+    preserve: Annotated[
+        Path | None, typer.Option(help="sc-lora: covariances of what must not be forgotten; --data is then the task.")
+    ] = None,
+    beta: Annotated[float, typer.Option(help="sc-lora: 0 for the task alone, 1 for preservation alone.")] = 0.5,
+    damping: Annotated[float, typer.Option(help="corda: added to the diagonal of C, relative to its mean.")] = 0.01,
+    exclude: Exclude = None,
     targets: Targets = "all-linear",
     precision: Precision = "auto",
     dtype: DType = "auto",
@@ -133,30 +153,48 @@ def init(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """From a model and a text to a LoRA adapter in the text's null space, and its residual base."""
+    """From a model and a text to a LoRA adapter in the text's null space (or of another method), and its residual base."""
     from peft import LoraConfig
 
-    from nullspace import NullSpaces
+    from nullspace import Covariances, NullSpaces
     from nullspace.integrations import peft
+    from nullspace.methods import METHODS, Sources, check_method
 
     began = time.perf_counter()
-    if (data is None) == (spaces is None):
-        raise ValueError("give either --data or --spaces")
+    check_method(method, Sources(sigma_scale=sigma_scale, beta=beta, damping=damping))
+    needs = METHODS[method].needs
+    sources = [("--data", data), ("--spaces", spaces), ("--covariances", covariances)]
+    given = [name for name, value in sources if value is not None]
+    if not needs and given:
+        raise ValueError(f"method {method!r} looks at the weights alone: leave out {given[0]}")
+    if needs and (len(given) != 1 or (spaces is not None and "spaces" not in needs)):
+        raise ValueError("give one of --data, --covariances" + (" and --spaces" if "spaces" in needs else f" for {method!r}"))
+    if exclude and ("spaces" not in needs or spaces is not None):
+        raise ValueError("--exclude belongs to null spaces that are being computed: 'lora-null' and 'b-zero', without --spaces")
+    if spectrum and ("spaces" not in needs or spaces is not None):
+        raise ValueError("--spectrum belongs to null spaces that are being computed")
+    if (preserve is None) == ("preserve" in needs):
+        raise ValueError("'sc-lora' needs --preserve, and no other method takes it")
     store.check_free(out, overwrite=overwrite)
-    peft.check_method(method, sigma_scale)
     _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
+    avoided = _row_spaces(exclude)
+    kept = None if covariances is None else Covariances.load(covariances)
+    preserved = None if preserve is None else Covariances.load(preserve)
+    found = None if spaces is None else NullSpaces.load(spaces)
     with _bars(quiet) as progress:
         loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, rank, progress)
         peft.check_servable(loaded, chosen, method, offloaded=True)
-        if spaces is not None:
-            found = NullSpaces.load(spaces)
-        else:
+        if data is not None:
             batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
-            run = _Run(rank, list(chosen), strategy, hidden_states, precision, spectrum)
-            found = _compute(loaded, batches, run, out, fresh, progress)
-        scale: Any = (
-            rank if alpha is None else int(alpha) if alpha.is_integer() else alpha
-        )  # PEFT declares int and takes any number
+            run = _Run(list(chosen), strategy, hidden_states, precision)
+            if "spaces" in needs:
+                found = _compute(loaded, batches, run, rank, spectrum, avoided, out, fresh, progress)
+            else:
+                kept = _accumulate(loaded, batches, run, "float64", _beside(out, "covariances"), out, fresh, True, progress)
+        elif "spaces" in needs and found is None:
+            assert kept is not None
+            found = NullSpaces.from_covariances(kept, rank=rank, spectrum=spectrum, exclude=avoided, progress=progress)
+        scale: Any = rank if alpha is None else int(alpha) if alpha.is_integer() else alpha  # PEFT declares int, takes any number
         config = LoraConfig(
             r=rank,
             lora_alpha=scale,
@@ -165,12 +203,14 @@ def init(
             task_type="CAUSAL_LM" if type(loaded).__name__.endswith("ForCausalLM") else None,
         )
         record = {
-            "data": data,
+            "data": data or (str(covariances) if covariances else None),
             "rank": rank,
             "alpha": config.lora_alpha,
             "use_rslora": use_rslora,
             "method": method,
-            "sigma_scale": sigma_scale,
+            **{
+                option: value for option, value in _options(sigma_scale, beta, damping).items() if option in METHODS[method].options
+            },
             "versions": _versions(),
         }
         peft.write_init(
@@ -179,31 +219,42 @@ def init(
             config,
             found,
             method=method,
+            covariances=None if "spaces" in needs else kept,
+            preserve=preserved,
             sigma_scale=sigma_scale,
+            beta=beta,
+            damping=damping,
             tokenizer=tokenizer,
             record={**record, "model": model},
             overwrite=overwrite,
             progress=progress,
         )
-    if spaces is None:
-        shutil.rmtree(_checkpoint(out), ignore_errors=True)
-    _show(found, as_json, quiet, {"out": str(out), **record, "model": model, "seconds": time.perf_counter() - began})
+    if data is not None:
+        for what in ("checkpoint", "covariances"):
+            shutil.rmtree(_beside(out, what), ignore_errors=True)
+    facts = {"out": str(out), **record, "model": model, "seconds": time.perf_counter() - began}
+    if found is not None:
+        _show(found, as_json, quiet, facts)
+    elif as_json:
+        _print_json({**facts, "layers": len(chosen)})
     if not (as_json or quiet):
-        stdout.print(_next_steps(out, model, residual=method != "b-zero"), highlight=False, soft_wrap=True)
+        stdout.print(_next_steps(out, model, residual=METHODS[method].changes_base), highlight=False, soft_wrap=True)
 
 
 @app.command()
 @_exits
 def compute(
-    model: Model,
-    data: Annotated[str, typer.Option(help="What must not be forgotten: a file or a hub data set.")],
     out: Annotated[Path, typer.Option(help="Directory for the null spaces; must not exist yet.")],
+    model: Annotated[str | None, typer.Argument(help="Hub name, folder, or .gguf file; none with --covariances.")] = None,
+    data: Data = None,
+    covariances: CovariancesIn = None,
     field: Field = None,
     split: Split = "train",
     samples: Samples = 256,
     length: Length = 1024,
     batch_size: BatchSize = 4,
     rank: Rank = 128,
+    exclude: Exclude = None,
     targets: Targets = "all-linear",
     precision: Precision = "auto",
     dtype: DType = "auto",
@@ -218,17 +269,103 @@ def compute(
     quiet: Quiet = False,
 ) -> None:
     """Only the null spaces: for `nullspace init --spaces`, or `NullSpaces.load`."""
+    from nullspace import Covariances, NullSpaces
+
     began = time.perf_counter()
+    if covariances is None and (model is None or data is None):
+        raise ValueError("give MODEL and --data, or --covariances")
+    if covariances is not None and (model is not None or data is not None):
+        raise ValueError("--covariances needs neither MODEL nor --data: leave them out")
     store.check_free(out, overwrite=overwrite)
     _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
+    avoided = _row_spaces(exclude)
     with _bars(quiet) as progress:
-        loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, rank, progress)
-        batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
-        run = _Run(rank, list(chosen), strategy, hidden_states, precision, spectrum)
-        found = _compute(loaded, batches, run, out, fresh, progress)
+        if covariances is not None:
+            kept = Covariances.load(covariances)
+            found = NullSpaces.from_covariances(kept, rank=rank, spectrum=spectrum, exclude=avoided, progress=progress)
+        else:
+            assert model is not None
+            loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, rank, progress)
+            batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
+            run = _Run(list(chosen), strategy, hidden_states, precision)
+            found = _compute(loaded, batches, run, rank, spectrum, avoided, out, fresh, progress)
     found.save(out, overwrite=overwrite)
-    shutil.rmtree(_checkpoint(out), ignore_errors=True)
-    _show(found, as_json, quiet, {"out": str(out), "model": model, "data": data, "seconds": time.perf_counter() - began})
+    if covariances is None:
+        shutil.rmtree(_beside(out, "checkpoint"), ignore_errors=True)
+    source = str(covariances) if covariances is not None else data
+    _show(found, as_json, quiet, {"out": str(out), "model": model, "data": source, "seconds": time.perf_counter() - began})
+
+
+@app.command()
+@_exits
+def covariances(
+    model: Model,
+    data: Annotated[str, typer.Option(help="A file or a hub data set.")],
+    out: Annotated[Path, typer.Option(help="Directory for the second moments; must not exist yet.")],
+    field: Field = None,
+    split: Split = "train",
+    samples: Samples = 256,
+    length: Length = 1024,
+    batch_size: BatchSize = 4,
+    targets: Targets = "all-linear",
+    precision: Precision = "fp64",
+    keep: Annotated[str, typer.Option(help="float64, or float32 for half the space and 7 digits.")] = "float64",
+    dtype: DType = "auto",
+    device: Device = None,
+    offload: Offload = False,
+    strategy: Strategy = "auto",
+    hidden_states: HiddenStates = "auto",
+    fresh: Fresh = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Keep the second moments themselves, for any method and rank later, or to be merged with those of other data."""
+    began = time.perf_counter()
+    store.check_free(out, overwrite=overwrite)
+    _check_sizes(samples=samples, length=length, batch_size=batch_size)
+    if keep not in ("float64", "float32"):
+        raise ValueError(f"--keep must be float64 or float32, not {keep!r}")
+    with _bars(quiet) as progress:
+        loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, None, progress)
+        batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
+        run = _Run(list(chosen), strategy, hidden_states, precision)
+        found = _accumulate(loaded, batches, run, keep, out, out, fresh, overwrite, progress)
+    shutil.rmtree(_beside(out, "checkpoint"), ignore_errors=True)
+    facts = {"out": str(out), "model": model, "data": data, "seconds": time.perf_counter() - began}
+    _show_covariances(found, as_json, quiet, facts)
+
+
+@app.command()
+@_exits
+def merge(
+    runs: Annotated[list[Path], typer.Argument(help="What `nullspace covariances` wrote, of one model.")],
+    out: Annotated[Path, typer.Option(help="Directory for the sums; must not exist yet.")],
+    weights: Annotated[str | None, typer.Option(help="A factor a run: '2,1'; 1 by default.")] = None,
+    normalise: Annotated[
+        bool, typer.Option("--normalise", help="Divide each run by its trace first: several tasks that are to count alike.")
+    ] = False,
+    keep: Annotated[str, typer.Option(help="float64, or float32 for half the space and 7 digits.")] = "float64",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add second moments: more data later, several machines, several corpora or tasks."""
+    import torch
+
+    from nullspace import Covariances
+
+    store.check_free(out, overwrite=overwrite)
+    if keep not in ("float64", "float32"):
+        raise ValueError(f"--keep must be float64 or float32, not {keep!r}")
+    try:
+        factors = None if weights is None else [float(part) for part in weights.split(",")]
+    except ValueError:
+        raise ValueError(f"--weights must be numbers with commas between them, not {weights!r}") from None
+    found = Covariances.merge([Covariances.load(run) for run in runs], weights=factors, normalise=normalise)
+    found.save(out, overwrite=overwrite, dtype=getattr(torch, keep))
+    facts = {"out": str(out), "runs": [str(run) for run in runs], "weights": factors, "normalise": normalise}
+    _show_covariances(Covariances.load(out), as_json, quiet, facts)
 
 
 @app.command()
@@ -367,7 +504,7 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _open_model(
-    name: str, dtype: str, device: str | None, offload: bool, targets: str, rank: int, progress: Callable[..., None]
+    name: str, dtype: str, device: str | None, offload: bool, targets: str, rank: int | None, progress: Callable[..., None]
 ) -> tuple[Any, Any, dict[str, Any]]:
     import transformers
 
@@ -383,7 +520,8 @@ def _open_model(
         model, tokenizer = load_model(name, dtype=dtype, device=device, offload=offload)
     progress("model", 1, 1, 0)
     chosen = find_targets(model, parse_targets(targets))
-    check_rank(chosen, rank)
+    if rank is not None:
+        check_rank(chosen, rank)
     return model, tokenizer, chosen
 
 
@@ -407,29 +545,91 @@ def _open_data(
 
 
 class _Run(NamedTuple):
-    """What `compute_null_spaces` is asked for."""
+    """How the model is run."""
 
-    rank: int
     targets: list[str]
     strategy: str
     hidden_states: str
     precision: str
-    spectrum: bool
 
 
-def _checkpoint(out: Path) -> Path:
+def _beside(out: Path, what: str) -> Path:
     """Where a run keeps what it has finished, beside what it is going to write."""
     out = Path(os.path.abspath(out))
-    return out.with_name(out.name + ".checkpoint")
+    return out.with_name(f"{out.name}.{what}")
 
 
-def _compute(model: Any, batches: Any, run: _Run, out: Path, fresh: bool, progress: Callable[..., None]) -> NullSpaces:
+def _row_spaces(adapters: list[Path] | None) -> dict[str, Any] | None:
+    if not adapters:
+        return None
+    from nullspace.integrations.peft import row_spaces
+
+    return row_spaces(*adapters)
+
+
+def _compute(
+    model: Any,
+    batches: Any,
+    run: _Run,
+    rank: int,
+    spectrum: bool,
+    exclude: dict[str, Any] | None,
+    out: Path,
+    fresh: bool,
+    progress: Callable[..., None],
+) -> NullSpaces:
     from nullspace import compute_null_spaces
 
-    kept = _checkpoint(out)
+    kept = _beside(out, "checkpoint")
     if fresh:
         shutil.rmtree(kept, ignore_errors=True)
-    return compute_null_spaces(model, batches, **run._asdict(), checkpoint=kept, progress=progress)
+    if exclude is not None:  # an earlier adapter may have been on more layers
+        exclude = {name: rows for name, rows in exclude.items() if name in run.targets}
+    return compute_null_spaces(
+        model, batches, **run._asdict(), rank=rank, spectrum=spectrum, exclude=exclude, checkpoint=kept, progress=progress
+    )
+
+
+def _accumulate(
+    model: Any,
+    batches: Any,
+    run: _Run,
+    keep: str,
+    into: Path,
+    out: Path,
+    fresh: bool,
+    overwrite: bool,
+    progress: Callable[..., None],
+) -> Covariances:
+    import torch
+
+    from nullspace import compute_covariances
+
+    kept = _beside(out, "checkpoint")
+    if fresh:
+        shutil.rmtree(kept, ignore_errors=True)
+    return compute_covariances(
+        model,
+        batches,
+        into,
+        **run._asdict(),
+        dtype=getattr(torch, keep),
+        checkpoint=kept,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _options(sigma_scale: float, beta: float, damping: float) -> dict[str, float]:
+    return {"sigma_scale": sigma_scale, "beta": beta, "damping": damping}
+
+
+def _show_covariances(covariances: Covariances, as_json: bool, quiet: bool, facts: dict[str, Any]) -> None:
+    rows = report.covariance_rows(covariances)
+    if as_json:
+        _print_json({**facts, "sites": rows})
+    elif not quiet:
+        _show_table([report.covariance_cells(row) for row in rows])
 
 
 def _show(spaces: NullSpaces, as_json: bool, quiet: bool, facts: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nullspace.covariances import Covariances
     from nullspace.spaces import NullSpaces
 
 Row = dict[str, Any]
@@ -50,6 +51,36 @@ def cells(row: Row) -> dict[str, str]:
     if row["effective_rank"] is not None:
         shown["effective rank"] = f"{row['effective_rank']:.1f}"
     return shown
+
+
+def covariance_rows(covariances: Covariances) -> list[Row]:
+    """One plain dictionary a site, of second moments."""
+    return [
+        {
+            "site": site.name,
+            "members": list(site.members),
+            "d_in": site.d_in,
+            "tokens": found.tokens,
+            "mass": found.mass,
+            "trace": found.trace,
+            "outliers": found.outliers,
+            "precision": found.products,
+        }
+        for site in covariances.sites
+        for found in [covariances[site.name]]
+    ]
+
+
+def covariance_cells(row: Row) -> dict[str, str]:
+    """A row of second moments as it is shown."""
+    return {
+        "site": row["site"] + (f" +{len(row['members']) - 1}" if len(row["members"]) > 1 else ""),
+        "d_in": str(row["d_in"]),
+        "tokens": f"{row['tokens']:,}",
+        "trace": f"{row['trace']:.3e}",
+        "outliers": f"{row['outliers']:,}",
+        "sums": row["precision"],
+    }
 
 
 def text_table(table_rows: Sequence[Mapping[str, Any]]) -> str:

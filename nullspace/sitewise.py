@@ -106,6 +106,8 @@ class Sitewise(Mapping[str, T], Generic[T]):
         self._set_entries(_AtHand(site, value, weights or {}) for site, value in values)
 
     def _set_entries(self, entries: Iterable[Entry[T]]) -> None:
+        # The members of a site are mostly asked for one after the other: its value is held until another one's is wanted.
+        self._last: tuple[Entry[T], T] | None = None
         self._entries: tuple[Entry[T], ...] = tuple(entries)
         self._of = {name: entry for entry in self._entries for name in entry.site.members}
 
@@ -120,7 +122,11 @@ class Sitewise(Mapping[str, T], Generic[T]):
         """The inverse of `_pack`; the facts come with `members` and `d_in`."""
 
     def __getitem__(self, name: str) -> T:
-        return self._of[name].value()
+        entry = self._of[name]
+        if self._last is None or self._last[0] is not entry:
+            self._last = None
+            self._last = (entry, entry.value())
+        return self._last[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._of)

@@ -129,7 +129,7 @@ def test_b_zero_writes_no_base(tiny_checkpoint: Path, data: Path, tmp_path: Path
         (["--dtype", "int8"], "--dtype"),
         (["--data", "none.jsonl"], r"none\.jsonl is not a file"),
         (["--field", "nothing", "--data", "rows.jsonl"], "no field 'nothing'"),
-        (["--spaces", "spaces"], "either --data or --spaces"),
+        (["--spaces", "spaces"], "give one of --data, --covariances and --spaces"),
     ],
 )
 def test_bad_input_exits_with_2_names_the_cause_and_writes_nothing(

@@ -8,21 +8,23 @@ loads in a process that has never heard of nullspace.
 """
 
 from nullspace.integrations.peft.export import export_lora
-from nullspace.integrations.peft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from nullspace.integrations.peft.inject import freeze_a, inject_adapters, save_init
-from nullspace.integrations.peft.layers import METHODS, check_method, check_servable, lora_layers
+from nullspace.integrations.peft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, row_spaces
+from nullspace.integrations.peft.inject import attach_subtracted, freeze_a, inject_adapters, save_init
+from nullspace.integrations.peft.layers import check_servable, lora_layers
 from nullspace.integrations.peft.write import write_init
+from nullspace.methods import METHODS
 
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "METHODS",
-    "check_method",
+    "attach_subtracted",
     "check_servable",
     "export_lora",
     "freeze_a",
     "inject_adapters",
     "lora_layers",
+    "row_spaces",
     "save_init",
     "write_init",
 ]

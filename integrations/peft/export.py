@@ -14,6 +14,9 @@ from peft import PeftModel
 from nullspace import store
 from nullspace.integrations.peft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, read_adapter, save_adapter
 
+# ‖B A‖ over ‖B‖ ‖A‖, below which an adapter that starts so has left its base alone.
+ORTHOGONAL = 1e-6
+
 
 def export_lora(
     trained: PeftModel | str | os.PathLike[str],
@@ -53,7 +56,7 @@ def export_lora(
     _check_pair(now, start)
     pairs = [key.removesuffix(".lora_A.weight") for key in now.tensors if key.endswith(".lora_A.weight")]
     frozen = all(torch.equal(now.tensors[f"{p}.lora_A.weight"], start.tensors[f"{p}.lora_A.weight"]) for p in pairs)
-    untouched = all(not start.tensors[f"{p}.lora_B.weight"].any() for p in pairs)
+    untouched = all(_is_zero(start.tensors[f"{p}.lora_B.weight"], start.tensors[f"{p}.lora_A.weight"]) for p in pairs)
     tensors = dict(now.tensors)
     for p in pairs:
         key_a, key_b = f"{p}.lora_A.weight", f"{p}.lora_B.weight"
@@ -74,6 +77,12 @@ def export_lora(
         store.write_tensors(part / ADAPTER_WEIGHTS, tensors)
         store.write_manifest(part, "export", {"rank_factor": 1 if frozen or untouched else 2}, files=(ADAPTER_WEIGHTS,))
     return Path(out)
+
+
+def _is_zero(b: torch.Tensor, a: torch.Tensor) -> bool:
+    """Whether B A is nothing but rounding: B = 0, or the rows of B and the columns of A are orthogonal."""
+    norms = [torch.linalg.matrix_norm(t.double()) for t in (b, a, b.double() @ a.double())]
+    return bool(norms[2] <= ORTHOGONAL * norms[0] * norms[1])
 
 
 def _check_pair(now: Adapter, start: Adapter) -> None:

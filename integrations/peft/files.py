@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,3 +48,28 @@ def read_adapter(directory: Path) -> Adapter:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{path} does not describe a LoRA adapter")
     return Adapter(directory, config, store.load_tensors(directory / ADAPTER_WEIGHTS))
+
+
+def row_spaces(*adapters: str | os.PathLike[str] | PeftModel) -> dict[str, torch.Tensor]:
+    """The A of adapters that were trained before, for `exclude=`: what a new one is not to read (O-LoRA, arXiv 2310.14152).
+
+    Args:
+        adapters: directories of PEFT's LoRA adapters, or models with one (all of its adapters).
+
+    Returns:
+        Name of the layer in the base model → (m, d_in) float32, the rows of all A of this layer, one below the other.
+
+    Raises:
+        FileNotFoundError: if an adapter's file is missing.
+        ValueError: naming it, if it is damaged or no LoRA adapter.
+    """
+    found: dict[str, list[torch.Tensor]] = {}
+    for adapter in adapters:
+        if isinstance(adapter, PeftModel):
+            tensors = {k: v.detach() for k, v in adapter.get_base_model().state_dict().items() if ".lora_A." in k}
+        else:
+            tensors = {k: v for k, v in read_adapter(Path(adapter)).tensors.items() if ".lora_A." in k}
+        for key, rows in tensors.items():
+            name = key.removeprefix("base_model.model.").partition(".lora_A.")[0]
+            found.setdefault(name, []).append(rows.to("cpu", torch.float32))
+    return {name: torch.cat(rows) for name, rows in found.items()}

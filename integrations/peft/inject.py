@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,78 +13,138 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from nullspace import store
+from nullspace.covariances import Covariances
+from nullspace.factors import DAMPING
 from nullspace.integrations.peft.files import save_adapter
 from nullspace.integrations.peft.layers import (
+    SUBTRACTED,
     check_layer,
-    check_method,
     check_servable,
     freeze_layers,
     lora_layers,
     own_config,
+    random_seed,
     start_of,
+    stored_weight,
+    with_spaces,
 )
+from nullspace.methods import Sources, check_method, check_sources, needs_weight
 from nullspace.sites import weight_of
-from nullspace.spaces import NullSpace, NullSpaces
+from nullspace.spaces import NullSpaces
 
 
 def inject_adapters(
     model: nn.Module,
     config: LoraConfig,
-    spaces: NullSpaces,
+    spaces: NullSpaces | None = None,
     *,
     method: str = "lora-null",
+    covariances: Covariances | None = None,
+    preserve: Covariances | None = None,
     freeze_a: bool = False,
+    residual: str = "auto",
     sigma_scale: float = 1.0,
+    beta: float = 0.5,
+    damping: float = DAMPING,
     adapter_name: str = "default",
 ) -> PeftModel:
-    """Wrap a model in LoRA adapters that start in the null spaces of its own activations.
+    """Wrap a model in LoRA adapters that start where a method says, the model computing what it computed before.
 
-    With s the adapter's scaling (α/r, or α/√r with rsLoRA) and r its rank (`config.r`, `config.rank_pattern`):
+    With s the adapter's scaling (α/r, or α/√r with rsLoRA) and r its rank (`config.r`, `config.rank_pattern`), the factors are
+    those of `nullspace.factors`, and A and B each take 1/√s of them:
 
-    - `"lora-null"` (arXiv 2503.02659, eq. 8–11): s·BA = W₀ U Uᵀ (its best rank-r part if the basis has more than r columns), and
-      the base weight becomes the residual W₀ − s·BA, taken from the factors as they are stored and rounded once. The model computes
-      what it computed before. `freeze_a=True` is the paper's v2: A stays as it is, so every update s·(B − B₀)A stays in the
-      null space, whatever training does.
-    - `"b-zero"`: A = the r quietest directions, B = 0; the base weight is left alone.
+    | method | factors | made of | base |
+    |---|---|---|---|
+    | `"lora-null"` | `lora_null` (arXiv 2503.02659): s·BA = W₀ U Uᵀ, U the null space | `spaces` or `covariances` | W₀ − s·BA |
+    | `"b-zero"` | `b_zero`: A = the r quietest directions, B = 0 | `spaces` or `covariances` | W₀ |
+    | `"corda-kpm"`, `"corda-ipm"` | `corda` (arXiv 2406.05223) | `covariances` | W₀ − s·BA |
+    | `"corda-exact"` | `corda_exact`, kpm: the optimum that CorDA approximates | `covariances` | W₀ − s·BA |
+    | `"sc-lora"` | `sc_lora` (arXiv 2505.23724) | `covariances` of the task, `preserve` | W₀ − s·BA |
+    | `"milora"`, `"pissa"` | `milora` (arXiv 2406.09044), `pissa` (arXiv 2404.02948) | the weight | W₀ − s·BA |
+    | `"eva"` | `eva` (arXiv 2410.07170), all layers of rank r, B = 0 | `covariances` of the task | W₀ |
+    | `"orthogonal"` | `orthogonal`: random, B A = 0 | nothing | W₀ |
+
+    Where the base becomes a residual, it is taken from the factors as they are stored and rounded once. With `freeze_a=True` A
+    stays as it is (for `"lora-null"` the paper's v2): every update s·(B − B₀)A then stays in the row space of A, whatever training
+    does.
 
     Args:
         model: the base model, on any device; it is changed in place, as `get_peft_model` does.
-        config: PEFT's. `target_modules` may be None: then every layer that has a null space gets an adapter.
-            `init_lora_weights` is ignored and saved as True, so that the adapter loads anywhere.
-        spaces: of this very model, with bases of at least r columns.
+        config: PEFT's. `target_modules` may be None: then every layer of `spaces` or `covariances` gets an adapter, or every linear
+            one but the output head. `init_lora_weights` is ignored and saved as True, so that the adapter loads anywhere.
+        spaces: null spaces of this very model, with bases of at least r columns.
         method: one of the above.
+        covariances: second moments of this very model's inputs (`nullspace.compute_covariances`).
+        preserve: the same, of the data that are to be preserved, for `"sc-lora"`.
         freeze_a: train B alone. PEFT does not save this: call `freeze_a` again after loading an adapter to train it on.
+        residual: where s·BA is taken away again. `"base"`: from the weight. `"adapter"`: by a second, frozen adapter
+            (`{adapter_name}_subtracted`, −B₀A₀), which leaves every weight alone, whether it is quantised, tied or neither, and is
+            active beside the first; `attach_subtracted` loads it again, `export_lora` makes one plain adapter of both. `"auto"`:
+            the base where it can be changed; otherwise the second adapter, or with `freeze_a` neither: B then starts at zero,
+            which trains the same.
         sigma_scale: see `nullspace.factors.lora_null`; only for `"lora-null"`.
+        beta: see `nullspace.factors.sc_lora`; only for `"sc-lora"`.
+        damping: see `nullspace.factors.corda`; only for `"corda-kpm"` and `"corda-ipm"`.
         adapter_name: PEFT's name for the adapter.
 
     Returns:
-        The `PeftModel`. Save it with `save_init`, before training, for the sake of its base: with `"lora-null"` the adapter
-        belongs to the residual base, not to the original one.
+        The `PeftModel`. Save it with `save_init`, before training, for the sake of its base: where that is a residual, the adapter
+        belongs to it and not to the original one.
 
     Raises:
-        ValueError: naming the layer, for a target without a null space, spaces of another model, a rank that a basis does not
-            have, or a base weight that cannot take the residual (quantised, sharded, offloaded, or tied to another layer). The
-            model is then as it was.
+        ValueError: naming the layer, for a target that the spaces or covariances do not know, those of another model, a rank that
+            is out of reach, or a weight that cannot be read or changed (and which method or `residual` would do). The model is then
+            as it was.
         TypeError: if the config is not a `LoraConfig`, or the model already is a `PeftModel`.
     """
-    check_method(method, sigma_scale)
-    config = own_config(config, model, spaces)
+    given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, seed=random_seed(method))
+    check_method(method, given)
+    check_sources(method, given)
+    config = own_config(config, model, given)
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     try:
         layers = lora_layers(peft_model, adapter_name)
+        given = with_spaces(method, given, layers, adapter_name)
         for name, layer in layers.items():
-            check_layer(name, layer, layer.get_base_layer(), adapter_name, spaces)
-        check_servable(model, {name: layer.get_base_layer() for name, layer in layers.items()}, method)
+            check_layer(name, layer, layer.get_base_layer(), adapter_name, method, given)
+        bases = {name: layer.get_base_layer() for name, layer in layers.items()}
+        place = check_servable(model, bases, method, residual=residual, freeze_a=freeze_a)
+        if place == "adapter" and config.use_dora:
+            raise ValueError("DoRA's magnitudes do not add up over two adapters: use_dora needs a base that can be changed")
     except Exception:
         peft_model.unload()
         if hasattr(model, "peft_config"):
             del model.peft_config
         raise
     for name, layer in layers.items():
-        _write_factors(layer, adapter_name, spaces[name], method, sigma_scale)
+        _write_factors(name, layer, adapter_name, method, given, place)
+    if place == "adapter":
+        _subtract(peft_model, config, layers, adapter_name)
     if freeze_a:
         freeze_layers(layers, adapter_name)
+    peft_model.nullspace_residual = place
     return peft_model
+
+
+def attach_subtracted(peft_model: PeftModel, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Load the second adapter of `inject_adapters(..., residual="adapter")` beside the first, frozen and active.
+
+    For training on: `PeftModel.from_pretrained(base, OUT/adapter, is_trainable=True)`, then this with `OUT/subtracted`.
+
+    Args:
+        peft_model: with the first adapter loaded.
+        directory: `OUT/subtracted`, as `save_init` wrote it.
+        adapter_name: of the first adapter.
+
+    Raises:
+        ValueError: if the model has no LoRA layer with an adapter of that name.
+    """
+    layers = lora_layers(peft_model, adapter_name)
+    if not layers:
+        raise ValueError(f"the model has no LoRA adapter named {adapter_name!r}")
+    second = SUBTRACTED.format(adapter_name)
+    peft_model.load_adapter(str(directory), adapter_name=second)
+    _activate_both(peft_model, layers, adapter_name)
 
 
 def freeze_a(peft_model: PeftModel, adapter_name: str = "default") -> None:
@@ -103,7 +164,7 @@ def freeze_a(peft_model: PeftModel, adapter_name: str = "default") -> None:
 def save_init(
     out: str | os.PathLike[str],
     peft_model: PeftModel,
-    spaces: NullSpaces,
+    spaces: NullSpaces | None = None,
     *,
     tokenizer: Any = None,
     record: Mapping[str, Any] | None = None,
@@ -112,28 +173,33 @@ def save_init(
     """Write what `inject_adapters` made, before it is trained: whole or not at all.
 
     `OUT/adapter` is a plain PEFT adapter, `OUT/base` the residual model as a plain transformers checkpoint, `OUT/spaces` the null
-    spaces, `OUT/nullspace.json` the record. Where the base was left alone (`"b-zero"`) there is no `OUT/base`, and the adapter
-    names the original model.
+    spaces, if there are any, `OUT/nullspace.json` the record. Where the base was left alone there is no `OUT/base`, and the adapter
+    names the original model; a second adapter that takes the first one's product away is in `OUT/subtracted`.
 
     Args:
         out: must not exist yet, or be empty.
         peft_model: fresh from `inject_adapters`; not changed.
-        spaces: what it was made of.
+        spaces: what it was made of, to be kept beside it.
         tokenizer: saved beside the base, if given.
         record: JSON-able facts to keep in `nullspace.json`: the model's name, the data, …
         overwrite: replace an earlier directory of ours.
 
     Raises:
+        ValueError: if the model does not come from `inject_adapters`.
         FileExistsError: if `out` is in the way.
         OSError: if it cannot be written; then nothing is left behind.
     """
     out = Path(out)
+    place = getattr(peft_model, "nullspace_residual", None)
+    if place is None:
+        raise ValueError("the model does not come from inject_adapters: what its base was before is not known")
+    residual = place == "base"
     base: Any = peft_model.get_base_model()
     adapter = peft_model.active_adapter
-    residual = any(bool(weight_of(layer.lora_B[adapter]).any()) for layer in lora_layers(peft_model, adapter).values())
     config = peft_model.peft_config[adapter]
     with store.new_directory(out, overwrite=overwrite) as part:
-        spaces.write(part / "spaces")
+        if spaces is not None:
+            spaces.write(part / "spaces")
         original = config.base_model_name_or_path
         if residual:
             config.base_model_name_or_path = str(out / "base")
@@ -141,6 +207,8 @@ def save_init(
             save_adapter(peft_model, adapter, part / "adapter")
         finally:
             config.base_model_name_or_path = original
+        if place == "adapter":
+            save_adapter(peft_model, SUBTRACTED.format(adapter), part / "subtracted")
         if residual:
             weights = {
                 name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name
@@ -153,10 +221,33 @@ def save_init(
 
 
 @torch.no_grad()
-def _write_factors(layer: Any, adapter: str, space: NullSpace, method: str, sigma_scale: float) -> None:
-    stored = layer.get_base_layer().weight
-    a, b, residual = start_of(layer, stored, adapter, space, method, sigma_scale)
+def _write_factors(name: str, layer: Any, adapter: str, method: str, given: Sources, place: str) -> None:
+    base = layer.get_base_layer()
+    stored = stored_weight(base) if needs_weight(method) else weight_of(base)
+    a, b, residual = start_of(name, layer, stored, adapter, method, given, place)
     layer.lora_A[adapter].weight.copy_(a)
     layer.lora_B[adapter].weight.copy_(b)
+    if place == "zero":
+        layer.lora_B[adapter].weight.zero_()
     if residual is not None:
         stored.copy_(residual)
+
+
+def _subtract(peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, Any], adapter: str) -> None:
+    """A second adapter with −B₀ and A₀."""
+    second = SUBTRACTED.format(adapter)
+    config = copy.deepcopy(config)
+    config.lora_dropout, config.bias, config.modules_to_save = 0.0, "none", None
+    peft_model.add_adapter(second, config)
+    for layer in layers.values():
+        with torch.no_grad():
+            layer.lora_A[second].weight.copy_(layer.lora_A[adapter].weight)
+            layer.lora_B[second].weight.copy_(-layer.lora_B[adapter].weight)
+    _activate_both(peft_model, layers, adapter)
+
+
+def _activate_both(peft_model: PeftModel, layers: Mapping[str, Any], adapter: str) -> None:
+    second = SUBTRACTED.format(adapter)
+    freeze_layers(layers, second, ("lora_A", "lora_B"))
+    tuner: Any = peft_model.base_model
+    tuner.set_adapter([adapter, second])

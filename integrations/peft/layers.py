@@ -6,47 +6,81 @@ import copy
 import math
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
-from nullspace import factors, store
+from nullspace import store
 from nullspace.integrations.peft.shell import on_disk, plan_base, without_weights
-from nullspace.sites import is_linear, weight_of
-from nullspace.spaces import NullSpace, NullSpaces
+from nullspace.methods import METHODS, Layer, Sources, check_rank, check_sources
+from nullspace.sites import find_targets, is_linear, weight_of
+from nullspace.spaces import NullSpaces
 
-METHODS = ("lora-null", "b-zero")
 RESIDUAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Where the product that an adapter starts with is taken away again.
+RESIDUALS = ("auto", "base", "adapter")
+# The second adapter, which does that where the base cannot.
+SUBTRACTED = "{}_subtracted"
 
 
-def check_method(method: str, sigma_scale: float = 1.0) -> None:
-    """Raise `ValueError` for a method that does not exist or a scale that it does not take."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}")
-    if not 0.0 < sigma_scale < math.inf:
-        raise ValueError(f"sigma_scale must be a positive number, not {sigma_scale}")
-    if method == "b-zero" and sigma_scale != 1.0:
-        raise ValueError("sigma_scale belongs to method 'lora-null'; 'b-zero' has no singular values to scale")
-
-
-def check_servable(model: nn.Module, layers: Mapping[str, nn.Module], method: str, *, offloaded: bool = False) -> None:
-    """Raise `ValueError`, naming the layer and the method that would do, if a base cannot be served. Cheap: ask it first.
+def check_servable(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    method: str,
+    *,
+    residual: str = "base",
+    freeze_a: bool = False,
+    offloaded: bool = False,
+) -> str:
+    """Where the residual goes, or `ValueError`, naming the layer and what would do. Cheap: ask it first.
 
     Args:
         model: the whole model, to see what else uses a weight.
         layers: module name → linear base layer.
         method: of `inject_adapters`.
+        residual: of `inject_adapters`.
+        freeze_a: of `inject_adapters`.
         offloaded: weights that accelerate keeps on the disk will do: `write_init` reads them, `inject_adapters` cannot change them.
+
+    Returns:
+        `"none"` (the method leaves the base alone), `"base"`, `"adapter"`, or `"zero"` (B starts at zero, where A is frozen).
     """
-    if method == "b-zero":
-        return
+    if residual not in RESIDUALS:
+        raise ValueError(f"residual must be one of {', '.join(map(repr, RESIDUALS))}, not {residual!r}")
+    if not METHODS[method].changes_base:
+        return "none"
+    untouched = [name for name, each in METHODS.items() if not each.changes_base]
+    for name, layer in layers.items():
+        if not _is_readable(layer, offloaded):
+            raise ValueError(
+                f"the weight of {name!r} ({_described(layer)}) is quantised, sharded or offloaded so that its values are not at "
+                f"hand; {_listed(untouched)} do not ask for them"
+            )
+    if residual == "adapter":
+        return "adapter"
     if offloaded and on_disk(model):
         with tempfile.TemporaryDirectory() as folder:
             plan_base(without_weights(model), Path(folder))
+    obstacle = _obstacle(model, layers, offloaded)
+    if obstacle is None:
+        return "base"
+    if residual == "auto":
+        return "zero" if freeze_a else "adapter"
+    raise ValueError(
+        f"{obstacle}, so it cannot become the residual of method {method!r}: let a second, frozen adapter take the product away "
+        f'(inject_adapters(..., residual="adapter")), leave the layer out of target_modules, or use {_listed(untouched)}, '
+        "which leave the base alone"
+    )
+
+
+def _obstacle(model: nn.Module, layers: Mapping[str, nn.Module], offloaded: bool) -> str | None:
+    """Why a weight cannot be changed; None if all can."""
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
@@ -54,18 +88,38 @@ def check_servable(model: nn.Module, layers: Mapping[str, nn.Module], method: st
         weight = weight_of(layer)
         at_hand = store.fingerprint(weight) is not None or (offloaded and weight.device.type == "meta")
         if not at_hand or weight.dtype not in RESIDUAL_DTYPES:
-            raise ValueError(
-                f"the weight of {name!r} ({type(layer).__name__}, {weight.dtype}, {weight.device}) is quantised, sharded or "
-                f"offloaded and cannot take the residual of method {method!r}; method 'b-zero' leaves the base alone"
-            )
+            return f"the weight of {name!r} ({_described(layer)}) is quantised, sharded or offloaded"
         if len(users.get(id(weight), [])) > 1:
-            raise ValueError(
-                f"the weight of {name!r} is tied ({' and '.join(users[id(weight)])} are one tensor), so it cannot become a "
-                "residual; leave the layer out of target_modules, or use method 'b-zero', which leaves the base alone"
-            )
+            return f"the weight of {name!r} is tied ({' and '.join(users[id(weight)])} are one tensor)"
+    return None
 
 
-def own_config(config: LoraConfig, model: nn.Module, spaces: NullSpaces) -> LoraConfig:
+def _is_readable(layer: nn.Module, offloaded: bool) -> bool:
+    weight = weight_of(layer)
+    if _is_bitsandbytes(layer) or (offloaded and weight.device.type == "meta"):
+        return True
+    return store.fingerprint(weight) is not None and weight.dtype in RESIDUAL_DTYPES
+
+
+def _is_bitsandbytes(layer: nn.Module) -> bool:
+    return type(weight_of(layer)).__name__ in ("Params4bit", "Int8Params")
+
+
+def _described(layer: nn.Module) -> str:
+    weight = weight_of(layer)
+    return f"{type(layer).__name__}, {weight.dtype}, {weight.device}"
+
+
+def _listed(methods: list[str]) -> str:
+    return f"{', '.join(map(repr, methods[:-1]))} and {methods[-1]!r}"
+
+
+def stored_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight as the layer stores it, (d_out, d_in) or the transpose of it (`Conv1D`); a quantised one as it computes."""
+    return dequantize_module_weight(layer).detach() if _is_bitsandbytes(layer) else weight_of(layer)
+
+
+def own_config(config: LoraConfig, model: nn.Module, given: Sources) -> LoraConfig:
     """A checked copy of a configuration, with our own choices in it."""
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config must be a LoraConfig, not {type(config).__name__}")
@@ -73,12 +127,29 @@ def own_config(config: LoraConfig, model: nn.Module, spaces: NullSpaces) -> Lora
         raise TypeError("the model already is a PeftModel: merge or unload its adapters first")
     for name in ("target_parameters", "layer_replication", "use_qalora", "megatron_config"):
         if getattr(config, name, None):
-            raise ValueError(f"LoraConfig.{name} is not supported: null spaces belong to whole linear layers")
+            raise ValueError(f"LoraConfig.{name} is not supported: factors belong to whole linear layers")
     config = copy.deepcopy(config)
     config.init_lora_weights = True
     if config.target_modules is None:
-        config.target_modules = list(spaces)
+        known = next(given.of_model(), None)
+        config.target_modules = list(find_targets(model) if known is None else known)
     return config
+
+
+def random_seed(method: str) -> int:
+    """From PyTorch's generator, for a method that draws numbers: the same after the same `torch.manual_seed`."""
+    return int(torch.randint(2**62, ())) if method == "orthogonal" else 0
+
+
+def with_spaces(method: str, given: Sources, layers: Mapping[str, LoraLayer], adapter: str) -> Sources:
+    """The same with null spaces, if the method asks for them and there are only covariances to find them in."""
+    check_sources(method, given)
+    if "spaces" not in METHODS[method].needs or given.spaces is not None:
+        return given
+    assert given.covariances is not None
+    rank = max((layer.r[adapter] for layer in layers.values()), default=1)
+    spaces = NullSpaces.from_covariances(given.covariances, rank=rank, progress=False)
+    return replace(given, spaces=spaces, covariances=None)
 
 
 def lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
@@ -91,48 +162,53 @@ def lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer
     }
 
 
-def check_layer(name: str, layer: Any, base: nn.Module, adapter_name: str, spaces: NullSpaces) -> None:
+def check_layer(name: str, layer: Any, base: nn.Module, adapter_name: str, method: str, given: Sources) -> None:
     if not is_linear(base) or adapter_name not in layer.lora_A:
         raise ValueError(f"target {name!r} is {type(base).__name__}, not a linear layer")
-    spaces.check(name, base)
-    rank, columns = layer.r[adapter_name], spaces[name].rank
-    limit = min(columns, layer.out_features)
-    if rank > limit:
-        raise ValueError(
-            f"the adapter of {name!r} has rank {rank}, but its null space has {columns} directions and its weight "
-            f"{layer.out_features} rows: use r ≤ {limit}, or compute the spaces with a larger rank"
-        )
+    for known in given.of_model():
+        known.check(name, base)
+    check_rank(method, given, name, base, layer.r[adapter_name])
 
 
 @torch.no_grad()
 def start_of(
-    layer: Any, stored: torch.Tensor, adapter: str, space: NullSpace, method: str, sigma_scale: float
+    name: str, layer: Any, stored: torch.Tensor, adapter: str, method: str, given: Sources, residual: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What an adapter starts with, and what is left of the weight.
 
     Args:
+        name: of the layer, in the base model.
         layer: PEFT's; asked for rank, scaling, layout and dtypes, never for values.
         stored: the weight as the base layer stores it, (d_out, d_in) or the transpose of it (`layer.fan_in_fan_out`).
+        adapter: PEFT's name for it.
+        method: of `inject_adapters`.
+        given: what it needs.
+        residual: what `check_servable` said.
 
     Returns:
         A (r, d_in) and B (d_out, r) in the adapter's dtypes, and the residual in the layout and dtype of `stored`, or None where
         the base stays as it is.
     """
-    rank, scaling = layer.r[adapter], layer.scaling[adapter]
+    scaling = layer.scaling[adapter]
     dtype_a, dtype_b = (each[adapter].weight.dtype for each in (layer.lora_A, layer.lora_B))
-    if method == "b-zero":
-        a, b = factors.b_zero(space.basis, layer.out_features, rank=rank)
+    changes = METHODS[method].changes_base
+    weight = (stored.T if layer.fan_in_fan_out else stored).to(torch.float64, copy=True) if changes else None
+    device = torch.device("cpu") if stored.device.type == "meta" else stored.device
+    target = Layer(name, weight, layer.out_features, layer.in_features, layer.r[adapter], device)
+    a, b = METHODS[method].start(target, given)
+    if weight is None:
         return a.to(dtype_a), b.to(dtype_b), None
-    weight = (stored.T if layer.fan_in_fan_out else stored).to(torch.float64, copy=True)
-    a, b = factors.lora_null(weight, space.basis, rank=rank, sigma_scale=sigma_scale)
     # s·BA is the product that counts, so each factor takes 1/√s; the residual is that of the factors as they are stored.
     a, b = (a / math.sqrt(scaling)).to(dtype_a), (b / math.sqrt(scaling)).to(dtype_b)
-    residual = weight.addmm_(b.to(weight), a.to(weight), alpha=-scaling).to(stored.dtype)
-    return a, b, residual.T if layer.fan_in_fan_out else residual
+    if residual != "base":
+        return a, b, None
+    rest = weight.addmm_(b.to(weight), a.to(weight), alpha=-scaling).to(stored.dtype)
+    return a, b, rest.T if layer.fan_in_fan_out else rest
 
 
-def freeze_layers(layers: Mapping[str, LoraLayer], adapter: str) -> None:
+def freeze_layers(layers: Mapping[str, LoraLayer], adapter: str, names: tuple[str, ...] = ("lora_A",)) -> None:
     for layer in layers.values():
         # PEFT's own record of what set_adapter must not switch on again; a new dictionary, since the default is the class's.
-        layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: ("lora_A",)}
-        layer.lora_A[adapter].requires_grad_(False)
+        layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: names}
+        for name in names:
+            getattr(layer, name)[adapter].requires_grad_(False)

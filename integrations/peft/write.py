@@ -18,9 +18,20 @@ from safetensors import safe_open
 from torch import nn
 
 from nullspace import store
+from nullspace.covariances import Covariances
+from nullspace.factors import DAMPING
 from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, save_adapter
-from nullspace.integrations.peft.layers import check_layer, check_method, check_servable, lora_layers, own_config, start_of
+from nullspace.integrations.peft.layers import (
+    check_layer,
+    check_servable,
+    lora_layers,
+    own_config,
+    random_seed,
+    start_of,
+    with_spaces,
+)
 from nullspace.integrations.peft.shell import BASE_WEIGHTS, BasePlan, on_disk, plan_base, without_weights
+from nullspace.methods import METHODS, Sources, check_method, check_sources
 from nullspace.progress import Progress, reporter
 from nullspace.sites import weight_of
 from nullspace.spaces import NullSpaces
@@ -34,10 +45,14 @@ def write_init(
     out: str | os.PathLike[str],
     model: nn.Module,
     config: LoraConfig,
-    spaces: NullSpaces,
+    spaces: NullSpaces | None = None,
     *,
     method: str = "lora-null",
+    covariances: Covariances | None = None,
+    preserve: Covariances | None = None,
     sigma_scale: float = 1.0,
+    beta: float = 0.5,
+    damping: float = DAMPING,
     tokenizer: Any = None,
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -54,9 +69,7 @@ def write_init(
         model: transformers' base model, on any device, or with weights that accelerate keeps on the disk
             (`nullspace.integrations.transformers.load_model(..., offload=True)`).
         config: as in `inject_adapters`.
-        spaces: as in `inject_adapters`.
-        method: as in `inject_adapters`.
-        sigma_scale: as in `inject_adapters`.
+        spaces, method, covariances, preserve, sigma_scale, beta, damping: as in `inject_adapters`.
         tokenizer: saved beside the base, if given.
         record: JSON-able facts to keep in `nullspace.json`.
         overwrite: replace an earlier directory of ours.
@@ -72,10 +85,12 @@ def write_init(
         OSError: if it cannot be written; then nothing is left behind.
     """
     out = Path(out)
-    check_method(method, sigma_scale)
-    config = own_config(config, model, spaces)
+    given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, seed=random_seed(method))
+    check_method(method, given)
+    check_sources(method, given)
+    config = own_config(config, model, given)
     store.check_free(out, overwrite=overwrite)
-    residual = method != "b-zero"
+    residual = METHODS[method].changes_base
     report = reporter(progress)
     with tempfile.TemporaryDirectory() as folder:
         plans = Path(folder)
@@ -86,9 +101,10 @@ def write_init(
         adapter = peft_model.active_adapter
         layers = lora_layers(peft_model, adapter)
         modules = dict(model.named_modules(remove_duplicate=False))
+        given = with_spaces(method, given, layers, adapter)
         for name, layer in layers.items():
-            check_layer(name, layer, modules[name], adapter, spaces)
-        check_servable(model, {name: modules[name] for name in layers}, method, offloaded=True)
+            check_layer(name, layer, modules[name], adapter, method, given)
+        place = check_servable(model, {name: modules[name] for name in layers}, method, offloaded=True)
         if base is not None:
             _check_base(model, base, layers)
         original = config.base_model_name_or_path
@@ -101,14 +117,15 @@ def write_init(
             nonlocal done
             report("adapters", done, len(layers), 0)
             stored = tensor_of(modules[name], "weight") if residual else weight_of(modules[name])
-            a, b, rest = start_of(layers[name], stored, adapter, spaces[name], method, sigma_scale)
+            a, b, rest = start_of(name, layers[name], stored, adapter, method, given, place)
             adapter_file.write(of_adapter.keys[name, "lora_A"], a)
             adapter_file.write(of_adapter.keys[name, "lora_B"], b)
             done += 1
             return rest
 
         with store.new_directory(out, overwrite=overwrite) as part:
-            spaces.write(part / "spaces")
+            if given.spaces is not None:
+                given.spaces.write(part / "spaces")
             shutil.copytree(plans, part, dirs_exist_ok=True)
             with store.TensorFile(part / "adapter" / ADAPTER_WEIGHTS, of_adapter.tensors, of_adapter.metadata) as adapter_file:
                 if base is None:

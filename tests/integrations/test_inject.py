@@ -10,25 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from calibrated import RANK, covariances_for, sources_for, spaces_for
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from models import FAMILIES, random_batches, tiny
-from nullspace import NullSpaces, compute_null_spaces, store
+from nullspace import NullSpaces, store
 from nullspace.integrations import peft as integration
-from nullspace.integrations.peft import export_lora, freeze_a, inject_adapters, save_init
+from nullspace.integrations.peft import attach_subtracted, export_lora, freeze_a, inject_adapters, save_init
 from reference import recorded_inputs
 
-RANK = 8
 BATCH = random_batches(1, 2, 32, seed=7)[0]
-
-COMPUTED: dict[str, NullSpaces] = {}
-
-
-def spaces_for(family: str) -> NullSpaces:
-    if family not in COMPUTED:
-        COMPUTED[family] = compute_null_spaces(tiny(family), random_batches(), rank=RANK, progress=False)
-    return COMPUTED[family]
+ALTERING = [name for name, each in integration.METHODS.items() if each.changes_base]
 
 
 def logits(model: nn.Module, batch: dict[str, torch.Tensor] = BATCH) -> torch.Tensor:
@@ -71,8 +64,139 @@ def train(model: nn.Module, steps: int = 20) -> None:
 def test_the_model_computes_what_it_computed_before(family: str, method: str) -> None:
     model = tiny(family)
     before = logits(model)
-    after = logits(inject_adapters(model, LoraConfig(r=RANK, lora_alpha=RANK), spaces_for(family), method=method))
+    after = logits(inject_adapters(model, LoraConfig(r=RANK, lora_alpha=RANK), method=method, **sources_for(method, family)))
     assert (after - before).abs().max() <= 2e-6 * before.abs().max()
+
+
+@pytest.mark.parametrize("method", integration.METHODS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_scaled_product_is_that_of_the_method_and_nothing_of_the_weight_is_lost(family: str, method: str) -> None:
+    originals = {name: m.weight.detach().double() for name, m in tiny(family).named_modules() if name in spaces_for(family)}
+    torch.manual_seed(11)
+    model = inject_adapters(tiny(family), LoraConfig(r=RANK, lora_alpha=24), method=method, **sources_for(method, family))
+    known = {name: covariances_for(family)[name].matrix() for name in originals}
+    other = {name: covariances_for(family, seed=2)[name].matrix() for name in originals}
+    for name, layer in lora_layers(model).items():
+        w = originals[name].T if layer.fan_in_fan_out else originals[name]
+        c, minus, basis = known[name], other[name], spaces_for(family)[name].basis
+        damped = c / c.diagonal().mean() + 0.01 * torch.eye(len(c), dtype=torch.float64)
+        tokens, r = covariances_for(family)[name].tokens, RANK
+        values, vectors = torch.linalg.eigh(c)
+        u, s, vt = torch.linalg.svd(w, full_matrices=False)
+        left, _, _ = torch.linalg.svd(w @ damped, full_matrices=False)
+        exact, _, _ = torch.linalg.svd(w @ vectors * values.clamp(min=0).sqrt(), full_matrices=False)
+        outputs = torch.linalg.eigh(w @ (c - minus) @ w.T / (2 * tokens)).eigenvectors[:, -r:]
+        nothing = torch.zeros_like(w)
+        wanted = {
+            "lora-null": w @ basis @ basis.T,
+            "corda-kpm": left[:, -r:] @ left[:, -r:].T @ w,
+            "corda-ipm": left[:, :r] @ left[:, :r].T @ w,
+            "corda-exact": exact[:, -r:] @ exact[:, -r:].T @ w,
+            "sc-lora": outputs @ outputs.T @ w,
+            "milora": u[:, -r:] * s[-r:] @ vt[-r:],
+            "pissa": u[:, :r] * s[:r] @ vt[:r],
+        }.get(method, nothing)
+        assert (product(layer) - wanted).norm() <= 1e-6 * w.norm(), name
+        rest = plain_weight(layer) + (product(layer) if method in ALTERING else 0)
+        assert (rest - w).abs().max() <= 2**-23 * w.abs().max(), name
+
+
+@pytest.mark.parametrize("method", ["lora-null", "b-zero"])
+def test_null_spaces_are_found_in_covariances_where_only_these_are_given(method: str) -> None:
+    from_spaces = inject_adapters(tiny("llama"), LoraConfig(r=RANK), spaces_for("llama"), method=method)
+    from_sums = inject_adapters(tiny("llama"), LoraConfig(r=RANK), method=method, covariances=covariances_for("llama"))
+    for name, layer in lora_layers(from_sums).items():
+        mine, theirs = layer.lora_A["default"].weight, lora_layers(from_spaces)[name].lora_A["default"].weight
+        projectors = [torch.linalg.qr(a.detach().double().T).Q for a in (mine, theirs)]
+        assert torch.linalg.matrix_norm(projectors[0].T @ projectors[1]).square() >= RANK - 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "words"),
+    [
+        ("lora-null", {"spaces": None}, "'lora-null' needs null spaces"),
+        ("corda-kpm", {"covariances": None}, "'corda-kpm' needs the second moments.*compute_covariances"),
+        ("sc-lora", {"preserve": None}, "'sc-lora' needs the second moments of what is to be preserved"),
+        ("pissa", {"covariances": "llama"}, "'pissa' makes no use of covariances"),
+        ("pissa", {"beta": 0.7}, "beta belongs to 'sc-lora'; 'pissa' does not take it"),
+        ("sc-lora", {"beta": 1.5}, "beta must be between 0 and 1"),
+        ("corda-ipm", {"damping": -1.0}, "damping must be"),
+        ("corda-ipm", {"damping": float("nan")}, "damping must be"),
+        ("milora", {"r": 17}, r"k_proj' has rank 17, but its weight is 16 × 64|k_proj' has rank 17, but its weight is \d+ × \d+"),
+        ("orthogonal", {"r": 7}, "has rank 7: an orthogonal start needs an even one"),
+        ("eva", {"covariances": "gpt2"}, "there is no covariance for 'model"),
+        ("corda", {}, "method must be one of 'lora-null'.*'corda-kpm'"),
+    ],
+)
+def test_what_a_method_lacks_or_does_not_take_is_said_before_the_model_is_touched(
+    method: str, change: dict[str, Any], words: str
+) -> None:
+    arguments = {**(sources_for(method, "llama") if method in integration.METHODS else {}), **change}
+    rank = arguments.pop("r", RANK)
+    if isinstance(arguments.get("covariances"), str):
+        arguments["covariances"] = covariances_for(arguments["covariances"])
+    model = tiny("llama")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    targets = ["q_proj", "k_proj"]
+    with pytest.raises(ValueError, match=words):
+        inject_adapters(model, LoraConfig(r=rank, target_modules=targets), method=method, **arguments)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("method", ["lora-null", "corda-kpm", "pissa"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_second_frozen_adapter_takes_the_product_away_and_leaves_the_base_alone(family: str, method: str, tmp_path: Path) -> None:
+    base = tiny(family)
+    before, state = logits(base), {name: value.clone() for name, value in base.state_dict().items()}
+    config = LoraConfig(r=RANK, lora_alpha=24, lora_dropout=0.1)
+    model = inject_adapters(base, config, method=method, residual="adapter", **sources_for(method, family)).eval()
+    assert (logits(model) - before).abs().max() <= 2e-6 * before.abs().max()
+    save_init(tmp_path / "init", model)
+    assert sorted(p.name for p in (tmp_path / "init").iterdir()) == ["adapter", "nullspace.json", "subtracted"]
+    frozen = {n: p.clone() for n, p in model.named_parameters() if "default_subtracted" in n}
+    train(model, 5)
+    now = dict(model.named_parameters())
+    assert frozen
+    assert all(torch.equal(now[n], p) for n, p in frozen.items())
+    left = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in model.state_dict().items()}
+    assert all(torch.equal(left[n], value) for n, value in state.items())
+    wanted = logits(model)
+    assert (wanted - before).abs().max() > 1e-3 * before.abs().max()
+    # Loaded again, to be trained on.
+    model.save_pretrained(tmp_path / "trained", selected_adapters=["default"])
+    again = PeftModel.from_pretrained(tiny(family), tmp_path / "trained", is_trainable=True)
+    attach_subtracted(again, tmp_path / "init" / "subtracted")
+    assert (logits(again.eval()) - wanted).abs().max() <= 2e-6 * wanted.abs().max()
+    trainable = [n for n, p in again.named_parameters() if p.requires_grad]
+    assert trainable
+    assert not any("subtracted" in n for n in trainable)
+    # One plain adapter of both.
+    export_lora(tmp_path / "trained", tmp_path / "init" / "adapter", tmp_path / "plain")
+    exported = PeftModel.from_pretrained(tiny(family), tmp_path / "plain").eval()
+    assert (logits(exported) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_with_a_frozen_and_a_base_that_cannot_change_b_starts_at_zero() -> None:
+    base = _tied_base()
+    before, state = logits(base), {name: value.clone() for name, value in base.state_dict().items()}
+    spaces = NullSpaces([spaces_for("llama")[site.name] for site in spaces_for("llama").sites])
+    model = inject_adapters(base, LoraConfig(r=RANK), spaces, freeze_a=True)
+    assert torch.equal(logits(model), before)
+    plain = inject_adapters(tiny("llama"), LoraConfig(r=RANK), spaces_for("llama"), freeze_a=True)
+    mine, theirs = lora_layers(model), lora_layers(plain)
+    name = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(mine[name].lora_A["default"].weight, theirs[name].lora_A["default"].weight)
+    assert model.active_adapters == ["default"]
+    train(model, 3)
+    left = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in model.state_dict().items()}
+    assert all(torch.equal(left[n], value) for n, value in state.items())
+
+
+def test_dora_is_refused_where_two_adapters_would_have_to_add_up() -> None:
+    with pytest.raises(ValueError, match=r"use_dora.*base that can be changed"):
+        inject_adapters(tiny("llama"), LoraConfig(r=RANK, use_dora=True), method="pissa", residual="adapter")
 
 
 @pytest.mark.parametrize(
@@ -226,8 +350,7 @@ def test_what_is_saved_loads_with_plain_peft_in_a_process_that_never_imports_us(
 @pytest.mark.parametrize(
     ("family", "method", "config"),
     [
-        ("llama", "lora-null", {}),
-        ("llama", "b-zero", {}),
+        *(("llama", method, {}) for method in integration.METHODS),
         ("llama", "lora-null", {"use_rslora": True, "lora_alpha": 12}),
         ("llama", "lora-null", {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"k_proj": 32}}),
         ("llama", "lora-null", {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"k_proj": 32}, "use_rslora": True}),
@@ -237,8 +360,9 @@ def test_what_is_saved_loads_with_plain_peft_in_a_process_that_never_imports_us(
 def test_exported_lora_on_the_untouched_base_is_the_trained_model(
     family: str, method: str, config: dict[str, Any], frozen: bool, tmp_path: Path
 ) -> None:
-    model = inject_adapters(tiny(family), LoraConfig(r=RANK, **config), spaces_for(family), method=method, freeze_a=frozen)
-    save_init(tmp_path / "init", model, spaces_for(family))
+    sources = sources_for(method, family)
+    model = inject_adapters(tiny(family), LoraConfig(r=RANK, **config), method=method, freeze_a=frozen, **sources)
+    save_init(tmp_path / "init", model)
     before = logits(model)
     train(model, 5)
     export_lora(model, tmp_path / "init" / "adapter", tmp_path / "plain", base="the-base")
@@ -246,7 +370,7 @@ def test_exported_lora_on_the_untouched_base_is_the_trained_model(
     wanted = logits(model)
     assert (logits(exported) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert (wanted - before).abs().max() > 1e-3 * wanted.abs().max()  # training did something
-    assert exported.peft_config["default"].r == (RANK if frozen or method == "b-zero" else 2 * RANK)
+    assert exported.peft_config["default"].r == (RANK if frozen or method not in ALTERING else 2 * RANK)
     assert exported.peft_config["default"].base_model_name_or_path == "the-base"
 
 
@@ -320,7 +444,7 @@ def test_what_cannot_be_served_is_refused_and_the_model_is_as_it_was(base: Any, 
     if base in (_tied_base, _packed_base):
         spaces = NullSpaces([spaces[site.name] for site in spaces.sites])
     with pytest.raises(ValueError, match=words):
-        inject_adapters(model, LoraConfig(**{"r": RANK, **config}), spaces)
+        inject_adapters(model, LoraConfig(**{"r": RANK, **config}), spaces, residual="base")
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not hasattr(model, "peft_config")

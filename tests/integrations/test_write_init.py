@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from calibrated import RANK, sources_for, spaces_for
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -23,16 +24,7 @@ from nullspace.integrations import peft as integration
 from nullspace.integrations.peft import inject_adapters, save_init, write, write_init
 from nullspace.integrations.transformers import load_model, offload_map
 
-RANK = 8
 BATCH = random_batches(1, 2, 32, seed=7)[0]
-
-COMPUTED: dict[str, NullSpaces] = {}
-
-
-def spaces_for(family: str) -> NullSpaces:
-    if family not in COMPUTED:
-        COMPUTED[family] = compute_null_spaces(tiny(family), random_batches(), rank=RANK, progress=False)
-    return COMPUTED[family]
 
 
 def checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
@@ -65,10 +57,14 @@ def both_ways(
     tmp_path: Path, folder: Path, family: str, model: nn.Module, config: dict[str, Any], **options: Any
 ) -> tuple[dict[str, bytes], dict[str, bytes]]:
     """What `inject_adapters` and `save_init` write of a checkpoint, and what `write_init` writes of a model."""
-    adapted = inject_adapters(loaded(folder, family), LoraConfig(**config), spaces_for(family), **options)
+    options = {**options, **sources_for(options.get("method", "lora-null"), family)}
+    base = loaded(folder, family)
+    torch.manual_seed(1)
+    adapted = inject_adapters(base, LoraConfig(**config), **options)
     one, other = tmp_path / "one", tmp_path / "two"
-    save_init(one, adapted, spaces_for(family), record={"note": "x"})
-    write_init(other, model, LoraConfig(**config), spaces_for(family), record={"note": "x"}, progress=False, **options)
+    save_init(one, adapted, options.get("spaces"), record={"note": "x"})
+    torch.manual_seed(1)
+    write_init(other, model, LoraConfig(**config), record={"note": "x"}, progress=False, **options)
     return contents(one, one), contents(other, other)
 
 
@@ -83,6 +79,8 @@ CASES = [
     ("llama", torch.float32, {"r": RANK}, {"method": "b-zero"}),
     ("qwen2", torch.float32, {"r": RANK}, {}),  # tied embeddings
     ("qwen2", torch.bfloat16, {"r": RANK}, {"method": "b-zero"}),
+    *(("llama", torch.bfloat16, {"r": RANK}, {"method": method}) for method in list(integration.METHODS)[2:]),
+    ("gpt2", torch.float32, {"r": RANK}, {"method": "corda-kpm"}),
     ("gpt2", torch.float32, {"r": RANK, "lora_alpha": 3}, {}),  # Conv1D, tied embeddings
     ("gpt2", torch.float16, {"r": RANK}, {}),
     ("gemma", torch.float32, {"r": RANK}, {}),
@@ -115,7 +113,8 @@ def test_every_file_is_the_same(
     wanted, written = both_ways(tmp_path, folder, family, model, config, **options)
     assert written.keys() == wanted.keys()
     assert [name for name in wanted if written[name] != wanted[name]] == []
-    assert ("base/model.safetensors" in wanted) == (options.get("method") != "b-zero")
+    method = integration.METHODS[options.get("method", "lora-null")]
+    assert ("base/model.safetensors" in wanted) == method.changes_base
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,22 +218,23 @@ def test_fused_experts_are_saved_from_memory_and_refused_from_the_disk(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "model"
-    _mixtral().save_pretrained(folder)
-    COMPUTED["mixtral"] = compute_null_spaces(_mixtral(), random_batches(), rank=RANK, progress=False)
     monkeypatch.setitem(FAMILIES, "mixtral", _mixtral)
+    tiny("mixtral").save_pretrained(folder)
     wanted, written = both_ways(tmp_path, folder, "mixtral", loaded(folder, "mixtral"), {"r": RANK}, method=method)
     assert written == wanted
     if method == "lora-null":
         assert any("experts.0.w2" in name for name in load_file(tmp_path / "two" / "base" / "model.safetensors"))
     model = offloaded(folder, monkeypatch)
     layers = {name: m for name, m in model.named_modules() if name in spaces_for("mixtral")}
-    if method == "b-zero":
-        write_init(tmp_path / "three", model, LoraConfig(r=RANK), spaces_for("mixtral"), method=method, record={"note": "x"})
+    sources = sources_for(method, "mixtral")
+    if not integration.METHODS[method].changes_base:
+        torch.manual_seed(1)
+        write_init(tmp_path / "three", model, LoraConfig(r=RANK), method=method, record={"note": "x"}, **sources)
         assert contents(tmp_path / "three", tmp_path / "three") == wanted
         return
     for refused in (
         lambda: integration.check_servable(model, layers, method, offloaded=True),  # the command line asks before the work
-        lambda: write_init(tmp_path / "three", model, LoraConfig(r=RANK), spaces_for("mixtral")),
+        lambda: write_init(tmp_path / "three", model, LoraConfig(r=RANK), method=method, **sources),
     ):
         with pytest.raises(ValueError, match=r"MixtralForCausalLM.*saved one by one.*load the model whole"):
             refused()

@@ -1,0 +1,220 @@
+"""The methods by name: what each needs to know, whether it changes the base, and how its factors come about.
+
+`nullspace.factors` holds the mathematics, one pure function a method; this is the list that `inject_adapters`, `write_init` and
+the command line choose from.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nullspace import factors
+from nullspace.covariance import Covariance
+from nullspace.covariances import Covariances
+from nullspace.factors import LowRank
+from nullspace.sites import weight_shape
+from nullspace.sitewise import Sitewise
+from nullspace.spaces import NullSpaces
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the factors are made of, beside the weight.
+
+    Attributes:
+        spaces: null spaces (`"lora-null"`, `"b-zero"`).
+        covariances: second moments: of what is to be preserved (`"corda-kpm"`, `"corda-exact"`, and null spaces, if `spaces` is
+            None), or of the task (`"corda-ipm"`, `"eva"`, `"sc-lora"`).
+        preserve: second moments of what is to be preserved, for `"sc-lora"`.
+        sigma_scale: see `nullspace.factors.lora_null`.
+        beta: see `nullspace.factors.sc_lora`.
+        damping: see `nullspace.factors.corda`.
+        seed: of random numbers (`"orthogonal"`), at least 0.
+    """
+
+    spaces: NullSpaces | None = None
+    covariances: Covariances | None = None
+    preserve: Covariances | None = None
+    sigma_scale: float = 1.0
+    beta: float = 0.5
+    damping: float = factors.DAMPING
+    seed: int = 0
+
+    def of_model(self) -> Iterator[Sitewise]:
+        """All that was computed for a certain model."""
+        yield from (each for each in (self.spaces, self.covariances, self.preserve) if each is not None)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer that is to get an adapter.
+
+    Attributes:
+        name: in the base model.
+        weight: (d_out, d_in) W₀, None for a method that does not look at it.
+        d_out: rows of the weight.
+        d_in: its columns.
+        rank: r of the adapter.
+        device: for factors that are made without a weight.
+    """
+
+    name: str
+    weight: torch.Tensor | None
+    d_out: int
+    d_in: int
+    rank: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Method:
+    """How adapters start.
+
+    Attributes:
+        needs: of `Sources`: names of what must be there; `"spaces"` may be made of `covariances`.
+        changes_base: whether the product B A is different from zero, so that something has to take it away again.
+        options: which numbers of `Sources` it takes.
+        start: the factors.
+    """
+
+    needs: tuple[str, ...]
+    changes_base: bool
+    options: tuple[str, ...]
+    start: Callable[[Layer, Sources], LowRank]
+
+
+def _weight(layer: Layer) -> torch.Tensor:
+    assert layer.weight is not None
+    return layer.weight
+
+
+def _basis(layer: Layer, given: Sources) -> torch.Tensor:
+    assert given.spaces is not None
+    return given.spaces[layer.name].basis
+
+
+def _covariance(layer: Layer, known: Covariances | None) -> Covariance:
+    assert known is not None
+    return known[layer.name]
+
+
+def _lora_null(layer: Layer, given: Sources) -> LowRank:
+    return factors.lora_null(_weight(layer), _basis(layer, given), rank=layer.rank, sigma_scale=given.sigma_scale)
+
+
+def _b_zero(layer: Layer, given: Sources) -> LowRank:
+    return factors.b_zero(_basis(layer, given), layer.d_out, rank=layer.rank)
+
+
+def _corda(layer: Layer, given: Sources, mode: str) -> LowRank:
+    c = _covariance(layer, given.covariances).matrix()
+    return factors.corda(_weight(layer), c, rank=layer.rank, mode=mode, damping=given.damping)
+
+
+def _corda_exact(layer: Layer, given: Sources) -> LowRank:
+    return factors.corda_exact(_weight(layer), _covariance(layer, given.covariances).matrix(), rank=layer.rank)
+
+
+def _milora(layer: Layer, given: Sources) -> LowRank:
+    return factors.milora(_weight(layer), rank=layer.rank)
+
+
+def _pissa(layer: Layer, given: Sources) -> LowRank:
+    return factors.pissa(_weight(layer), rank=layer.rank)
+
+
+def _eva(layer: Layer, given: Sources) -> LowRank:
+    covariance = _covariance(layer, given.covariances)
+    return factors.eva(covariance.matrix(), covariance.mean(), covariance.mass, layer.d_out, rank=layer.rank)
+
+
+def _sc_lora(layer: Layer, given: Sources) -> LowRank:
+    plus, minus = _covariance(layer, given.covariances), _covariance(layer, given.preserve)
+    per_token = plus.matrix() / plus.mass, minus.matrix() / minus.mass
+    return factors.sc_lora(_weight(layer), *per_token, rank=layer.rank, beta=given.beta)
+
+
+def _orthogonal(layer: Layer, given: Sources) -> LowRank:
+    # By name, so that the order in which layers are asked for does not matter.
+    generator = torch.Generator().manual_seed(given.seed ^ zlib.crc32(layer.name.encode()))
+    return factors.orthogonal(layer.d_in, layer.d_out, rank=layer.rank, generator=generator, device=layer.device)
+
+
+METHODS: Mapping[str, Method] = {
+    "lora-null": Method(("spaces",), True, ("sigma_scale",), _lora_null),
+    "b-zero": Method(("spaces",), False, (), _b_zero),
+    "corda-kpm": Method(("covariances",), True, ("damping",), functools.partial(_corda, mode="kpm")),
+    "corda-ipm": Method(("covariances",), True, ("damping",), functools.partial(_corda, mode="ipm")),
+    "corda-exact": Method(("covariances",), True, (), _corda_exact),
+    "sc-lora": Method(("covariances", "preserve"), True, ("beta",), _sc_lora),
+    "milora": Method((), True, (), _milora),
+    "pissa": Method((), True, (), _pissa),
+    "eva": Method(("covariances",), False, (), _eva),
+    "orthogonal": Method((), False, (), _orthogonal),
+}
+
+
+def needs_weight(method: str) -> bool:
+    """Whether a method's factors are made of the weight's values."""
+    return METHODS[method].changes_base
+
+
+def check_method(method: str, given: Sources | None = None) -> None:
+    """Raise `ValueError` for a method that does not exist, or lacks something, or is given a number that it does not take."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}")
+    if given is None:
+        return
+    if not 0.0 < given.sigma_scale < math.inf:
+        raise ValueError(f"sigma_scale must be a positive number, not {given.sigma_scale}")
+    if not 0.0 <= given.beta <= 1.0:
+        raise ValueError(f"beta must be between 0 and 1, not {given.beta}")
+    if not 0.0 <= given.damping < math.inf:
+        raise ValueError(f"damping must be a number ≥ 0, not {given.damping}")
+    plain = Sources()
+    for option in ("sigma_scale", "beta", "damping"):
+        takers = [name for name, each in METHODS.items() if option in each.options]
+        if getattr(given, option) != getattr(plain, option) and method not in takers:
+            raise ValueError(f"{option} belongs to {' and '.join(map(repr, takers))}; {method!r} does not take it")
+
+
+def check_sources(method: str, given: Sources) -> None:
+    """Raise `ValueError` if a method is not given what it needs, or is given what it makes no use of."""
+    needs = METHODS[method].needs
+    for what in needs:
+        if getattr(given, what) is None and not (what == "spaces" and given.covariances is not None):
+            raise ValueError(f"method {method!r} needs {_CALLED[what]}")
+    used = {*needs, *(("covariances",) if "spaces" in needs and given.spaces is None else ())}
+    for what in _CALLED:
+        if getattr(given, what) is not None and what not in used:
+            raise ValueError(f"method {method!r} makes no use of {what}: leave it out")
+
+
+_CALLED = {
+    "spaces": "null spaces (spaces=), or covariances to find them in (covariances=)",
+    "covariances": "the second moments of its data (covariances=): nullspace.compute_covariances",
+    "preserve": "the second moments of what is to be preserved (preserve=): nullspace.compute_covariances",
+}
+
+
+def check_rank(method: str, given: Sources, name: str, module: nn.Module, rank: int) -> None:
+    """Raise `ValueError`, naming the layer, if a method cannot give it an adapter of this rank."""
+    d_out, d_in = weight_shape(module)
+    if given.spaces is not None:
+        columns = given.spaces[name].rank
+        if rank > min(columns, d_out):
+            raise ValueError(
+                f"the adapter of {name!r} has rank {rank}, but its null space has {columns} directions and its weight "
+                f"{d_out} rows: use r ≤ {min(columns, d_out)}, or compute the spaces with a larger rank"
+            )
+    if rank > min(d_in, d_out):
+        raise ValueError(f"the adapter of {name!r} has rank {rank}, but its weight is {d_out} × {d_in}: use r ≤ {min(d_in, d_out)}")
+    if method == "orthogonal" and rank % 2:
+        raise ValueError(f"the adapter of {name!r} has rank {rank}: an orthogonal start needs an even one")
