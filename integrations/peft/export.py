@@ -43,8 +43,8 @@ def export_lora(
 
     Raises:
         FileNotFoundError: if an adapter file is missing.
-        ValueError: naming the file, if it is damaged, the two adapters do not belong together, or they use what has no plain
-            LoRA form (DoRA magnitudes, LoRA biases).
+        ValueError: naming the file, if it is damaged, the two adapters do not belong together, or they have DoRA's magnitudes
+            and a residual base, for which there is no LoRA on the untouched one.
         FileExistsError: if `out` is in the way.
     """
     store.check_free(out, overwrite=overwrite)
@@ -57,6 +57,11 @@ def export_lora(
     pairs = [key.removesuffix(".lora_A.weight") for key in now.tensors if key.endswith(".lora_A.weight")]
     frozen = all(torch.equal(now.tensors[f"{p}.lora_A.weight"], start.tensors[f"{p}.lora_A.weight"]) for p in pairs)
     untouched = all(_is_zero(start.tensors[f"{p}.lora_B.weight"], start.tensors[f"{p}.lora_A.weight"]) for p in pairs)
+    if now.config.get("use_dora") and not untouched:
+        raise ValueError(
+            f"{now.path} uses DoRA on a residual base: its magnitudes scale the sum of both, which no LoRA on the untouched base "
+            "does; serve it on the residual base, or merge it there (merge_and_unload)"
+        )
     tensors = dict(now.tensors)
     for p in pairs:
         key_a, key_b = f"{p}.lora_A.weight", f"{p}.lora_B.weight"
@@ -86,13 +91,11 @@ def _is_zero(b: torch.Tensor, a: torch.Tensor) -> bool:
 
 
 def _check_pair(now: Adapter, start: Adapter) -> None:
-    for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern"):
         if (now.config.get(name) or None) != (start.config.get(name) or None):
             raise ValueError(
                 f"{now.path} and {start.path} do not belong together: {name} is {now.config.get(name)} and {start.config.get(name)}"
             )
-    if now.config.get("use_dora") or now.config.get("lora_bias"):
-        raise ValueError(f"{now.path} uses DoRA or LoRA biases, which have no plain LoRA form on the untouched base")
     for key, value in start.tensors.items():
         found = now.tensors.get(key)
         if ".lora_" in key and (found is None or found.shape != value.shape):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,10 @@ from nullspace.integrations.peft.layers import (
 from nullspace.methods import Sources, check_method, check_sources, needs_weight
 from nullspace.sites import weight_of
 from nullspace.spaces import NullSpaces
+
+# Names in the state of a model with adapters, modules_to_save and trainable_token_indices.
+_ADDED = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
+_WRAPPER = re.compile(r"(\.token_adapter)?\.(base_layer|original_module)\.")
 
 
 def inject_adapters(
@@ -101,8 +107,8 @@ def inject_adapters(
     check_method(method, given)
     check_sources(method, given)
     config = own_config(config, model, given)
-    peft_model = get_peft_model(model, config, adapter_name=adapter_name)
-    try:
+    with _as_it_was_on_error(model):
+        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         layers = lora_layers(peft_model, adapter_name)
         given = with_spaces(method, given, layers, adapter_name)
         for name, layer in layers.items():
@@ -111,11 +117,6 @@ def inject_adapters(
         place = check_servable(model, bases, method, residual=residual, freeze_a=freeze_a)
         if place == "adapter" and config.use_dora:
             raise ValueError("DoRA's magnitudes do not add up over two adapters: use_dora needs a base that can be changed")
-    except Exception:
-        peft_model.unload()
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-        raise
     for name, layer in layers.items():
         _write_factors(name, layer, adapter_name, method, given, place)
     if place == "adapter":
@@ -178,7 +179,8 @@ def save_init(
 
     Args:
         out: must not exist yet, or be empty.
-        peft_model: fresh from `inject_adapters`; not changed.
+        peft_model: fresh from `inject_adapters`. Not changed, but that its adapter's configuration names `OUT/base` from now on,
+            so that whatever saves the adapter after training names the base it belongs to.
         spaces: what it was made of, to be kept beside it.
         tokenizer: saved beside the base, if given.
         record: JSON-able facts to keep in `nullspace.json`: the model's name, the data, …
@@ -197,10 +199,10 @@ def save_init(
     base: Any = peft_model.get_base_model()
     adapter = peft_model.active_adapter
     config = peft_model.peft_config[adapter]
+    original = config.base_model_name_or_path
     with store.new_directory(out, overwrite=overwrite) as part:
         if spaces is not None:
             spaces.write(part / "spaces")
-        original = config.base_model_name_or_path
         if residual:
             config.base_model_name_or_path = str(out / "base")
         try:
@@ -210,14 +212,35 @@ def save_init(
         if place == "adapter":
             save_adapter(peft_model, SUBTRACTED.format(adapter), part / "subtracted")
         if residual:
-            weights = {
-                name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name
-            }
-            base.save_pretrained(part / "base", state_dict=weights)
+            base.save_pretrained(part / "base", state_dict=_base_state(base))
             if tokenizer is not None:
                 tokenizer.save_pretrained(part / "base")
-        store.write_manifest(part, "init", {"model": original, **(record or {})})
+        store.write_manifest(part, "init", {"model": getattr(base, "name_or_path", None) or None, **(record or {})})
+    if residual:
+        config.base_model_name_or_path = str(out / "base")
     return out
+
+
+@contextlib.contextmanager
+def _as_it_was_on_error(model: nn.Module) -> Iterator[None]:
+    """PEFT's `unload` is not enough: it leaves everything frozen, and copies in place of the modules to be saved whole."""
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, own in children:
+            module._modules.update(own)
+        for parameter, was in trainable:
+            parameter.requires_grad = was
+        vars(model).pop("peft_config", None)
+        raise
+
+
+def _base_state(base: nn.Module) -> dict[str, torch.Tensor]:
+    """The base's weights under its own names: PEFT's own left out, and what it has wrapped unwrapped."""
+    state = base.state_dict()
+    return {_WRAPPER.sub(".", name): tensor for name, tensor in state.items() if not _ADDED.search(name)}
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
@@ -124,7 +125,9 @@ def own_config(config: LoraConfig, model: nn.Module, given: Sources) -> LoraConf
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config must be a LoraConfig, not {type(config).__name__}")
     if isinstance(model, PeftModel):
-        raise TypeError("the model already is a PeftModel: merge or unload its adapters first")
+        raise TypeError("the model already is a PeftModel: merge its adapters first, or start from the base model again")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise TypeError("the model already has adapters: merge them first, or start from the base model again")
     for name in ("target_parameters", "layer_replication", "use_qalora", "megatron_config"):
         if getattr(config, name, None):
             raise ValueError(f"LoraConfig.{name} is not supported: factors belong to whole linear layers")

@@ -382,7 +382,7 @@ def test_export_refuses_adapters_that_do_not_belong_together(tmp_path: Path) -> 
     for other, words in (("b", "lora_alpha is 8 and 99"), ("c", "v_proj.*not in the initial adapter")):
         with pytest.raises(ValueError, match=words):
             export_lora(tmp_path / "a", tmp_path / other, tmp_path / "out")
-    with pytest.raises(ValueError, match="DoRA"):
+    with pytest.raises(ValueError, match="use_dora is True and False"):
         export_lora(tmp_path / "d", tmp_path / "a", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         export_lora(tmp_path / "none", tmp_path / "a", tmp_path / "out")
