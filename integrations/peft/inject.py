@@ -117,6 +117,8 @@ def inject_adapters(
         place = check_servable(model, bases, method, residual=residual, freeze_a=freeze_a)
         if place == "adapter" and config.use_dora:
             raise ValueError("DoRA's magnitudes do not add up over two adapters: use_dora needs a base that can be changed")
+        if place == "adapter" and config.trainable_token_indices:
+            raise ValueError("PEFT saves no second adapter beside trainable_token_indices: they need a base that can be changed")
     for name, layer in layers.items():
         _write_factors(name, layer, adapter_name, method, given, place)
     if place == "adapter":
@@ -260,7 +262,8 @@ def _subtract(peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, An
     """A second adapter with −B₀ and A₀."""
     second = SUBTRACTED.format(adapter)
     config = copy.deepcopy(config)
-    config.lora_dropout, config.bias, config.modules_to_save = 0.0, "none", None
+    config.lora_dropout, config.bias, config.lora_bias = 0.0, "none", False
+    config.modules_to_save = None
     peft_model.add_adapter(second, config)
     for layer in layers.values():
         with torch.no_grad():

@@ -4,7 +4,9 @@ saved is the trained model in a process that has only transformers and PEFT."""
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,48 +16,40 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
+from calibrated import RANK, sources_for
 from peft import LoraConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from torch import nn
 
-from models import random_batches, tiny
-from nullspace import NullSpaces, compute_null_spaces, store
+from models import VOCABULARY, random_batches, tiny
+from nullspace import store
 from nullspace.integrations import peft as integration
-from nullspace.integrations.peft import export_lora, inject_adapters, save_init
+from nullspace.integrations.peft import export_lora, freeze_a, inject_adapters, save_init
+from nullspace.methods import METHODS
 
-RANK = 8
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),  # TRL and PEFT to transformers
+    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*lora_bias=True:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*have invalid shape:UserWarning"),  # PEFT, of the biases of its own
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
+]
+
 BATCH = random_batches(1, 2, 24, seed=7)[0]
 LEARNING_RATE = 1e-3
+TOKENS = [3, 5, 8]
 
-COMPUTED: dict[str, NullSpaces] = {}
-
-
-def null_spaces(family: str) -> NullSpaces:
-    if family not in COMPUTED:
-        COMPUTED[family] = compute_null_spaces(tiny(family), random_batches(), rank=RANK, progress=False)
-    return COMPUTED[family]
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a method is made of, and whether it changes the base."""
-
-    source: Callable[[str], Any] = null_spaces
-    residual: bool = True
-
-
-METHODS = {"lora-null": Method(), "b-zero": Method(residual=False)}
+THOROUGH = ("lora-null", "b-zero")
+"""Composed with everything; the other methods with a few."""
 
 
 def start(method: str, model: nn.Module, config: LoraConfig, family: str = "llama", **options: Any) -> PeftModel:
-    return inject_adapters(model, config, METHODS[method].source(family), method=method, **options)
-
-
-def test_every_method_is_composed() -> None:
-    assert METHODS.keys() == set(integration.METHODS)
+    return inject_adapters(model, config, method=method, **sources_for(method, family), **options)
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ def checkpointing(use_reentrant: bool, model: PeftModel) -> None:
 
 
 PATTERNS = {
-    "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.down_proj": 5},
+    "rank_pattern": {"q_proj": 4, r"layers\.1\.mlp\.down_proj": 6},
     "alpha_pattern": {"k_proj": 32, r"layers\.0\.mlp\.up_proj": 1},
 }
 
@@ -92,27 +86,26 @@ COMPOSITIONS = {
     "DoRA, Conv1D": Composition({"use_dora": True}, family="gpt2"),
     "DoRA, bfloat16": Composition({"use_dora": True}, dtype=torch.bfloat16),
     "LoRA+": Composition(optimizer=loraplus),
-    "LoRA+, frozen A": Composition(options={"freeze_a": True}, optimizer=loraplus),
     "patterns": Composition(PATTERNS),
-    "rsLoRA, patterns": Composition({"use_rslora": True, **PATTERNS}),
     "dropout": Composition({"lora_dropout": 0.3}),
-    "whole head": Composition({"modules_to_save": ["lm_head"]}),
     "whole head and norms, frozen A": Composition(
         {"modules_to_save": ["lm_head", "post_attention_layernorm"]}, options={"freeze_a": True}
     ),
-    "tokens": Composition({"trainable_token_indices": [3, 5, 8]}),
+    "tokens": Composition({"trainable_token_indices": TOKENS}),
     "tied embeddings": Composition(family="qwen2"),
     "tied embeddings, whole head": Composition({"modules_to_save": ["lm_head"]}, family="qwen2"),
-    "tied embeddings, tokens": Composition({"trainable_token_indices": [3, 5, 8]}, family="qwen2"),
+    "tied embeddings, tokens": Composition({"trainable_token_indices": TOKENS}, family="qwen2"),
     "all biases": Composition({"bias": "all"}, family="qwen2"),
     "biases of layers": Composition({"bias": "lora_only"}, family="qwen2"),
     "biases of adapters": Composition({"lora_bias": True}),
     "checkpointing": Composition(prepare=partial(checkpointing, False)),
     "checkpointing, reentrant": Composition(prepare=partial(checkpointing, True)),
     "bfloat16": Composition(dtype=torch.bfloat16),
-    "bfloat16, frozen A": Composition(dtype=torch.bfloat16, options={"freeze_a": True}),
     "float16": Composition(dtype=torch.float16),
 }
+
+FEW = ("DoRA, rsLoRA, patterns", "whole head and norms, frozen A", "bfloat16")
+CASES = [(name, method) for method in METHODS for name in COMPOSITIONS if method in THOROUGH or name in FEW]
 
 
 def checkpoint(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
@@ -134,17 +127,21 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, steps: int = 2) -> None:
-    """Steps of AdamW on random targets. Every parameter that is to move gets a gradient, every other one stays."""
+def loss_of(model: nn.Module, generator: torch.Generator) -> torch.Tensor:
+    """On random targets; every sequence has the trainable tokens in it."""
+    ids = torch.randint(3, VOCABULARY, (2, 24), generator=generator)
+    ids[:, :3] = torch.tensor(TOKENS)
+    return nn.functional.cross_entropy(model(input_ids=ids).logits.flatten(0, 1).float(), ids.roll(-1, 1).flatten())
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Two steps: whatever requires a gradient moves, and nothing else."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = optimizer or adamw(model)
     generator = torch.Generator().manual_seed(5)
     model.train()
-    for _ in range(steps):
-        ids = torch.randint(3, 200, (2, 24), generator=generator)
-        ids[:, :3] = torch.tensor([3, 5, 8])
-        loss = nn.functional.cross_entropy(model(input_ids=ids).logits.flatten(0, 1).float(), ids.roll(-1, 1).flatten())
-        loss.backward()
+    for _ in range(2):
+        loss_of(model, generator).backward()
         optimizer.step()
         optimizer.zero_grad()
     for name, p in model.named_parameters():
@@ -250,9 +247,7 @@ def check_base(base: Path, original: Path, adapted: PeftModel) -> None:
         assert torch.equal(residual[name], tensor), name
 
 
-@pytest.mark.filterwarnings("ignore:.*lora_bias=True:UserWarning", "ignore:Careful, disabling adapter layers:UserWarning")
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", COMPOSITIONS)
+@pytest.mark.parametrize(("name", "method"), CASES)
 def test_starts_as_the_base_and_what_is_saved_is_what_was_trained(
     name: str, method: str, tmp_path: Path, plain_peft: PlainPeft
 ) -> None:
@@ -266,23 +261,275 @@ def test_starts_as_the_base_and_what_is_saved_is_what_was_trained(
         assert close(logits(adapted), before, 2e-6)
     else:  # rounding the residual costs no more than computing in 16 bits does anyhow
         assert (logits(adapted) - exact).abs().max() <= 2 * (before - exact).abs().max()
-    save_init(tmp_path / "init", adapted, METHODS[method].source(it.family))
-    assert (tmp_path / "init" / "base").is_dir() == METHODS[method].residual
-    if METHODS[method].residual:
+    save_init(tmp_path / "init", adapted)
+    assert (tmp_path / "init" / "base").is_dir() == METHODS[method].changes_base
+    if METHODS[method].changes_base:
         check_base(tmp_path / "init" / "base", original, adapted)
 
     it.prepare(adapted)
+    assert it.options.get("freeze_a", False) != any(p.requires_grad for n, p in adapted.named_parameters() if "lora_A" in n)
     train(adapted, it.optimizer and it.optimizer(adapted))
     adapted.save_pretrained(tmp_path / "trained")
     wanted = logits(adapted)
     assert not close(wanted, before, 100 * SAME[torch.float32])  # or else the rest would say nothing
     assert close(plain_peft.logits(tmp_path / "trained"), wanted, SAME[it.dtype])
 
-    if it.config.get("use_dora") and METHODS[method].residual:
-        return
-    export_lora(adapted, tmp_path / "init" / "adapter", tmp_path / "exported", base=str(original))
-    exported = plain_peft.logits(tmp_path / "exported")
-    if it.dtype == torch.float32:
-        assert close(exported, wanted, 1e-5)
-    else:
-        assert (exported - wanted).abs().max() <= 4 * (before - exact).abs().max()
+    # Two 16-bit models, each as far from the exact one as rounding once more takes it.
+    noise = 1e-5 * wanted.abs().max() if it.dtype == torch.float32 else 4 * (before - exact).abs().max()
+    if not (it.config.get("use_dora") and METHODS[method].changes_base):
+        export_lora(adapted, tmp_path / "init" / "adapter", tmp_path / "exported", base=str(original))
+        assert (plain_peft.logits(tmp_path / "exported") - wanted).abs().max() <= noise
+    if not it.config.get("lora_bias"):  # the model's layers have none to merge it into
+        merged = adapted.merge_and_unload()
+        assert (logits(merged) - wanted).abs().max() <= noise
+        merged.save_pretrained(tmp_path / "merged")
+        assert (plain_peft.logits(None, tmp_path / "merged") - wanted).abs().max() <= noise
+
+
+def small(folder: Path, method: str = "lora-null", **options: Any) -> tuple[PeftModel, torch.Tensor]:
+    """A started model, saved below the folder, and the logits that it began with."""
+    model = loaded(checkpoint(folder / "original"))
+    before = logits(model)
+    adapted = start(method, model, LoraConfig(r=RANK, lora_alpha=RANK), **options)
+    save_init(folder / "init", adapted)
+    return adapted, before
+
+
+def weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("method", THOROUGH)
+def test_loraplus_steps_further_with_b_than_with_a(method: str, frozen: bool, tmp_path: Path) -> None:
+    adapted, _ = small(tmp_path, method, freeze_a=frozen)
+    before = weights(adapted)
+    optimizer = loraplus(adapted)
+    loss_of(adapted, torch.Generator().manual_seed(5)).backward()
+    optimizer.step()
+    for key, value in weights(adapted).items():
+        # The first step of Adam is the learning rate in every entry with a gradient (which A has none of where B is zero).
+        step = LEARNING_RATE / 4 * (16 if "lora_B" in key else 1)
+        taken = 0.0 if "lora_A" in key and (method == "b-zero" or frozen) else step
+        assert (value - before[key]).abs().max().item() == pytest.approx(taken, rel=1e-2), key
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
+def test_gradient_checkpointing_gives_the_gradients_that_there_are_without(use_reentrant: bool, tmp_path: Path) -> None:
+    found = []
+    for prepared in (False, True):
+        adapted, _ = small(tmp_path / str(prepared), freeze_a=True)
+        if prepared:
+            checkpointing(use_reentrant, adapted)
+        adapted.train()
+        adapted(**BATCH, labels=BATCH["input_ids"]).loss.backward()
+        found.append({name: p.grad for name, p in adapted.named_parameters() if p.grad is not None})
+    plain, again = found
+    assert plain.keys() == again.keys() == {name for name in weights(adapted) if "lora_B" in name}
+    assert all(close(again[name], plain[name], 1e-6) for name in plain)
+
+
+@pytest.mark.parametrize("method", THOROUGH)
+def test_a_second_adapter_beside_ours(method: str, tmp_path: Path, plain_peft: PlainPeft) -> None:
+    adapted, before = small(tmp_path, method)
+    adapted.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights="gaussian"))
+    adapted.base_model.set_adapter(["default", "second"])
+    assert close(logits(adapted), before, 2e-6)
+    # Saved while another adapter is the active one: it too belongs to this base.
+    adapted.set_adapter("second")
+    save_init(tmp_path / "again", adapted)
+    assert (tmp_path / "again" / "base").is_dir() == METHODS[method].changes_base
+    adapted.base_model.set_adapter(["default", "second"])
+    train(adapted)
+    both = logits(adapted)
+    adapted.set_adapter("default")
+    one = logits(adapted)
+    assert not close(both, one, 1e-3)
+    assert not close(one, before, 1e-3)
+
+    adapted.save_pretrained(tmp_path / "trained")
+    adapters = {"default": tmp_path / "trained", "second": tmp_path / "trained" / "second"}
+    assert close(plain_peft.logits(adapters), one, SAME[torch.float32])
+    assert close(plain_peft.logits(adapters, active=["default", "second"]), both, SAME[torch.float32])
+    if METHODS[method].changes_base:
+        again = tmp_path / "again" / "base"
+        assert close(plain_peft.logits(adapters["default"], base=again), one, SAME[torch.float32])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_rslora": True, **PATTERNS},
+        {"lora_dropout": 0.3, "bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"lora_bias": True},
+    ],
+    ids=lambda config: next(iter(config)),
+)
+def test_the_second_adapter_that_takes_the_product_away_adds_nothing_else(
+    config: dict[str, Any], tmp_path: Path, plain_peft: PlainPeft
+) -> None:
+    model = loaded(checkpoint(tmp_path / "original", "qwen2"))
+    before = logits(model)
+    adapted = start("lora-null", model, LoraConfig(r=RANK, **config), "qwen2", residual="adapter")
+    assert close(logits(adapted), before, 2e-6)
+    save_init(tmp_path / "init", adapted)
+    train(adapted)
+    wanted = logits(adapted)
+    adapted.save_pretrained(tmp_path / "trained")
+    pair = {"default": tmp_path / "trained", "default_subtracted": tmp_path / "init" / "subtracted"}
+    assert close(plain_peft.logits(pair, active=list(pair)), wanted, SAME[torch.float32])
+    export_lora(adapted, tmp_path / "init" / "adapter", tmp_path / "exported", base=str(tmp_path / "original"))
+    assert close(plain_peft.logits(tmp_path / "exported"), wanted, 1e-5)
+
+
+def test_tokens_are_refused_where_a_second_adapter_would_have_to_be_saved() -> None:
+    config = LoraConfig(r=RANK, trainable_token_indices=TOKENS)
+    with pytest.raises(ValueError, match=r"trainable_token_indices.*base that can be changed"):
+        start("lora-null", tiny("llama"), config, residual="adapter")
+
+
+def test_a_second_start_on_one_base_is_refused_and_the_first_is_as_it_was(tmp_path: Path) -> None:
+    adapted, before = small(tmp_path, freeze_a=True)
+    config = LoraConfig(r=RANK, lora_alpha=RANK)
+    for model, words in ((adapted, "already is a PeftModel"), (adapted.get_base_model(), "already has adapters")):
+        for method in METHODS:
+            with pytest.raises(TypeError, match=words):
+                start(method, model, config)
+            with pytest.raises(TypeError, match=words):
+                start(method, model, config, adapter_name="second")
+    assert close(logits(adapted), before, 2e-6)
+    assert list(adapted.peft_config) == ["default"]
+    assert {name for name, p in adapted.named_parameters() if p.requires_grad} == {n for n in weights(adapted) if "lora_B" in n}
+    # Without its adapter the base is a residual, to which the null spaces do not belong; merged, it is what it was.
+    with pytest.raises(ValueError, match="another model"):
+        start("lora-null", copy.deepcopy(adapted).unload(), config)
+
+
+@pytest.mark.parametrize("method", THOROUGH)
+def test_a_refused_model_has_its_own_modules_as_trainable_and_as_tied_as_they_were(method: str) -> None:
+    model = tiny("qwen2")
+    model.model.norm.requires_grad_(False)
+    modules = {name: id(module) for name, module in model.named_modules()}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    for config, error in (
+        ({"r": RANK + 1, "modules_to_save": ["lm_head"], "trainable_token_indices": [3]}, "rank 9"),
+        ({"target_modules": ["q_proj", "nothing_of_the_kind"], "rank_pattern": {"q_proj": RANK + 1}}, "rank 9"),
+        ({"target_modules": ["nothing_of_the_kind"]}, "nothing_of_the_kind"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            start(method, model, LoraConfig(**{"r": RANK, **config}), "qwen2")
+        assert {name: id(module) for name, module in model.named_modules()} == modules
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert not hasattr(model, "peft_config")
+
+
+def test_dora_on_a_residual_base_is_not_exported_and_on_an_untouched_one_as_it_is(tmp_path: Path) -> None:
+    for method in THOROUGH:
+        folder = tmp_path / method
+        adapted = start(method, loaded(checkpoint(folder / "original")), LoraConfig(r=RANK, use_dora=True))
+        save_init(folder / "init", adapted)
+        train(adapted)
+        adapted.save_pretrained(folder / "trained")
+        if METHODS[method].changes_base:
+            with pytest.raises(ValueError, match=r"DoRA on a residual base.*merge"):
+                export_lora(folder / "trained", folder / "init" / "adapter", folder / "plain")
+            assert not (folder / "plain").exists()
+        else:
+            export_lora(folder / "trained", folder / "init" / "adapter", folder / "plain")
+            trained, plain = (load_file(folder / name / "adapter_model.safetensors") for name in ("trained", "plain"))
+            assert trained.keys() == plain.keys()
+            assert any("magnitude" in name for name in plain)
+            assert all(torch.equal(plain[name], trained[name]) for name in plain)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Of as many words as the tiny models know."""
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w2", pad_token="w1", unk_token="w0")
+
+
+def sequences(seed: int = 3) -> list[dict[str, list[int]]]:
+    ids = torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [{"input_ids": each, "labels": each} for each in ids]
+
+
+def arguments(out: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(out), "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": LEARNING_RATE,
+        "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1,
+    }  # fmt: skip
+
+
+def check_trained(adapted: PeftModel, before: dict[str, torch.Tensor], frozen: bool) -> None:
+    """B has moved, and A has unless it is frozen: then not by a bit, as the base."""
+    for name, p in adapted.named_parameters():
+        trained = "lora_B" in name or ("lora_A" in name and not frozen)
+        assert torch.equal(p, before[name]) == (not trained), name
+
+
+TRAINED = [
+    pytest.param("lora-null", False, id="lora-null"),
+    pytest.param("lora-null", True, id="lora-null, frozen A"),
+    pytest.param("b-zero", True, id="b-zero, frozen A"),
+]
+
+
+@pytest.mark.parametrize(("method", "frozen"), TRAINED)
+def test_transformers_trainer_trains_saves_and_resumes(method: str, frozen: bool, tmp_path: Path, plain_peft: PlainPeft) -> None:
+    adapted, _ = small(tmp_path, method, freeze_a=frozen)
+    before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
+
+    def trainer(model: PeftModel, out: str) -> transformers.Trainer:
+        return transformers.Trainer(model, transformers.TrainingArguments(**arguments(tmp_path / out)), train_dataset=sequences())
+
+    trainer(adapted, "straight").train()
+    check_trained(adapted, before, frozen)
+    assert close(plain_peft.logits(tmp_path / "straight" / "checkpoint-4"), logits(adapted), SAME[torch.float32])
+
+    # In another process, which has but the files.
+    base = loaded(tmp_path / ("init/base" if METHODS[method].changes_base else "original"))
+    again = PeftModel.from_pretrained(base, tmp_path / "init" / "adapter", is_trainable=True)
+    if frozen:
+        freeze_a(again)
+    trainer(again, "resumed").train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    check_trained(again, before, frozen)
+    straight = dict(adapted.named_parameters())
+    assert all(close(p, straight[name], 1e-6) for name, p in again.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("method", "frozen"), TRAINED)
+def test_trl_sft_trainer(method: str, frozen: bool, tmp_path: Path, plain_peft: PlainPeft, tokenizer: Any) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    adapted, _ = small(tmp_path, method, freeze_a=frozen)
+    before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
+    trainer = trl.SFTTrainer(
+        adapted,
+        trl.SFTConfig(**arguments(tmp_path / "sft"), bf16=False),
+        train_dataset=datasets.Dataset.from_list([{"input_ids": each["input_ids"]} for each in sequences()]),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    check_trained(adapted, before, frozen)
+    assert close(plain_peft.logits(tmp_path / "sft" / "checkpoint-4"), logits(adapted), SAME[torch.float32])
+
+
+def test_trl_dpo_trainer_compares_with_the_start_and_not_with_the_residual(tmp_path: Path, tokenizer: Any) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    adapted, _ = small(tmp_path)
+    texts = [tokenizer.decode(each["input_ids"]) for each in sequences()]
+    pairs = [{"prompt": a[:20], "chosen": a[20:], "rejected": b} for a, b in itertools.pairwise(texts)]
+    trainer = trl.DPOTrainer(
+        adapted,
+        args=trl.DPOConfig(**arguments(tmp_path / "dpo"), bf16=False),
+        train_dataset=datasets.Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    losses = [each["loss"] for each in trainer.state.log_history if "loss" in each]
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-5)  # policy and reference are the same model
+    assert losses[-1] < losses[0] - 1e-3
