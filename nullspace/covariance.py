@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import nullspace.csrc_triton as csrc_triton
-from nullspace.sums import Sums, TokenMask, nonfinite
+from nullspace.sums import GramSums, Sums, TokenMask, nonfinite
 from nullspace.sums_qr import QrSums
 from nullspace.sums_torch import TorchSums
 from nullspace.sums_triton import TritonSums
@@ -116,6 +116,21 @@ class Covariance:
         self._sums.merge(other._sums)
         self._tokens += other._tokens
         self._mass += other._mass
+
+    @classmethod
+    def from_matrix(cls, matrix: torch.Tensor, *, tokens: int = 1) -> Covariance:
+        """A covariance that somebody else has summed, on the matrix's device; its Σ x is not known, and taken for zero.
+
+        Args:
+            matrix: (d_in, d_in) symmetric and positive semi-definite; taken in float64, its lower triangle.
+            tokens: how many were summed.
+        """
+        found = cls(len(matrix), device=matrix.device, precision="fp64")
+        rows = torch.cat([matrix[i, : i + 1] for i in range(len(matrix))])
+        assert isinstance(found._sums, GramSums)
+        found._sums.triangle.set_rows(rows)
+        found._tokens, found._mass = tokens, float(tokens)
+        return found
 
     def scale(self, weight: float) -> None:
         """Let every token that was added so far count `weight` times: C, Σ x and `mass` are multiplied by it, `tokens` is not.

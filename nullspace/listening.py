@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,8 +42,8 @@ class _Sum:
         """Whether x is the input at hand: the same object, and not written to since."""
         return self._input is not None and self._input() is x and self._version == _version(x)
 
-    def begin_input(self, name: str, x: torch.Tensor, mask: TokenMask | None) -> None:
-        self.covariance.update(x, mask)
+    def begin_input(self, name: str, x: torch.Tensor, summed: torch.Tensor, mask: TokenMask | None) -> None:
+        self.covariance.update(summed, mask)
         # A weak reference holds no memory, and answers None (not another tensor at the same address) when x is gone.
         self._input, self._version, self._heard = weakref.ref(x), _version(x), {name}
 
@@ -66,12 +66,19 @@ class Listener:
     Args:
         targets: module name → linear layer.
         precision: as in `stream_covariances`.
-        device: where the sums live; by default where the first input of each is.
+        weigh: (name of the first member, input) → what is summed in the input's place.
     """
 
-    def __init__(self, targets: Mapping[str, nn.Module], precision: str | Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        targets: Mapping[str, nn.Module],
+        precision: str | Mapping[str, str],
+        *,
+        weigh: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         self._targets = targets
         self._precision = precision
+        self._weigh = weigh
         self._sums: list[_Sum] = []
         self._of: dict[str, _Sum] = {}
         self._batch = 0
@@ -142,7 +149,8 @@ class Listener:
 
     def _begin_input(self, each: _Sum, name: str, x: torch.Tensor) -> None:
         try:
-            each.begin_input(name, x, self._rows_that_count(x))
+            summed = x if self._weigh is None else self._weigh(each.members[0], x)
+            each.begin_input(name, x, summed, self._rows_that_count(x))
         except ValueError as error:
             raise ValueError(f"{name}, batch {self._batch}: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -19,6 +20,7 @@ from nullspace.batches import example_of, length
 from nullspace.checkpoint import Checkpoint, fingerprint_of_run
 from nullspace.covariance import Covariance
 from nullspace.covariances import Covariances
+from nullspace.decompose import decompose
 from nullspace.listening import precision_of
 from nullspace.progress import Progress, reporter
 from nullspace.sites import Site, find_targets, weight_shape
@@ -304,10 +306,10 @@ class NullSpaces(Sitewise[NullSpace]):
             check_site_rank(site, rank, kept)
         found: list[NullSpace] = []
         report_progress("null spaces", 0, len(covariances), 0)
-        for ready in _side_by_side((site, covariances[site.name]) for site in covariances.sites):
-            for space in _decompose(ready, rank, spectrum, kept):
-                found.append(space)
-                report_progress("null spaces", sum(len(s.site.members) for s in found), len(covariances), 0)
+        pairs = ((site, covariances[site.name]) for site in covariances.sites)
+        for space in decompose(pairs, functools.partial(_bottom, rank=rank, spectrum=spectrum, exclude=kept)):
+            found.append(space)
+            report_progress("null spaces", sum(len(s.site.members) for s in found), len(covariances), 0)
         unsure = [s for s in found if s.excess_estimate > TOLERANCE and (s.outliers > 0 or s.leak > QUIET)]
         if unsure:
             warnings.warn(
@@ -348,6 +350,10 @@ def _excluded_at(site: Site, exclude: Mapping[str, torch.Tensor]) -> torch.Tenso
         raise ValueError(f"exclude: {site.name!r} has inputs of width {site.d_in}, and its rows are {tuple(wrong.shape)}")
     _, sigma, vt = torch.linalg.svd(torch.cat(rows), full_matrices=False)
     return vt[sigma > 1e-12 * sigma[0]].mT if sigma[0] > 0 else None
+
+
+def _bottom(site: Site, covariance: Covariance, *, rank: int, spectrum: bool, exclude: Mapping[str, torch.Tensor]) -> NullSpace:
+    return NullSpace.from_covariance(covariance, rank, site=site, spectrum=spectrum, exclude=_excluded_at(site, exclude))
 
 
 def check_site_rank(site: Site, rank: int, exclude: Mapping[str, torch.Tensor]) -> None:
@@ -441,6 +447,8 @@ def compute_null_spaces(
     spaces = [NullSpace.from_facts(facts, tensors) for facts, tensors in kept.load()] if kept is not None else []
     done = {name for space in spaces for name in space.site.members}
 
+    bottom_of = functools.partial(_bottom, rank=rank, spectrum=spectrum, exclude=avoided)
+
     def explain() -> str:
         return plan.advice(
             model, targets=targets, strategy=strategy, batch=example_of(loader), batches=length(loader), device=device, rank=rank
@@ -463,14 +471,13 @@ def compute_null_spaces(
                 hidden_states=hidden_states,
                 progress=renamed,
             )
-            for ready in _side_by_side(stream):
-                for space in _decompose(ready, rank, spectrum, avoided):
-                    if kept is not None:
-                        kept.keep(space.site.name, space.facts(), {"basis": space.basis, "eigenvalues": space.eigenvalues})
-                    logger.info("%s: leak %.1e, rounding %.0e of it", space.site, space.leak, space.excess_estimate)
-                    found.append(space)
-                    members = sum(len(s.site.members) for s in found)
-                    report_progress("null spaces", members + (len(done) if forward == "forward" else 0), len(modules), 0)
+            for space in decompose(stream, bottom_of):
+                if kept is not None:
+                    kept.keep(space.site.name, space.facts(), {"basis": space.basis, "eigenvalues": space.eigenvalues})
+                logger.info("%s: leak %.1e, rounding %.0e of it", space.site, space.leak, space.excess_estimate)
+                found.append(space)
+                members = sum(len(s.site.members) for s in found)
+                report_progress("null spaces", members + (len(done) if forward == "forward" else 0), len(modules), 0)
         return found
 
     left = [name for name in modules if name not in done]
@@ -518,53 +525,6 @@ def _explaining_memory(explain: Callable[[], str]) -> Iterator[None]:
             raise error from None
         kind = torch.cuda.OutOfMemoryError if isinstance(error, torch.cuda.OutOfMemoryError) else MemoryError
         raise kind(f"{error}\n{text}") from error
-
-
-def _side_by_side(stream: Iterator[tuple[Site, Covariance]]) -> Iterator[list[tuple[Site, Covariance]]]:
-    """Sites that are to be decomposed together, drawn before that begins: the model may have to run for the next one.
-
-    Several a thread, so that no thread waits for one that has a larger site; but no more than weigh little.
-    """
-    ready: list[tuple[Site, Covariance]] = []
-    weight = 0
-    for pair in stream:
-        ready.append(pair)
-        d = pair[1].d_in
-        weight += 4 * d * d
-        together = solvers.side_by_side(d, pair[1].device)
-        del pair  # the consumer frees the sums, and no name here holds them back
-        if together == 1 or len(ready) >= solvers.TURNS * together or weight >= solvers.TOGETHER_BYTES:
-            yield ready
-            ready, weight = [], 0
-    if ready:
-        yield ready
-
-
-def _decompose(
-    ready: list[tuple[Site, Covariance]], rank: int, spectrum: bool, exclude: Mapping[str, torch.Tensor]
-) -> Iterator[NullSpace]:
-    """The null spaces of some sites, which are forgotten on the way.
-
-    A small one goes through the pool even when it comes alone: with one thread its bits do not depend on who is beside it.
-    """
-
-    def solve(pair: tuple[Site, Covariance]) -> NullSpace:
-        excluded = _excluded_at(pair[0], exclude)
-        return NullSpace.from_covariance(pair[1], rank, site=pair[0], spectrum=spectrum, exclude=excluded)
-
-    small = [pair for pair in ready if solvers.side_by_side(pair[1].d_in, pair[1].device) > 1]
-    large = ready[len(small) :]  # at most one: it ends the drawing
-    ready.clear()
-    if small:
-        # The largest first: what is left at the end is short.
-        order = sorted(range(len(small)), key=lambda i: -small[i][1].d_in)
-        threads = min(len(small), min(solvers.side_by_side(c.d_in, c.device) for _, c in small))
-        with solvers.one_thread_each(threads) as pool:
-            solved = dict(zip(order, pool.map(solve, [small[i] for i in order]), strict=True))
-        small.clear()
-        yield from (solved.pop(i) for i in range(len(order)))
-    while large:
-        yield solve(large.pop())
 
 
 def check_rank(modules: Mapping[str, nn.Module], rank: int) -> None:

@@ -4,9 +4,11 @@ PEFT has no register of initialisers, so the factors are written after PEFT has 
 loads in a process that has never heard of nullspace.
 
 - `inject_adapters` and `save_init` (`inject.py`), or `write_init` (`write.py`) for models that are larger than the memory.
+- `preprocess_corda` (`corda.py`): PEFT's function of this name.
 - `export_lora` (`export.py`): a trained adapter as a plain LoRA for the untouched base.
 """
 
+from nullspace.integrations.peft.corda import preprocess_corda
 from nullspace.integrations.peft.export import export_lora
 from nullspace.integrations.peft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, row_spaces
 from nullspace.integrations.peft.inject import attach_subtracted, freeze_a, inject_adapters, save_init
@@ -24,6 +26,7 @@ __all__ = [
     "freeze_a",
     "inject_adapters",
     "lora_layers",
+    "preprocess_corda",
     "row_spaces",
     "save_init",
     "write_init",

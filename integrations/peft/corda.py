@@ -1,0 +1,335 @@
+"""CorDA's door in PEFT: `preprocess_corda` with PEFT's signature, and its two files.
+
+    from nullspace.integrations.peft import preprocess_corda        # instead of peft.tuners.lora.corda
+
+    preprocess_corda(model, lora_config, run_model=run_model)
+    peft_model = get_peft_model(model, lora_config)                 # PEFT's own, with init_lora_weights="corda"
+
+For CorDA without PEFT's door (16-bit bases whose residual is rounded once, quantised bases, several methods from one pass) there is
+`inject_adapters(..., method="corda-kpm")`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.model import LoraModel
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from nullspace import solvers
+from nullspace.batches import evaluating, is_encoder_decoder
+from nullspace.covariance import Covariance
+from nullspace.decompose import decompose
+from nullspace.factors import CORDA_MODES, DAMPING, ZERO
+from nullspace.integrations.peft.layers import RESIDUAL_DTYPES
+from nullspace.listening import Listener, listening, refuse_silent
+from nullspace.progress import reporter
+from nullspace.sites import Site, find_targets, is_conv1d, is_linear, weight_of, weight_shape
+
+
+@dataclass
+class CordaEigens:
+    """What PEFT's `corda_init` reads from a layer, and deletes.
+
+    Attributes:
+        S_WC: (r,) float32 singular values of W C, descending.
+        U_WC: (d_out, r) float32, their left singular vectors.
+        V_WC: (d_in, r) float32, C⁻¹ times the right ones, which is Wᵀ U_WC / S_WC.
+    """
+
+    S_WC: torch.Tensor
+    U_WC: torch.Tensor
+    V_WC: torch.Tensor
+
+
+@torch.no_grad()
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    run_model: Callable[[], Any] | None = None,
+    hooked_model: nn.Module | None = None,
+    *,
+    parity: bool = False,
+) -> None:
+    """PEFT's function of this name, from float64 second moments: sets `eigens` on every target layer, for `get_peft_model`.
+
+    BA is CorDA's (arXiv 2406.05223): the last r (`corda_method="kpm"`) or first r (`"ipm"`) singular triples of W C, times C⁻¹,
+    with C damped by 0.01 of the mean of its diagonal, as in PEFT and in the paper's code. It is computed as U_r U_rᵀ W, without an
+    inverse. What differs from PEFT:
+
+    - Every token counts once. PEFT divides each call's input by the absolute value of its largest entry, so that a sample counts
+      more the smaller its extremes are; it counts padding; and it takes one sample a call. Here padding is left out where
+      the model is given an `attention_mask`, and samples may come in batches. `parity=True` weighs and counts as PEFT does.
+    - Layers that are handed the same tensor share one sum, in float64; `use_float16_for_covariance` is therefore ignored. The
+      damping is never doubled: PEFT does so when its float32 inverse fails.
+    - `target_modules="all-linear"` is understood, a configuration without `target_modules` as PEFT's other initialisers do.
+    - What cannot work is said before the model runs. Hooks are removed, and the model's mode restored, whatever happens.
+    - Both files are read with `weights_only=True`, checked, and written whole or not at all; they are PEFT's format, in both
+      directions.
+
+    Args:
+        model: the base model, of floating-point weights; `nn.Linear` and transformers' `Conv1D` layers are adapted.
+        lora_config: with `corda_config`; `rank_pattern` counts.
+        run_model: runs the model on the data, in one or many calls. Not needed if one of the two files exists.
+        hooked_model: what `run_model` runs, if it is not `model`; with the same names of layers.
+        parity: weigh tokens as PEFT does, to get its factors.
+
+    Raises:
+        ValueError: naming the layer or file: without a `corda_config`, for targets that match nothing, a rank that a weight does
+            not have, weights that are quantised or not at hand, no `run_model` and no file, layers that were never called, NaN or
+            Inf, and files that are damaged, or of other layers.
+    """
+    options = lora_config.corda_config
+    if options is None:
+        raise ValueError("lora_config.corda_config is None: give LoraConfig(corda_config=CordaConfig(corda_method='kpm'))")
+    targets = _find_targets(model, lora_config)
+    ranks = {name: _rank(lora_config, name) for name in targets}
+    for name, layer in targets.items():
+        _check_layer(name, layer, ranks[name])
+    cache, sums = _path(options.cache_file), _path(options.covariance_file)
+    if cache is not None and _is_there(cache):
+        for name, eigens in _read_cache(cache, targets, ranks).items():
+            _attach(targets[name], eigens)
+        return
+    mode = options.corda_method
+    if mode not in CORDA_MODES:
+        raise ValueError(f"corda_method must be 'kpm' or 'ipm' where there is no cache_file, not {mode!r}")
+    from_file = sums is not None and _is_there(sums)
+    if not from_file and run_model is None:
+        raise ValueError("run_model is needed: there is neither a covariance_file nor a cache_file yet")
+    for path in (cache, sums):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    report = reporter(bool(options.verbose))
+    moments = (
+        _read_covariances(sums, targets)
+        if from_file and sums is not None
+        else _run(targets, lora_config, run_model, model if hooked_model is None else hooked_model, parity)
+    )
+    done = 0
+    kept: dict[str, torch.Tensor] = {}
+    report("corda", 0, len(targets), 0)
+
+    def solve(site: Site, covariance: Covariance) -> tuple[dict[str, CordaEigens], torch.Tensor | None]:
+        c = covariance.matrix()
+        if not from_file:
+            c /= covariance.tokens
+        wanted = (not from_file and sums is not None) or not options.prune_temporary_fields
+        as_found = c.float() if wanted else None
+        c.diagonal().add_(DAMPING * c.diagonal().mean())
+        return {name: _eigens(targets[name], c, ranks[name], mode) for name in site.members}, as_found
+
+    # The last site's results lie with its members: nothing but the wanted columns is kept.
+    for found, as_found in decompose(moments, solve):
+        for name, eigens in found.items():
+            _attach(targets[name], eigens)
+            if as_found is not None:
+                kept[name] = as_found
+        done += len(found)
+        report("corda", done, len(targets), 0)
+    if not options.prune_temporary_fields:
+        for name, layer in targets.items():
+            fields: Any = layer
+            fields.covariance_matrix, fields.rank, fields.corda_method = kept[name], ranks[name], mode
+    if sums is not None and not from_file:
+        _save(sums, {name: kept[name] for name in targets})
+    if cache is not None:
+        _save(
+            cache,
+            {
+                f"{name}.eigens.{field}": getattr(layer.eigens, field)
+                for name, layer in targets.items()
+                for field in ("S_WC", "U_WC", "V_WC")
+            },
+        )
+
+
+def _find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """PEFT's choice: name → layer, in the model's order."""
+    if config.target_modules == "all-linear":
+        return find_targets(model)
+    if config.target_modules is None:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+            raise ValueError(f"give target_modules: PEFT has none for a model of type {kind!r}")
+        config = copy.copy(config)
+        config.target_modules = list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) and LoraModel._check_target_module_exists(config, name)
+    }
+    if not found:
+        raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}")
+    return found
+
+
+def _rank(config: LoraConfig, name: str) -> int:
+    patterns = config.rank_pattern or {}
+    return patterns.get(get_pattern_key(list(patterns), name), config.r)
+
+
+def _check_layer(name: str, layer: nn.Module, rank: int) -> None:
+    weight, (d_out, d_in) = weight_of(layer), weight_shape(layer)
+    if weight.dtype not in RESIDUAL_DTYPES or weight.device.type == "meta":
+        raise ValueError(
+            f"the weight of {name!r} ({type(layer).__name__}, {weight.dtype}, {weight.device}) cannot become a residual, which "
+            'PEFT\'s CorDA needs; inject_adapters(..., method="corda-kpm", residual="adapter") leaves it alone'
+        )
+    if not 1 <= rank <= min(d_out, d_in):
+        raise ValueError(f"the adapter of {name!r} has rank {rank}, but its weight is {d_out} × {d_in}: use r ≤ {min(d_out, d_in)}")
+
+
+def _run(
+    targets: Mapping[str, nn.Module],
+    config: LoraConfig,
+    run_model: Callable[[], Any] | None,
+    hooked: nn.Module,
+    parity: bool,
+) -> Iterator[tuple[Site, Covariance]]:
+    """Second moments of what the targets hear while `run_model` runs."""
+    assert run_model is not None
+    modules = dict(hooked.named_modules())
+    missing = next((name for name in targets if name not in modules or not is_linear(modules[name])), None)
+    if missing is not None:
+        raise ValueError(f"hooked_model has no linear layer {missing!r}, which is a target in model")
+    calls: dict[str, int] = {}
+
+    def weigh(name: str, x: torch.Tensor) -> torch.Tensor:
+        calls[name] = calls.get(name, 0) + 1
+        x = x.float()
+        return x / x.max().abs()
+
+    sums = Listener({name: modules[name] for name in targets}, "auto", weigh=weigh if parity else None)
+    with torch.inference_mode(False), evaluating(hooked), listening({n: modules[n] for n in targets}, sums):
+        with _batches(hooked, sums, masked=not parity):
+            run_model()
+        sums.end_batch()
+    refuse_silent(sums.silent)
+    for site, covariance in sums.release():
+        if parity:
+            covariance.scale(covariance.tokens / calls[site.name])  # divided by the tokens later: C over the calls
+        yield site, covariance
+        del covariance
+
+
+@contextlib.contextmanager
+def _batches(model: nn.Module, sums: Listener, *, masked: bool) -> Iterator[None]:
+    """Every call of the whole model is a batch, with its own `attention_mask`."""
+    number, two_inputs = 0, is_encoder_decoder(model)
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal number
+        number += 1
+        sums.begin_batch(number, kwargs.get("attention_mask") if masked else None, encoder_decoder=two_inputs)
+
+    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        sums.end_batch()
+
+    handles = [model.register_forward_pre_hook(begin, with_kwargs=True), model.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _eigens(layer: nn.Module, c: torch.Tensor, rank: int, mode: str) -> CordaEigens:
+    """The wanted singular triples of W C, with C⁻¹ times the right vectors, as PEFT keeps them."""
+    stored = weight_of(layer).detach()
+    weight = (stored.T if is_conv1d(layer) else stored).to(torch.float64)
+    sigma, u = solvers.left_singular(weight @ c.to(weight.device), rank, end="bottom" if mode == "kpm" else "top")
+    # Where W is singular itself, the triple has no part in W at all.
+    inverse = torch.where(sigma > ZERO * sigma[0], 1 / sigma, 0.0)
+    v = (weight.T @ u) * inverse
+    return CordaEigens(*(t.to(stored.device, torch.float32).contiguous() for t in (sigma, u, v)))
+
+
+def _attach(layer: nn.Module, eigens: CordaEigens) -> None:
+    holder: Any = layer  # nn.Module's type says that attributes are tensors or modules
+    holder.eigens = eigens
+
+
+def _path(name: str | os.PathLike[str] | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{path} is damaged, or holds something else than tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise ValueError(f"{path} does not hold a dictionary of tensors")
+    return found
+
+
+def _read_covariances(path: Path, targets: Mapping[str, nn.Module]) -> Iterator[tuple[Site, Covariance]]:
+    """PEFT's `covariance_file`: module name → (d_in, d_in)."""
+    found = _load(path)
+    by_storage: dict[tuple[int, int], list[str]] = {}
+    for name, layer in targets.items():
+        d_in = weight_shape(layer)[1]
+        if name not in found:
+            raise ValueError(f"{path} has no covariance of {name!r}; it was made for other target_modules")
+        if found[name].shape != (d_in, d_in):
+            raise ValueError(f"{path}: the covariance of {name!r} is {tuple(found[name].shape)}, not ({d_in}, {d_in})")
+        if not bool(torch.isfinite(found[name]).all()):
+            raise ValueError(f"{path}: the covariance of {name!r} holds NaN or Inf")
+        if not bool(found[name].diagonal().float().mean() > 0):
+            raise ValueError(f"{path}: the covariance of {name!r} is zero or negative")
+        by_storage.setdefault((found[name].data_ptr(), d_in), []).append(name)
+    for (_, d_in), names in by_storage.items():
+        device = weight_of(targets[names[0]]).device
+        yield Site(tuple(names), d_in), Covariance.from_matrix(found[names[0]].to(device))
+
+
+def _read_cache(path: Path, targets: Mapping[str, nn.Module], ranks: Mapping[str, int]) -> dict[str, CordaEigens]:
+    """PEFT's `cache_file`: "{name}.eigens.S_WC" and so on."""
+    found = _load(path)
+    eigens: dict[str, CordaEigens] = {}
+    for name, layer in targets.items():
+        d_out, d_in = weight_shape(layer)
+        r = ranks[name]
+        parts = []
+        for field, shape in (("S_WC", (r,)), ("U_WC", (d_out, r)), ("V_WC", (d_in, r))):
+            key = f"{name}.eigens.{field}"
+            if key not in found:
+                raise ValueError(f"{path} has no {key!r}; it was made for other target_modules")
+            if found[key].shape != shape:
+                raise ValueError(
+                    f"{path}: {key!r} is {tuple(found[key].shape)}, not {shape}: it was made for another rank or model"
+                )
+            if not bool(torch.isfinite(found[key]).all()):
+                raise ValueError(f"{path}: {key!r} holds NaN or Inf")
+            parts.append(found[key].to(weight_of(layer).device, copy=True))
+        eigens[name] = CordaEigens(*parts)
+    return eigens
+
+
+def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """`torch.save`, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        torch.save(dict(tensors), part)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
