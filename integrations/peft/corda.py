@@ -209,8 +209,7 @@ def _run(
 
     def weigh(name: str, x: torch.Tensor) -> torch.Tensor:
         calls[name] = calls.get(name, 0) + 1
-        x = x.float()
-        return x / x.max().abs()
+        return x.double() / x.max().abs()  # in float32 the quotient's rounding would be what the sum loses most by
 
     sums = Listener({name: modules[name] for name in targets}, "auto", weigh=weigh if parity else None)
     with torch.inference_mode(False), evaluating(hooked), listening({n: modules[n] for n in targets}, sums):
