@@ -64,7 +64,7 @@ def literal(w: torch.Tensor, c: torch.Tensor, mode: str) -> torch.Tensor:
 
 
 def as_peft_counts(model: nn.Module, name: str) -> torch.Tensor:
-    x = recorded_inputs(model, [{"input_ids": batch["input_ids"]} for batch in SAMPLES], [name])[name]
+    x = recorded_inputs(model, [{"input_ids": batch["input_ids"]} for batch in SAMPLES], [name])[name].double()
     parts = [part / part.max().abs() for part in x.split(64)]
     return sum(part.T @ part for part in parts) / len(parts)  # type: ignore[return-value]
 
