@@ -5,10 +5,12 @@ loads in a process that has never heard of nullspace.
 
 - `inject_adapters` and `save_init` (`inject.py`), or `write_init` (`write.py`) for models that are larger than the memory.
 - `preprocess_corda` (`corda.py`): PEFT's function of this name.
+- `get_eva_state_dict` and `initialize_lora_eva_weights` (`eva.py`): PEFT's two functions for EVA, from exact second moments.
 - `export_lora` (`export.py`): a trained adapter as a plain LoRA for the untouched base.
 """
 
 from nullspace.integrations.peft.corda import preprocess_corda
+from nullspace.integrations.peft.eva import get_eva_state_dict, initialize_lora_eva_weights
 from nullspace.integrations.peft.export import export_lora
 from nullspace.integrations.peft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, row_spaces
 from nullspace.integrations.peft.inject import attach_subtracted, freeze_a, inject_adapters, save_init
@@ -24,6 +26,8 @@ __all__ = [
     "check_servable",
     "export_lora",
     "freeze_a",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
     "inject_adapters",
     "lora_layers",
     "preprocess_corda",
