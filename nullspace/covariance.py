@@ -148,6 +148,9 @@ class Covariance:
 
         Args:
             dtype: of the one large tensor, d_in (d_in + 1) / 2 entries: float64, or float32 for half the space and 7 digits.
+
+        Raises:
+            ValueError: if it does not fit the range of float32.
         """
         sums = self._flushed()
         numbers, tensors = sums.state(dtype)

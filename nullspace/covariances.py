@@ -57,7 +57,7 @@ class Covariances(Sitewise[Covariance]):
                 some 1e-4 (`NullSpace.excess_estimate` counts it in).
 
         Raises:
-            ValueError: for another dtype.
+            ValueError: for another dtype, or one that the sums do not fit.
             FileExistsError: if the directory is in the way.
             OSError: if it cannot be written; then nothing is left behind.
         """
@@ -221,11 +221,12 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 
 def _check_same(first: Covariances, run: Covariances, number: int) -> None:
-    ours, theirs = {s.members for s in first.sites}, {s.members for s in run.sites}
-    if ours != theirs:
-        other = next(iter(ours ^ theirs))
+    ours, theirs = dict.fromkeys(first.sites), dict.fromkeys(run.sites)
+    other = next((s for s in (*ours, *theirs) if s not in ours or s not in theirs), None)
+    if other is not None:
         where = "the first one" if other in ours else f"number {number}"
-        raise ValueError(f"these runs are of different layers or models: only {where} has the site {' + '.join(other)}")
+        site = f"{' + '.join(other.members)} (d_in = {other.d_in})"
+        raise ValueError(f"these runs are of different layers or models: only {where} has the site {site}")
     for entry in first._entries:
         mine, others = entry.weights(), run._of[entry.site.name].weights()
         for name in mine.keys() & others.keys():

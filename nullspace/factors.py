@@ -22,7 +22,7 @@ from nullspace import solvers
 CORDA_MODES = ("kpm", "ipm")
 # What PEFT and the paper's code add to the diagonal of C, relative to its mean.
 DAMPING = 0.01
-# A singular value below this, relative to the largest entry of its product, is zero: nothing is divided by it.
+# A singular value below this, relative to the norm of its product, is zero: nothing is divided by it.
 ZERO = 1e-14
 
 
@@ -151,8 +151,9 @@ def corda(weight: torch.Tensor, c: torch.Tensor, *, rank: int, mode: str = "kpm"
     weight, (c,) = _with_moments(weight, c)
     c = c / _mean_diagonal(c)
     c.diagonal().add_(damping)
-    sigma, u = _left(weight @ c, rank, "bottom" if mode == "kpm" else "top")
-    return _projected(weight, u, sigma)
+    product = weight @ c
+    sigma, u = _left(product, rank, "bottom" if mode == "kpm" else "top")
+    return _projected(weight, u, torch.where(sigma > ZERO * torch.linalg.matrix_norm(product), sigma, 0.0))
 
 
 @torch.no_grad()
@@ -223,6 +224,8 @@ def eva(c: torch.Tensor, mean: torch.Tensor, mass: float, d_out: int, *, rank: i
     Raises:
         ValueError: if the shapes do not fit or r is out of range.
     """
+    if c.ndim != 2 or c.shape[0] != c.shape[1] or mean.shape != c.shape[:1]:
+        raise ValueError(f"needs a second moment (d_in, d_in) and a mean (d_in,), not {tuple(c.shape)} and {tuple(mean.shape)}")
     if not 1 <= rank <= min(len(c), d_out):
         raise ValueError(f"rank must be between 1 and {min(len(c), d_out)}, not {rank}")
     _, vectors = solvers.top_eigenpairs(centred(c, mean, mass), rank)
@@ -242,7 +245,7 @@ def orthogonal(
     """Random A and B, both different from zero, with B A = 0 (PEFT's `init_lora_weights="orthogonal"`, after an idea of D. Bhatta).
 
     Q is a random orthogonal r × r matrix; A combines its odd rows and B its even ones, with normal coefficients of standard
-    deviation 1/10, so that every column of B is orthogonal to every one of A. W₀ stays.
+    deviation 1/10, so that every row of B is orthogonal to every column of A. W₀ stays.
 
     Args:
         d_in: columns of the weight.
@@ -286,13 +289,11 @@ def _projected(weight: torch.Tensor, u: torch.Tensor, sigma: torch.Tensor | None
     """
     a = u.mT @ weight
     norms = torch.linalg.vector_norm(a, dim=1)
-    if sigma is None:
-        sigma = norms
-    scale = torch.where(sigma > ZERO * sigma.max(), sigma, norms)
-    root = torch.where(scale > 0, scale, 1.0).sqrt()
+    scale = norms if sigma is None else torch.where(sigma > 0, sigma, norms)
+    root = scale.sqrt()
     peak = torch.gather(a, 1, a.abs().argmax(1, keepdim=True))
     sign = torch.where(peak < 0, -1.0, 1.0)
-    return LowRank(A=sign * a / root[:, None], B=u * (sign.mT * root))
+    return LowRank(A=sign * a / torch.where(root > 0, root, 1.0)[:, None], B=u * (sign.mT * root))
 
 
 def _with_moments(weight: torch.Tensor, *moments: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -304,7 +305,9 @@ def _with_moments(weight: torch.Tensor, *moments: torch.Tensor) -> tuple[torch.T
 
 def _mean_diagonal(c: torch.Tensor) -> torch.Tensor:
     mean = c.diagonal().mean()
-    if not bool(torch.isfinite(mean)) or not bool(mean > 0):
+    if not bool(torch.isfinite(c).all()):
+        raise ValueError("the second moment holds NaN or Inf")
+    if not bool(mean > 0):
         raise ValueError(f"the second moment is no such thing: the mean of its diagonal is {float(mean)}")
     return mean
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nullspace import store
@@ -86,8 +86,12 @@ class _Stored(Entry[T]):
     def weights(self) -> Weights:
         shapes: Mapping[str, list[int]] = self._entry["weight_shapes"]
         # Not through `_read`, which takes in the whole file: what is compared here was checked when the directory was opened.
-        with safe_open(self._directory / self._entry["file"], framework="pt") as file:
-            prints = {key: file.get_tensor(key) for key in file.keys() if key.startswith(FINGERPRINT)}  # noqa: SIM118
+        path = self._directory / self._entry["file"]
+        try:
+            with safe_open(path, framework="pt") as file:
+                prints = {key: file.get_tensor(key) for key in file.keys() if key.startswith(FINGERPRINT)}  # noqa: SIM118
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(f"{path} is missing or was altered since it was opened: {error}") from error
         return {name: ((shape[0], shape[1]), prints.get(FINGERPRINT + name)) for name, shape in shapes.items()}
 
 

@@ -36,6 +36,8 @@ TOLERANCE = 1e-4
 NO_LEAK = 1e-8
 # What float64 sums leave of an exact null space, where no massive tokens make the norm of X meaningless.
 QUIET = 1e-7
+# And what `excess_estimate` makes of that, as a leak: at most 2e-7 where measured, and from 5e-5 on for sums kept in float32.
+FLOAT64_NOISE = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +112,10 @@ class NullSpace:
         """
         excluded = 0 if exclude is None else exclude.shape[1]
         if not 1 <= rank < covariance.d_in - excluded:
-            raise ValueError(f"rank must be between 1 and d_in - 1 = {covariance.d_in - excluded - 1}, not {rank}")
+            limit = f"d_in - {excluded + 1} = {covariance.d_in - excluded - 1}"
+            where = f" at {site.name!r}" if site is not None else ""
+            beside = f" ({excluded} excluded)" if excluded else ""
+            raise ValueError(f"rank must be between 1 and {limit}{where}{beside}, not {rank}")
         if covariance.tokens == 0:
             raise ValueError("the covariance has no tokens")
         squared = covariance.products != "qr"
@@ -179,6 +184,7 @@ class NullSpace:
 def _made_loud(c: torch.Tensor, e_dm: torch.Tensor) -> torch.Tensor:
     """P C P + ‖C‖ E Eᵀ with P = I − E Eᵀ: the same matrix in the complement of E, and E where nobody looks for quiet directions."""
     loudness = torch.linalg.matrix_norm(c)
+    loudness = torch.where(loudness > 0, loudness, 1.0)
     heard = c @ e_dm
     half = heard - e_dm @ ((e_dm.mT @ heard) / 2)
     cross = half @ e_dm.mT
@@ -187,7 +193,8 @@ def _made_loud(c: torch.Tensor, e_dm: torch.Tensor) -> torch.Tensor:
 
 def _made_loud_root(root: torch.Tensor, e_dm: torch.Tensor) -> torch.Tensor:
     """The same of a root: its rows projected, and E's behind them."""
-    return torch.cat([root - (root @ e_dm) @ e_dm.mT, torch.linalg.matrix_norm(root) * e_dm.mT])
+    loudness = torch.linalg.matrix_norm(root)
+    return torch.cat([root - (root @ e_dm) @ e_dm.mT, torch.where(loudness > 0, loudness, 1.0) * e_dm.mT])
 
 
 def estimated_excess(
@@ -310,7 +317,13 @@ class NullSpaces(Sitewise[NullSpace]):
         for space in decompose(pairs, functools.partial(_bottom, rank=rank, spectrum=spectrum, exclude=kept)):
             found.append(space)
             report_progress("null spaces", sum(len(s.site.members) for s in found), len(covariances), 0)
-        unsure = [s for s in found if s.excess_estimate > TOLERANCE and (s.outliers > 0 or s.leak > QUIET)]
+        # A leak that the sum is too coarse to show (a float32 file's) may be more than the computed one, which is then 0.
+        unsure = [
+            s
+            for s in found
+            if s.excess_estimate > TOLERANCE
+            and (s.outliers > 0 or s.leak > QUIET or (1 + s.excess_estimate) * NO_LEAK > FLOAT64_NOISE)
+        ]
         if unsure:
             warnings.warn(
                 f"rounding may have cost {len(unsure)} of {len(found)} sites more than {TOLERANCE:g} of their leak (at worst "
@@ -343,7 +356,7 @@ def check_exclude(exclude: Mapping[str, torch.Tensor] | None, names: Iterable[st
 def _excluded_at(site: Site, exclude: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """(d_in, m) orthonormal: the span of what is to be avoided by any member of a site; None if there is nothing."""
     rows = [exclude[name] for name in site.members if name in exclude]
-    if not rows:
+    if not any(map(len, rows)):
         return None
     wrong = next((r for r in rows if r.shape[1] != site.d_in), None)
     if wrong is not None:
@@ -411,7 +424,8 @@ def compute_null_spaces(
     Raises:
         ValueError: see `stream_covariances`; before the forward pass if the rank does not fit a layer, or if the checkpoint is
             that of another run (another model, data, or setting: which ones is said), damaged, or asked for with a loader that
-            can be read only once.
+            can be read only once; after it, naming the site, if the rank does not fit beside what members that turn out to share
+            an input exclude between them.
 
     Warns:
         UserWarning: naming the sites that saw fewer than d_in + rank tokens; and those that a second pass should sum again, if

@@ -84,7 +84,11 @@ class Sums(abc.ABC):
 
     @abc.abstractmethod
     def state(self, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        """Numbers and tensors to keep, the large tensor in `dtype`, as `(d (d + 1) / 2,)`; complete after `flush`."""
+        """Numbers and tensors to keep, the large tensor in `dtype`, as `(d (d + 1) / 2,)`; complete after `flush`.
+
+        Raises:
+            ValueError: if it does not fit the range of `dtype`.
+        """
 
     @abc.abstractmethod
     def load_state(self, numbers: Mapping[str, float], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -132,15 +136,15 @@ class GramSums(Sums):
         self._storage_loss *= weight
 
     def state(self, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        # A half of a unit in the last place at the most, of every entry.
-        lost = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps / 2 * self.triangle.norm()
+        rows = self.triangle.rows()
+        narrow, lost = narrowed(rows, dtype)
         numbers = {
             "mixed_energy": self._mixed_energy,
             "independent_loss": self._independent_loss,
             "common_loss": self._common_loss,
-            "storage_loss": self._storage_loss + lost,
+            "storage_loss": self._storage_loss + 2**0.5 * lost,  # entries beside the diagonal count twice
         }
-        return numbers, {"triangle": self.triangle.rows().to(dtype), "total": self.total}
+        return numbers, {"triangle": narrow, "total": self.total.clone()}
 
     def load_state(self, numbers: Mapping[str, float], tensors: Mapping[str, torch.Tensor]) -> None:
         self.triangle.set_rows(tensors["triangle"])
@@ -176,6 +180,21 @@ class GramSums(Sums):
         if self._mixed_energy > 0:
             lost += (math.sqrt(self._independent_loss) + self._common_loss) * min(norm / self._mixed_energy, 1.0)
         return lost
+
+
+def narrowed(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """float64 numbers in `dtype`, and the norm of what they lose by it. `rows` is overwritten.
+
+    Raises:
+        ValueError: if one is beyond the range of `dtype`.
+    """
+    if dtype == torch.float64:
+        return rows, 0.0
+    narrow = rows.to(dtype)
+    lost = float(torch.linalg.vector_norm(rows.sub_(narrow)))
+    if not math.isfinite(lost):
+        raise ValueError(f"the sums exceed the range of {dtype}: keep them in float64")
+    return narrow, lost
 
 
 def nonfinite(norms: Sequence[torch.Tensor]) -> str | None:

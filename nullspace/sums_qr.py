@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from nullspace.sums import STAGE_TOKENS, Sums, TokenMask, find_outliers, nonfinite
+from nullspace.sums import STAGE_TOKENS, Sums, TokenMask, find_outliers, narrowed, nonfinite
 
 # ‖E‖_F / ‖X‖_F, where R is that of X + E: Householder QR is backward stable.
 QR_RESOLUTION = 1e-15
@@ -65,9 +65,8 @@ class QrSums(Sums):
         self._storage_loss *= weight**0.5
 
     def state(self, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        lost = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps / 2 * self.trace**0.5
-        rows = torch.cat([self.root[: i + 1, i] for i in range(self.d_in)])  # column by column
-        return {"storage_loss": self._storage_loss + lost}, {"root": rows.to(dtype), "total": self.total}
+        rows, lost = narrowed(torch.cat([self.root[: i + 1, i] for i in range(self.d_in)]), dtype)  # column by column
+        return {"storage_loss": self._storage_loss + lost}, {"root": rows, "total": self.total.clone()}
 
     def load_state(self, numbers: Mapping[str, float], tensors: Mapping[str, torch.Tensor]) -> None:
         rows, at = tensors["root"], 0

@@ -77,6 +77,10 @@ class TorchSums(GramSums):
         elif self._float32 is None:
             self._float32 = False  # the sum is no longer that of the first tokens alone
 
+    def scale(self, weight: float) -> None:
+        super().scale(weight)
+        self._probe_energy *= weight
+
     def _absorb_staged(self) -> None:
         if self._staged:
             staged, self._staged = self._staged, []

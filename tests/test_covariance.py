@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -474,6 +475,140 @@ def test_unlike_covariances_do_not_merge(other: Covariance) -> None:
     covariance = covariance_of(randn(5, 3))
     with pytest.raises(ValueError, match=f"width {other.d_in} and precision '{other.precision}'"):
         covariance.merge(other)
+    assert_same_bits(covariance, covariance_of(randn(5, 3)))
+
+
+# ------------------------------------------------------------------------------------------------ kept, and scaled
+
+
+def restored(covariance: Covariance, dtype: torch.dtype = torch.float64) -> Covariance:
+    facts, tensors = covariance.state(dtype)
+    return Covariance.from_state(json.loads(json.dumps(facts)), tensors)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("tokens", [0, 1, LONG])
+@pytest.mark.parametrize("d", [1, 2, PANEL_ROWS + 1])
+def test_what_is_restored_is_what_was_kept_to_the_bit(d: int, tokens: int, precision: str) -> None:
+    covariance = covariance_of(activations(tokens, d, quietest=1e-2, massive=1e3, every=200), precision=precision)
+    facts, tensors = covariance.state()
+    assert max(t.numel() for t in tensors.values()) == max(d * (d + 1) // 2, d)
+    again = restored(covariance)
+    digits = 1e-15 if precision == "qr" else 0.0  # its root comes back to the bit, in another layout, which turns the order of sums
+    for one, other in zip(sums(again), sums(covariance), strict=True):
+        atol = digits * covariance.trace
+        torch.testing.assert_close(one, other, rtol=digits, atol=atol, equal_nan=True)
+    assert (again.mass, again.products) == (covariance.mass, covariance.products)
+    assert again.error_norm == pytest.approx(covariance.error_norm, rel=digits)
+    assert again.precision == {"auto": "fp64", "fp64": "fp64", "qr": "qr"}[precision]
+    if precision == "qr":
+        assert torch.equal(again.root(), covariance.root())
+    for name, tensor in again.state()[1].items():
+        assert torch.equal(tensor, tensors[name])
+    assert again.state()[0] == facts
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_state_does_not_change_with_what_comes_later(precision: str, dtype: torch.dtype) -> None:
+    covariance = covariance_of(randn(40, 5), precision=precision)
+    facts, tensors = covariance.state(dtype)
+    before = json.dumps(facts), {name: tensor.clone() for name, tensor in tensors.items()}
+    covariance.update(randn(LONG, 5, seed=1))
+    covariance.scale(3.0)
+    assert covariance.tokens == LONG + 40
+    assert json.dumps(facts) == before[0]
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before[1][name])
+    again = Covariance.from_state(facts, tensors)
+    again.update(randn(LONG, 5, seed=1))
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before[1][name])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_restored_goes_on(precision: str) -> None:
+    x = activations(LONG, 20, quietest=1e-2, massive=1e3, every=200)
+    again = restored(covariance_of(x[:700], precision=precision))
+    again.update(x[700:1200])
+    other = restored(covariance_of(x[1200:], precision=precision))
+    again.merge(other)
+    assert again.tokens == len(x)
+    assert relative_error(again.matrix(), second_moment(x)) <= RESOLUTION[precision]
+    torch.testing.assert_close(again.mean(), x.double().mean(0), rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 1e12])
+@pytest.mark.parametrize("massive", [1.0, 1e4])
+def test_what_float32_loses_in_a_file_is_counted(precision: str, scale: float, massive: float) -> None:
+    x = activations(LONG, 60, quietest=1e-2, massive=massive) * scale
+    covariance = covariance_of(x, precision=precision)
+    facts, tensors = covariance.state(torch.float32)
+    assert sum(t.numel() for t in tensors.values() if t.dtype == torch.float32) == 60 * 61 // 2
+    again = Covariance.from_state(json.loads(json.dumps(facts)), tensors)
+    # Under "qr", the error is one of X: that of its root.
+    kept, true = (again.root(), covariance.root()) if precision == "qr" else (again.matrix(), covariance.matrix())
+    lost = float((kept - true).norm())
+    added = again.error_norm - covariance.error_norm
+    assert 0 < lost <= added * (1 + 1e-9)
+    assert added <= 2 * lost
+    if scale > 1e-19:  # below, squares are no normal numbers
+        assert relative_error(kept, true) <= 1e-7
+    torch.testing.assert_close(again.mean(), covariance.mean(), rtol=0, atol=0)
+    # Once lost, it is not lost again, and not forgotten.
+    twice = restored(again, torch.float32)
+    assert torch.equal(twice.matrix(), again.matrix())
+    assert twice.error_norm == again.error_norm
+    twice.merge(again)
+    assert twice.error_norm >= (2 if precision != "qr" else 1) * lost
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_sums_beyond_the_range_of_float32_are_not_kept_as_infinity(precision: str) -> None:
+    covariance = covariance_of(randn(40, 3).double() * 1e45, precision=precision)
+    with pytest.raises(ValueError, match=r"exceed the range of torch\.float32"):
+        covariance.state(torch.float32)
+    assert torch.equal(restored(covariance).matrix(), covariance.matrix())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("weight", [1e-9, 0.3, 4.0, 1e9])
+def test_a_weight_counts_every_token_so_often(precision: str, weight: float) -> None:
+    x, y = randn(LONG, 7), randn(30, 7, seed=1)
+    covariance = covariance_of(x, precision=precision)
+    error, mean = covariance.error_norm, covariance.mean()
+    covariance.scale(weight)
+    assert relative_error(covariance.matrix(), weight * second_moment(x)) <= RESOLUTION[precision]
+    torch.testing.assert_close(covariance.mean(), mean, rtol=1e-14, atol=1e-16)
+    assert (covariance.tokens, covariance.mass) == (len(x), weight * len(x))
+    assert covariance.error_norm == pytest.approx(error * (weight**0.5 if precision == "qr" else weight), rel=1e-9)
+    covariance.update(y)  # later ones count once
+    whole = weight * second_moment(x) + second_moment(y)
+    assert relative_error(covariance.matrix(), whole) <= RESOLUTION[precision]
+    total = weight * x.double().sum(0) + y.double().sum(0)
+    torch.testing.assert_close(covariance.mean(), total / (weight * len(x) + len(y)), rtol=1e-12, atol=1e-14)
+    assert covariance.mass == pytest.approx(weight * len(x) + len(y), rel=1e-15)
+
+
+@pytest.mark.parametrize("weight", [1e-12, 1e12])
+@pytest.mark.parametrize("quietest", [1e-5, 0.3])
+def test_a_weight_on_the_first_tokens_does_not_change_what_they_show(weight: float, quietest: float) -> None:
+    x = activations(2048, 128, quietest=quietest)
+    plain, weighed = Covariance(128), Covariance(128)
+    for covariance in (plain, weighed):
+        covariance.update(x[:100])  # not enough to tell whether float32 will do
+    weighed.scale(weight)
+    plain.update(x[100:])
+    weighed.update(x[100:] * weight**0.5)
+    assert weighed.products == plain.products == ("fp64" if quietest == 1e-5 else "mixed")
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_not_positive_is_refused(weight: float) -> None:
+    covariance = covariance_of(randn(5, 3))
+    with pytest.raises(ValueError, match="a weight must be a positive number"):
+        covariance.scale(weight)
     assert_same_bits(covariance, covariance_of(randn(5, 3)))
 
 

@@ -96,3 +96,16 @@ def test_square_is_a_copy() -> None:
 def test_memory_is_what_the_docstring_says(d: int) -> None:
     held = sum(8 * panel.numel() for _, _, panel in LowerTriangle(d)._panels)
     assert held <= 8 * (d * d + d * PANEL_ROWS) / 2
+
+
+@pytest.mark.parametrize("d", ORDERS)
+def test_rows_are_the_lower_triangle_and_come_back(d: int) -> None:
+    triangle = triangle_of(torch.randn(30, d, dtype=torch.float64))
+    rows = triangle.rows()
+    at = torch.tril_indices(d, d)
+    assert torch.equal(rows, triangle.square()[at[0], at[1]])
+    again = LowerTriangle(d)
+    again.set_rows(rows)
+    assert torch.equal(again.square(), triangle.square())
+    again.set_rows(rows.float())
+    assert torch.equal(again.square(), triangle.square().float().double())
