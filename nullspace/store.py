@@ -246,14 +246,22 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 def fingerprint(weight: torch.Tensor) -> torch.Tensor | None:
     """A few entries of a weight, by which it is known again in any floating dtype: (≤ 64,) float32.
 
-    None if the weight is not a plain floating-point tensor with its values at hand (quantised, sharded or offloaded).
+    None if the weight is not a plain floating-point tensor with its values at hand (quantised, sharded or offloaded). Tensors of
+    another type are none: bitsandbytes packs 4-bit weights into whatever dtype it is asked to (`bnb_4bit_quant_storage`). Nor are
+    those of 8 bits, whose scales are elsewhere.
     """
-    if not weight.is_floating_point() or weight.device.type == "meta" or weight.numel() == 0 or type(weight).__name__ == "DTensor":
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point() and weight.element_size() > 1
+    if not plain or weight.device.type == "meta" or weight.numel() == 0:
         return None
-    flat = weight.detach().reshape(-1)
+    return some_entries(weight).to("cpu", torch.float32)
+
+
+def some_entries(tensor: torch.Tensor) -> torch.Tensor:
+    """At most 64 of a tensor's entries, evenly spread: (≤ 64,)."""
+    flat = tensor.detach().reshape(-1)
     count = min(FINGERPRINT_ENTRIES, flat.numel())
     at = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
-    return flat[at.to(flat.device)].to("cpu", torch.float32)
+    return flat[at.to(flat.device)]
 
 
 def same_fingerprint(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -87,7 +88,8 @@ def inject_adapters(
             (`{adapter_name}_subtracted`, −B₀A₀), which leaves every weight alone, whether it is quantised, tied or neither, and is
             active beside the first; `attach_subtracted` loads it again, `export_lora` makes one plain adapter of both. `"auto"`:
             the base where it can be changed; otherwise the second adapter, or with `freeze_a` neither: B then starts at zero,
-            which trains the same.
+            which trains the same. (Do not merge two adapters into a quantised base, where PEFT rounds the sum to the base's grid
+            after each: merge what `export_lora` makes, into a base that is not quantised.)
         sigma_scale: see `nullspace.factors.lora_null`; only for `"lora-null"`.
         beta: see `nullspace.factors.sc_lora`; only for `"sc-lora"`.
         damping: see `nullspace.factors.corda`; only for `"corda-kpm"` and `"corda-ipm"`.
@@ -108,7 +110,7 @@ def inject_adapters(
     check_sources(method, given)
     config = own_config(config, model, given)
     with _as_it_was_on_error(model):
-        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+        peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
         layers = lora_layers(peft_model, adapter_name)
         given = with_spaces(method, given, layers, adapter_name)
         for name, layer in layers.items():
@@ -275,5 +277,18 @@ def _subtract(peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, An
 def _activate_both(peft_model: PeftModel, layers: Mapping[str, Any], adapter: str) -> None:
     second = SUBTRACTED.format(adapter)
     freeze_layers(layers, second, ("lora_A", "lora_B"))
-    tuner: Any = peft_model.base_model
-    tuner.set_adapter([adapter, second])
+    set_adapter = functools.partial(_set_adapter, peft_model)
+    peft_model.set_adapter = set_adapter  # type: ignore[method-assign]
+    set_adapter(adapter)
+
+
+def _set_adapter(peft_model: PeftModel, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    """`PeftModel.set_adapter`, but an adapter never goes without the one that subtracts what it starts with.
+
+    transformers' Trainer calls this when it goes on from a checkpoint, with the name of the first active adapter.
+    """
+    type(peft_model).set_adapter(peft_model, adapter_name, *args, **kwargs)
+    second = SUBTRACTED.format(adapter_name)
+    if second in peft_model.peft_config:
+        tuner: Any = peft_model.base_model
+        tuner.set_adapter([adapter_name, second], *args, **kwargs)

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
 from nullspace import store
@@ -65,11 +65,11 @@ def check_servable(
             )
     if residual == "adapter":
         return "adapter"
-    if offloaded and on_disk(model):
-        with tempfile.TemporaryDirectory() as folder:
-            plan_base(without_weights(model), Path(folder))
     obstacle = _obstacle(model, layers, offloaded)
     if obstacle is None:
+        if offloaded and on_disk(model):
+            with tempfile.TemporaryDirectory() as folder:
+                plan_base(without_weights(model), Path(folder))
         return "base"
     if residual == "auto":
         return "zero" if freeze_a else "adapter"
@@ -92,6 +92,8 @@ def _obstacle(model: nn.Module, layers: Mapping[str, nn.Module], offloaded: bool
             return f"the weight of {name!r} ({_described(layer)}) is quantised, sharded or offloaded"
         if len(users.get(id(weight), [])) > 1:
             return f"the weight of {name!r} is tied ({' and '.join(users[id(weight)])} are one tensor)"
+    if getattr(model, "hf_quantizer", None) is not None:
+        return f"{next(iter(layers), '')!r} is part of a quantised model, which transformers saves with no weights but its own"
     return None
 
 
@@ -117,7 +119,9 @@ def _listed(methods: list[str]) -> str:
 
 def stored_weight(layer: nn.Module) -> torch.Tensor:
     """The weight as the layer stores it, (d_out, d_in) or the transpose of it (`Conv1D`); a quantised one as it computes."""
-    return dequantize_module_weight(layer).detach() if _is_bitsandbytes(layer) else weight_of(layer)
+    weight: Any = weight_of(layer)
+    # Not `dequantize_module_weight`, which puts a copy of an 8-bit weight on a CPU into the layer and loses the scales.
+    return dequantize_bnb_weight(weight, state=getattr(layer, "state", None)).detach() if _is_bitsandbytes(layer) else weight
 
 
 def own_config(config: LoraConfig, model: nn.Module, given: Sources) -> LoraConfig:

@@ -34,13 +34,16 @@ def on_disk(model: nn.Module) -> bool:
 def without_weights(model: nn.Module) -> Any:
     """A copy of a model with its weights on the meta device and without accelerate's hooks: for transformers and PEFT to handle.
 
-    Quantised weights and integers, which PEFT may look into, are the model's own: nobody writes to them.
+    Quantised weights with what belongs to them, and integers, which PEFT may look into, are the model's own: nobody writes to them.
     """
     memo: dict[int, Any] = {}
     twins: dict[Any, torch.Tensor] = {}
     for module in model.modules():
         if "_hf_hook" in module.__dict__:
             memo[id(module._hf_hook)] = None
+        for value in module.__dict__.values():
+            if type(value).__module__.startswith("bitsandbytes."):  # a layer's scales, and its weight once more
+                memo[id(value)] = value
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is None:
                 continue

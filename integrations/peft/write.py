@@ -94,10 +94,8 @@ def write_init(
     report = reporter(progress)
     with tempfile.TemporaryDirectory() as folder:
         plans = Path(folder)
-        shell = without_weights(model)
-        base = plan_base(shell, plans / "base", strict=on_disk(model)) if residual else None
         with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that nobody will see
-            peft_model = get_peft_model(shell, config)
+            peft_model = get_peft_model(without_weights(model), config)
         adapter = peft_model.active_adapter
         layers = lora_layers(peft_model, adapter)
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -105,6 +103,8 @@ def write_init(
         for name, layer in layers.items():
             check_layer(name, layer, modules[name], adapter, method, given)
         place = check_servable(model, {name: modules[name] for name in layers}, method, offloaded=True)
+        shell = without_weights(model)
+        base = plan_base(shell, plans / "base", strict=on_disk(model)) if residual else None
         if base is not None:
             _check_base(model, base, layers)
         original = config.base_model_name_or_path

@@ -1,0 +1,479 @@
+"""Bases in 4 and 8 bits, loaded by transformers into bitsandbytes' layers, from calibration to the exported adapter."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from typer.testing import CliRunner
+
+from models import random_batches, tiny
+from nullspace import Covariances, NullSpaces, compute_null_spaces, store, stream_covariances
+from nullspace.cli import app
+from nullspace.integrations.peft import (
+    METHODS,
+    attach_subtracted,
+    check_servable,
+    export_lora,
+    freeze_a,
+    inject_adapters,
+    lora_layers,
+    save_init,
+    write_init,
+)
+from nullspace.integrations.peft.shell import without_weights
+from nullspace.sites import find_targets
+from nullspace.sitewise import weights_of
+from reference import recorded_inputs, second_moment
+
+pytest.importorskip("bitsandbytes")
+
+RANK = 8
+IDS = torch.randint(3, 200, (2, 32), generator=torch.Generator().manual_seed(7))
+ALTERING = [name for name, each in METHODS.items() if each.changes_base]
+UNTOUCHING = [name for name, each in METHODS.items() if not each.changes_base]
+
+_NF4 = functools.partial(transformers.BitsAndBytesConfig, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+KINDS: dict[str, Callable[..., transformers.BitsAndBytesConfig]] = {
+    "nf4": functools.partial(_NF4, bnb_4bit_compute_dtype=torch.float32),
+    # As FSDP wants it: two packed codes a byte, and two of these bytes called a bfloat16.
+    "nf4-in-bfloat16": functools.partial(
+        _NF4, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.bfloat16, bnb_4bit_use_double_quant=True
+    ),
+    "int8": functools.partial(transformers.BitsAndBytesConfig, load_in_8bit=True),
+}
+FORMS = ["nf4", "int8"]
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:Merge lora module")
+
+
+@pytest.fixture
+def base(tiny_checkpoint: Path) -> Callable[..., Any]:
+    """Loads the tiny checkpoint, quantised."""
+    return functools.partial(load, tiny_checkpoint)
+
+
+def load(checkpoint: Path, kind: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=KINDS[kind](**options), device_map="cpu", dtype=dtype
+    ).eval()
+
+
+@functools.cache
+def calibrated(checkpoint: Path, kind: str) -> tuple[NullSpaces, Covariances, Covariances]:
+    model = load(checkpoint, kind)
+    batches = [random_batches(seed=seed) for seed in (1, 2)]
+    sums = [
+        Covariances(stream_covariances(model, each, precision="fp64", progress=False), weights_of(find_targets(model)))
+        for each in batches
+    ]
+    return NullSpaces.from_covariances(sums[0], rank=RANK, progress=False), *sums
+
+
+@pytest.fixture
+def sources(tiny_checkpoint: Path) -> Callable[[str, str], dict[str, Any]]:
+    def found(kind: str, method: str) -> dict[str, Any]:
+        known = dict(zip(("spaces", "covariances", "preserve"), calibrated(tiny_checkpoint, kind), strict=True))
+        return {name: known[name] for name in METHODS[method].needs}
+
+    return found
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits.float()
+
+
+def train(model: nn.Module, steps: int = 2) -> None:
+    torch.manual_seed(5)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        ids = torch.randint(3, 200, (2, 24))
+        nn.functional.cross_entropy(model(input_ids=ids).logits.flatten(0, 1).float(), ids.roll(-1, 1).flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def close(kind: str, checkpoint: Path, found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 2e-6) -> bool:
+    """Equal up to float32's rounding, where that is all there is.
+
+    In 8 bits inputs are rounded, to float16 and then to one of 255 steps. An input that differs in its last bit may fall to the
+    other side, which is a whole step. That happens to few of them; all of them are half a step off at worst as it is. What the
+    latter costs is the distance from the dequantised model, so a fifth of it is allowed.
+    """
+    if kind != "int8":
+        return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+    return bool((found - wanted).norm() <= 0.2 * quantisation_noise(checkpoint, kind))
+
+
+@functools.cache
+def quantisation_noise(checkpoint: Path, kind: str, dtype: torch.dtype = torch.float32) -> float:
+    """How far the quantised model is from one that has the same weights and computes with them in float32."""
+    model = load(checkpoint, kind, dtype=dtype)
+    before = logits(model)
+    return float((before - logits(model.dequantize().float())).norm())
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The base's tensors under its own names, as bytes: packed codes may look like NaN."""
+    return {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): value.detach().clone().reshape(-1).view(torch.uint8)
+        for name, value in model.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
+def unchanged(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
+    now = state_of(model)
+    return now.keys() == state.keys() and all(torch.equal(now[name], value) for name, value in state.items())
+
+
+@every_kind
+def test_second_moments_are_those_of_what_the_quantised_model_computes(kind: str, base: Any, tiny_checkpoint: Path) -> None:
+    model = base(kind)
+    layers = find_targets(model)
+    assert len(layers) == 14
+    assert all(mark is None for _, mark in weights_of(layers).values())  # packed codes are not a weight's values
+    spaces, sums, _ = calibrated(tiny_checkpoint, kind)
+    inputs = recorded_inputs(model, random_batches(), layers)
+    for name in layers:
+        wanted = second_moment(inputs[name])
+        assert (sums[name].matrix() - wanted).norm() <= 1e-6 * wanted.norm(), name
+    for strategy in ("resident", "layerwise"):
+        found = compute_null_spaces(model, random_batches(), rank=RANK, strategy=strategy, precision="fp64", progress=False)
+        for name in layers:
+            assert torch.allclose(found[name].eigenvalues, spaces[name].eigenvalues, rtol=1e-6), (strategy, name)
+
+
+def test_spaces_of_the_full_model_serve_its_quantised_one(base: Any, tiny_checkpoint: Path) -> None:
+    full = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint).eval()
+    spaces = compute_null_spaces(full, random_batches(), rank=RANK, progress=False)
+    for kind in KINDS:
+        model = base(kind)
+        before = logits(model)
+        assert torch.equal(logits(inject_adapters(model, LoraConfig(r=RANK), spaces, method="b-zero")), before)
+
+
+@every_kind
+@pytest.mark.parametrize("method", [*UNTOUCHING, "lora-null"])
+def test_methods_that_leave_the_base_alone_serve_it(
+    kind: str, method: str, base: Any, sources: Any, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = base(kind)
+    before, state, frozen = logits(model), state_of(model), method == "lora-null"
+    model = inject_adapters(model, LoraConfig(r=RANK, lora_alpha=12), method=method, freeze_a=frozen, **sources(kind, method))
+    if method == "orthogonal":  # B A is zero up to rounding
+        assert close(kind, tiny_checkpoint, logits(model), before)
+    else:
+        assert torch.equal(logits(model), before)
+    assert model.active_adapters == ["default"]
+    save_init(tmp_path / "init", model)
+    assert sorted(p.name for p in (tmp_path / "init").iterdir()) == ["adapter", "nullspace.json"]
+    start = {name: layer.lora_A["default"].weight.clone() for name, layer in lora_layers(model, "default").items()}
+    train(model)
+    for name, layer in lora_layers(model, "default").items():
+        assert torch.equal(layer.lora_A["default"].weight, start[name]) == frozen, name
+    assert unchanged(model, state)
+    trained = logits(model)
+    assert (trained - before).norm() > 1e-2 * before.norm()
+    export_lora(model, tmp_path / "init" / "adapter", tmp_path / "plain")
+    plain = PeftModel.from_pretrained(base(kind), tmp_path / "plain").eval()
+    assert plain.peft_config["default"].r == RANK
+    assert close(kind, tiny_checkpoint, logits(plain), trained)
+
+
+@every_kind
+@pytest.mark.parametrize("method", ALTERING)
+def test_other_methods_take_a_second_adapter(
+    kind: str, method: str, base: Any, sources: Any, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = base(kind)
+    before, state = logits(model), state_of(model)
+    model = inject_adapters(model, LoraConfig(r=RANK, lora_alpha=12), method=method, **sources(kind, method))
+    assert model.active_adapters == ["default", "default_subtracted"]
+    assert close(kind, tiny_checkpoint, logits(model), before)
+    assert unchanged(model, state)
+    save_init(tmp_path / "init", model)
+    assert sorted(p.name for p in (tmp_path / "init").iterdir()) == ["adapter", "nullspace.json", "subtracted"]
+    second = {name: p.clone() for name, p in model.named_parameters() if "default_subtracted" in name}
+    train(model)
+    now = dict(model.named_parameters())
+    assert second
+    assert all(torch.equal(now[name], p) for name, p in second.items())
+    assert unchanged(model, state)
+    trained = logits(model)
+    assert (trained - before).norm() > 1e-2 * before.norm()
+    export_lora(model, tmp_path / "init" / "adapter", tmp_path / "plain")
+    plain = PeftModel.from_pretrained(base(kind), tmp_path / "plain").eval()
+    assert plain.peft_config["default"].r == 2 * RANK
+    assert close(kind, tiny_checkpoint, logits(plain), trained, 1e-5)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_in_16_bits_the_second_adapter_costs_no_more_than_computing_in_16_bits(kind: str, base: Any, tiny_checkpoint: Path) -> None:
+    options = {} if kind == "int8" else {"bnb_4bit_compute_dtype": torch.bfloat16}
+    model = base(kind, dtype=torch.bfloat16, **options)
+    before, exact = logits(model), logits(base(kind, dtype=torch.bfloat16, **options).dequantize().float())
+    after = logits(inject_adapters(model, LoraConfig(r=RANK), method="pissa"))
+    # Two sums more, each rounded, after every layer that has rounded a product.
+    assert (after - exact).norm() <= 2 * (before - exact).norm()
+
+
+PLAIN = """
+import json, sys
+sys.modules["nullspace"] = None
+import torch, transformers
+from peft import PeftModel
+from safetensors.torch import load_file
+folder, jobs = sys.argv[1], json.loads(sys.argv[2])
+for name, bits in jobs.items():
+    model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/{bits}").eval()
+    known = load_file(f"{folder}/{name}.safetensors")
+    model = PeftModel.from_pretrained(model, f"{folder}/{name}/trained").eval()
+    if known["subtracted"]:
+        model.load_adapter(f"{folder}/{name}/subtracted", adapter_name="subtracted")
+        model.base_model.set_adapter(["default", "subtracted"])
+    with torch.no_grad():
+        error = (model(input_ids=known["input_ids"]).logits - known["logits"]).norm()
+    assert float(error) <= float(known["tolerance"]), (name, float(error), float(known["tolerance"]))
+"""
+
+
+def test_what_is_saved_loads_with_plain_peft_onto_a_quantised_checkpoint(
+    base: Any, sources: Any, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    jobs: dict[str, str] = {}
+    for kind in FORMS:
+        base(kind).save_pretrained(tmp_path / kind)
+        for method, frozen in (("b-zero", True), ("eva", False), ("lora-null", True), ("lora-null", False), ("pissa", False)):
+            config = LoraConfig(r=RANK, lora_alpha=3)
+            model = inject_adapters(base(kind), config, method=method, freeze_a=frozen, **sources(kind, method))
+            name = f"{kind}-{method}-{frozen}"
+            save_init(tmp_path / name, model)
+            train(model)
+            model.save_pretrained(tmp_path / name / "trained", selected_adapters=["default"])
+            wanted = logits(model)
+            noise = 0.2 * quantisation_noise(tiny_checkpoint, kind) if kind == "int8" else 2e-6 * float(wanted.norm())
+            numbers = {"tolerance": noise, "subtracted": METHODS[method].changes_base and not frozen}
+            known = {"input_ids": IDS, "logits": wanted, **{name: torch.tensor(value) for name, value in numbers.items()}}
+            store.write_tensors(tmp_path / f"{name}.safetensors", known)
+            jobs[name] = kind
+    subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path), json.dumps(jobs)], check=True)
+
+
+@every_kind
+def test_a_quantised_weight_is_not_turned_into_a_residual(kind: str, base: Any, sources: Any, tmp_path: Path) -> None:
+    model = base(kind)
+    before, state = logits(model), state_of(model)
+    words = r"'model\.layers\.0\.self_attn\.q_proj' \(Linear.*quantised.*residual=\"adapter\".*'b-zero', 'eva' and 'orthogonal'"
+    for refused in (
+        lambda: inject_adapters(model, LoraConfig(r=RANK), method="pissa", residual="base"),
+        lambda: check_servable(model, find_targets(model), "pissa", offloaded=True),
+        lambda: write_init(tmp_path / "out", model, LoraConfig(r=RANK), method="lora-null", **sources(kind, "lora-null")),
+    ):
+        with pytest.raises(ValueError, match=words):
+            refused()
+        assert unchanged(model, state)
+        assert torch.equal(logits(model), before)
+        assert not hasattr(model, "peft_config")
+    assert list(tmp_path.iterdir()) == []
+
+
+@every_kind
+@pytest.mark.parametrize("method", UNTOUCHING)
+def test_write_init_writes_what_injecting_and_saving_does(
+    kind: str, method: str, base: Any, sources: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config, given = base(kind), LoraConfig(r=RANK, lora_alpha=12), sources(kind, method)
+    before = logits(model)
+    assert check_servable(model, find_targets(model), method, offloaded=True) == "none"
+    torch.manual_seed(3)
+    write_init(tmp_path / "two", model, config, method=method, progress=False, **given)
+    assert torch.equal(logits(model), before)
+    torch.manual_seed(3)
+    save_init(tmp_path / "one", inject_adapters(model, config, method=method, **given), given.get("spaces"))
+    names = [{p.relative_to(tmp_path / out) for p in (tmp_path / out).rglob("*") if p.is_file()} for out in ("one", "two")]
+    assert names[0] == names[1]
+    for name in names[0]:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+@every_kind
+def test_a_model_without_its_weights_holds_no_copy_of_quantised_ones(kind: str, base: Any) -> None:
+    model = base(kind)
+    logits(model)  # after which a layer in 8 bits holds its weight twice
+    before = {id(own) for own in model.modules()}
+    shell = without_weights(model)
+    for name, layer in shell.named_modules():
+        assert id(layer) not in before
+        if type(layer).__module__.startswith("bitsandbytes"):
+            mine = model.get_submodule(name)
+            assert layer.weight is mine.weight
+            assert getattr(layer, "state", None) is getattr(mine, "state", None)
+            assert getattr(layer, "quant_state", None) is getattr(mine, "quant_state", None)
+
+
+def test_layers_left_out_of_quantisation_take_a_second_adapter_too(base: Any, tmp_path: Path) -> None:
+    model = base("nf4", llm_int8_skip_modules=["o_proj", "lm_head"])
+    assert type(model.model.layers[0].self_attn.o_proj) is nn.Linear
+    before, config = logits(model), LoraConfig(r=RANK, target_modules=["o_proj"])
+    # transformers would save the base as its quantiser knows it, and lose the residual.
+    for refused in (
+        lambda: inject_adapters(model, config, method="pissa", residual="base"),
+        lambda: write_init(tmp_path / "out", model, config, method="pissa"),
+    ):
+        with pytest.raises(ValueError, match=r"o_proj' is part of a quantised model.*residual=\"adapter\""):
+            refused()
+    adapted = inject_adapters(model, config, method="pissa")
+    assert adapted.active_adapters == ["default", "default_subtracted"]
+    assert (logits(adapted) - before).abs().max() <= 2e-6 * before.abs().max()
+
+
+class _Packed(nn.Linear):
+    """A stand-in for a quantised layer that nobody here can read."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__(like.in_features, like.out_features, bias=False)
+        self.weight = nn.Parameter(torch.zeros(like.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+
+@pytest.mark.parametrize("residual", ["auto", "adapter", "base"])
+def test_what_cannot_be_read_is_refused_by_the_methods_that_look_at_the_weight(residual: str, tmp_path: Path) -> None:
+    full = tiny("llama")
+    batches = random_batches()
+    spaces = compute_null_spaces(full, batches, rank=RANK, progress=False)
+    sums = Covariances(stream_covariances(full, batches, progress=False))
+    # Those of the full model, but for what would tell it from the packed one.
+    known = {"spaces": NullSpaces([spaces[site.name] for site in spaces.sites]), "covariances": sums, "preserve": sums}
+    for method, each in METHODS.items():
+        model = tiny("llama")
+        model.model.layers[1].mlp.up_proj = _Packed(model.model.layers[1].mlp.up_proj)
+        state = state_of(model)
+        given = {name: known[name] for name in each.needs}
+        if not each.changes_base:
+            adapted = inject_adapters(model, LoraConfig(r=RANK), method=method, residual=residual, **given)
+            assert len(lora_layers(adapted, "default")) == len(spaces)
+            assert unchanged(adapted, state)
+            continue
+        with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.up_proj' \(_Packed.*quantised.*'eva' and 'orthogonal'"):
+            inject_adapters(model, LoraConfig(r=RANK), method=method, residual=residual, **given)
+        assert unchanged(model, state)
+        assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_the_exported_adapter_merges_into_the_dequantised_base(
+    kind: str, base: Any, sources: Any, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Into the quantised one PEFT merges too, but rounds the sum to its grid again, once for each adapter."""
+    model = inject_adapters(base(kind), LoraConfig(r=RANK), method="lora-null", **sources(kind, "lora-null"))
+    save_init(tmp_path / "init", model)
+    train(model)
+    export_lora(model, tmp_path / "init" / "adapter", tmp_path / "plain")
+    full = base(kind).dequantize()
+    wanted = logits(PeftModel.from_pretrained(full, tmp_path / "plain").eval())
+    merged = logits(PeftModel.from_pretrained(base(kind).dequantize(), tmp_path / "plain").merge_and_unload())
+    assert (merged - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    # 8 bits round inputs, which the dequantised model does not.
+    far = (logits(model) - merged).norm()
+    assert far <= (1e-5 * merged.norm() if kind == "nf4" else 2 * quantisation_noise(tiny_checkpoint, kind))
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_the_trainer_keeps_the_second_adapter_as_it_is_and_active(
+    kind: str, base: Any, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 200, (8, 16))]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        save_steps=1,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+
+    def run(model: Any, **options: Any) -> Any:
+        frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+        assert any("default_subtracted" in name for name in frozen)
+        transformers.Trainer(model, arguments, train_dataset=rows).train(**options)
+        now = dict(model.named_parameters())
+        assert all(torch.equal(now[name], p) for name, p in frozen.items())
+        assert model.active_adapters == ["default", "default_subtracted"]
+        return logits(model.eval())
+
+    def injected() -> Any:
+        return inject_adapters(base(kind), LoraConfig(r=RANK, task_type="CAUSAL_LM"), method="pissa")
+
+    wanted = run(injected())
+    assert (wanted - logits(base(kind))).norm() > 1e-2 * wanted.norm()
+    resumed = run(injected(), resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert close(kind, tiny_checkpoint, resumed, wanted)
+    # What it saved, loaded to be trained on.
+    saved = tmp_path / "checkpoint-2"
+    again = PeftModel.from_pretrained(base(kind), saved, is_trainable=True)
+    attach_subtracted(again, saved / "default_subtracted")
+    freeze_a(again)
+    assert close(kind, tiny_checkpoint, logits(again.eval()), wanted)
+
+
+def test_a_checkpoint_of_another_quantised_model_is_not_taken_for_this_ones(base: Any, tmp_path: Path) -> None:
+    for kind in KINDS:
+        compute = functools.partial(
+            compute_null_spaces, loader=random_batches(1), rank=RANK, checkpoint=tmp_path / kind, progress=False
+        )
+        compute(base(kind))
+        compute(base(kind))
+        other = base(kind)
+        weight = other.model.layers[1].mlp.up_proj.weight
+        with torch.no_grad():  # weights differ that are quantised, and no others
+            weight.view(torch.uint8).bitwise_xor_(1)
+        with pytest.raises(ValueError, match="checkpoint of another run"):
+            compute(other)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_the_command_line_serves_a_quantised_checkpoint(
+    kind: str, base: Any, tiny_checkpoint: Path, prose: list[str], tmp_path: Path
+) -> None:
+    folder, data, out = tmp_path / "quantised", tmp_path / "data.txt", tmp_path / "out"
+    base(kind).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(folder)
+    data.write_text("\n\n".join(prose[:3]))
+    common = ["init", folder, "--data", data, "--out", out, "--samples", 4, "--length", 64, "--rank", 8, "-q", "--device", "cpu"]
+
+    def nullspace(*options: Any) -> Any:
+        return CliRunner().invoke(app, [str(each) for each in (*common, *options)])
+
+    refused = nullspace("--method", "lora-null")
+    assert refused.exit_code == 2
+    assert "q_proj" in refused.output
+    assert "b-zero" in refused.output
+    assert not out.exists()
+    assert not out.with_name("out.checkpoint").exists()  # before the work
+    done = nullspace("--method", "b-zero")
+    assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in out.iterdir()) == ["adapter", "nullspace.json", "spaces"]
+    model = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder), out / "adapter").eval()
+    assert torch.equal(logits(model), logits(base(kind)))
+    assert model.peft_config["default"].base_model_name_or_path == str(folder)
+    assert not any(t.any() for name, t in load_file(out / "adapter" / "adapter_model.safetensors").items() if "lora_B" in name)
+    offloaded = nullspace("--offload", "--overwrite", "--method", "b-zero")
+    assert offloaded.exit_code == 2
+    assert "quantised" in offloaded.output
