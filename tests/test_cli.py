@@ -216,25 +216,31 @@ def test_an_interrupted_run_goes_on_where_it_was(
     command = ["compute", tiny_checkpoint, "--data", data, "--out", tmp_path / "out", "--strategy", "layerwise", "-q", *SMALL]
     solved = 0
 
-    def interrupted(ready: Any, *arguments: Any) -> Any:
+    def interrupted(*arguments: Any) -> Any:
         nonlocal solved
-        for space in decompose(ready, *arguments):
+        for space in decompose(*arguments):
             solved += 1
             if solved == 3:
                 raise KeyboardInterrupt
             yield space
 
-    decompose = spaces._decompose
+    decompose = spaces.decompose
     with monkeypatch.context() as patch:
-        patch.setattr(spaces, "_decompose", interrupted)
+        patch.setattr(spaces, "decompose", interrupted)
         assert run(*command).exit_code == 130
     kept = tmp_path / "out.checkpoint"
     assert len(list(kept.glob("*.safetensors"))) == 2
     assert not (tmp_path / "out").exists()
-    seen: list[int] = []
-    monkeypatch.setattr(spaces, "_decompose", lambda ready, *a: seen.append(len(ready)) or decompose(ready, *a))
+    seen: list[str] = []
+
+    def watched(*arguments: Any) -> Any:
+        for space in decompose(*arguments):
+            seen.append(space.site.name)
+            yield space
+
+    monkeypatch.setattr(spaces, "decompose", watched)
     assert run(*command, *again).exit_code == 0
-    assert sum(seen) == (8 if again else 6)
+    assert len(seen) == (8 if again else 6)
     assert not kept.exists()
     assert run(*[tmp_path / "whole" if part == tmp_path / "out" else part for part in command]).exit_code == 0
     for path in (tmp_path / "whole").iterdir():

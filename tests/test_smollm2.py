@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from nullspace import Covariance, NullSpace, NullSpaces, demo
+from nullspace import Covariance, Covariances, NullSpace, NullSpaces, Site, demo
 from nullspace.integrations.peft import freeze_a
 from nullspace.integrations.transformers import PackedBatches, load_model
 from nullspace.progress import reporter
-from reference import excess_leak, recorded_inputs
+from reference import excess_leak, leak, recorded_inputs
 
 RANK = 32
 # Every kind of site at both ends, where the spectra are extreme, and in the middle.
@@ -144,3 +145,31 @@ def test_v2_training_stays_in_the_null_space(walk: tuple[Path, dict[str, Any]], 
         assert 0 < (x @ update.T).norm() <= torch.linalg.matrix_norm(moved, 2) * heard.norm() * (1 + 1e-9), name
         # The paper's promise in one number: a random A of the same size would hear r / d of the input's energy.
         assert heard.norm() / (a0.double().norm() * x.norm()) < 0.5 * x.shape[1] ** -0.5, name
+
+
+def test_a_second_tasks_adapter_avoids_the_first_tasks_activations_too(
+    model_and_tokenizer: tuple[nn.Module, Any], inputs: dict[str, torch.Tensor]
+) -> None:
+    """What the first task's activations put into A, before B: with a basis of the second task alone, and with one of both."""
+    model, tokenizer = model_and_tokenizer
+    names = [name for name in SITES if ".15." in name]
+    source = [path.read_text(encoding="utf-8") for path in sorted(Path(json.__file__).parent.glob("*.py"))]
+    code = recorded_inputs(model, PackedBatches(source, tokenizer, samples=8, length=512), names)
+
+    def covariances(tokens: dict[str, torch.Tensor]) -> Covariances:
+        found = {name: Covariance(tokens[name].shape[1], precision="fp64") for name in names}
+        for name, covariance in found.items():
+            covariance.update(tokens[name])
+        return Covariances((Site((name,), c.d_in), c) for name, c in found.items())
+
+    first, second = covariances({name: inputs[name] for name in names}), covariances(code)
+    alone, best = (NullSpaces.from_covariances(c, rank=RANK, progress=False) for c in (second, first))
+    for weight, near, price in ((1, 1.4, 1.8), (10, 1.1, 3.5)):
+        both = Covariances.merge([first, second], weights=[weight, 1], normalise=True)
+        joint = NullSpaces.from_covariances(both, rank=RANK, progress=False)
+        for name in names:
+            heard_alone, heard, least = (leak(each[name].basis, inputs[name]) for each in (alone, joint, best))
+            # No basis hears less than `least`: that, and not a fraction of what the second task's own basis hears, is the measure.
+            assert heard <= near * least, name
+            assert heard < heard_alone / 1.5, name
+            assert leak(joint[name].basis, code[name]) <= price * leak(alone[name].basis, code[name]), name
