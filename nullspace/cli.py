@@ -371,12 +371,15 @@ def merge(
 @app.command()
 @_exits
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="What `nullspace compute` or `nullspace init` wrote.")],
+    directory: Annotated[Path, typer.Argument(help="What `nullspace compute`, `init`, `covariances` or `merge` wrote.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show null spaces: leak, gap, tokens and outliers of every site."""
-    from nullspace import NullSpaces
+    """Show null spaces (leak, gap, tokens and outliers of every site) or covariances."""
+    from nullspace import Covariances, NullSpaces
 
+    if store.kind_of(directory) == "covariances":
+        _show_covariances(Covariances.load(directory), as_json, False, {"directory": str(directory)})
+        return
     inner = directory / "spaces"
     _show(NullSpaces.load(inner if inner.is_dir() else directory), as_json, False, {"directory": str(directory)})
 

@@ -200,6 +200,14 @@ def read_manifest(directory: str | os.PathLike[str], kind: str) -> dict[str, Any
     return body
 
 
+def kind_of(directory: str | os.PathLike[str]) -> str | None:
+    """What a directory says it is, unchecked; None if it says nothing."""
+    try:
+        return json.loads((Path(directory) / MANIFEST).read_text(encoding="utf-8"))["kind"]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError):
+        return None
+
+
 def check_file(directory: str | os.PathLike[str], name: str, manifest: Mapping[str, Any]) -> Path:
     """The path of one file, after its size and SHA-256 were compared with the manifest's.
 

@@ -16,10 +16,12 @@ import pytest
 import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from nullspace import NullSpaces
 from nullspace.cli import app, parse_targets
+from nullspace.methods import METHODS
 
 SMALL = ["--samples", "6", "--length", "64", "--rank", "8", "--batch-size", "2"]
 
@@ -115,6 +117,120 @@ def test_b_zero_writes_no_base(tiny_checkpoint: Path, data: Path, tmp_path: Path
     assert sorted(path.name for path in out.iterdir()) == ["adapter", "nullspace.json", "spaces"]
     original = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(out / "adapter")), logits(original))
+
+
+def covariances(checkpoint: Path, data: Path, out: Path, *more: Any) -> None:
+    samples = ["--samples", "6", "--length", "64", "--batch-size", "2"]
+    result = run("covariances", checkpoint, "--data", data, "--out", out, *samples, "-q", *more)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_from_the_text_and_from_kept_covariances(
+    method: str, tiny_checkpoint: Path, data: Path, tmp_path: Path, prose: list[str]
+) -> None:
+    original = logits(transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint))
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(prose[3:6]))
+    covariances(tiny_checkpoint, data, tmp_path / "kept")
+    options = ["--method", method]
+    if method == "sc-lora":
+        covariances(tiny_checkpoint, other, tmp_path / "preserved")
+        options += ["--preserve", tmp_path / "preserved", "--beta", "0.3"]
+    needs = METHODS[method].needs
+    # As many digits as the covariances have, which were summed in float64.
+    from_text = ["--data", data, *SMALL, "--precision", "fp64"] if needs else SMALL
+    products = []
+    for name, source in (("one", from_text), ("two", ["--covariances", tmp_path / "kept", *SMALL] if needs else SMALL)):
+        out = tmp_path / name
+        result = run("init", tiny_checkpoint, "--out", out, *source, *options, "-q")
+        assert result.exit_code == 0, result.output
+        model = AutoPeftModelForCausalLM.from_pretrained(out / "adapter")
+        assert (logits(model) - original).abs().max() <= 1e-5
+        assert (out / "base").exists() == METHODS[method].changes_base
+        record = json.loads((out / "nullspace.json").read_text())
+        assert record["method"] == method
+        assert ("beta" in record) == (method == "sc-lora")
+        layers = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")}
+        products.append({n: (m.lora_A["default"].weight, m.lora_B["default"].weight) for n, m in layers.items()})
+    if method != "orthogonal":
+        for name, (a, b) in products[0].items():
+            again_a, again_b = products[1][name]
+            assert (a - again_a).abs().max() <= 1e-4 * a.abs().max(), name
+            assert (b - again_b).abs().max() <= 1e-4 * b.abs().max(), name
+    left = {"one", "two", "kept", "data.txt", "other.txt", *(["preserved"] if method == "sc-lora" else [])}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_kept_covariances_are_merged_inspected_and_give_the_null_spaces_of_all_data(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, prose: list[str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(prose[3:6]))
+    covariances(tiny_checkpoint, data, tmp_path / "a")
+    covariances(tiny_checkpoint, other, tmp_path / "b", "--keep", "float32")
+    merged = run("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c", "--weights", "2,1", "--json")
+    assert merged.exit_code == 0, merged.output
+    told = json.loads(merged.stdout)
+    assert [site["tokens"] for site in told["sites"]] == [2 * 6 * 64] * len(told["sites"])
+    assert told["sites"][0]["mass"] == 3 * 6 * 64
+    inspected = run("inspect", tmp_path / "c", "--json")
+    assert json.loads(inspected.stdout)["sites"] == told["sites"]
+    assert "down_proj" in run("inspect", tmp_path / "c").stdout
+    for name, source in (("s", ["--covariances", tmp_path / "a"]), ("t", [tiny_checkpoint, "--data", data, "--precision", "fp64"])):
+        result = run("compute", *source, "--out", tmp_path / name, *SMALL, "-q")
+        assert result.exit_code == 0, result.output
+    mine, theirs = NullSpaces.load(tmp_path / "s"), NullSpaces.load(tmp_path / "t")
+    assert list(mine) == list(theirs)
+    for site in mine.sites:
+        assert mine[site.name].leak == pytest.approx(theirs[site.name].leak, rel=1e-6)
+
+
+def test_an_earlier_adapters_rows_are_left_alone(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    first = ["init", tiny_checkpoint, "--data", data, "--out", tmp_path / "first", *SMALL, "-q", "--targets", "q_proj,up_proj"]
+    assert run(*first).exit_code == 0
+    command = ["init", tiny_checkpoint, "--data", data, *SMALL, "-q", "--targets", "q_proj,k_proj", "--exclude"]
+    result = run(*command, tmp_path / "first" / "adapter", "--out", tmp_path / "second")
+    assert result.exit_code == 0, result.output
+    a, b = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")[
+            "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+        ]
+        for name in ("first", "second")
+    )
+    assert (a @ b.T).abs().max() <= 1e-6 * a.norm() * b.norm()
+    assert {space.excluded for space in NullSpaces.load(tmp_path / "second" / "spaces").values()} == {8}
+    refused = run(*command, tmp_path / "nothing", "--out", tmp_path / "third")
+    assert refused.exit_code == 2
+    assert "nothing" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["init", "MODEL", "--method", "pissa", "--data", "DATA"], "'pissa' looks at the weights alone: leave out --data"),
+        (["init", "MODEL", "--method", "corda-kpm"], "give one of --data, --covariances for 'corda-kpm'"),
+        (["init", "MODEL", "--method", "sc-lora", "--data", "DATA"], "'sc-lora' needs --preserve"),
+        (["init", "MODEL", "--method", "eva", "--data", "DATA", "--exclude", "x"], "--exclude belongs to null spaces"),
+        (["init", "MODEL", "--method", "eva", "--data", "DATA", "--beta", "0.7"], "beta belongs to 'sc-lora'"),
+        (["compute"], "give MODEL and --data, or --covariances"),
+        (["compute", "MODEL", "--covariances", "DATA"], "--covariances needs neither MODEL nor --data"),
+        (["compute", "--covariances", "none"], "none is not a directory"),
+        (["covariances", "MODEL", "--data", "DATA", "--keep", "float16"], "--keep must be float64 or float32"),
+        (["merge", "none"], "none is not a directory"),
+        (["merge", "none", "--weights", "a"], "--weights must be numbers"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_said(
+    command: list[str], words: str, tiny_checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    result = run(*({"MODEL": tiny_checkpoint, "DATA": data}.get(part, part) for part in command), "--out", "out")
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split()), result.stderr
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
