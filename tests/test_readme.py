@@ -26,7 +26,8 @@ def blocks(language: str) -> list[str]:
 def folder(tiny_checkpoint: Path, prose: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_checkpoint, HUB_NAME)
-    Path("facts.jsonl").write_text("\n".join(json.dumps({"question": "What is this?", "answer": [text]}) for text in prose[:4]))
+    for name, texts in (("facts.jsonl", prose[:4]), ("more.jsonl", prose[4:8])):
+        Path(name).write_text("\n".join(json.dumps({"question": "What is this?", "answer": [text]}) for text in texts))
     return tmp_path
 
 
@@ -41,7 +42,7 @@ def test_python_examples_run_in_order(folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore:the texts fill")
 def test_command_lines_run_in_order(folder: Path) -> None:
     commands = [line.removeprefix("$ nullspace ").split() for block in blocks("console") for line in block.splitlines()]
-    assert {command[0] for command in commands} == {"init", "inspect", "compute", "export", "plan"}
+    assert {command[0] for command in commands} == {"init", "inspect", "compute", "covariances", "merge", "export", "plan"}
     for command in commands:
         if command[0] == "export":  # what training would have left
             shutil.copytree("out/adapter", "trained")

@@ -101,6 +101,22 @@ def test_scaled_product_is_that_of_the_method_and_nothing_of_the_weight_is_lost(
         assert (rest - w).abs().max() <= 2**-23 * w.abs().max(), name
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_pissa_is_pefts_without_its_rounding(family: str) -> None:
+    config = {"r": RANK, "lora_alpha": 24, "target_modules": list(spaces_for(family))}
+    theirs = lora_layers(get_peft_model(tiny(family), LoraConfig(**config, init_lora_weights="pissa")))
+    ours = lora_layers(inject_adapters(tiny(family), LoraConfig(**config), method="pissa"))
+    original = lora_layers(get_peft_model(tiny(family), LoraConfig(**config)))
+    assert ours.keys() == theirs.keys()
+    for name, layer in ours.items():
+        u, s, vt = torch.linalg.svd(plain_weight(original[name]), full_matrices=False)
+        wanted = u[:, :RANK] * s[:RANK] @ vt[:RANK]
+        error, pefts = ((product(each[name]) - wanted).norm() / wanted.norm() for each in (ours, theirs))
+        assert error <= 1e-6, name
+        assert error < pefts <= 1e-4, name  # PEFT's SVD is in float32
+        assert (plain_weight(layer) - plain_weight(theirs[name])).norm() <= 2 * pefts * wanted.norm(), name
+
+
 @pytest.mark.parametrize("method", ["lora-null", "b-zero"])
 def test_null_spaces_are_found_in_covariances_where_only_these_are_given(method: str) -> None:
     from_spaces = inject_adapters(tiny("llama"), LoraConfig(r=RANK), spaces_for("llama"), method=method)
