@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,24 @@ def run_child(module: str, arguments: list[str], *, timeout: float | None = None
     if done.returncode != 0:
         return {"failed": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1][:500], "wall": wall}
     return {**json.loads(done.stdout.splitlines()[-1]), "wall": wall}
+
+
+def take_turns(module: str, variants: Sequence[str], rounds: int, arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Every variant once a round, so that a slow spell of the machine hits all of them: what each run printed, and its round."""
+    runs: list[dict[str, Any]] = []
+    for number in range(rounds):
+        for variant in variants:
+            done = run_child(module, ["--run", variant, *arguments])
+            if "failed" in done:
+                raise SystemExit(f"{variant}: {done['failed']}")
+            runs.append({"round": number, **done})
+            print(f"round {number}  {variant:10} {done['seconds']:7.1f} s  peak {done['peak_gb']:.2f} GB", flush=True)
+    return runs
+
+
+def show_summary(summary: Mapping[str, Mapping[str, float]]) -> None:
+    """Every variant against the bare forward pass."""
+    print("\n" + "\n".join(f"{v:10} {s['time_over_forward']:.2f} x   {s['gb_above_forward']:+.2f} GB" for v, s in summary.items()))
 
 
 def anonymous_bytes() -> int:

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import run_child
+from benchmarks.children import show_summary, take_turns
 from benchmarks.environment import write_result
 from benchmarks.peers import BATCH_SIZE, LENGTH, RANK, SAMPLES, checkpoint_of_demo_model, setup, summarise
 
@@ -172,16 +172,9 @@ def main() -> None:
         print(
             f"{row['layer']:32} {row['mode']}  C: {row['condition']:.0e}  nullspace {row['nullspace']:.1e}  peft {row['peft']:.1e}"
         )
-    runs: list[dict[str, Any]] = []
-    for round_number in range(options.rounds):
-        for variant in VARIANTS:
-            done = run_child("benchmarks.corda", ["--run", variant, "--mode", options.mode, "--checkpoint", checkpoint])
-            if "failed" in done:
-                raise SystemExit(f"{variant}: {done['failed']}")
-            runs.append({"round": round_number, **done})
-            print(f"round {round_number}  {variant:10} {done['seconds']:7.1f} s  peak {done['peak_gb']:.2f} GB", flush=True)
+    runs = take_turns("benchmarks.corda", VARIANTS, options.rounds, ["--mode", options.mode, "--checkpoint", checkpoint])
     summary = summarise(runs, VARIANTS)
-    print("\n" + "\n".join(f"{v:10} {s['time_over_forward']:.2f} x   {s['gb_above_forward']:+.2f} GB" for v, s in summary.items()))
+    show_summary(summary)
     speed = summary["peft"]["time_over_forward"] / summary["nullspace"]["time_over_forward"]
     print(f"{speed:.2f} x faster than PEFT (ratio of medians)")
     workload = {"model": "SmolLM2-135M float32", "samples": SAMPLES, "length": LENGTH, "batch_size": BATCH_SIZE, "rank": RANK}

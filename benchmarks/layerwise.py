@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import run_child
+from benchmarks.children import show_summary, take_turns
 from benchmarks.environment import write_result
 from benchmarks.peers import BATCH_SIZE, LENGTH, RANK, SAMPLES, checkpoint_of_demo_model, forward, setup, summarise
 
@@ -58,16 +58,9 @@ def main() -> None:
         print(json.dumps(run_variant(options.run, str(options.checkpoint))))
         return
     checkpoint = checkpoint_of_demo_model(options.checkpoint)
-    runs: list[dict[str, Any]] = []
-    for round_number in range(options.rounds):
-        for variant in VARIANTS:
-            done = run_child("benchmarks.layerwise", ["--run", variant, "--checkpoint", checkpoint])
-            if "failed" in done:
-                raise SystemExit(f"{variant}: {done['failed']}")
-            runs.append({"round": round_number, **done})
-            print(f"round {round_number}  {variant:10} {done['seconds']:7.1f} s  peak {done['peak_gb']:.2f} GB", flush=True)
+    runs = take_turns("benchmarks.layerwise", VARIANTS, options.rounds, ["--checkpoint", checkpoint])
     summary = summarise(runs, VARIANTS)
-    print("\n" + "\n".join(f"{v:10} {s['time_over_forward']:.2f} x   {s['gb_above_forward']:+.2f} GB" for v, s in summary.items()))
+    show_summary(summary)
     workload = {"model": "SmolLM2-135M float32", "samples": SAMPLES, "length": LENGTH, "batch_size": BATCH_SIZE, "rank": RANK}
     print(f"\nwrote {write_result('layerwise-cpu', {'workload': workload, 'summary': summary, 'runs': runs})}")
 

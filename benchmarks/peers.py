@@ -18,12 +18,11 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.children import show_summary, take_turns
 from benchmarks.environment import write_result
 
 SAMPLES, LENGTH, BATCH_SIZE, RANK = 16, 512, 4, 32
@@ -134,15 +133,9 @@ def main() -> None:
         return
     checkpoint = checkpoint_of_demo_model(options.checkpoint)
     variants = [v for v in VARIANTS if v not in options.without]
-    runs: list[dict[str, Any]] = []
-    for round_number in range(options.rounds):
-        for variant in variants:
-            command = [sys.executable, "-m", "benchmarks.peers", "--run", variant, "--checkpoint", checkpoint]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            runs.append({"round": round_number, **json.loads(done.stdout.splitlines()[-1])})
-            print(f"round {round_number}  {variant:10} {runs[-1]['seconds']:7.1f} s  peak {runs[-1]['peak_gb']:.2f} GB", flush=True)
+    runs = take_turns("benchmarks.peers", variants, options.rounds, ["--checkpoint", checkpoint])
     summary = summarise(runs, variants)
-    print("\n" + "\n".join(f"{v:10} {s['time_over_forward']:.2f} x   {s['gb_above_forward']:+.2f} GB" for v, s in summary.items()))
+    show_summary(summary)
     workload = {"model": "SmolLM2-135M float32", "samples": SAMPLES, "length": LENGTH, "batch_size": BATCH_SIZE, "rank": RANK}
     print(f"\nwrote {write_result('peers-cpu', {'workload': workload, 'summary': summary, 'runs': runs})}")
 
