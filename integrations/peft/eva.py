@@ -41,6 +41,8 @@ from nullspace.listening import Listener, listening, refuse_silent
 from nullspace.progress import Progress, reporter
 from nullspace.sites import Site, is_linear
 
+# What a `PeftModel` has in front of the names of its base.
+PREFIX = "base_model.model."
 # More of Σ‖x‖² than rounding leaves of equal inputs without their mean, by `Covariance.products`: below it nothing varies.
 NO_VARIANCE = {"fp64": 1e-12, "mixed": 1e-6}
 
@@ -151,8 +153,9 @@ def initialize_lora_eva_weights(
     Args:
         model: from `get_peft_model`, with `low_cpu_mem_usage=True` or without; changed in place.
         dataloader: as of `get_eva_state_dict`; not needed with a state dict.
-        eva_state_dict: what `get_eva_state_dict` returned, with names of the `PeftModel`; it is not changed. A layer that is not in
-            it starts as LoRA does, with a warning of PEFT's.
+        eva_state_dict: what `get_eva_state_dict` returned, for the `PeftModel` or for its bare base; it is not changed. (PEFT finds
+            no layer under the bare names, and starts all of them as LoRA does.) A layer that is not in it starts as LoRA does, with
+            a warning of PEFT's.
 
     The other arguments are those of `get_eva_state_dict`.
 
@@ -181,9 +184,10 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs=gather_distributed_inputs,
             show_progress_bar=show_progress_bar,
         )
-    _check_loadable(model, eva_state_dict, adapter_name)
-    # PEFT empties the dictionary that it is given.
-    peft_eva.initialize_lora_eva_weights(model, eva_state_dict=dict(eva_state_dict), adapter_name=adapter_name)
+    # A copy, as PEFT empties the dictionary that it is given.
+    state = _with_names_of(model, eva_state_dict)
+    _check_loadable(model, state, adapter_name)
+    peft_eva.initialize_lora_eva_weights(model, eva_state_dict=state, adapter_name=adapter_name)
 
 
 def _run(
@@ -404,13 +408,23 @@ def _check_same_everywhere(sites: list[Site]) -> None:
         raise ValueError(f"ranks 0 and {other} found different layers to share their inputs: their sums cannot be added up")
 
 
+def _with_names_of(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict; that of a bare model under the names of the `PeftModel`."""
+    layers = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if layers.isdisjoint(state):
+        prefixed = {PREFIX + name: a for name, a in state.items()}
+        if not layers.isdisjoint(prefixed):
+            return prefixed
+    return dict(state)
+
+
 def _check_loadable(model: PeftModel, state: Mapping[str, torch.Tensor], adapter_name: str) -> None:
     """Raise `ValueError` for what PEFT's loader would trip over halfway, or do to other adapters."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not any(name in layers for name in state):
         raise ValueError(
             f"eva_state_dict has none of this model's layers, such as {next(iter(layers), None)!r}, but such as "
-            f"{next(iter(state), None)!r}: the state dict of a bare model needs 'base_model.model.' in front of its names"
+            f"{next(iter(state), None)!r}: name them as this model or its base does"
         )
     for name, layer in layers.items():
         adapters, a = {*layer.lora_A, *layer.lora_embedding_A}, state.get(name)

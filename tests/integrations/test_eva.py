@@ -367,6 +367,18 @@ def test_a_state_dict_can_be_used_again() -> None:
                 assert torch.equal(model.get_submodule(name).lora_A["default"].weight, a)
 
 
+def test_a_bare_model_s_state_dict_is_loaded_under_the_names_of_the_peft_model() -> None:
+    found = state_dict(tiny("llama"), random_batches(2), config())
+    kept = dict(found)
+    model = wrapped()
+    initialize_lora_eva_weights(model, eva_state_dict=found)
+    assert found == kept
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert set(layers) == {PREFIX + name for name, a in found.items() if len(a)}
+    for name, layer in layers.items():
+        assert torch.equal(layer.lora_A["default"].weight, found[name.removeprefix(PREFIX)])
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = wrapped().train()
     layer = model.base_model.model.model.layers[0]
@@ -496,8 +508,8 @@ def test_models_that_cannot_be_initialised() -> None:
 
 def test_state_dicts_that_cannot_be_loaded() -> None:
     bare = state_dict(tiny("llama"), random_batches(1), config())
-    with pytest.raises(ValueError, match=r"needs 'base_model\.model\.' in front"):
-        initialize_lora_eva_weights(wrapped(), eva_state_dict=bare)
+    with pytest.raises(ValueError, match=r"none of this model's layers, such as 'base_model\.model\.model.*such as 'module\.model"):
+        initialize_lora_eva_weights(wrapped(), eva_state_dict={"module." + name: a for name, a in bare.items()})
     state = {PREFIX + name: a for name, a in bare.items()}
     name = next(iter(state))
     with pytest.raises(ValueError, match=r"q_proj' needs \(rank, 48\), not \(2, 5\)"):
