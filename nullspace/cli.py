@@ -55,7 +55,8 @@ BatchSize = Annotated[int, typer.Option(help="Sequences a batch.")]
 Rank = Annotated[int, typer.Option(help="Directions a layer: the adapter's rank.")]
 Targets = Annotated[str, typer.Option(help="'all-linear', name endings ('q_proj,v_proj'), or a regular expression ('re:.*_proj').")]
 Precision = Annotated[
-    str, typer.Option(help="'auto', 'fp64' for float64 products throughout, or 'qr' for no products at all (slow).")
+    str,
+    typer.Option(help="'auto', 'mixed' for float32 chains throughout, 'fp64' for float64 products, 'qr' for no products (slow)."),
 ]
 DType = Annotated[str, typer.Option(help="Of the model's weights: auto, float32, bfloat16, float16.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu, …; CUDA if there is one by default.")]

@@ -8,7 +8,8 @@ each chain added to a wider sum, and takes *outlier tokens* (norm above 8 × the
 a float64 product: a single massive activation in a float32 partial sum rounds away everything that the quiet directions had
 put there, and no wider master brings it back. Some spectra are too steep for float32 chains without any outlier: on a CPU the first
 tokens are therefore summed in float64, and where they show that the bottom of the spectrum would be lost, so are all others;
-everywhere `error_norm` says what may have been lost.
+everywhere `error_norm` says what may have been lost. `"mixed"` does without that look, for whoever damps the bottom of the spectrum
+anyway (CorDA).
 
 Who takes the products: the Triton kernels on a CUDA device (`nullspace.sums_triton`), PyTorch elsewhere (`nullspace.sums_torch`).
 """
@@ -28,7 +29,7 @@ from nullspace.sums_qr import QrSums
 from nullspace.sums_torch import TorchSums
 from nullspace.sums_triton import TritonSums
 
-PRECISIONS = ("auto", "fp64", "qr")
+PRECISIONS = ("auto", "mixed", "fp64", "qr")
 
 
 class Covariance:
@@ -37,8 +38,9 @@ class Covariance:
     Args:
         d_in: width of the inputs, at least 1.
         device: where the sums live; inputs are moved there.
-        precision: `"auto"` (float32 chains into a wider sum, outlier tokens in float64), `"fp64"` (every product in float64) or
-            `"qr"` (no product at all: the root R of C = RᵀR by streaming QR in float64, some ten times the time of `"fp64"`).
+        precision: `"auto"` (float32 chains into a wider sum, outlier tokens in float64; all in float64 where the first tokens ask
+            for it), `"mixed"` (the same whatever the first tokens say), `"fp64"` (every product in float64) or `"qr"` (no product
+            at all: the root R of C = RᵀR by streaming QR in float64, some ten times the time of `"fp64"`).
             float64 inputs are never summed in less.
 
     Cost: n · d_in² flops for n tokens. Memory: 4 · d_in² bytes for the triangle; beside it, on a CPU at most 512 rows of
@@ -239,14 +241,14 @@ def find_nonfinite(covariances: Sequence[Covariance]) -> tuple[Covariance, str] 
 
 
 def _new_sums(d_in: int, device: torch.device, precision: str) -> Sums:
-    if device.type == "cuda" and precision == "auto":
+    if device.type == "cuda" and precision in ("auto", "mixed"):
         obstacle = csrc_triton.unavailable(device)
         if obstacle is None:
             return TritonSums(d_in, device)
         _warn_of_fallback(obstacle)
     if precision == "qr":
         return QrSums(d_in, device)
-    return TorchSums(d_in, device, mixed=precision == "auto")
+    return TorchSums(d_in, device, mixed=precision != "fp64", probe=precision == "auto" and device.type == "cpu")
 
 
 @functools.cache

@@ -69,6 +69,8 @@ class Listener:
         weigh: (name of the first member, input) → what is summed in the input's place.
     """
 
+    MASKED = "everything is masked as padding"
+
     def __init__(
         self,
         targets: Mapping[str, nn.Module],
@@ -130,11 +132,15 @@ class Listener:
             name = next(each.members[0] for each in self._sums if each.covariance is found[0])
             raise ValueError(f"{name}, batch {self._batch}: {found[1]}")
 
+    def peek(self) -> list[tuple[Site, Covariance]]:
+        """The sites and their sums so far, between two batches; both go on growing."""
+        return [(Site(tuple(each.members), each.covariance.d_in), each.covariance) for each in self._sums]
+
     def release(self) -> Iterator[tuple[Site, Covariance]]:
         """The sites and their sums, in the order in which they were first called, each given out of hand."""
         deaf = next((s for s in self._sums if s.covariance.tokens == 0), None)
         if deaf is not None:
-            raise ValueError(f"no tokens at {deaf.members[0]!r}: everything is masked as padding")
+            raise ValueError(f"no tokens at {deaf.members[0]!r}: {self.MASKED}")
         self._of.clear()
         while self._sums:
             each = self._sums.pop(0)

@@ -216,8 +216,7 @@ def _left_bottom(m: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] |
     # Rows of M that are zero or repeated leave a zero on the diagonal of R.
     if not bool(r.diagonal().abs().min() > norm / NEARLY_SINGULAR):
         return None
-    inverse = torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True)
-    values, vectors = top_eigenpairs(inverse @ inverse.mT, k)
+    values, vectors = top_eigenpairs(torch.cholesky_inverse(r, upper=True), k)  # (RᵀR)⁻¹ = R⁻¹ R⁻ᵀ
     if not bool(1 / values[0].sqrt() > norm / NEARLY_SINGULAR) or not bool(values[-1] > values[0] / SQUARE_LIMIT**2):
         return None
     # A step of inverse iteration takes out what the square has left of the large ones.

@@ -405,8 +405,8 @@ def compute_null_spaces(
         strategy: how the model is run: see `stream_covariances`.
         precision: `"auto"`: the fast sums of `Covariance`, and a second pass in float64 over just those sites, if there are any,
             whose bases rounding may have made louder than `tolerance` allows (`NullSpace.excess_estimate`), and a third one
-            by QR where float64 is short too. `"fp64"`: every product in float64 at once. `"qr"`: no product at all. Or a
-            mapping from regular expressions for layer names to these: see `stream_covariances`.
+            by QR where float64 is short too. `"mixed"`: the fast sums alone. `"fp64"`: every product in float64 at once. `"qr"`:
+            no product at all. Or a mapping from regular expressions for layer names to these: see `stream_covariances`.
         tolerance: excess leak, by estimate, that `"auto"` accepts.
         spectrum: report effective ranks too.
         exclude: module name → (m, d_in) matrix whose rows the basis is to be orthogonal to: the A matrices of adapters that were

@@ -50,8 +50,9 @@ def stream_covariances(
             once. For models whose blocks are one chain (`nullspace.blocks.find_blocks`): anything else is refused by name.
             `"auto"`: layerwise for a model that is not whole where it computes, or that leaves no room there for all sums
             (`nullspace.plan.choose_strategy`); resident otherwise.
-        precision: `"auto"`, `"fp64"` or `"qr"`: see `Covariance`. Or a mapping from regular expressions to these: the first one
-            that matches a layer's whole name counts, `"auto"` where none does. A shared input is summed as its first layer says.
+        precision: `"auto"`, `"mixed"`, `"fp64"` or `"qr"`: see `Covariance`. Or a mapping from regular expressions to these: the
+            first one that matches a layer's whole name counts, `"auto"` where none does. A shared input is summed as
+            its first layer says.
         device: where a layerwise pass computes, if not where the weights are: a model in host memory is then brought there block by
             block.
         hidden_states: where a layerwise pass keeps what lies between two blocks: `"device"`, `"host"`, `"disk"`, or `"auto"`, the

@@ -35,15 +35,15 @@ class TorchSums(GramSums):
     Args:
         d_in: width of the inputs.
         device: where the sums live; inputs are moved there.
-        mixed: take products in float32 where they will do; False: all in float64.
+        mixed: take products in float32; False: all in float64.
+        probe: look at the first tokens, in float64, for whether float32 will do.
     """
 
-    def __init__(self, d_in: int, device: torch.device, *, mixed: bool) -> None:
+    def __init__(self, d_in: int, device: torch.device, *, mixed: bool, probe: bool) -> None:
         super().__init__(d_in, device)
         self._absorbed = 0
         self._probe_energy = 0.0
-        probes = device.type == "cpu"
-        self._float32: bool | None = (None if probes else True) if mixed else False  # None: not known yet
+        self._float32: bool | None = None if mixed and probe else mixed  # None: not known yet
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._outlier_rows: list[torch.Tensor] = []
 

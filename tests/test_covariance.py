@@ -658,7 +658,20 @@ def test_a_width_below_one_is_refused(d_in: int) -> None:
         Covariance(d_in)
 
 
+def test_mixed_stays_with_float32_chains_where_auto_does_not() -> None:
+    """A spectrum that float32 chains cannot resolve, with massive tokens in it."""
+    x = randn(LONG, 64) * torch.logspace(0, -5, 64)
+    x[::97] *= 1e3
+    auto, mixed = covariance_of(x), covariance_of(x, precision="mixed")
+    assert (auto.products, mixed.products) == ("fp64", "mixed")
+    assert auto.outliers == mixed.outliers > 0
+    c = second_moment(x)
+    assert relative_error(auto.matrix(), c) <= RESOLUTION["fp64"]
+    assert relative_error(mixed.matrix(), c) <= RESOLUTION["auto"]
+    assert 0 < torch.linalg.matrix_norm(mixed.matrix() - c) <= mixed.error_norm
+
+
 @pytest.mark.parametrize("precision", ["fp32", "", "AUTO"])
 def test_an_unknown_precision_is_refused(precision: str) -> None:
-    with pytest.raises(ValueError, match="precision must be one of 'auto', 'fp64', 'qr'"):
+    with pytest.raises(ValueError, match="precision must be one of 'auto', 'mixed', 'fp64', 'qr'"):
         Covariance(3, precision=precision)

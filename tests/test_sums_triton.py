@@ -253,7 +253,9 @@ def test_few_tokens_are_summed_in_float64(device: torch.device) -> None:
 # ------------------------------------------------------------------------------------------------ merging
 
 
-@pytest.mark.parametrize("theirs", [TritonSums, lambda d, device: TorchSums(d, device, mixed=True)], ids=["kernels", "PyTorch"])
+@pytest.mark.parametrize(
+    "theirs", [TritonSums, lambda d, device: TorchSums(d, device, mixed=True, probe=True)], ids=["kernels", "PyTorch"]
+)
 def test_merging_is_summing_all_tokens(theirs: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = (activations(tokens, 20, quietest=1e-2, massive=1e3, every=200, seed=seed) for seed, tokens in enumerate((900, 700)))
     covariance = covariance_of(x, device=device)
@@ -270,7 +272,7 @@ def test_merging_is_summing_all_tokens(theirs: Any, device: torch.device, monkey
 
 
 def test_a_probe_that_has_not_ended_ends_when_others_tokens_come(device: torch.device) -> None:
-    mine = TorchSums(20, torch.device("cpu"), mixed=True)
+    mine = TorchSums(20, torch.device("cpu"), mixed=True, probe=True)
     theirs = TritonSums(20, device)
     theirs.add(randn(STAGE_TOKENS + 100, 20).to(device), None)
     mine.merge(theirs)
@@ -401,7 +403,7 @@ def choice(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """Which sums a covariance of a given precision would get on a CUDA device."""
     monkeypatch.undo()
     monkeypatch.setattr(covariance_module, "TritonSums", lambda d_in, device: "kernels")
-    monkeypatch.setattr(covariance_module, "TorchSums", lambda d_in, device, mixed: f"PyTorch, {mixed=}")
+    monkeypatch.setattr(covariance_module, "TorchSums", lambda d_in, device, mixed, probe: f"PyTorch, {mixed=}, {probe=}")
     covariance_module._warn_of_fallback.cache_clear()
     return lambda precision: covariance_module._new_sums(8, torch.device("cuda"), precision)
 
@@ -409,14 +411,15 @@ def choice(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
 def test_the_kernels_are_used_where_they_can_be(choice: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(csrc_triton, "unavailable", lambda device: None)
     assert choice("auto") == "kernels"
-    assert choice("fp64") == "PyTorch, mixed=False"
-    assert covariance_module._new_sums(8, torch.device("cpu"), "auto") == "PyTorch, mixed=True"
+    assert choice("fp64") == "PyTorch, mixed=False, probe=False"
+    assert covariance_module._new_sums(8, torch.device("cpu"), "auto") == "PyTorch, mixed=True, probe=True"
+    assert covariance_module._new_sums(8, torch.device("cpu"), "mixed") == "PyTorch, mixed=True, probe=False"
 
 
 def test_elsewhere_pytorch_is_and_says_so_once(choice: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(csrc_triton, "unavailable", lambda device: "compute capability 7.0 is below 8.0")
     with pytest.warns(UserWarning, match=r"compute capability 7\.0 is below 8\.0: second moments are summed by PyTorch") as caught:
-        assert choice("auto") == "PyTorch, mixed=True"
+        assert choice("auto") == "PyTorch, mixed=True, probe=False"
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")

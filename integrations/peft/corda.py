@@ -211,7 +211,7 @@ def _run(
         calls[name] = calls.get(name, 0) + 1
         return x.double() / x.max().abs()  # in float32 the quotient's rounding would be what the sum loses most by
 
-    sums = Listener({name: modules[name] for name in targets}, "auto", weigh=weigh if parity else None)
+    sums = Listener({name: modules[name] for name in targets}, "mixed", weigh=weigh if parity else None)
     with torch.inference_mode(False), evaluating(hooked), listening({n: modules[n] for n in targets}, sums):
         with _batches(hooked, sums, masked=not parity):
             run_model()

@@ -6,10 +6,10 @@ A = the top right singular vectors of a layer's *centred* inputs, B = 0, and the
 variance; the base stays as it is, so that it may be quantised.
 
 What differs from PEFT: it reads the data again and again, updates an approximate SVD in float32 batch by batch, and stops once
-the vectors turn by less than `EvaConfig.tau` from one batch to the next. Here the data are read once, all of them, every token
-counts the same, and the components are those of all tokens together, whatever the size and order of the batches: there is nothing
-to converge, and `tau` is not used. So hand over as many batches as are to count. The price is memory: 4 · d_in² bytes for each
-input of the model, on the device where the layer runs, until the pass is over.
+the vectors turn by less than `EvaConfig.tau` from one batch to the next. Here the data are read once, every token counts the same,
+and the components are those of all tokens together, whatever the size and order of the batches. Small data are read to their
+end; of a long loader, no more than it takes until the components are, to `tau`, those of half the data. The price is memory:
+4 · d_in² bytes for each input of the model, on the device where the layer runs, until the pass is over.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from nullspace.sites import Site, is_linear
 PREFIX = "base_model.model."
 # More of Σ‖x‖² than rounding leaves of equal inputs without their mean, by `Covariance.products`: below it nothing varies.
 NO_VARIANCE = {"fp64": 1e-12, "mixed": 1e-6}
+# From so many tokens for every direction of an input on, components are looked at whenever the data have doubled.
+EARLIEST = 32
 
 
 @torch.no_grad()
@@ -70,9 +72,11 @@ def get_eva_state_dict(
 
     Args:
         model: a `PeftModel`, whose adapters are switched off during the pass, or a bare model. Run in eval mode, left as it was.
-        dataloader: any iterable of batches, read once, to its end; moved to the model's device.
+        dataloader: any iterable of batches, read once; moved to the model's device. It is read to its end, or until, beyond 32
+            tokens for every direction of every input, all components that are given out agree with those of half the data, to a
+            cosine of `tau`.
         peft_config: of `LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(…))`; needed for a bare model. r,
-            `rank_pattern`, `target_modules` and `eva_config` count (of that, all but `tau`).
+            `rank_pattern`, `target_modules` and `eva_config` count.
         forward_fn: called with the model and a batch; `model(**batch)` by default.
         prepare_model_inputs_fn: called with a batch and the configuration, once a batch, for the functions below.
         prepare_layer_inputs_fn: called with a tuple that holds the layer's input, with what the function above returned (a copy of
@@ -110,23 +114,15 @@ def get_eva_state_dict(
         sums = _PreparedRows(layers, precision, config, prepare_model_inputs_fn, prepare_layer_inputs_fn)
     distributed = dist.is_available() and dist.is_initialized()
     bar = show_progress_bar and not (distributed and dist.get_rank() > 0)
-    _run(model, dataloader, layers, sums, forward_fn, device, reporter(bar))
-
     ranks = {name: _rank_of(name, config) for name in layers}
-    sites = _in_order(sums, layers)
+    _run(model, dataloader, layers, sums, forward_fn, device, _Settled(layers, ranks, eva), reporter(bar))
+
+    sites = _in_order(sums.release(), layers)
     gather = distributed and gather_distributed_inputs
     if gather:
         _check_same_everywhere([site for site, _ in sites])
-    found: dict[tuple[str, ...], _Components] = {}
-    while sites:
-        site, covariance = sites.pop(0)
-        wanted = max(round(ranks[name] * eva.rho) for name in site.members)
-        found[site.members] = _components_of(site, covariance, wanted, gather)
-        del covariance
-    of = {name: components for members, components in found.items() for name in members}
-    # PEFT's order, in which equal shares are dealt out: the first layer of every input, and then the others.
-    order = [members[0] for members in found] + [name for members in found for name in members[1:]]
-    given = _distribute({name: of[name].shares for name in order}, sum(ranks.values()))
+    of = _components_of_layers(sites, ranks, eva, gather)
+    given = _distribute(of, ranks)
     return {name: _factor(name, of[name], given[name], whiten=eva.whiten, device=device) for name in layers}
 
 
@@ -197,6 +193,7 @@ def _run(
     sums: _Tokens | _PreparedRows,
     forward: Callable[[nn.Module, Any], Any],
     device: torch.device | None,
+    settled: _Settled,
     report: Progress,
 ) -> None:
     number, total = 0, length(dataloader)
@@ -208,6 +205,8 @@ def _run(
             forward(model, inputs)
             sums.end_batch()
             report("eva", number, total, 0)
+            if settled(number, sums):
+                break
     if number == 0:
         raise ValueError("dataloader is empty")
     refuse_silent(sums.silent)
@@ -215,6 +214,8 @@ def _run(
 
 class _Tokens(Listener):
     """Hears the inputs of a language model, without padding and without the tokens that labels leave out."""
+
+    MASKED = "every token is masked, as padding or by its label: EvaConfig(use_label_mask=False) counts the latter"
 
     def __init__(self, layers: Mapping[str, nn.Module], precision: str, eva: EvaConfig, *, encoder_decoder: bool) -> None:
         super().__init__(layers, precision)
@@ -304,6 +305,51 @@ class _Components(NamedTuple):
     """(k,), of the whole variance."""
 
 
+class _Settled:
+    """Whether every component that is given out agrees with that of half the data, by `EvaConfig.tau`.
+
+    Small data are read to their end; of a loader over a whole corpus, no more than the components need.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], ranks: Mapping[str, int], eva: EvaConfig) -> None:
+        self._layers, self._ranks, self._eva = layers, ranks, eva
+        self._next = 1
+        self._before: dict[str, _Components] = {}
+
+    def __call__(self, number: int, sums: Listener) -> bool:
+        if number < self._next:
+            return False
+        self._next = 2 * number
+        sites = sums.peek()
+        if sum(len(site.members) for site, _ in sites) < len(self._layers):
+            return False
+        if any(covariance.tokens < EARLIEST * site.d_in for site, covariance in sites):
+            return False
+        before, self._before = self._before, _components_of_layers(_in_order(sites, self._layers), self._ranks, self._eva, False)
+        given = _distribute(self._before, self._ranks)
+        return bool(before) and all(
+            bool(((now.vectors[: given[name]] * before[name].vectors[: given[name]]).sum(1).abs() >= self._eva.tau).all())
+            for name, now in self._before.items()
+        )
+
+
+def _components_of_layers(
+    sites: list[tuple[Site, Covariance]], ranks: Mapping[str, int], eva: EvaConfig, gather: bool
+) -> dict[str, _Components]:
+    """Of every layer, in PEFT's order, in which equal shares are dealt out: the first layer of every input, then the others.
+
+    The list is emptied: each sum is free as soon as it is used.
+    """
+    found: dict[tuple[str, ...], _Components] = {}
+    while sites:
+        site, covariance = sites.pop(0)
+        wanted = max(round(ranks[name] * eva.rho) for name in site.members)
+        found[site.members] = _components_of(site, covariance, wanted, gather)
+        del covariance
+    first = {members[0]: components for members, components in found.items()}
+    return {**first, **{name: components for members, components in found.items() for name in members[1:]}}
+
+
 def _components_of(site: Site, covariance: Covariance, wanted: int, gather: bool) -> _Components:
     c, mean, tokens = covariance.matrix(), covariance.mean(), covariance.mass
     if gather:
@@ -328,12 +374,12 @@ def _components_of(site: Site, covariance: Covariance, wanted: int, gather: bool
     return _Components(vectors.mT, values, values / variance)
 
 
-def _distribute(shares: Mapping[str, torch.Tensor], budget: int) -> dict[str, int]:
-    """How many of the `budget` largest shares are each layer's. Equal ones go to the layer that comes first."""
-    every = [(share, name) for name, each in shares.items() for share in each.tolist()]
+def _distribute(components: Mapping[str, _Components], ranks: Mapping[str, int]) -> dict[str, int]:
+    """How many of the largest shares are each layer's, as many as the ranks add up to. Equal ones go to the first layer."""
+    every = [(share, name) for name, each in components.items() for share in each.shares.tolist()]
     every.sort(key=lambda pair: -pair[0])  # stable
-    counts = Counter(name for _, name in every[:budget])
-    return {name: counts[name] for name in shares}
+    counts = Counter(name for _, name in every[: sum(ranks.values())])
+    return {name: counts[name] for name in components}
 
 
 def _factor(name: str, components: _Components, rank: int, *, whiten: bool, device: torch.device | None) -> torch.Tensor:
@@ -393,10 +439,10 @@ def _rank_of(name: str, config: LoraConfig) -> int:
     return int(patterns.get(get_pattern_key(patterns.keys(), name), config.r))
 
 
-def _in_order(listener: Listener, layers: Mapping[str, nn.Module]) -> list[tuple[Site, Covariance]]:
+def _in_order(pairs: Iterable[tuple[Site, Covariance]], layers: Mapping[str, nn.Module]) -> list[tuple[Site, Covariance]]:
     """Sites, and the members of each, in the order of the layers in the model rather than of their calls."""
     place = {name: number for number, name in enumerate(layers)}
-    found = [(Site(tuple(sorted(site.members, key=place.__getitem__)), site.d_in), sums) for site, sums in listener.release()]
+    found = [(Site(tuple(sorted(site.members, key=place.__getitem__)), site.d_in), sums) for site, sums in pairs]
     return sorted(found, key=lambda pair: place[pair[0].name])
 
 

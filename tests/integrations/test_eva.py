@@ -215,6 +215,30 @@ def test_tokens_that_labels_leave_out_are_not_counted(mask: bool) -> None:
     assert all(torch.equal(found[name], every[name]) for name in every)
 
 
+@pytest.mark.parametrize(("tau", "read"), [(0.0, 32), (1.0, 70)])
+def test_a_long_loader_is_read_until_twice_the_data_say_the_same(tau: float, read: int) -> None:
+    batches = random_batches(
+        70
+    )  # of 256 tokens: 32 for each of down_proj's 112 inputs with the 14th batch, looked at with the 16th
+    seen: list[int] = []
+
+    def loader() -> Any:
+        for number, batch in enumerate(batches, start=1):
+            seen.append(number)
+            yield batch
+
+    found = state_dict(tiny("llama"), loader(), config(tau=tau))
+    assert len(seen) == read
+    wanted = state_dict(tiny("llama"), batches[:read], config(tau=1.0))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_tokens_that_labels_leave_out_are_not_called_padding() -> None:
+    batches = [{**batch, "labels": torch.full_like(batch["input_ids"], -100)} for batch in random_batches(2)]
+    with pytest.raises(ValueError, match=r"no tokens at 'model.*masked, as padding or by its label.*use_label_mask=False"):
+        state_dict(tiny("llama"), batches, config())
+
+
 def test_labels_go_through_the_default_forward() -> None:
     batches = with_labels(random_batches(2, padding="left"))
     inputs = [{**b, "attention_mask": b["attention_mask"] * (b["labels"] != -100)} for b in batches]
