@@ -49,12 +49,21 @@ def show_summary(summary: Mapping[str, Mapping[str, float]]) -> None:
     print("\n" + "\n".join(f"{v:10} {s['time_over_forward']:.2f} x   {s['gb_above_forward']:+.2f} GB" for v, s in summary.items()))
 
 
+def peak_bytes() -> int:
+    """The most that this process has had in memory (Linux). `ru_maxrss` would begin with its parent's."""
+    return _status("VmHWM")
+
+
 def anonymous_bytes() -> int:
     """What this process holds of memory that is no file's (Linux)."""
+    return _status("RssAnon")
+
+
+def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
+        if line.startswith(field):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status does not say RssAnon")
+    raise OSError(f"/proc/self/status does not say {field}")
 
 
 class PeakMemory:

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import show_summary, take_turns
+from benchmarks.children import peak_bytes, show_summary, take_turns
 from benchmarks.environment import write_result
 from benchmarks.peers import BATCH_SIZE, LENGTH, RANK, SAMPLES, checkpoint_of_demo_model, setup, summarise
 
@@ -72,15 +71,15 @@ def run_variant(variant: str, mode: str, checkpoint: str) -> dict[str, Any]:
     model, batches = setup(checkpoint)
     config, run_model = configuration(mode, list(find_targets(model))), runner(model, batches)
     preprocess = function(variant)
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = peak_bytes()
     began = time.perf_counter()
     if variant == "forward":
         run_model()
     else:
         preprocess(model, config, run_model=run_model)
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"variant": variant, "seconds": seconds, "peak_gb": peak / 1e6, "loaded_gb": loaded / 1e6}
+    peak = peak_bytes()
+    return {"variant": variant, "seconds": seconds, "peak_gb": peak / 1e9, "loaded_gb": loaded / 1e9}
 
 
 def literal(w: Any, c: Any, mode: str) -> Any:

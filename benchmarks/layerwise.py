@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import show_summary, take_turns
+from benchmarks.children import peak_bytes, show_summary, take_turns
 from benchmarks.environment import write_result
 from benchmarks.peers import BATCH_SIZE, LENGTH, RANK, SAMPLES, checkpoint_of_demo_model, forward, setup, summarise
 
@@ -39,13 +38,13 @@ def calibrate(model: Any, batches: Any, strategy: str) -> dict[str, Any]:
 
 def run_variant(variant: str, checkpoint: str) -> dict[str, Any]:
     model, batches = setup(checkpoint)
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = peak_bytes()
     if variant == "forward":
         result: dict[str, Any] = {"seconds": forward(model, batches)["forward"]}
     else:
         result = calibrate(model, batches, variant)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"variant": variant, **result, "peak_gb": peak / 1e6, "loaded_gb": loaded / 1e6}
+    peak = peak_bytes()
+    return {"variant": variant, **result, "peak_gb": peak / 1e9, "loaded_gb": loaded / 1e9}
 
 
 def main() -> None:

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import show_summary, take_turns
+from benchmarks.children import peak_bytes, show_summary, take_turns
 from benchmarks.environment import write_result
 
 SAMPLES, LENGTH, BATCH_SIZE, RANK = 16, 512, 4, 32
@@ -102,10 +101,10 @@ def corda(model: Any, batches: Any) -> dict[str, float]:
 def run_variant(variant: str, checkpoint: str) -> dict[str, Any]:
     """One variant in this process: seconds a stage, and how far it drove the peak memory above the loaded model's."""
     model, batches = setup(checkpoint)
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = peak_bytes()
     stages = {"forward": forward, "nullspace": nullspace, "corda": corda}[variant](model, batches)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"variant": variant, "seconds": sum(stages.values()), "stages": stages, "peak_gb": peak / 1e6, "loaded_gb": loaded / 1e6}
+    peak = peak_bytes()
+    return {"variant": variant, "seconds": sum(stages.values()), "stages": stages, "peak_gb": peak / 1e9, "loaded_gb": loaded / 1e9}
 
 
 def checkpoint_of_demo_model(folder: Path) -> str:
