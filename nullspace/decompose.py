@@ -50,8 +50,8 @@ def _solved(ready: list[tuple[Site, Covariance]], solve: Callable[[Site, Covaria
     large = ready[len(small) :]  # at most one: it ends the drawing
     ready.clear()
     if small:
-        # The largest first: what is left at the end is short.
-        order = sorted(range(len(small)), key=lambda i: -small[i][1].d_in)
+        # The largest first, and those with the most layers: what is left at the end is short.
+        order = sorted(range(len(small)), key=lambda i: (-small[i][1].d_in, -len(small[i][0].members)))
         threads = min(len(small), min(solvers.side_by_side(c.d_in, c.device) for _, c in small))
         with solvers.one_thread_each(threads) as pool:
             solved = dict(zip(order, pool.map(lambda i: solve(*small[i]), order), strict=True))
