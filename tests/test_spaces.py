@@ -687,7 +687,7 @@ def test_a_precision_can_be_chosen_layer_by_layer() -> None:
     assert (spaces["massive"].precision, spaces["plain"].precision) == ("qr", "fp64")
     spaces = compute_null_spaces(Echo(96), list(x.split(512)), rank=RANK, precision={"plain": "qr"}, progress=False)
     assert (spaces["massive"].precision, spaces["plain"].precision) == ("mixed", "qr")
-    with pytest.raises(ValueError, match="precision must be one of 'auto', 'fp64', 'qr', not 'fp32'"):
+    with pytest.raises(ValueError, match="precision must be one of 'auto', 'mixed', 'fp64', 'qr', not 'fp32'"):
         compute_null_spaces(Echo(96), [x], rank=RANK, precision={"plain": "fp32"}, progress=False)
 
 

@@ -448,7 +448,7 @@ def test_a_batch_of_the_wrong_type_is_an_error_naming_it(batch: Any) -> None:
     ("options", "message"),
     [
         ({"strategy": "fast"}, "strategy must be one of .*'layerwise', not 'fast'"),
-        ({"precision": "fp8"}, "precision must be one of 'auto', 'fp64', 'qr', not 'fp8'"),
+        ({"precision": "fp8"}, "precision must be one of 'auto', 'mixed', 'fp64', 'qr', not 'fp8'"),
         ({"targets": ["nope"]}, "target 'nope' matches no module"),
     ],
 )
