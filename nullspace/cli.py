@@ -162,7 +162,8 @@ def init(
     from nullspace.methods import METHODS, Sources, check_method
 
     began = time.perf_counter()
-    check_method(method, Sources(sigma_scale=sigma_scale, beta=beta, damping=damping))
+    options = Sources(sigma_scale=sigma_scale, beta=beta, damping=damping)
+    check_method(method, options)
     needs = METHODS[method].needs
     sources = [("--data", data), ("--spaces", spaces), ("--covariances", covariances)]
     given = [name for name, value in sources if value is not None]
@@ -209,9 +210,7 @@ def init(
             "alpha": config.lora_alpha,
             "use_rslora": use_rslora,
             "method": method,
-            **{
-                option: value for option, value in _options(sigma_scale, beta, damping).items() if option in METHODS[method].options
-            },
+            **{option: value for option, value in vars(options).items() if option in METHODS[method].options},
             "versions": _versions(),
         }
         peft.write_init(
@@ -622,10 +621,6 @@ def _accumulate(
         overwrite=overwrite,
         progress=progress,
     )
-
-
-def _options(sigma_scale: float, beta: float, damping: float) -> dict[str, float]:
-    return {"sigma_scale": sigma_scale, "beta": beta, "damping": damping}
 
 
 def _show_covariances(covariances: Covariances, as_json: bool, quiet: bool, facts: dict[str, Any]) -> None:

@@ -79,7 +79,8 @@ class Method:
 
     Attributes:
         needs: of `Sources`: names of what must be there; `"spaces"` may be made of `covariances`.
-        changes_base: whether the product B A is different from zero, so that something has to take it away again.
+        changes_base: whether the product B A is different from zero, so that something has to take it away again. These are the
+            methods that look at the weight, too.
         options: which numbers of `Sources` it takes.
         start: the factors.
     """
@@ -159,11 +160,6 @@ METHODS: Mapping[str, Method] = {
     "eva": Method(("covariances",), False, (), _eva),
     "orthogonal": Method((), False, (), _orthogonal),
 }
-
-
-def needs_weight(method: str) -> bool:
-    """Whether a method's factors are made of the weight's values."""
-    return METHODS[method].changes_base
 
 
 def check_method(method: str, given: Sources | None = None) -> None:

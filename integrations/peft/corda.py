@@ -12,7 +12,6 @@ For CorDA without PEFT's door (16-bit bases whose residual is rounded once, quan
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import pickle
 import zipfile
@@ -23,9 +22,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora.model import LoraModel
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from nullspace import solvers
@@ -33,10 +29,10 @@ from nullspace.batches import evaluating, is_encoder_decoder
 from nullspace.covariance import Covariance
 from nullspace.decompose import decompose
 from nullspace.factors import CORDA_MODES, DAMPING, ZERO
-from nullspace.integrations.peft.layers import RESIDUAL_DTYPES
+from nullspace.integrations.peft.layers import RESIDUAL_DTYPES, chosen_layers, rank_of
 from nullspace.listening import Listener, listening, refuse_silent
 from nullspace.progress import reporter
-from nullspace.sites import Site, find_targets, is_conv1d, is_linear, weight_of, weight_shape
+from nullspace.sites import Site, is_conv1d, is_linear, weight_of, weight_shape
 
 
 @dataclass
@@ -94,8 +90,8 @@ def preprocess_corda(
     options = lora_config.corda_config
     if options is None:
         raise ValueError("lora_config.corda_config is None: give LoraConfig(corda_config=CordaConfig(corda_method='kpm'))")
-    targets = _find_targets(model, lora_config)
-    ranks = {name: _rank(lora_config, name) for name in targets}
+    targets = chosen_layers(model, lora_config)
+    ranks = {name: rank_of(name, lora_config) for name in targets}
     for name, layer in targets.items():
         _check_layer(name, layer, ranks[name])
     cache, sums = _path(options.cache_file), _path(options.covariance_file)
@@ -154,31 +150,6 @@ def preprocess_corda(
                 for field in ("S_WC", "U_WC", "V_WC")
             },
         )
-
-
-def _find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """PEFT's choice: name → layer, in the model's order."""
-    if config.target_modules == "all-linear":
-        return find_targets(model)
-    if config.target_modules is None:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-            raise ValueError(f"give target_modules: PEFT has none for a model of type {kind!r}")
-        config = copy.copy(config)
-        config.target_modules = list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if is_linear(module) and LoraModel._check_target_module_exists(config, name)
-    }
-    if not found:
-        raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}")
-    return found
-
-
-def _rank(config: LoraConfig, name: str) -> int:
-    patterns = config.rank_pattern or {}
-    return patterns.get(get_pattern_key(list(patterns), name), config.r)
 
 
 def _check_layer(name: str, layer: nn.Module, rank: int) -> None:

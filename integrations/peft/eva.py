@@ -23,20 +23,19 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from peft import EvaConfig, LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer, LoraModel, ParamWrapper
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.lora import eva as peft_eva
 from peft.tuners.lora.eva import (
     forward_fn_dict,
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from nullspace import factors, solvers
 from nullspace.batches import evaluating, is_encoder_decoder, length
 from nullspace.covariance import Covariance
+from nullspace.integrations.peft.layers import chosen_layers, rank_of
 from nullspace.listening import Listener, listening, refuse_silent
 from nullspace.progress import Progress, reporter
 from nullspace.sites import Site, is_linear
@@ -114,7 +113,7 @@ def get_eva_state_dict(
         sums = _PreparedRows(layers, precision, config, prepare_model_inputs_fn, prepare_layer_inputs_fn)
     distributed = dist.is_available() and dist.is_initialized()
     bar = show_progress_bar and not (distributed and dist.get_rank() > 0)
-    ranks = {name: _rank_of(name, config) for name in layers}
+    ranks = {name: rank_of(name, config) for name in layers}
     _run(model, dataloader, layers, sums, forward_fn, device, _Settled(layers, ranks, eva), reporter(bar))
 
     sites = _in_order(sums.release(), layers)
@@ -422,21 +421,7 @@ def _layers_of(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[
                 f"{other!r} is a {type(found[other]).__name__}: only nn.Linear, its subclasses and Conv1D are supported"
             )
         return found
-    own: Any = copy.deepcopy(config)
-    if own.target_modules is None:  # as `get_peft_model` does
-        own.target_modules = LoraModel.target_module_mapping.get(getattr(getattr(model, "config", None), "model_type", ""))
-    if own.target_modules is None:
-        raise ValueError("peft_config names no target_modules, and PEFT knows none for this kind of model")
-    own = _maybe_include_all_linear_layers(own, model)
-    found = {name: module for name, module in model.named_modules() if is_linear(module) and check_target_module_exists(own, name)}
-    if not found:
-        raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}")
-    return found
-
-
-def _rank_of(name: str, config: LoraConfig) -> int:
-    patterns: Any = config.rank_pattern or {}
-    return int(patterns.get(get_pattern_key(patterns.keys(), name), config.r))
+    return chosen_layers(model, config)
 
 
 def _in_order(pairs: Iterable[tuple[Site, Covariance]], layers: Mapping[str, nn.Module]) -> list[tuple[Site, Covariance]]:

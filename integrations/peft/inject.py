@@ -31,7 +31,7 @@ from nullspace.integrations.peft.layers import (
     stored_weight,
     with_spaces,
 )
-from nullspace.methods import Sources, check_method, check_sources, needs_weight
+from nullspace.methods import METHODS, Sources, check_method, check_sources
 from nullspace.sites import weight_of
 from nullspace.spaces import NullSpaces
 
@@ -250,7 +250,7 @@ def _base_state(base: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def _write_factors(name: str, layer: Any, adapter: str, method: str, given: Sources, place: str) -> None:
     base = layer.get_base_layer()
-    stored = stored_weight(base) if needs_weight(method) else weight_of(base)
+    stored = stored_weight(base) if METHODS[method].changes_base else weight_of(base)
     a, b, residual = start_of(name, layer, stored, adapter, method, given, place)
     layer.lora_A[adapter].weight.copy_(a)
     layer.lora_B[adapter].weight.copy_(b)

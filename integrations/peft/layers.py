@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.integrations import dequantize_bnb_weight
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from nullspace import store
 from nullspace.integrations.peft.shell import on_disk, plan_base, without_weights
-from nullspace.methods import METHODS, Layer, Sources, check_rank, check_sources
+from nullspace.methods import METHODS, Layer, Sources, check_rank
 from nullspace.sites import find_targets, is_linear, weight_of
 from nullspace.spaces import NullSpaces
 
@@ -143,6 +144,30 @@ def own_config(config: LoraConfig, model: nn.Module, given: Sources) -> LoraConf
     return config
 
 
+def chosen_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """The linear layers that `get_peft_model` would give an adapter: name → layer, in the model's order.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    own: Any = copy.deepcopy(config)
+    if own.target_modules is None:
+        own.target_modules = LoraModel.target_module_mapping.get(getattr(getattr(model, "config", None), "model_type", ""))
+    if own.target_modules is None:
+        raise ValueError("the configuration names no target_modules, and PEFT knows none for this kind of model")
+    own = _maybe_include_all_linear_layers(own, model)
+    found = {name: module for name, module in model.named_modules() if is_linear(module) and check_target_module_exists(own, name)}
+    if not found:
+        raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}")
+    return found
+
+
+def rank_of(name: str, config: LoraConfig) -> int:
+    """Of a layer's adapter: `rank_pattern`, or r."""
+    patterns: Any = config.rank_pattern or {}
+    return int(patterns.get(get_pattern_key(patterns.keys(), name), config.r))
+
+
 def random_seed(method: str) -> int:
     """From PyTorch's generator, for a method that draws numbers: the same after the same `torch.manual_seed`."""
     return int(torch.randint(2**62, ())) if method == "orthogonal" else 0
@@ -150,7 +175,6 @@ def random_seed(method: str) -> int:
 
 def with_spaces(method: str, given: Sources, layers: Mapping[str, LoraLayer], adapter: str) -> Sources:
     """The same with null spaces, if the method asks for them and there are only covariances to find them in."""
-    check_sources(method, given)
     if "spaces" not in METHODS[method].needs or given.spaces is not None:
         return given
     assert given.covariances is not None

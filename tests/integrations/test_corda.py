@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda as theirs
 from torch import nn
@@ -110,7 +110,7 @@ def test_by_default_every_token_counts_once_and_padding_does_not(mode: str) -> N
         assert (2 * b @ a - wanted).norm() <= 1e-5 * wanted.norm(), name
 
 
-def test_the_adapted_model_computes_what_it_computed_before_and_is_saved_as_pefts_is(tmp_path: Path) -> None:
+def test_the_adapted_model_computes_what_it_computed_before_and_nothing_of_ours_is_left_on_it() -> None:
     model = tiny("llama")
     before = model(**SAMPLES[0]).logits
     preprocess_corda(model, config(), run_model=runner(model))
@@ -118,8 +118,6 @@ def test_the_adapted_model_computes_what_it_computed_before_and_is_saved_as_peft
     adapted = get_peft_model(model, config())
     assert (adapted(**SAMPLES[0]).logits - before).abs().max() <= 1e-5 * before.abs().max()
     assert not any(hasattr(module, "eigens") for module in model.modules())
-    adapted.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=None)
-    assert isinstance(adapted, PeftModel)
 
 
 @pytest.mark.parametrize("reader", ["ours", "theirs"])

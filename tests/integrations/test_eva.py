@@ -102,7 +102,7 @@ def test_ranks_are_those_of_peft(rho: float, rank_pattern: dict[str, int]) -> No
     settings = config(rho=rho, rank_pattern=rank_pattern)
     found = state_dict(model, batches, settings)
     inputs = recorded_inputs(model, batches, found)
-    ranks = {name: eva._rank_of(name, settings) for name in found}
+    ranks = {name: eva.rank_of(name, settings) for name in found}
     assert (sum(ranks.values()) == RANK * len(found)) == (not rank_pattern)
     shared = {name: name.replace("v_proj", "q_proj") for name in found if name.endswith("v_proj")}
     most = {name: round(rank * rho) for name, rank in ranks.items()}

@@ -138,7 +138,7 @@ def test_null_spaces_are_found_in_covariances_where_only_these_are_given(method:
         ("sc-lora", {"beta": 1.5}, "beta must be between 0 and 1"),
         ("corda-ipm", {"damping": -1.0}, "damping must be"),
         ("corda-ipm", {"damping": float("nan")}, "damping must be"),
-        ("milora", {"r": 17}, r"k_proj' has rank 17, but its weight is 16 × 64|k_proj' has rank 17, but its weight is \d+ × \d+"),
+        ("milora", {"r": 17}, "k_proj' has rank 17, but its weight is 16 × 48"),
         ("orthogonal", {"r": 7}, "has rank 7: an orthogonal start needs an even one"),
         ("eva", {"covariances": "gpt2"}, "there is no covariance for 'model"),
         ("corda", {}, "method must be one of 'lora-null'.*'corda-kpm'"),
