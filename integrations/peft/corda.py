@@ -59,7 +59,7 @@ def preprocess_corda(
     *,
     parity: bool = False,
 ) -> None:
-    """PEFT's function of this name, from float64 second moments: sets `eigens` on every target layer, for `get_peft_model`.
+    """PEFT's function of this name, from our second moments: sets `eigens` on every target layer, for `get_peft_model`.
 
     BA is CorDA's (arXiv 2406.05223): the last r (`corda_method="kpm"`) or first r (`"ipm"`) singular triples of W C, times C⁻¹,
     with C damped by 0.01 of the mean of its diagonal, as in PEFT and in the paper's code. It is computed as U_r U_rᵀ W, without an
@@ -68,7 +68,8 @@ def preprocess_corda(
     - Every token counts once. PEFT divides each call's input by the absolute value of its largest entry, so that a sample counts
       more the smaller its extremes are; it counts padding; and it takes one sample a call. Here padding is left out where
       the model is given an `attention_mask`, and samples may come in batches. `parity=True` weighs and counts as PEFT does.
-    - Layers that are handed the same tensor share one sum, in float64; `use_float16_for_covariance` is therefore ignored. The
+    - Layers that are handed the same tensor share one sum: short float32 chains into float64, outlier tokens in float64 (precision
+      `"mixed"` of `nullspace.Covariance`; under `parity` every product is in float64). `use_float16_for_covariance` is ignored. The
       damping is never doubled: PEFT does so when its float32 inverse fails.
     - `target_modules="all-linear"` is understood, a configuration without `target_modules` as PEFT's other initialisers do.
     - What cannot work is said before the model runs. Hooks are removed, and the model's mode restored, whatever happens.
