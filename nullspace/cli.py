@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"the command line needs more packages: pip install 'nullspace-lora[cli]' ({error})") from None
 
-from nullspace import report, store
+from nullspace import store, tables
 
 if TYPE_CHECKING:
     from nullspace.covariances import Covariances
@@ -624,19 +624,19 @@ def _accumulate(
 
 
 def _show_covariances(covariances: Covariances, as_json: bool, quiet: bool, facts: dict[str, Any]) -> None:
-    rows = report.covariance_rows(covariances)
+    rows = tables.covariance_rows(covariances)
     if as_json:
         _print_json({**facts, "sites": rows})
     elif not quiet:
-        _show_table([report.covariance_cells(row) for row in rows])
+        _show_table([tables.covariance_cells(row) for row in rows])
 
 
 def _show(spaces: NullSpaces, as_json: bool, quiet: bool, facts: dict[str, Any]) -> None:
-    rows = report.rows(spaces)
+    rows = tables.rows(spaces)
     if as_json:
         _print_json({**facts, "sites": rows})
     elif not quiet:
-        _show_table([report.cells(row) for row in rows])
+        _show_table([tables.cells(row) for row in rows])
 
 
 def _show_table(shown: list[dict[str, str]]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nullspace import plan, report, solvers
+from nullspace import plan, solvers, tables
 from nullspace.batches import example_of, length
 from nullspace.checkpoint import Checkpoint, fingerprint_of_run
 from nullspace.covariance import Covariance
@@ -278,7 +278,7 @@ class NullSpaces(Sitewise[NullSpace]):
 
     def summary(self) -> str:
         """A table: site, layers, d_in, tokens, rank, leak, gap, outliers, precision, and the effective rank where known."""
-        return report.text_table(report.rows(self))
+        return tables.text_table(tables.rows(self))
 
     @classmethod
     def from_covariances(

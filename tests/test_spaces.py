@@ -21,7 +21,7 @@ from torch import nn
 import nullspace.sums_torch as sums_torch
 from inputs import activations
 from models import FAMILIES, VOCABULARY, random_batches, tiny
-from nullspace import Covariance, NullSpace, NullSpaces, Site, compute_null_spaces, report, solvers, store
+from nullspace import Covariance, NullSpace, NullSpaces, Site, compute_null_spaces, solvers, store, tables
 from nullspace.covariances import compute_covariances
 from nullspace.sites import find_targets
 from nullspace.spaces import TOLERANCE
@@ -240,7 +240,7 @@ def test_members_of_a_site_share_one_object() -> None:
 
 def test_rows_are_json_and_say_what_the_spaces_say() -> None:
     spaces = calibrated("llama", spectrum=True)
-    rows = report.rows(spaces)
+    rows = tables.rows(spaces)
     assert json.loads(json.dumps(rows)) == rows
     assert [row["site"] for row in rows] == [site.name for site in spaces.sites]
     for row in rows:
