@@ -1,4 +1,4 @@
-"""The command line: `nullspace init | compute | covariances | merge | inspect | export | plan | demo`.
+"""The command line: `nullspace init | compute | covariances | merge | inspect | report | export | plan | demo`.
 
 What a person reads goes to standard output as tables, or with `--json` as one JSON document; progress and warnings go to standard
 error. Exit codes: 0 done, 1 the machine failed (disk, memory), 2 the input was wrong, 130 interrupted.
@@ -386,6 +386,69 @@ def inspect(
 
 @app.command()
 @_exits
+def report(
+    out: Annotated[Path, typer.Option(help="The HTML file; must not exist yet.")],
+    covariances: Annotated[Path | None, typer.Option(help="What `nullspace covariances` or `merge` wrote.")] = None,
+    spaces: Annotated[Path | None, typer.Option(help="What `nullspace compute` or `init` wrote.")] = None,
+    model: Annotated[str | None, typer.Option(help="The untouched base model: hub name, folder, or .gguf file.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=INITIAL[,TRAINED…]: what `nullspace init` wrote, or an adapter's directory, and those of it in training "
+            "(a folder of Trainer's checkpoints stands for all of them); may be repeated."
+        ),
+    ] = None,
+    offload: Offload = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier page of ours.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All numbers as one JSON document on standard output.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """One HTML file: effective ranks, spectra, leaks, and what training did to adapters, layer by layer."""
+    try:
+        from nullspace import report as pages
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+    from nullspace import Covariances, NullSpaces, analysis
+    from nullspace.integrations.peft import read_course
+    from nullspace.sites import is_linear
+
+    began = time.perf_counter()
+    if covariances is None and spaces is None and not adapter:
+        raise ValueError("give at least one of --covariances, --spaces and --adapter")
+    pages.check_free(out, overwrite=overwrite)
+    named = _parse_adapters(adapter or [])
+    courses = [read_course(name, *directories) for name, directories in named.items()]
+    kept = None if covariances is None else Covariances.load(covariances)
+    if spaces is None:  # of the first adapter that has its own beside it
+        spaces = next((inits[0] / "spaces" for inits in named.values() if (inits[0] / "spaces").is_dir()), None)
+    elif (spaces / "spaces").is_dir():
+        spaces = spaces / "spaces"
+    found = None if spaces is None else NullSpaces.load(spaces)
+    with _bars(quiet) as progress:
+        modules = None
+        if model is not None:
+            loaded = _load(model, "auto", "cpu", offload, progress)[0]
+            modules = {name: module for name, module in loaded.named_modules() if is_linear(module)}
+        told = analysis.analyse(kept, found, modules=modules, courses=courses, progress=progress)
+    sources = {
+        "model": model,
+        "covariances": covariances and str(covariances),
+        "spaces": spaces and str(spaces),
+        "adapters": {name: [str(directory) for directory in directories] for name, directories in named.items()},
+    }
+    parts = pages.sections(told)
+    pages.write(out, "What the layers hear", _sources_line(sources), parts, overwrite=overwrite)
+    ranks, adapters = analysis.rank_summary(told), analysis.adapter_summary(told)
+    facts = {"out": str(out), **sources, "seconds": time.perf_counter() - began}
+    if as_json:
+        _print_json({**facts, **told._asdict(), "effective_ranks": ranks, "adapter_summary": adapters})
+    elif not quiet:
+        shown = sum(bool(part.pictures) for part in parts)
+        stdout.print(f"{out}: {shown} of {len(parts)} sections, {out.stat().st_size / 1e6:.1f} MB", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@_exits
 def export(
     trained: Annotated[Path, typer.Argument(help="Directory of the trained adapter.")],
     initial: Annotated[Path, typer.Option(help="What `nullspace init` wrote, or the adapter directory in it.")],
@@ -495,6 +558,26 @@ def parse_targets(text: str) -> str | list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _parse_adapters(options: list[str]) -> dict[str, list[Path]]:
+    """The `--adapter` options of `report`: name → directories, the initial one first."""
+    found: dict[str, list[Path]] = {}
+    for option in options:
+        name, _, places = option.partition("=")
+        directories = [part.strip() for part in places.split(",")]
+        if not name.strip() or not all(directories):
+            raise ValueError(f"--adapter must be NAME=INITIAL or NAME=INITIAL,TRAINED, not {option!r}")
+        if name.strip() in found:
+            raise ValueError(f"--adapter: there are two of the name {name.strip()!r}")
+        found[name.strip()] = [Path(directory) for directory in directories]
+    return found
+
+
+def _sources_line(sources: dict[str, Any]) -> str:
+    given = [f"{what} {value}" for what, value in sources.items() if value and what != "adapters"]
+    given += [f"adapter {name} ({', '.join(directories)})" for name, directories in sources["adapters"].items()]
+    return f"From {'; '.join(given)}."
+
+
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
@@ -509,11 +592,20 @@ def _check_dtype(dtype: str) -> None:
 def _open_model(
     name: str, dtype: str, device: str | None, offload: bool, targets: str, rank: int | None, progress: Callable[..., None]
 ) -> tuple[Any, Any, dict[str, Any]]:
+    from nullspace.sites import find_targets
+    from nullspace.spaces import check_rank
+
+    model, tokenizer = _load(name, dtype, device, offload, progress)
+    chosen = find_targets(model, parse_targets(targets))
+    if rank is not None:
+        check_rank(chosen, rank)
+    return model, tokenizer, chosen
+
+
+def _load(name: str, dtype: str, device: str | None, offload: bool, progress: Callable[..., None]) -> tuple[Any, Any]:
     import transformers
 
     from nullspace.integrations.transformers import load_model
-    from nullspace.sites import find_targets
-    from nullspace.spaces import check_rank
 
     _check_dtype(dtype)
     transformers.utils.logging.disable_progress_bar()
@@ -522,10 +614,7 @@ def _open_model(
     with contextlib.nullcontext() if stderr.is_terminal else contextlib.redirect_stderr(io.StringIO()):
         model, tokenizer = load_model(name, dtype=dtype, device=device, offload=offload)
     progress("model", 1, 1, 0)
-    chosen = find_targets(model, parse_targets(targets))
-    if rank is not None:
-        check_rank(chosen, rank)
-    return model, tokenizer, chosen
+    return model, tokenizer
 
 
 def _open_data(

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.utils.other import get_pattern_key
 
 from nullspace import store
+from nullspace.analysis import Course, State
+from nullspace.factors import LowRank
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What transformers' Trainer calls what it saves on the way.
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def save_adapter(peft_model: PeftModel, adapter: str, directory: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -70,6 +77,89 @@ def row_spaces(*adapters: str | os.PathLike[str] | PeftModel) -> dict[str, torch
         else:
             tensors = {k: v for k, v in read_adapter(Path(adapter)).tensors.items() if ".lora_A." in k}
         for key, rows in tensors.items():
-            name = key.removeprefix("base_model.model.").partition(".lora_A.")[0]
+            name = _layer_of(key)
             found.setdefault(name, []).append(rows.to("cpu", torch.float32))
     return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+def read_factors(directory: str | os.PathLike[str]) -> dict[str, LowRank]:
+    """A and B of every layer of a saved LoRA adapter.
+
+    Args:
+        directory: of a PEFT adapter.
+
+    Returns:
+        Name of the layer in the base model → `LowRank(A (r, d_in), B (d_out, r))`, float64, with PEFT's scaling (α/r, or α/√r with
+        rsLoRA; `rank_pattern` and `alpha_pattern` as they are) in B: B A is what the adapter adds to the weight.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: naming it, if it is damaged or no LoRA adapter, or if what it adds to a weight is no product B A (DoRA, adapters
+            of embeddings and convolutions alone).
+    """
+    adapter = read_adapter(Path(directory))
+    if adapter.config.get("use_dora"):
+        raise ValueError(f"{adapter.path} uses DoRA: what it adds to a weight is no product B A")
+    alphas: dict[str, float] = adapter.config.get("alpha_pattern") or {}
+    found = {}
+    for key, a in adapter.tensors.items():
+        if ".lora_A." not in key or a.ndim != 2:
+            continue
+        name, b = _layer_of(key), adapter.tensors.get(key.replace(".lora_A.", ".lora_B."))
+        if b is None or b.ndim != 2 or b.shape[1] != a.shape[0]:
+            raise ValueError(f"{adapter.path / ADAPTER_WEIGHTS} has no B that fits the A {tuple(a.shape)} of {name!r}")
+        if not bool(a.isfinite().all() and b.isfinite().all()):
+            raise ValueError(f"{adapter.path / ADAPTER_WEIGHTS} holds NaN or Inf at {name!r}")
+        rank, alpha = len(a), alphas.get(get_pattern_key(list(alphas), name), adapter.config["lora_alpha"])
+        scaling = alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+        found[name] = LowRank(a.to(torch.float64), scaling * b.to(torch.float64))
+    if not found:
+        raise ValueError(f"{adapter.path} has no LoRA factors of a linear layer")
+    return found
+
+
+def read_course(name: str, initial: str | os.PathLike[str], *trained: str | os.PathLike[str]) -> Course:
+    """An adapter from its start through training, for `nullspace.analysis.analyse`.
+
+    Args:
+        name: what to call it.
+        initial: what `nullspace init` or `save_init` wrote, or the adapter directory in it.
+        trained: directories of the trained adapter, in order. A folder with Trainer's `checkpoint-N` in it stands for all of them.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: as `read_factors`; and naming the layer, if a trained adapter has others than the initial one, or other shapes.
+    """
+    initial = Path(initial)
+    start = read_factors(initial / "adapter" if (initial / "adapter" / ADAPTER_CONFIG).is_file() else initial)
+    states: list[State] = []
+    for directory in [each for folder in trained for each in _checkpoints(Path(folder))]:
+        factors = read_factors(directory)
+        for layer in (*start, *factors):
+            if layer not in factors or layer not in start:
+                where = directory if layer in factors else initial
+                raise ValueError(f"adapter {name!r}: {directory} is not what {initial} was trained to: only {where} has {layer!r}")
+            shapes = [[tuple(t.shape) for t in each[layer]] for each in (start, factors)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"adapter {name!r}: {directory} is not what {initial} was trained to: A and B of {layer!r} are {shapes[1]}, "
+                    f"and were {shapes[0]}"
+                )
+        step = _CHECKPOINT.fullmatch(directory.name)
+        states.append(State(f"step {step[1]}" if step else directory.name, int(step[1]) if step else None, factors))
+    names = [state.label for state in states]
+    states = [
+        state._replace(label=f"{state.label} ({i})") if names.count(state.label) > 1 else state for i, state in enumerate(states, 1)
+    ]
+    return Course(name, start, tuple(states))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a directory")
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found)] or [folder]
+
+
+def _layer_of(key: str) -> str:
+    return key.removeprefix("base_model.model.").partition(".lora_A.")[0]

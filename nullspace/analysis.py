@@ -1,0 +1,515 @@
+"""The paper's analyses (arXiv 2503.02659): from second moments, weights and adapters to numbers by layer.
+
+Functions of tensors come first: the effective rank is in `nullspace.solvers`, and here are `leak`, `drift`, `shares_read`, `change`
+and `outside`. They ask for no model and no file, so that a benchmark may call them on what it has at hand. `analyse` calls them for
+every layer of what was kept on the disk, and returns rows of plain dictionaries, JSON as they are; each covariance is read once,
+decomposed once, and forgotten.
+
+X is a site's calibration input, d_in × tokens, of which only C = X Xᵀ is known: ‖M X‖_F = √tr(M C Mᵀ) for any M.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from nullspace import solvers, store
+from nullspace.covariance import Covariance
+from nullspace.covariances import Covariances
+from nullspace.decompose import decompose
+from nullspace.factors import LowRank
+from nullspace.places import Place, is_attention, places
+from nullspace.progress import Progress, reporter
+from nullspace.sites import Site, is_conv1d, weight_shape
+from nullspace.spaces import NullSpace, NullSpaces
+from nullspace.weights import tensor_of
+
+Row = dict[str, Any]
+
+# Of a spectrum, as many singular values are kept, evenly spaced; the directions that an A reads are told in as many bins.
+POINTS, BINS = 128, 100
+INITIAL = "initial"
+
+
+def leak(a: torch.Tensor, c: torch.Tensor) -> float:
+    """What the row space of an adapter's A hears of the calibration input: ‖QᵀX‖_F / ‖X‖_F = √(tr(QᵀCQ) / tr C).
+
+    For the A of LoRA-Null as it is made this is `NullSpace.leak`. Training that leaves A alone leaves the leak alone.
+
+    Args:
+        a: (r, d_in); Q (d_in, ≤ r) is an orthonormal basis of its row space.
+        c: (d_in, d_in) second moment.
+
+    Returns:
+        Between 0 and 1; 0.0 if A or C is zero. C is rounded by some 1e-16 of its norm: below 1e-8 it says nothing.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    a, c = _checked(a, c)
+    rows = _row_space(a)
+    return _root(((rows @ c) * rows).sum() / c.trace()) if float(c.trace()) > 0 else 0.0
+
+
+def update(initial: LowRank, trained: LowRank) -> LowRank:
+    """What training has added to a layer's weight, ΔW = B A − B₀ A₀, as thin factors.
+
+    [B − B₀, B₀] [A; A − A₀]: differences are taken before products, so that nothing cancels however small the update is. The second
+    halves are left out where A stayed as it was or B₀ is zero.
+
+    Args:
+        initial: A₀ (r, d_in) and B₀ (d_out, r), B with the adapter's scaling in it.
+        trained: A and B, of the same shapes.
+
+    Returns:
+        `LowRank(A (k, d_in), B (d_out, k))` with k = r or 2r, float64.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if initial.A.shape != trained.A.shape or initial.B.shape != trained.B.shape:
+        raise ValueError(
+            f"A {tuple(trained.A.shape)} and B {tuple(trained.B.shape)} are not what A {tuple(initial.A.shape)} and "
+            f"B {tuple(initial.B.shape)} were trained to"
+        )
+    a0, b0, a, b = (t.detach().to(torch.float64) for t in (*initial, *trained))
+    if torch.equal(a, a0) or not bool(b0.any()):
+        return LowRank(a, b - b0)
+    return LowRank(torch.cat([a, a - a0]), torch.cat([b - b0, b0], dim=1))
+
+
+def output_norm(weight: torch.Tensor, c: torch.Tensor) -> float:
+    """‖W X‖_F = √tr(W C Wᵀ): how loud a layer is on the calibration input, for a (d_out, d_in) weight. 2 · d_out · d_in² flops."""
+    weight, c = _checked(weight, c)
+    return _root(((weight @ c) * weight).sum())
+
+
+def update_norm(delta: LowRank, c: torch.Tensor) -> float:
+    """‖ΔW X‖_F of ΔW = B A, whose d_out × d_in product is never formed: √tr((A C Aᵀ) (BᵀB))."""
+    a, c = _checked(delta.A, c)
+    b = delta.B.detach().to(a)
+    return _root(((a @ c @ a.mT) * (b.mT @ b)).sum())
+
+
+def drift(weight: torch.Tensor, c: torch.Tensor, delta: LowRank) -> float:
+    """How far training has moved a layer's output on the calibration input: ‖ΔW X‖_F / ‖W₀ X‖_F. What forgetting is made of.
+
+    Args:
+        weight: (d_out, d_in) W₀, that of the untouched model.
+        c: (d_in, d_in) second moment.
+        delta: ΔW, of `update`.
+
+    Returns:
+        0.0 where nothing has changed; 1.0 where the change is as loud as the layer was.
+
+    Raises:
+        ValueError: if the shapes do not fit, or the layer's output was zero and no longer is.
+    """
+    moved, before = update_norm(delta, c), output_norm(weight, c)
+    if moved > 0 and before == 0:
+        raise ValueError("the layer's output on the calibration input was zero: there is nothing to measure its drift by")
+    return moved / before if moved > 0 else 0.0
+
+
+def shares_read(a: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """How much an A reads of every direction of the input: ‖A u_j‖ / ‖A‖_F (Figure 4, eq. 12–13).
+
+    Args:
+        a: (r, d_in).
+        directions: (d_in, d_in) u_1, u_2, … in columns, the eigenvectors of C by descending eigenvalue.
+
+    Returns:
+        (d_in,) float64, whose squares sum to 1; zeros if A is zero.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    a, directions = _checked(a, directions)
+    norm = torch.linalg.matrix_norm(a)
+    return torch.linalg.vector_norm(a @ directions, dim=0) / torch.where(norm > 0, norm, 1.0)
+
+
+def binned(shares: torch.Tensor, bins: int = BINS) -> list[float]:
+    """Shares by direction on an axis of relative rank, from the loudest (0) to the quietest (1) direction, for any d_in.
+
+    Args:
+        shares: (d_in,), of `shares_read`.
+        bins: how many.
+
+    Returns:
+        Root mean square of the shares in each bin, times √d_in: 1 throughout, but for chance, where A is random.
+    """
+    energy = np.concatenate([[0.0], np.cumsum(shares.square().cpu().numpy())])
+    edges = np.interp(np.linspace(0.0, len(shares), bins + 1), np.arange(len(shares) + 1), energy)
+    return np.sqrt(np.diff(edges).clip(min=0.0) * bins).tolist()
+
+
+def change(a: torch.Tensor, initial: torch.Tensor) -> float:
+    """‖A − A₀‖_F / ‖A₀‖_F (Figure 1): how far training has moved A; infinite where A₀ was zero and A is not.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if a.shape != initial.shape:
+        raise ValueError(f"A {tuple(a.shape)} is not what A {tuple(initial.shape)} was trained to")
+    a, initial = a.detach().to(torch.float64), initial.detach().to(torch.float64)
+    moved, before = float(torch.linalg.matrix_norm(a - initial)), float(torch.linalg.matrix_norm(initial))
+    return 0.0 if moved == 0 else moved / before if before > 0 else float("inf")
+
+
+def outside(a: torch.Tensor, initial: torch.Tensor) -> float:
+    """‖A (I − Q₀Q₀ᵀ)‖_F / ‖A‖_F, Q₀ the row space of A₀: the part of A that reads what A₀ did not.
+
+    Turning within its row space changes A, and leaves its leak as it was; only what is outside can raise it.
+
+    Raises:
+        ValueError: if the widths differ.
+    """
+    if a.shape[1] != initial.shape[1]:
+        raise ValueError(f"A {tuple(a.shape)} and A {tuple(initial.shape)} read inputs of different widths")
+    a, rows = a.detach().to(torch.float64), _row_space(initial.detach().to(torch.float64))
+    norm = float(torch.linalg.matrix_norm(a))
+    return float(torch.linalg.matrix_norm(a - (a @ rows.mT) @ rows)) / norm if norm > 0 else 0.0
+
+
+def singular_values(weight: torch.Tensor) -> torch.Tensor:
+    """Of a weight, (min(d_out, d_in),), descending, float64, from its smaller Gram matrix: below some 1e-8 of the first, zero."""
+    weight = weight.detach().to(torch.float64)
+    gram = weight @ weight.mT if weight.shape[0] <= weight.shape[1] else weight.mT @ weight
+    return solvers.spectrum(gram).clamp(min=0).sqrt().flip(0)
+
+
+class State(NamedTuple):
+    """An adapter at one time of its training."""
+
+    label: str
+    step: int | None
+    """The optimiser's step, where it is known."""
+    factors: Mapping[str, LowRank]
+    """Layer → A and B, B with the adapter's scaling in it: B A is what the layer adds."""
+
+
+class Course(NamedTuple):
+    """An adapter from its start through training."""
+
+    name: str
+    initial: Mapping[str, LowRank]
+    """Layer → A and B as they were before training, B with the adapter's scaling in it."""
+    trained: tuple[State, ...] = ()
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """The start and what training made of it."""
+        return (State(INITIAL, 0, self.initial), *self.trained)
+
+
+class Analysis(NamedTuple):
+    """Rows by site, layer, and adapter, state and layer; what could not be told, for want of an input, is None."""
+
+    inputs: list[Row]
+    """`site`, `members`, `block`, `projection`, `d_in`, `tokens`, `outliers`, `outlier_share`, `effective_rank` and `spectrum`
+    (σ_i / σ_1 at evenly spaced i) of X; `rank`, `leak` and `gap` of its null space."""
+    weights: list[Row]
+    """`layer`, `site`, `block`, `projection`, `d_out`, `d_in`, `effective_rank` and `spectrum` of W₀."""
+    adapters: list[Row]
+    """`adapter`, `state`, `step`, `layer`, `block`, `projection`, `rank`, `change`, `outside`, `leak`, `drift` and `read`
+    (`binned` shares) of A, or of B A."""
+
+
+def analyse(
+    covariances: Covariances | None = None,
+    spaces: NullSpaces | None = None,
+    *,
+    modules: Mapping[str, nn.Module] | None = None,
+    courses: Sequence[Course] = (),
+    progress: bool | Progress = True,
+) -> Analysis:
+    """Everything that can be told from what there is, by layer.
+
+    Args:
+        covariances: second moments of the calibration input: spectra, effective ranks, leak and drift of adapters.
+        spaces: their leak and gap; effective ranks, where they know them.
+        modules: name → linear layer of the untouched base model; those that nothing else here knows are left out.
+        courses: adapters, each through its training.
+        progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
+
+    Cost: a site's second moment is read once; 4/3 · d_in³ flops for its eigenvalues, 9 · d_in³ for its eigenvectors, which only
+    adapters ask for; 2 · d_out · d_in² a layer for its drift. In memory, a few sites of d_in² float64 numbers at a time.
+
+    Raises:
+        ValueError: naming the adapter and the layer, if one is unknown to the covariances or the model, or of another width; naming
+            the layer, if covariances or spaces are of another model than `modules`.
+    """
+    report = reporter(progress)
+    sites = _sites(covariances, spaces, courses)
+    layers = [name for site in sites for name in site.members]
+    where = places(layers)
+    _check_courses(courses, covariances, modules)
+    if modules is not None:
+        _check_modules(modules, layers, covariances, spaces)
+    seen: dict[str, tuple[Row, list[Row]]] = {}
+    if covariances is not None:
+        look = _Look(modules, courses, where)
+        report("inputs", 0, len(covariances.sites), 0)
+        pairs = ((site, covariances[site.name]) for site in covariances.sites)
+        for site, found in zip(covariances.sites, decompose(pairs, look), strict=True):
+            seen[site.name] = found
+            report("inputs", len(seen), len(covariances.sites), 0)
+    adapters: list[Row] = []
+    for site in sites:
+        adapters += seen[site.name][1] if site.name in seen else [move.row for move in _moves(site, courses, where)]
+    order = {course.name: i for i, course in enumerate(courses)}
+    weights: list[Row] = []
+    for site in sites:
+        for name in site.members if modules is not None else ():
+            weights.append(_weight_row(name, site, modules[name], where[name]))  # type: ignore[index]
+            report("weights", len(weights), len(layers), 0)
+    return Analysis(
+        [_input_row(site, seen[site.name][0] if site.name in seen else {}, _space(spaces, site), where) for site in sites],
+        weights,
+        sorted(adapters, key=lambda row: order[row["adapter"]]),
+    )
+
+
+class _Move(NamedTuple):
+    """One layer of an adapter in one state: what is known of it so far, and what there is to look at."""
+
+    row: Row
+    initial: LowRank
+    now: LowRank
+
+
+class _Look:
+    """What `decompose` calls for every site: the input's spectrum, and what every adapter there hears of it."""
+
+    def __init__(self, modules: Mapping[str, nn.Module] | None, courses: Sequence[Course], where: Mapping[str, Place]) -> None:
+        self._modules, self._courses, self._where = modules, courses, where
+
+    def __call__(self, site: Site, covariance: Covariance) -> tuple[Row, list[Row]]:
+        c = covariance.matrix()
+        moves = _moves(site, self._courses, self._where)
+        sigma, directions = _decomposed(covariance, c, vectors=bool(moves))
+        adapted = {move.row["layer"] for move in moves} if self._modules is not None else set()
+        before = {name: output_norm(_weight(name, self._modules[name]), c) for name in adapted}  # type: ignore[index]
+        for row, initial, now in moves:
+            row["leak"] = leak(now.A, c)
+            row["read"] = binned(shares_read(now.A, directions))
+            if before.get(row["layer"], 0.0) > 0:
+                row["drift"] = update_norm(update(initial, now), c) / before[row["layer"]]
+        tokens = covariance.tokens
+        facts = {
+            "tokens": tokens,
+            "outliers": covariance.outliers,
+            "outlier_share": covariance.outliers / tokens if tokens else 0.0,
+            "effective_rank": solvers.effective_rank(sigma),
+            "spectrum": _sampled(sigma),
+        }
+        return facts, [move.row for move in moves]
+
+
+def _decomposed(covariance: Covariance, c: torch.Tensor, *, vectors: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """σ (d,) of X, descending, and its left singular vectors (d, d), if they are asked for: else (d, 0)."""
+    if covariance.products == "qr":  # nothing was squared, and nothing has to be
+        _, sigma, rows = torch.linalg.svd(covariance.root())
+        return sigma, rows.mT
+    if not vectors:
+        return solvers.spectrum(c).clamp(min=0).sqrt().flip(0), c[:, :0]
+    values, directions = torch.linalg.eigh(c)
+    return values.clamp(min=0).sqrt().flip(0), directions.flip(1)
+
+
+def _moves(site: Site, courses: Sequence[Course], where: Mapping[str, Place]) -> list[_Move]:
+    """A site's adapters, with what A alone can tell."""
+    found = []
+    for name in site.members:
+        for course in courses:
+            for state in course.states if name in course.initial else ():
+                initial, now = course.initial[name], state.factors[name]
+                row = {"adapter": course.name, "state": state.label, "step": state.step, "layer": name, **where[name]._asdict()}
+                row |= {"rank": len(now.A), "change": change(now.A, initial.A), "outside": 0.0}
+                if row["change"] > 0:  # else there is nothing outside but rounding
+                    row["outside"] = outside(now.A, initial.A)
+                found.append(_Move({**row, "leak": None, "drift": None, "read": None}, initial, now))
+    return found
+
+
+def _input_row(site: Site, facts: Row, space: NullSpace | None, where: Mapping[str, Place]) -> Row:
+    nothing = dict.fromkeys(("tokens", "outliers", "outlier_share", "effective_rank", "spectrum", "rank", "leak", "gap"))
+    known: Row = {}
+    if space is not None:
+        known = {"rank": space.rank, "leak": space.leak, "gap": space.gap, "tokens": space.tokens, "outliers": space.outliers}
+        known |= {"outlier_share": space.outliers / space.tokens, "effective_rank": space.effective_rank}
+    return {
+        "site": site.name,
+        "members": list(site.members),
+        "block": where[site.name].block,
+        "projection": ", ".join(where[name].projection for name in site.members),
+        "d_in": site.d_in,
+        **nothing,
+        **known,
+        **facts,
+    }
+
+
+def _weight_row(name: str, site: Site, module: nn.Module, place: Place) -> Row:
+    weight = _weight(name, module)
+    sigma = singular_values(weight)
+    return {
+        "layer": name,
+        "site": site.name,
+        **place._asdict(),
+        "d_out": weight.shape[0],
+        "d_in": weight.shape[1],
+        "effective_rank": solvers.effective_rank(sigma),
+        "spectrum": _sampled(sigma),
+    }
+
+
+def rank_summary(found: Analysis) -> list[Row]:
+    """Effective ranks by projection, of attention and of all layers: means, and at how many layers X's is below W₀'s (Table 2).
+
+    Returns:
+        Rows of `layers` (a name for the group), `count`, `x` and `w` (mean effective ranks), `below`; `x_share` and `w_share`, the
+        same as shares of the largest possible (d_in, min(d_out, d_in)), and `below_share`. Empty where X's or W₀'s are not known.
+    """
+    of_site = {row["site"]: row["effective_rank"] for row in found.inputs}
+    pairs = [(row, of_site[row["site"]]) for row in found.weights if of_site[row["site"]] is not None]
+    groups: dict[str, list[tuple[Row, float]]] = {}
+    for row, x in pairs:
+        groups.setdefault(row["projection"], []).append((row, x))
+    attention = [pair for pair in pairs if is_attention(pair[0]["layer"])]
+    if attention and len(attention) < len(pairs):
+        groups["all of attention"] = attention
+    if pairs:
+        groups["all"] = pairs
+    return [
+        {
+            "layers": name,
+            "count": len(group),
+            "x": statistics.fmean(x for _, x in group),
+            "w": statistics.fmean(row["effective_rank"] for row, _ in group),
+            "x_share": statistics.fmean(x / row["d_in"] for row, x in group),
+            "w_share": statistics.fmean(row["effective_rank"] / min(row["d_out"], row["d_in"]) for row, _ in group),
+            "below": sum(x < row["effective_rank"] for row, x in group),
+            "below_share": sum(x / row["d_in"] < row["effective_rank"] / min(row["d_out"], row["d_in"]) for row, x in group),
+        }
+        for name, group in groups.items()
+    ]
+
+
+def adapter_summary(found: Analysis) -> list[Row]:
+    """One row an adapter and state: medians over layers of `leak`, `change`, `outside` and `drift`, and the worst layer's drift."""
+    states: dict[tuple[str, str], list[Row]] = {}
+    for row in found.adapters:
+        states.setdefault((row["adapter"], row["state"]), []).append(row)
+    summary = []
+    for (adapter, state), rows in states.items():
+        drifts = [row for row in rows if row["drift"] is not None]
+        worst = max(drifts, key=lambda row: row["drift"], default=None)
+        summary.append(
+            {
+                "adapter": adapter,
+                "state": state,
+                "step": rows[0]["step"],
+                "layers": len(rows),
+                **{field: _median(row[field] for row in rows) for field in ("leak", "change", "outside", "drift")},
+                "worst_drift": worst and worst["drift"],
+                "worst_layer": worst and worst["layer"],
+            }
+        )
+    return summary
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _sites(covariances: Covariances | None, spaces: NullSpaces | None, courses: Sequence[Course]) -> list[Site]:
+    """All sites of the inputs; a layer that only an adapter knows is a site of its own."""
+    found: dict[str, Site] = {}
+    for known in (covariances, spaces):
+        for site in known.sites if known is not None else ():
+            other = next((found[name] for name in site.members if name in found), None)
+            if other is None:
+                found.update(dict.fromkeys(site.members, site))
+            elif other.d_in != site.d_in:
+                raise ValueError(f"{site.name!r} has inputs of width {other.d_in} in the covariances and {site.d_in} in the spaces")
+    for course in courses:
+        for name, factors in course.initial.items():
+            found.setdefault(name, Site((name,), factors.A.shape[1]))
+    return list(dict.fromkeys(found.values()))
+
+
+def _space(spaces: NullSpaces | None, site: Site) -> NullSpace | None:
+    return None if spaces is None else next((spaces[name] for name in site.members if name in spaces), None)
+
+
+def _check_courses(courses: Sequence[Course], covariances: Covariances | None, modules: Mapping[str, nn.Module] | None) -> None:
+    widths = {} if covariances is None else {name: site.d_in for site in covariances.sites for name in site.members}
+    for course in courses:
+        labels = [state.label for state in course.states]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"adapter {course.name!r}: its states need different labels, not {', '.join(labels)}")
+        for name, (a, b) in course.initial.items():
+            if covariances is not None and name not in widths:
+                raise ValueError(
+                    f"adapter {course.name!r} is on {name!r}, for which there is no covariance; there are such for "
+                    f"{', '.join(list(widths)[:3])}, … ({len(widths)} layers)"
+                )
+            if widths and a.shape[1] != widths[name]:
+                raise ValueError(
+                    f"adapter {course.name!r} reads inputs of width {a.shape[1]} at {name!r}; the covariance there is of width "
+                    f"{widths[name]}"
+                )
+            if modules is not None and name in modules and weight_shape(modules[name]) != (b.shape[0], a.shape[1]):
+                raise ValueError(
+                    f"adapter {course.name!r} is for a weight {(b.shape[0], a.shape[1])} at {name!r}; the model's is "
+                    f"{weight_shape(modules[name])}"
+                )
+
+
+def _check_modules(
+    modules: Mapping[str, nn.Module], layers: Sequence[str], covariances: Covariances | None, spaces: NullSpaces | None
+) -> None:
+    for name in layers:
+        if name not in modules:
+            raise ValueError(f"the model has no linear layer {name!r}; its layers are called {', '.join(list(modules)[:3])}, …")
+        for known in (covariances, spaces):
+            if known is not None and name in known:
+                known.check(name, modules[name])
+
+
+def _weight(name: str, module: nn.Module) -> torch.Tensor:
+    weight = tensor_of(module, "weight")
+    if store.fingerprint(weight) is None:
+        raise ValueError(f"the weight of {name!r} is quantised or sharded: its values are not at hand")
+    return weight.detach().mT if is_conv1d(module) else weight.detach()
+
+
+def _checked(m: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if m.ndim != 2 or c.ndim != 2 or c.shape[0] != c.shape[1] or m.shape[1] != c.shape[0]:
+        raise ValueError(f"a matrix {tuple(m.shape)} does not fit inputs whose second moment is {tuple(c.shape)}")
+    return m.detach().to(c.device, torch.float64), c.detach().to(torch.float64)
+
+
+def _row_space(a: torch.Tensor) -> torch.Tensor:
+    """(k, d_in), orthonormal rows: the span of A's, k ≤ r."""
+    _, sigma, vt = torch.linalg.svd(a, full_matrices=False)
+    return vt[sigma > torch.finfo(torch.float64).eps * max(a.shape) * sigma[:1]]
+
+
+def _root(square: torch.Tensor) -> float:
+    """Of what may be negative by rounding."""
+    return float(square.clamp(min=0).sqrt())
+
+
+def _sampled(sigma: torch.Tensor) -> list[float]:
+    """σ_i / σ_1 at evenly spaced i, the first and the last among them."""
+    at = torch.linspace(0, len(sigma) - 1, min(POINTS, len(sigma)), dtype=torch.float64).round().long()
+    return (sigma[at] / sigma[0]).tolist() if float(sigma[0]) > 0 else [0.0] * len(at)

@@ -1,0 +1,354 @@
+"""Figures of what `nullspace.analysis` finds, by matplotlib: rows in, `Figure` out, and SVG text of it.
+
+Nothing here touches pyplot, so that no window opens and no state is left. Colours are those of Okabe and Ito, which colour-blind
+readers tell apart, each with a marker and a dash pattern of its own; maps are in cividis.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, MaxNLocator
+except ImportError as error:
+    raise ImportError(f"figures need matplotlib: pip install 'nullspace-lora[report]' ({error})") from None
+
+import numpy as np
+
+from nullspace.analysis import BINS, INITIAL, Row
+
+# A page of 1280 pixels leaves 1152 for a figure, of which an inch is 96: 10.5 points are 14 pixels.
+WIDTH, PANEL_HEIGHT, COLUMNS = 12.0, 2.35, 4
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "axes.titlesize": 10.5,
+    "axes.labelsize": 10.5,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10.5,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.0,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "nullspace",
+}
+
+
+class Look(NamedTuple):
+    """Of one line among several."""
+
+    color: str
+    marker: str
+    dashes: Any
+
+
+LOOKS = (
+    Look("#0072B2", "o", "-"),
+    Look("#D55E00", "s", (0, (5, 1.5))),
+    Look("#009E73", "^", (0, (1.5, 1.2))),
+    Look("#CC79A7", "D", (0, (5, 1.5, 1.2, 1.5))),
+    Look("#E69F00", "v", (0, (8, 2))),
+    Look("#56B4E9", "P", (0, (3, 1, 1, 1, 1, 1))),
+    Look("#000000", "X", (0, (2.5, 2.5))),
+)
+# Rows, a number of each, or None where it is not known.
+Value = Callable[[Row], float | None]
+
+
+def svg(figure: Figure) -> str:
+    """The figure as SVG text, letters as outlines; the same text for the same figure."""
+    FigureCanvasSVG(figure)
+    out = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        # Without a date, and without the metadata block, which is nothing but addresses.
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return out.getvalue()
+
+
+def effective_ranks(inputs: Sequence[Row], weights: Sequence[Row]) -> Figure:
+    """Effective ranks of X and W₀ over the blocks, as shares of the largest possible: a panel an input."""
+
+    def draw(axes: Axes, projection: str) -> None:
+        rows = [row for row in inputs if row["projection"] == projection]
+        _over_blocks(axes, rows, lambda row: _ratio(row["effective_rank"], row["d_in"]), blocks, LOOKS[0], "input X")
+        for look, (member, of_member) in zip(itertools.cycle(LOOKS[1:]), _grouped(_heard_by(rows, weights)), strict=False):
+            label = f"weight W₀ ({member})"
+            _over_blocks(axes, of_member, lambda row: row["effective_rank"] / min(row["d_out"], row["d_in"]), blocks, look, label)
+        axes.set_ylim(0, 1.02)
+        axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6, labelspacing=0.25)
+
+    blocks = _blocks([*inputs, *weights])
+    return _panels(
+        [name for name, _ in _grouped(inputs)], draw, "effective rank / largest possible", "block", columns=2, height=3.0
+    )
+
+
+def spectra(inputs: Sequence[Row], weights: Sequence[Row]) -> Figure:
+    """Singular values of X and W₀ relative to the first (Figure 2): medians over the blocks, and for X where 80 % of them lie."""
+
+    def draw(axes: Axes, projection: str) -> None:
+        rows = [row for row in inputs if row["projection"] == projection and row["spectrum"]]
+        if rows:
+            values = np.array([row["spectrum"] for row in rows if len(row["spectrum"]) == len(rows[0]["spectrum"])])
+            at = np.linspace(0, 1, values.shape[1])
+            low, middle, high = np.quantile(values, (0.1, 0.5, 0.9), axis=0)
+            axes.fill_between(at, _positive(low), _positive(high), color=LOOKS[0].color, alpha=0.2, linewidth=0)
+            axes.plot(at, _positive(middle), color=LOOKS[0].color, label="input X")
+        for look, (member, of_member) in zip(itertools.cycle(LOOKS[1:]), _grouped(_heard_by(rows, weights)), strict=False):
+            values = np.array([row["spectrum"] for row in of_member if len(row["spectrum"]) == len(of_member[0]["spectrum"])])
+            middle = np.median(values, axis=0)
+            at = np.linspace(0, 1, len(middle))
+            axes.plot(at, _positive(middle), color=look.color, linestyle=look.dashes, label=f"weight W₀ ({member})")
+        axes.set_yscale("log")
+        axes.set_xlim(0, 1)
+        axes.legend(loc="lower left", frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6, labelspacing=0.25)
+
+    return _panels([name for name, _ in _grouped(inputs)], draw, "σᵢ / σ₁", "i / number of singular values", columns=2, height=3.0)
+
+
+def directions(adapters: Sequence[Row]) -> Figure:
+    """How loudly each A reads the input's directions, from the loudest to the quietest (Figure 4): at the start, and in the end."""
+    states = [("before training", _first(adapters)), ("after training", _last(adapters))]
+    trained = {row["adapter"] for row in adapters if row["state"] != INITIAL}
+    titles = {title: [row for row in rows if row["read"]] for title, rows in states}
+    titles["after training"] = [row for row in titles["after training"] if row["adapter"] in trained]
+    looks = _looks(adapters)
+
+    def draw(axes: Axes, title: str) -> None:
+        for name, rows in _grouped(titles[title], "adapter"):
+            mean = np.sqrt(np.mean(np.square([row["read"] for row in rows]), axis=0))
+            at = (np.arange(BINS) + 0.5) / BINS
+            look = looks[name]
+            axes.plot(at, _positive(mean), color=look.color, linestyle=look.dashes, label=_plain(name))
+        axes.axhline(1.0, color="#555555", linewidth=1.0, label="an A that is random")
+        axes.set_yscale("log")
+        axes.set_xlim(0, 1)
+
+    names = [title for title, rows in titles.items() if rows]
+    label = "‖A uⱼ‖ √d / ‖A‖"
+    return _panels(
+        names, draw, label, "direction uⱼ of the input: 0 the loudest, 1 the quietest", columns=2, height=3.4, legend=True
+    )
+
+
+def by_layer(adapters: Sequence[Row], field: str, label: str, *, start: bool = False) -> Figure:
+    """A number of every adapter over the blocks, on a logarithmic axis: a panel a projection.
+
+    Args:
+        adapters: rows.
+        field: which number of the last state.
+        label: of the axis.
+        start: show that of the first state too, in thin lines with open markers.
+    """
+    rows = [row for row in adapters if row[field] is not None]
+    blocks, looks = _blocks(rows), _looks(adapters)
+    last, first = _last(rows), _first(rows)
+    trained = {row["adapter"] for row in rows if row["state"] != INITIAL}
+
+    def draw(axes: Axes, projection: str) -> None:
+        for name, look in looks.items():
+            mine = [row for row in last if (row["adapter"], row["projection"]) == (name, projection)]
+            begun = [row for row in first if (row["adapter"], row["projection"]) == (name, projection)]
+            if start and name in trained:
+                _over_blocks(axes, mine, lambda row: row[field], blocks, look, f"{name}, trained")
+                _over_blocks(axes, begun, lambda row: row[field], blocks, look, f"{name}, initial", open_=True)
+            else:
+                frozen = bool(mine) and all(row[field] == 0 for row in last if row["adapter"] == name)
+                _over_blocks(axes, mine, lambda row: row[field], blocks, look, f"{name} (0 throughout)" if frozen else name)
+        axes.set_yscale("log")
+
+    return _panels([name for name, _ in _grouped(rows)], draw, label, "block", legend=True)
+
+
+def over_steps(adapters: Sequence[Row], fields: Mapping[str, str]) -> Figure:
+    """Numbers of every adapter through its training: medians over the layers, and where 80 % of them lie.
+
+    Args:
+        adapters: rows of several states.
+        fields: title of a panel → field.
+    """
+    looks = _looks(adapters)
+    known = all(row["step"] is not None for row in adapters)
+
+    def draw(axes: Axes, title: str) -> None:
+        for name, rows in _grouped(adapters, "adapter"):
+            states = [(state, [row[fields[title]] for row in of_state]) for state, of_state in _grouped(rows, "state")]
+            values = [np.quantile([v for v in each if v is not None], (0.1, 0.5, 0.9)) for _, each in states]
+            at = [next(row["step"] for row in rows if row["state"] == state) if known else i for i, (state, _) in enumerate(states)]
+            low, middle, high = np.array(values).T
+            look = looks[name]
+            axes.fill_between(at, low, high, color=look.color, alpha=0.15, linewidth=0)
+            axes.plot(at, middle, color=look.color, linestyle=look.dashes, marker=look.marker, label=_plain(name))
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+
+    return _panels(list(fields), draw, "", "optimiser step" if known else "state", columns=3, height=2.9, legend=True, share=False)
+
+
+def null_spaces(inputs: Sequence[Row]) -> Figure:
+    """Leak and gap of the null spaces over the blocks: a line an input."""
+    fields = {"leak: ‖UᵀX‖ / ‖X‖": "leak", "gap: (λᵣ₊₁ − λᵣ) / λᵣ₊₁": "gap"}
+    blocks = _blocks(inputs)
+
+    def draw(axes: Axes, title: str) -> None:
+        for look, (projection, rows) in zip(itertools.cycle(LOOKS), _grouped(inputs), strict=False):
+            _over_blocks(axes, rows, lambda row: row[fields[title]], blocks, look, projection)
+        if fields[title] == "leak":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+
+    return _panels(list(fields), draw, "", "block", columns=2, height=3.0, legend=True, share=False)
+
+
+def outliers(inputs: Sequence[Row]) -> Figure:
+    """The share of tokens that are outliers, as a map of inputs and blocks; grey where there is none."""
+    blocks = _blocks(inputs)
+    projections = [name for name, _ in _grouped(inputs)]
+    shares = np.full((len(projections), len(blocks)), np.nan)
+    for (i, projection), (j, block) in ((a, b) for a in enumerate(projections) for b in enumerate(blocks)):
+        values = [row["outlier_share"] for row in inputs if (row["projection"], row["block"]) == (projection, block)]
+        shares[i, j] = np.nan if None in values or not values else 100 * float(np.mean(values))
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(WIDTH, 1.5 + 0.34 * len(projections)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_facecolor("#e4e4e4")
+        found = shares[shares > 0]
+        norm = LogNorm(found.min(), max(found.max(), 1.001 * found.min())) if len(found) else None
+        image = axes.pcolormesh(_positive(shares), norm=norm, cmap="cividis", edgecolors="white", linewidth=0.6)
+        axes.set_yticks(np.arange(len(projections)) + 0.5, [_plain(name) for name in projections])
+        axes.invert_yaxis()
+        every = math.ceil(len(blocks) / 32)
+        axes.set_xticks(np.arange(0, len(blocks), every) + 0.5, [_plain(str(block)) for block in blocks[::every]])
+        axes.tick_params(length=0)
+        axes.set_xlabel("block")
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        if len(found):
+            figure.colorbar(image, ax=axes, label="% of tokens", pad=0.01)
+    return figure
+
+
+def _panels(
+    names: Sequence[str],
+    draw: Callable[[Axes, str], None],
+    y: str,
+    x: str,
+    *,
+    columns: int = COLUMNS,
+    height: float = PANEL_HEIGHT,
+    legend: bool = False,
+    share: bool = True,
+) -> Figure:
+    """A grid of panels, one a name; axes are labelled at the edges, and one legend above serves all."""
+    columns = min(columns, len(names))
+    lines = math.ceil(len(names) / columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height * lines + 0.7), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False, sharey=share, sharex=False)
+        for index, axes in enumerate(grid.flat):
+            if index >= len(names):
+                axes.set_visible(False)
+                continue
+            draw(axes, names[index])
+            axes.set_title(_plain(names[index]), loc="left", fontweight="bold")
+            if index + columns >= len(names):
+                axes.set_xlabel(x)
+            if index % columns == 0 and y:
+                axes.set_ylabel(y)
+        if legend:
+            known: dict[str, Any] = {}
+            for axes in grid.flat:
+                known.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)})
+            figure.legend(
+                known.values(), known.keys(), loc="outside upper left", ncols=min(len(known), 5), frameon=False, handlelength=3
+            )
+    return figure
+
+
+def _over_blocks(
+    axes: Axes, rows: Iterable[Row], value: Value, blocks: Sequence[Any], look: Look, label: str, *, open_: bool = False
+) -> None:
+    """A line over the blocks; of several layers at one place, such as experts, the mean."""
+    values: dict[Any, list[float]] = {}
+    for row in rows:
+        number = value(row)
+        if number is not None:
+            values.setdefault(row["block"], []).append(number)
+    at = [i for i, block in enumerate(blocks) if block in values]
+    means = [float(np.mean(values[blocks[i]])) for i in at]
+    axes.plot(
+        at,
+        means,
+        color=look.color,
+        linestyle=look.dashes if not open_ else (0, (1, 1.5)),
+        linewidth=1.0 if open_ else None,
+        marker=look.marker,
+        markerfacecolor="white" if open_ else look.color,
+        markeredgewidth=0.9,
+        label=_plain(label),
+    )
+    axes.set_xlim(-0.5, max(len(blocks) - 0.5, 0.5))
+    ticks = [int(t) for t in MaxNLocator(integer=True, nbins=6).tick_values(0, max(len(blocks) - 1, 1)) if 0 <= t < len(blocks)]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.set_xticklabels([_plain(str(blocks[t])) for t in ticks])
+
+
+def _grouped(rows: Iterable[Row], field: str = "projection") -> list[tuple[str, list[Row]]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row[field], []).append(row)
+    return list(found.items())
+
+
+def _heard_by(rows: Sequence[Row], weights: Sequence[Row]) -> list[Row]:
+    sites = {row["site"] for row in rows}
+    return [row for row in weights if row["site"] in sites]
+
+
+def _first(adapters: Sequence[Row]) -> list[Row]:
+    return [row for row in adapters if row["state"] == INITIAL]
+
+
+def _last(adapters: Sequence[Row]) -> list[Row]:
+    state = {row["adapter"]: row["state"] for row in adapters}
+    return [row for row in adapters if row["state"] == state[row["adapter"]]]
+
+
+def _looks(adapters: Sequence[Row]) -> dict[str, Look]:
+    """Adapter → its look, the same in every figure."""
+    return dict(zip((name for name, _ in _grouped(adapters, "adapter")), itertools.cycle(LOOKS), strict=False))
+
+
+def _blocks(rows: Iterable[Row]) -> list[Any]:
+    """In the model's order, each once."""
+    return list(dict.fromkeys(row["block"] for row in rows))
+
+
+def _ratio(a: float | None, b: float) -> float | None:
+    return None if a is None else a / b
+
+
+def _positive(values: Any) -> Any:
+    """For logarithmic axes: a gap where there is nothing."""
+    return np.where(np.asarray(values) > 0, values, np.nan)
+
+
+def _plain(text: str) -> str:
+    """A name that matplotlib takes neither for mathematics nor for a line without a legend."""
+    return text.replace("$", r"\$").removeprefix("_") or " "

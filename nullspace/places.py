@@ -1,0 +1,49 @@
+"""Where a layer is in its model, read from its name: for tables and figures by block and projection."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """Block and projection of a layer."""
+
+    block: int | str | None
+    """The block's number; with its prefix, `"decoder.block.0"`, where a model has several rows of blocks; None outside of any."""
+    projection: str
+    """The name's last part; the whole name behind the block's number where the last part alone would mean two layers."""
+
+
+def places(names: Iterable[str]) -> dict[str, Place]:
+    """Name → place. The first number in a name is that of its block; later ones, such as an expert's, are left out.
+
+    Example:
+        >>> places(["model.layers.3.self_attn.q_proj", "model.layers.3.mlp.up_proj"])["model.layers.3.mlp.up_proj"]
+        Place(block=3, projection='up_proj')
+        >>> places(["h.0.attn.c_proj", "h.0.mlp.c_proj"])["h.0.mlp.c_proj"]
+        Place(block=0, projection='mlp.c_proj')
+    """
+    parted = {name: _parted(name.split(".")) for name in names}
+    prefixes = {prefix for prefix, number, _ in parted.values() if number is not None}
+    last = Counter(tail.rpartition(".")[2] for tail in {tail for _, _, tail in parted.values()})
+
+    def place(prefix: str, number: int | None, tail: str) -> Place:
+        end = tail.rpartition(".")[2]
+        block = number if number is None or len(prefixes) == 1 else f"{prefix}.{number}"
+        return Place(block, end if last[end] == 1 else tail)
+
+    return {name: place(*parts) for name, parts in parted.items()}
+
+
+def is_attention(name: str) -> bool:
+    """Whether a layer belongs to an attention module, by its name."""
+    return any("attn" in part or "attention" in part for part in name.lower().split("."))
+
+
+def _parted(parts: list[str]) -> tuple[str, int | None, str]:
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if at is None or at == len(parts) - 1:
+        return "", None, ".".join(parts)
+    return ".".join(parts[:at]), int(parts[at]), ".".join(part for part in parts[at + 1 :] if not part.isdigit())
