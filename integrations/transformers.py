@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
@@ -292,13 +293,9 @@ def load_texts(
     """
     path = Path(data)
     kind = path.suffix.lower()
-    if kind in (".txt", ".md", ".jsonl", ".json", ".parquet", ".csv") and not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
+    _check_is_there(path)
     texts: Iterable[str]
-    if kind in (".txt", ".md"):
-        texts = _paragraphs(path)
-    else:
-        texts = (_row_text(row, field, str(data)) for row in _rows(data, path, kind, split))
+    texts = _paragraphs(path) if kind in (".txt", ".md") else (_row_text(row, field, str(data)) for row in _rows(data, split))
     found = []
     for text in texts:
         if text.strip():
@@ -308,6 +305,48 @@ def load_texts(
     if not found:
         raise ValueError(f"{data} holds no text")
     return found
+
+
+def load_rows(data: str | os.PathLike[str], *, split: str = "train", limit: int | None = None) -> list[Mapping[str, Any]]:
+    """Rows of a JSON Lines, JSON, Parquet or CSV file, or of a hub data set, as they are.
+
+    Args:
+        data: as in `load_texts`, but for texts.
+        split: of a hub data set.
+        limit: read at most this many.
+
+    Raises:
+        FileNotFoundError: if a path with a known ending does not exist.
+        ValueError: naming the file, if it is a text, not what its ending says, or empty.
+    """
+    path = Path(data)
+    kind = path.suffix.lower()
+    if kind in (".txt", ".md"):
+        raise ValueError(f"{path} is a text, which has no rows: JSON Lines, JSON, CSV or Parquet is needed")
+    _check_is_there(path)
+    found = list(itertools.islice(_rows(data, split), limit))
+    if not found:
+        raise ValueError(f"{data} is empty")
+    return found
+
+
+def prompt_and_response(row: Mapping[str, Any]) -> tuple[str, str]:
+    """A row of a task as what is asked and what is to be answered.
+
+    Of the first known fields (question/answer, instruction/input/output, prompt/completion, text/code, …) the last is the response,
+    of a list its first entry; the others, joined by line breaks, are the prompt.
+
+    Raises:
+        ValueError: listing the row's fields, if none of them are known or one is empty.
+    """
+    pairs = [names for names in KNOWN_FIELDS if len(names) > 1]
+    names = next(
+        (known for known in [*pairs, ("text", "code"), ("prompt", "canonical_solution")] if all(n in row for n in known)), ()
+    )
+    parts = [_first(row[name]) for name in names]
+    if len(parts) < 2 or not parts[0].strip() or not parts[-1].strip():
+        raise ValueError(f"a row has no known prompt and response; its fields are {', '.join(map(str, row))}")
+    return "\n".join(part for part in parts[:-1] if part), parts[-1]
 
 
 class PackedBatches(Sequence[dict[str, torch.Tensor]]):
@@ -380,6 +419,11 @@ def _token_stream(texts: Iterable[str], tokenizer: Any, wanted: int) -> list[int
     return ids[:wanted]
 
 
+def _check_is_there(path: Path) -> None:
+    if path.suffix.lower() in (".txt", ".md", ".jsonl", ".json", ".parquet", ".csv") and not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+
+
 def _paragraphs(path: Path) -> Iterator[str]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -388,7 +432,9 @@ def _paragraphs(path: Path) -> Iterator[str]:
     return iter(text.replace("\r\n", "\n").split("\n\n"))
 
 
-def _rows(data: str | os.PathLike[str], path: Path, kind: str, split: str) -> Iterator[Mapping[str, Any]]:
+def _rows(data: str | os.PathLike[str], split: str) -> Iterator[Mapping[str, Any]]:
+    path = Path(data)
+    kind = path.suffix.lower()
     if kind == ".jsonl":
         yield from _json_lines(path)
         return
