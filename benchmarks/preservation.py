@@ -116,14 +116,14 @@ REDUCED = {
     "steps": 10,
     "batch_size": 4,
     "accumulation": 1,
-    "max_length": 160,
+    "max_length": 128,
     "pool": 2000,
-    "questions": 100,
-    "answered": 50,
-    "new_tokens": 6,
-    "windows": 6,
+    "questions": 60,
+    "answered": 30,
+    "new_tokens": 5,
+    "windows": 4,
     "window": 256,
-    "examples": 20,
+    "examples": 16,
 }
 
 
