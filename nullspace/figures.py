@@ -18,7 +18,7 @@ try:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, MaxNLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 except ImportError as error:
     raise ImportError(f"figures need matplotlib: pip install 'nullspace-lora[report]' ({error})") from None
 
@@ -28,6 +28,8 @@ from nullspace.analysis import BINS, INITIAL, Row
 
 # A page of 1280 pixels leaves 1152 for a figure, of which an inch is 96: 10.5 points are 14 pixels.
 WIDTH, PANEL_HEIGHT, COLUMNS = 12.0, 2.35, 4
+# What a float32 adapter reads by rounding alone is some 1e-8: where its figure ends.
+FLOOR = 1e-5
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
@@ -90,7 +92,7 @@ def effective_ranks(inputs: Sequence[Row], weights: Sequence[Row]) -> Figure:
             label = f"weight W₀ ({member})"
             _over_blocks(axes, of_member, lambda row: row["effective_rank"] / min(row["d_out"], row["d_in"]), blocks, look, label)
         axes.set_ylim(0, 1.02)
-        axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6, labelspacing=0.25)
+        axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6, labelspacing=0.25)
 
     blocks = _blocks([*inputs, *weights])
     return _panels(
@@ -114,9 +116,9 @@ def spectra(inputs: Sequence[Row], weights: Sequence[Row]) -> Figure:
             middle = np.median(values, axis=0)
             at = np.linspace(0, 1, len(middle))
             axes.plot(at, _positive(middle), color=look.color, linestyle=look.dashes, label=f"weight W₀ ({member})")
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.set_xlim(0, 1)
-        axes.legend(loc="lower left", frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6, labelspacing=0.25)
+        axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.6, labelspacing=0.25)
 
     return _panels([name for name, _ in _grouped(inputs)], draw, "σᵢ / σ₁", "i / number of singular values", columns=2, height=3.0)
 
@@ -136,7 +138,8 @@ def directions(adapters: Sequence[Row]) -> Figure:
             look = looks[name]
             axes.plot(at, _positive(mean), color=look.color, linestyle=look.dashes, label=_plain(name))
         axes.axhline(1.0, color="#555555", linewidth=1.0, label="an A that is random")
-        axes.set_yscale("log")
+        _logarithmic(axes)
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], FLOOR))
         axes.set_xlim(0, 1)
 
     names = [title for title, rows in titles.items() if rows]
@@ -153,7 +156,7 @@ def by_layer(adapters: Sequence[Row], field: str, label: str, *, start: bool = F
         adapters: rows.
         field: which number of the last state.
         label: of the axis.
-        start: show that of the first state too, in thin lines with open markers.
+        start: show that of the first state too. What is not trained has thin lines and open markers.
     """
     rows = [row for row in adapters if row[field] is not None]
     blocks, looks = _blocks(rows), _looks(adapters)
@@ -164,13 +167,12 @@ def by_layer(adapters: Sequence[Row], field: str, label: str, *, start: bool = F
         for name, look in looks.items():
             mine = [row for row in last if (row["adapter"], row["projection"]) == (name, projection)]
             begun = [row for row in first if (row["adapter"], row["projection"]) == (name, projection)]
+            frozen = bool(mine) and all(row[field] == 0 for row in last if row["adapter"] == name)
+            label = f"{name} (0 throughout)" if frozen else name
             if start and name in trained:
-                _over_blocks(axes, mine, lambda row: row[field], blocks, look, f"{name}, trained")
-                _over_blocks(axes, begun, lambda row: row[field], blocks, look, f"{name}, initial", open_=True)
-            else:
-                frozen = bool(mine) and all(row[field] == 0 for row in last if row["adapter"] == name)
-                _over_blocks(axes, mine, lambda row: row[field], blocks, look, f"{name} (0 throughout)" if frozen else name)
-        axes.set_yscale("log")
+                _over_blocks(axes, begun, lambda row: row[field], blocks, look, "", open_=True)
+            _over_blocks(axes, mine, lambda row: row[field], blocks, look, label, open_=name not in trained)
+        _logarithmic(axes)
 
     return _panels([name for name, _ in _grouped(rows)], draw, label, "block", legend=True)
 
@@ -209,7 +211,7 @@ def null_spaces(inputs: Sequence[Row]) -> Figure:
         for look, (projection, rows) in zip(itertools.cycle(LOOKS), _grouped(inputs), strict=False):
             _over_blocks(axes, rows, lambda row: row[fields[title]], blocks, look, projection)
         if fields[title] == "leak":
-            axes.set_yscale("log")
+            _logarithmic(axes)
         else:
             axes.set_ylim(bottom=0)
 
@@ -240,7 +242,9 @@ def outliers(inputs: Sequence[Row]) -> Figure:
         for spine in axes.spines.values():
             spine.set_visible(False)
         if len(found):
-            figure.colorbar(image, ax=axes, label="% of tokens", pad=0.01)
+            bar = figure.colorbar(image, ax=axes, label="% of tokens", pad=0.01)
+            bar.ax.yaxis.set_major_formatter(FuncFormatter("{:g}".format))
+            bar.ax.yaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
@@ -267,14 +271,14 @@ def _panels(
                 continue
             draw(axes, names[index])
             axes.set_title(_plain(names[index]), loc="left", fontweight="bold")
-            if index + columns >= len(names):
-                axes.set_xlabel(x)
-            if index % columns == 0 and y:
-                axes.set_ylabel(y)
+        figure.supxlabel(x, fontsize=STYLE["axes.labelsize"])
+        figure.supylabel(y, fontsize=STYLE["axes.labelsize"])
         if legend:
             known: dict[str, Any] = {}
             for axes in grid.flat:
-                known.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)})
+                known.update(
+                    {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True) if label.strip()}
+                )
             figure.legend(
                 known.values(), known.keys(), loc="outside upper left", ncols=min(len(known), 5), frameon=False, handlelength=3
             )
@@ -307,6 +311,18 @@ def _over_blocks(
     ticks = [int(t) for t in MaxNLocator(integer=True, nbins=6).tick_values(0, max(len(blocks) - 1, 1)) if 0 <= t < len(blocks)]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.set_xticklabels([_plain(str(blocks[t])) for t in ticks])
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic axis, labelled at the decades, or in between too where there are few of them; if anything is above zero."""
+    if not any((np.asarray(line.get_ydata(), dtype=float) > 0).any() for line in axes.get_lines()):
+        return
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < 100 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter("{:g}".format))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _grouped(rows: Iterable[Row], field: str = "projection") -> list[tuple[str, list[Row]]]:

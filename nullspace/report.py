@@ -146,7 +146,7 @@ def directions(found: Analysis) -> Section:
     if rows:
         caption = (
             "Root mean square over layers and, in each of 100 bins, directions. 1 is an A without a preference; directions uⱼ are "
-            "the eigenvectors of C by falling eigenvalue."
+            "the eigenvectors of C by falling eigenvalue. What lies below the frame is rounding."
         )
         pictures.append(Picture(figures.svg(figures.directions(rows)), caption))
     return Section(
@@ -204,7 +204,7 @@ def leaks(found: Analysis) -> Section:
         caption = f"The null spaces themselves (rank {', '.join(map(str, rank))}): what they hear, and how clear the cut is."
         pictures.append(Picture(figures.svg(figures.null_spaces(spaces)), caption))
     if adapters:
-        caption = "Leak of A's row space by layer, ‖QᵀX‖ / ‖X‖: before training and, where there is one, of the last trained state."
+        caption = "Leak of A's row space by layer: before training (thin lines, open markers), and of the last trained state."
         label = "leak ‖QᵀX‖ / ‖X‖"
         pictures.append(Picture(figures.svg(figures.by_layer(adapters, "leak", label, start=True)), caption))
     return Section(
