@@ -33,7 +33,8 @@ Row = dict[str, Any]
 
 # Of a spectrum, as many singular values are kept, evenly spaced; the directions that an A reads are told in as many bins.
 POINTS, BINS = 128, 100
-INITIAL = "initial"
+# Names: of a state, and of groups of layers.
+INITIAL, ATTENTION, ALL = "initial", "all of attention", "all"
 
 
 def leak(a: torch.Tensor, c: torch.Tensor) -> float:
@@ -384,9 +385,9 @@ def rank_summary(found: Analysis) -> list[Row]:
         groups.setdefault(row["projection"], []).append((row, x))
     attention = [pair for pair in pairs if is_attention(pair[0]["layer"])]
     if attention and len(attention) < len(pairs):
-        groups["all of attention"] = attention
+        groups[ATTENTION] = attention
     if pairs:
-        groups["all"] = pairs
+        groups[ALL] = pairs
     return [
         {
             "layers": name,

@@ -68,7 +68,7 @@ LOOKS = (
     Look("#56B4E9", "P", (0, (3, 1, 1, 1, 1, 1))),
     Look("#000000", "X", (0, (2.5, 2.5))),
 )
-# Rows, a number of each, or None where it is not known.
+# What is drawn of a row; None where it is not known.
 Value = Callable[[Row], float | None]
 
 
@@ -279,8 +279,9 @@ def _panels(
                 known.update(
                     {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True) if label.strip()}
                 )
+            columns = int(WIDTH / (0.75 + 0.085 * max(map(len, known), default=1)))  # a handle, and some 0.085 inches a letter
             figure.legend(
-                known.values(), known.keys(), loc="outside upper left", ncols=min(len(known), 5), frameon=False, handlelength=3
+                known.values(), known.keys(), loc="outside upper left", ncols=max(columns, 1), frameon=False, handlelength=3
             )
     return figure
 

@@ -83,10 +83,11 @@ def effective_ranks(found: Analysis) -> Section:
         "calibration input X is low, there is much room that the layer does not hear: look for panels where X lies below W₀."
     )
     if summary:
-        whole = summary[-1]
+        groups = {analysis.ATTENTION: "in attention", analysis.ALL: "in all"}
+        counts = [f"{row['below']} of {row['count']} layers {groups[row['layers']]}" for row in summary if row["layers"] in groups]
         text += (
-            f" Here X's effective rank is below W₀'s at {whole['below']} of {whole['count']} layers; as a share of the largest "
-            f"possible (d_in for X, min(d_out, d_in) for W₀), at {whole['below_share']}."
+            f" Here X's effective rank is below W₀'s at {', and at '.join(counts)}; as a share of the largest possible (d_in for "
+            f"X, min(d_out, d_in) for W₀), at {summary[-1]['below_share']} of all."
         )
     pictures = []
     if inputs:

@@ -42,7 +42,16 @@ def test_python_examples_run_in_order(folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore:the texts fill")
 def test_command_lines_run_in_order(folder: Path) -> None:
     commands = [line.removeprefix("$ nullspace ").split() for block in blocks("console") for line in block.splitlines()]
-    assert {command[0] for command in commands} == {"init", "inspect", "compute", "covariances", "merge", "export", "plan"}
+    assert {command[0] for command in commands} == {
+        "init",
+        "inspect",
+        "compute",
+        "covariances",
+        "merge",
+        "export",
+        "report",
+        "plan",
+    }
     for command in commands:
         if command[0] == "export":  # what training would have left
             shutil.copytree("out/adapter", "trained")

@@ -144,6 +144,24 @@ def test_the_numbers_are_those_of_the_analysis(whole: tuple[Path, dict[str, Any]
     assert [row["effective_rank"] for row in told["inputs"]] == pytest.approx([row["effective_rank"] for row in again])
 
 
+def test_weights_on_the_disk_give_the_same_numbers(
+    whole: tuple[Path, dict[str, Any]], made: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    sources = [
+        "--covariances",
+        made / "kept",
+        "--model",
+        tiny_checkpoint,
+        "--adapter",
+        f"LoRA-Null <v1>={made / 'null'},{made / 'run'}",
+    ]
+    result = run("report", "--out", tmp_path / "page.html", *sources, "--offload", "--json", "-q")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["weights"] == whole[1]["weights"]
+    assert told["adapters"] == [row for row in whole[1]["adapters"] if row["adapter"] != "$pissa"]
+
+
 def test_every_section_says_what_it_lacks(made: Path, tmp_path: Path) -> None:
     cases: dict[str, tuple[list[Any], int, list[str]]] = {
         "covariances": (["--covariances", made / "kept"], 2, ["--model", "--adapter", "--spaces"]),
