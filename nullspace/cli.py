@@ -398,6 +398,7 @@ def report(
             "(a folder of Trainer's checkpoints stands for all of them); may be repeated."
         ),
     ] = None,
+    study: Annotated[Path | None, typer.Option(help="A preservation study: its directory, or the results.jsonl in it.")] = None,
     offload: Offload = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier page of ours.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="All numbers as one JSON document on standard output.")] = False,
@@ -408,14 +409,17 @@ def report(
         from nullspace import report as pages
     except ImportError as error:
         raise ValueError(str(error)) from None
-    from nullspace import Covariances, NullSpaces, analysis
+    from nullspace import Covariances, NullSpaces, analysis, fronts
     from nullspace.integrations.peft import read_course
     from nullspace.sites import is_linear
 
     began = time.perf_counter()
-    if covariances is None and spaces is None and not adapter:
-        raise ValueError("give at least one of --covariances, --spaces and --adapter")
+    layers = covariances is not None or spaces is not None or bool(adapter)
+    if not layers and study is None:
+        raise ValueError("give at least one of --covariances, --spaces, --adapter and --study")
     pages.check_free(out, overwrite=overwrite)
+    studied = None if study is None else fronts.read_study(study / fronts.RESULTS if study.is_dir() else study)
+    parts = [] if studied is None else pages.study_sections(studied)
     named = _parse_adapters(adapter or [])
     courses = [read_course(name, *directories) for name, directories in named.items()]
     kept = None if covariances is None else Covariances.load(covariances)
@@ -434,13 +438,17 @@ def report(
         "model": model,
         "covariances": covariances and str(covariances),
         "spaces": spaces and str(spaces),
+        "study": study and str(study),
         "adapters": {name: [str(directory) for directory in directories] for name, directories in named.items()},
     }
-    parts = pages.sections(told)
+    parts += pages.sections(told) if layers else []
     pages.write(out, "What the layers hear", _sources_line(sources), parts, overwrite=overwrite)
-    ranks, adapters = analysis.rank_summary(told), analysis.adapter_summary(told)
-    facts = {"out": str(out), **sources, "seconds": time.perf_counter() - began}
+    facts: dict[str, Any] = {"out": str(out), **sources, "seconds": time.perf_counter() - began}
+    if studied is not None:
+        facts["equal_loss"] = {measure: fronts.as_json(fronts.at_equal_loss(studied, measure)) for measure in fronts.MEASURES}
+        facts["runs"] = fronts.as_json(fronts.over_seeds(studied))
     if as_json:
+        ranks, adapters = analysis.rank_summary(told), analysis.adapter_summary(told)
         _print_json({**facts, **told._asdict(), "effective_ranks": ranks, "adapter_summary": adapters})
     elif not quiet:
         shown = sum(bool(part.pictures) for part in parts)

@@ -1,4 +1,4 @@
-"""Figures of what `nullspace.analysis` finds, by matplotlib: rows in, `Figure` out, and SVG text of it.
+"""Figures of what `nullspace.analysis` finds and of a preservation study, by matplotlib: `Figure`s, and SVG text of them.
 
 Nothing here touches pyplot, so that no window opens and no state is left. Colours are those of Okabe and Ito, which colour-blind
 readers tell apart, each with a marker and a dash pattern of its own; maps are in cividis.
@@ -25,6 +25,7 @@ except ImportError as error:
 import numpy as np
 
 from nullspace.analysis import BINS, INITIAL, Row
+from nullspace.fronts import MEASURES, Study, over_seeds
 
 # A page of 1280 pixels leaves 1152 for a figure, of which an inch is 96: 10.5 points are 14 pixels.
 WIDTH, PANEL_HEIGHT, COLUMNS = 12.0, 2.35, 4
@@ -246,6 +247,76 @@ def outliers(inputs: Sequence[Row]) -> Figure:
             bar.ax.yaxis.set_major_formatter(FuncFormatter("{:g}".format))
             bar.ax.yaxis.set_minor_formatter(NullFormatter())
     return figure
+
+
+# What `nullspace.fronts.MEASURES` measure, for an axis.
+LOST = {"knowledge": "knowledge: nats lost an answer", "text": "text: nats lost a token"}
+
+
+def forgetting(study: Study) -> Figure:
+    """What was forgotten against the task loss: a line a variant through its learning rates; bars: standard deviations over seeds.
+
+    Rates that end above the base's own task loss are beyond the left edge.
+    """
+    assert study.base is not None
+    rows, begin = over_seeds(study), study.base["task"]["loss"]
+    looks = dict(zip(study.variants, _many_looks(), strict=False))
+    shown = [row for row in rows if row["task_loss"].mean <= begin]
+
+    def draw(axes: Axes, title: str) -> None:
+        field = f"{next(name for name, label in LOST.items() if label == title)}_lost"
+        for name, of_variant in _grouped(rows, "variant"):
+            spreads = [(row["task_loss"], row[field]) for row in of_variant]
+            look = looks[name]
+            axes.errorbar(
+                [begin, *(loss.mean for loss, _ in spreads)],
+                [0.0, *(lost.mean for _, lost in spreads)],
+                xerr=[0.0, *(np.nan_to_num(loss.deviation) for loss, _ in spreads)],
+                yerr=[0.0, *(np.nan_to_num(lost.deviation) for _, lost in spreads)],
+                color=look.color,
+                linestyle=look.dashes,
+                marker=look.marker,
+                elinewidth=0.8,
+                label=_plain(name),
+            )
+        axes.axhline(0.0, color="#555555", linewidth=1.0)
+        if shown:
+            losses = [begin, *(row["task_loss"].mean for row in shown)]
+            lost = [0.0, *(row[field].mean for row in shown)]
+            wide, high = (0.06 * (max(values) - min(values)) or 1.0 for values in (losses, lost))
+            axes.set_xlim(max(losses) + wide, min(losses) - wide)
+            axes.set_ylim(min(lost) - high, max(lost) + high)
+
+    label = "task loss, nats a response token: the further to the right, the more was learned"
+    return _panels([LOST[name] for name in MEASURES], draw, "", label, columns=2, height=4.2, legend=True, share=False)
+
+
+def without_adapters(study: Study) -> Figure:
+    """What the bases of the adapters alone have lost: a bar a variant (Figure 5)."""
+    assert study.base is not None
+    base, looks = study.base, dict(zip(study.variants, _many_looks(), strict=False))
+    names = list(study.dropped)
+
+    def draw(axes: Axes, title: str) -> None:
+        measure = next(name for name, label in LOST.items() if label == title)
+        values = [MEASURES[measure](study.dropped[name], base) for name in names]
+        colors = [looks[name].color if name in looks else "#555555" for name in names]
+        bars = axes.barh(range(len(names)), values, color=colors, height=0.6)
+        axes.bar_label(bars, [f"{value:.3f}" for value in values], padding=4)
+        axes.set_yticks(range(len(names)), [_plain(name) for name in names])
+        axes.invert_yaxis()
+        axes.axvline(0.0, color="#555555", linewidth=1.0)
+        axes.margins(x=0.15)
+        axes.grid(axis="y", visible=False)
+
+    height = 1.0 + 0.34 * len(names)
+    return _panels([LOST[name] for name in MEASURES], draw, "", "", columns=2, height=height, share=False)
+
+
+def _many_looks() -> Iterable[Look]:
+    """The looks, and then their colours with other markers and dashes."""
+    turned = LOOKS[3:] + LOOKS[:3]
+    return itertools.cycle([*LOOKS, *(Look(a.color, b.marker, b.dashes) for a, b in zip(LOOKS, turned, strict=True))])
 
 
 def _panels(

@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# What the file is called in a study's directory.
+RESULTS = "results.jsonl"
 Record = dict[str, Any]
 
 
@@ -231,6 +233,19 @@ def over_seeds(study: Study) -> list[Record]:
 def spread(values: Sequence[float]) -> Spread:
     """Mean and sample standard deviation."""
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
+
+
+def as_json(rows: Iterable[Record]) -> list[Record]:
+    """Rows with every `Spread` as an object; a deviation that there is not is null."""
+    return [
+        {
+            name: {**value._asdict(), "deviation": None if math.isnan(value.deviation) else value.deviation}
+            if isinstance(value, Spread)
+            else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
 
 
 def _paths(study: Study) -> dict[tuple[str, int], list[Record]]:

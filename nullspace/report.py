@@ -1,19 +1,21 @@
-"""`nullspace report`: what `nullspace.analysis` finds, as one HTML file that needs nothing else.
+"""`nullspace report`: what `nullspace.analysis` and a preservation study find, as one HTML file that needs nothing else.
 
 A page is a list of `Section`s. Each builder in `SECTIONS` makes one from an `Analysis`, whether its numbers are there or not: where
-they are not, the section says what they ask for. A study of another kind adds a section by making one.
+they are not, the section says what they ask for. `study_sections` makes those of a study (`nullspace.fronts`).
 """
 
 from __future__ import annotations
 
 import base64
 import html
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nullspace import analysis, figures, store
+from nullspace import analysis, figures, fronts, store
 from nullspace.analysis import INITIAL, Analysis, Row
 
 # By which a page of ours is known.
@@ -282,6 +284,81 @@ def outliers(found: Analysis) -> Section:
         ],
         missing=_needed("--covariances DIR or --spaces DIR" if not rows else None),
     )
+
+
+def study_sections(study: fronts.Study) -> list[Section]:
+    """What each method forgot where it had learned as much as the others, and what its base knows without BA.
+
+    Raises:
+        ValueError: if the study has no base or no run yet.
+    """
+    if study.base is None or not study.runs:
+        raise ValueError("the study has no finished run yet")
+    parts = [_forgotten(study, study.base)]
+    if study.dropped:
+        parts.append(_left_without_adapters(study, study.base))
+    return parts
+
+
+def _forgotten(study: fronts.Study, base: Mapping[str, Any]) -> Section:
+    seeds = len({run["seed"] for run in study.runs})
+    starts = [abs(scores["task"]["loss"] - base["task"]["loss"]) for scores in study.start.values()]
+    text = (
+        "Methods move at different speeds for one learning rate, so each runs at several, and they are compared where they have "
+        f"learned as much. Lower is better. Means over {seeds} seed{'s' if seeds > 1 else ''}, ± one standard deviation."
+    )
+    if starts:
+        text += (
+            f" Before training, every variant's task loss is within {max(starts):.0e} of the base's, {base['task']['loss']:.3f}."
+        )
+    by_measure = {measure: fronts.at_equal_loss(study, measure) for measure in fronts.MEASURES}
+    table = [
+        {"variant": variant}
+        | {
+            f"{measure} at {row['task_loss']:.3f}": _spread(row["forgetting"])
+            for measure, rows in by_measure.items()
+            for row in rows
+            if row["variant"] == variant
+        }
+        for variant in study.variants
+    ]
+    rows = fronts.over_seeds(study)
+    titles = list(dict.fromkeys(title for row in rows for title in row if title not in ("variant", "learning_rate")))
+    details = [
+        {"variant": row["variant"], "learning rate": f"{row['learning_rate']:g}"}
+        | {title.replace("_", " "): _spread(row.get(title)) for title in titles}
+        for row in rows
+    ]
+    caption = (
+        "Each line begins at the base model, where nothing is learned and nothing forgotten, and goes through the learning rates. "
+        "Rates that left the task loss above the base's own are not shown."
+    )
+    pictures = [Picture(figures.svg(figures.forgetting(study)), caption)]
+    return Section("What was forgotten, where as much was learned", text, pictures, table, details)
+
+
+def _left_without_adapters(study: fronts.Study, base: Mapping[str, Any]) -> Section:
+    """Figure 5."""
+    rows = [
+        {"variant": name}
+        | {f"{measure} lost": f"{lost(scores, base):.4f}" for measure, lost in fronts.MEASURES.items()}
+        | {"task loss": f"{scores['task']['loss']:.4f}"}
+        for name, scores in study.dropped.items()
+    ]
+    caption = "What the base of the adapters has lost against the original model, before any training."
+    return Section(
+        "What is left when BA is dropped",
+        "Methods that take their product BA out of the base put a part of the model into the adapter. The less the base alone has "
+        "lost, the less of what the model knows is exposed to training.",
+        [Picture(figures.svg(figures.without_adapters(study)), caption)],
+        rows,
+    )
+
+
+def _spread(found: fronts.Spread | None) -> str:
+    if found is None:
+        return "–"
+    return f"{found.mean:.4g}" + ("" if math.isnan(found.deviation) else f" ± {found.deviation:.2g}")
 
 
 SECTIONS: tuple[Callable[[Analysis], Section], ...] = (effective_ranks, spectra, directions, changes, leaks, drifts, outliers)

@@ -68,7 +68,7 @@ def study(
     for seed in seeds:
         for method in methods:
             preservation.run_unit(settings, out, Variant(method, 1.0), seed, rates, first=seed == seeds[0])
-    return fronts.read_study(out / preservation.RESULTS)
+    return fronts.read_study(out / fronts.RESULTS)
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +79,11 @@ def finished(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def numbers(out: Path) -> list[fronts.Record]:
-    return fronts.read_records(out / preservation.RESULTS)
+    return fronts.read_records(out / fronts.RESULTS)
 
 
 def test_every_method_starts_where_the_base_model_is(finished: Path) -> None:
-    found = fronts.read_study(finished / preservation.RESULTS)
+    found = fronts.read_study(finished / fronts.RESULTS)
     assert found.base is not None
     assert set(found.start) == set(DEFAULT_METHODS)
     for scores in found.start.values():
@@ -91,7 +91,7 @@ def test_every_method_starts_where_the_base_model_is(finished: Path) -> None:
 
 
 def test_a_run_has_scores_layers_and_adapters(finished: Path) -> None:
-    found = fronts.read_study(finished / preservation.RESULTS)
+    found = fronts.read_study(finished / fronts.RESULTS)
     assert [(run["variant"], run["learning_rate"]) for run in found.runs] == [(m, rate) for m in DEFAULT_METHODS for rate in RATES]
     for run in found.runs:
         assert set(run["scores"]["knowledge"]) == {"nq", "webq"}
@@ -107,7 +107,7 @@ def test_a_run_has_scores_layers_and_adapters(finished: Path) -> None:
 
 
 def test_frozen_a_neither_moves_nor_leaks_more(finished: Path) -> None:
-    found = fronts.read_study(finished / preservation.RESULTS)
+    found = fronts.read_study(finished / fronts.RESULTS)
     layers = {(run["variant"], run["learning_rate"]): run["layers"] for run in found.runs}
     for rate in RATES:
         frozen, free = layers["lora-null-v2", rate], layers["lora-null-v1", rate]
@@ -119,7 +119,7 @@ def test_frozen_a_neither_moves_nor_leaks_more(finished: Path) -> None:
 
 
 def test_a_larger_learning_rate_moves_the_weights_more(finished: Path) -> None:
-    found = fronts.read_study(finished / preservation.RESULTS)
+    found = fronts.read_study(finished / fronts.RESULTS)
     updates = {(run["variant"], run["learning_rate"]): run["layers"]["update"] for run in found.runs}
     assert all(updates[method, RATES[1]] > updates[method, RATES[0]] for method in DEFAULT_METHODS)
 
@@ -133,7 +133,7 @@ def test_a_study_repeated_has_identical_numbers(settings: Settings, finished: Pa
 
 def test_seeds_differ_and_rates_differ(settings: Settings, finished: Path, tmp_path: Path) -> None:
     found = study(settings, tmp_path, ["lora-null-v2"], seeds=(1,))
-    first = fronts.read_study(finished / preservation.RESULTS)
+    first = fronts.read_study(finished / fronts.RESULTS)
     losses = [run["scores"]["task"]["loss"] for run in [*found.runs, *first.runs] if run["variant"] == "lora-null-v2"]
     assert len(set(losses)) == 4
 
@@ -141,7 +141,7 @@ def test_seeds_differ_and_rates_differ(settings: Settings, finished: Path, tmp_p
 def test_a_study_goes_on_where_it_was_cut_off(settings: Settings, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "study"
     shutil.copytree(finished, out)
-    path = out / preservation.RESULTS
+    path = out / fronts.RESULTS
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if b'"variant": "b-zero"' not in line and b'"variant": "lora-null-v2"' not in line]
     v2 = [line for line in lines if b'"variant": "lora-null-v2"' in line]
@@ -196,7 +196,7 @@ def test_the_command(
     said = capsys.readouterr().out
     assert "start of lora-null-v2 x4: " in said
     assert "knowledge lost at a task loss of" in said
-    found = fronts.read_study(tmp_path / preservation.RESULTS)
+    found = fronts.read_study(tmp_path / fronts.RESULTS)
     assert {(run["variant"], run["seed"]) for run in found.runs} == {("lora", 5), ("lora-null-v2", 5), ("lora-null-v2 x4", 5)}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {row["variant"] for row in summary["equal_loss"]["knowledge"]} == {"lora", "lora-null-v2", "lora-null-v2 x4"}

@@ -175,6 +175,65 @@ def test_every_section_says_what_it_lacks(made: Path, tmp_path: Path) -> None:
         assert "sections" in result.stdout
 
 
+def scores(loss: float, nq: float, perplexity: float) -> dict[str, Any]:
+    knowledge = {name: {"log_likelihood": value, "exact_match": 0.1} for name, value in (("nq", nq), ("webq", -8.0))}
+    return {"knowledge": knowledge, "text": {"wikitext": {"perplexity": perplexity}}, "task": {"loss": loss, "token_accuracy": 0.5}}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """A preservation study of two methods: one forgets twice as much as the other; its highest rate diverges."""
+    records: list[dict[str, Any]] = [{"kind": "study", "settings": {}}, {"kind": "base", "scores": scores(2.0, -10.0, 20.0)}]
+    records += [{"kind": "start", "variant": name, "scores": scores(2.0 + 1e-6, -10.0, 20.0)} for name in ("a <b>", "quiet")]
+    records.append({"kind": "dropped", "variant": "quiet", "scores": scores(2.5, -12.5, 25.0)})
+    for name, lost in (("a <b>", 2.0), ("quiet", 1.0)):
+        for seed in (0, 1):
+            for rate, loss in ((1e-3, 1.5), (1e-2, 1.0), (1e-1, 7.0)):
+                run = {"variant": name, "seed": seed, "learning_rate": rate, "layers": {"drift": 0.1 * lost}}
+                records.append({"kind": "run", **run, "scores": scores(loss, -10.0 - lost * (2 - loss) - 0.1 * seed, 20.0)})
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_a_preservation_study_is_two_sections(study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    result = run("report", "--study", study, "--out", out, "--json", "-q")
+    assert result.exit_code == 0, result.output
+    page = Page(out)
+    assert page.titles == ["What was forgotten, where as much was learned", "What is left when BA is dropped"]
+    assert len(page.images) == 2
+    assert "within 1e-06 of the base's, 2.000" in page.text
+    assert "a <b>" in page.text
+    assert "<b>" not in out.read_text(encoding="utf-8")
+    told = json.loads(result.stdout)
+    # At the common loss, 1.0, the mean over the sets and over both seeds; the first lost twice as much.
+    ends = {row["variant"]: row["forgetting"] for row in told["equal_loss"]["knowledge"] if row["task_loss"] == 1.0}
+    assert ends["a <b>"]["mean"] == pytest.approx((2.0 + 0.05) / 2)
+    assert ends["quiet"]["mean"] == pytest.approx((1.0 + 0.05) / 2)
+    assert f"{ends['quiet']['mean']:.4g} ± {ends['quiet']['deviation']:.2g}" in page.text
+    assert "1.2500" in page.text  # what the base without BA lost: half of 2.5
+    assert {row["learning_rate"] for row in told["runs"]} == {1e-3, 1e-2, 1e-1}
+
+
+def test_a_study_stands_before_the_layers(study: Path, made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    result = run("report", "--study", study / "results.jsonl", "--spaces", made / "spaces", "--out", out, "-q")
+    assert result.exit_code == 0, result.output
+    assert Page(out).titles[2:] == TITLES
+
+
+def test_a_study_without_runs_or_of_another_kind(study: Path, tmp_path: Path) -> None:
+    path = study / "results.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    for given, message in ((study, "no finished run yet"), (tmp_path, "results.jsonl"), (tmp_path / "none.jsonl", "none.jsonl")):
+        result = run("report", "--study", given, "--out", tmp_path / "page.html")
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
+        assert not (tmp_path / "page.html").exists()
+
+
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_factors_have_pefts_scaling_of_every_layer(use_rslora: bool, tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = LoraConfig(
