@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from models import FAMILIES, random_batches, tiny
-from nullspace.integrations.transformers import PackedBatches, load_model, load_texts
+from nullspace.integrations.transformers import PackedBatches, load_model, load_rows, load_texts, prompt_and_response
 
 ROWS = [{"question": f"What is {i}?", "answer": [f"It is {i}.", "other"], "text": f"text {i}"} for i in range(5)]
 
@@ -208,3 +208,44 @@ def test_loading_opens_one_file_at_a_time_and_leaves_transformers_as_it_was(
     assert transformers.modeling_utils.safe_open is Counted
     assert files["ever"] >= len(list(tmp_path.glob("*.safetensors"))) > 3
     assert files["most"] == 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_rows_are_as_they_are_in_the_file(kind: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"data.{kind}", ROWS)
+    assert load_rows(path) == ROWS
+    assert load_rows(path, limit=2) == ROWS[:2]
+
+
+def test_what_has_no_rows_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"text\.txt is a text, which has no rows"):
+        load_rows(tmp_path / "text.txt")
+    with pytest.raises(ValueError, match=r"empty\.jsonl is empty"):
+        load_rows(tmp_path / "empty.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl is not a file"):
+        load_rows(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"question": "2 + 2?", "answer": "4"}, ("2 + 2?", "4")),
+        ({"instruction": "Add.", "input": "2, 2", "output": "4"}, ("Add.\n2, 2", "4")),
+        ({"instruction": "Wait.", "input": "", "output": "Yes"}, ("Wait.", "Yes")),
+        ({"text": "Add two.", "code": "def f(): ..."}, ("Add two.", "def f(): ...")),
+        ({"prompt": "def f():", "canonical_solution": " return 4"}, ("def f():", " return 4")),
+        ({"question": "2 + 2?", "answer": ["4", "four"]}, ("2 + 2?", "4")),
+    ],
+)
+def test_what_is_asked_and_what_is_to_be_answered(row: dict[str, Any], wanted: tuple[str, str]) -> None:
+    assert prompt_and_response(row) == wanted
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": "x"}, {"question": "x", "answer": ""}, {"question": "x", "answer": []}, {"a": "x", "b": "y"}]
+)
+def test_rows_without_a_prompt_and_a_response(row: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"no known prompt and response; its fields are {', '.join(row)}"):
+        prompt_and_response(row)
