@@ -78,7 +78,13 @@ DEFAULT_METHODS = [name for name in METHODS if name != "b-zero-frozen"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a study have in common. Sizes are the paper's, or near them; `REDUCED` are those for two CPU cores."""
+    """What all runs of a study have in common. Sizes are near the paper's: three epochs of GSM8K in batches of 128.
+
+    `calibrate`, `train`, `test` and the second of each pair in `knowledge` and `text` are data sources. `samples` × `length` tokens
+    calibrate; `steps` of `batch_size` · `accumulation` examples, out of the first `pool` of at most `max_length` tokens, train;
+    `questions` a knowledge set, of which greedy decoding answers `answered` in `new_tokens` tokens, `windows` × `window` tokens a
+    text, and `examples` of the task, of which it solves `solved`, measure. `layers`: look at every layer after each run.
+    """
 
     model: str
     calibrate: str
@@ -91,7 +97,7 @@ class Settings:
     rank: int = 128
     samples: int = 256
     length: int = 1024
-    steps: int = 800
+    steps: int = 175
     batch_size: int = 32
     accumulation: int = 4
     max_length: int = 512
@@ -107,6 +113,7 @@ class Settings:
     layers: bool = True
 
 
+# For two CPU cores.
 REDUCED = {
     "dtype": "float32",
     "device": "cpu",
@@ -601,7 +608,7 @@ def main() -> None:
             sys.exit(1 if differs or not shared else 0)
         show(fronts.read_study(path))
         return
-    rates = options.learning_rates or ([5e-4, 2e-3, 8e-3] if options.reduced else [2e-5, 1e-4, 5e-4])
+    rates = options.learning_rates or ([1.25e-4, 5e-4, 2e-3, 8e-3] if options.reduced else [2e-5, 1e-4, 5e-4])
     settings = settings_of(options)
     begin(settings, options.out)
     if options.unit:
@@ -619,14 +626,13 @@ def main() -> None:
         for sigma in (options.sigma_scales if METHODS[method].method == "lora-null" else [1.0])
     ]
     units = [(variant, seed) for seed in options.seeds for variant in variants]
-    if settings.device == "cpu":
+    if settings.device == "cpu":  # or else the workers' threads wait for each other
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.workers))
-    arguments = [argument for argument in sys.argv[1:] if argument != "--unit"]
 
     def run(unit: tuple[Variant, int]) -> dict[str, Any]:
         variant, seed = unit
-        arguments_of_unit = [*arguments, "--unit", variant.method, str(variant.sigma_scale), str(seed)]
-        done = run_child("benchmarks.preservation", arguments_of_unit)
+        arguments = [*sys.argv[1:], "--unit", variant.method, str(variant.sigma_scale), str(seed)]
+        done = run_child("benchmarks.preservation", arguments)
         outcome = done.get("failed") or f"{done['runs']} runs"
         print(f"{variant.name} seed {seed}: {outcome}, {done['wall']:.0f} s", flush=True)
         return done
@@ -643,7 +649,7 @@ def main() -> None:
     if content:
         content["equal_loss"] = {measure: fronts.as_json(fronts.at_equal_loss(study, measure)) for measure in fronts.MEASURES}
         print(f"wrote {write_result('summary', content, options.out)}")
-    if options.report and study.runs:
+    if options.report and study.runs and (options.out / "spaces").is_dir():
         print(f"wrote {write_report(settings, options.out, rates, options.seeds[0])}")
     if failed:
         raise SystemExit(f"{len(failed)} of {len(units)} units failed; the same command tries them again")

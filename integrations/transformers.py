@@ -340,9 +340,8 @@ def prompt_and_response(row: Mapping[str, Any]) -> tuple[str, str]:
         ValueError: listing the row's fields, if none of them are known or one is empty.
     """
     pairs = [names for names in KNOWN_FIELDS if len(names) > 1]
-    names = next(
-        (known for known in [*pairs, ("text", "code"), ("prompt", "canonical_solution")] if all(n in row for n in known)), ()
-    )
+    more = [("query", "response"), ("text", "code"), ("prompt", "canonical_solution")]
+    names = next((known for known in [*pairs, *more] if all(name in row for name in known)), ())
     parts = [_first(row[name]) for name in names]
     if len(parts) < 2 or not parts[0].strip() or not parts[-1].strip():
         raise ValueError(f"a row has no known prompt and response; its fields are {', '.join(map(str, row))}")

@@ -234,6 +234,7 @@ def test_what_has_no_rows_is_named(tmp_path: Path) -> None:
         ({"question": "2 + 2?", "answer": "4"}, ("2 + 2?", "4")),
         ({"instruction": "Add.", "input": "2, 2", "output": "4"}, ("Add.\n2, 2", "4")),
         ({"instruction": "Wait.", "input": "", "output": "Yes"}, ("Wait.", "Yes")),
+        ({"query": "2 + 2?", "response": "4", "type": "x"}, ("2 + 2?", "4")),
         ({"text": "Add two.", "code": "def f(): ..."}, ("Add two.", "def f(): ...")),
         ({"prompt": "def f():", "canonical_solution": " return 4"}, ("def f():", " return 4")),
         ({"question": "2 + 2?", "answer": ["4", "four"]}, ("2 + 2?", "4")),
