@@ -608,7 +608,7 @@ def main() -> None:
             sys.exit(1 if differs or not shared else 0)
         show(fronts.read_study(path))
         return
-    rates = options.learning_rates or ([1.25e-4, 5e-4, 2e-3, 8e-3] if options.reduced else [2e-5, 1e-4, 5e-4])
+    rates = options.learning_rates or ([1.25e-4, 5e-4, 2e-3] if options.reduced else [2e-5, 1e-4, 5e-4])
     settings = settings_of(options)
     begin(settings, options.out)
     if options.unit:

@@ -256,17 +256,17 @@ LOST = {"knowledge": "knowledge: nats lost an answer", "text": "text: nats lost 
 def forgetting(study: Study) -> Figure:
     """What was forgotten against the task loss: a line a variant through its learning rates; bars: standard deviations over seeds.
 
-    Rates that end above the base's own task loss are beyond the left edge.
+    A line ends where the variant learned most: a higher rate forgets more for less.
     """
     assert study.base is not None
-    rows, begin = over_seeds(study), study.base["task"]["loss"]
+    begin = study.base["task"]["loss"]
     looks = dict(zip(study.variants, _many_looks(), strict=False))
-    shown = [row for row in rows if row["task_loss"].mean <= begin]
+    fronts = {name: _front(rows, begin) for name, rows in _grouped(over_seeds(study), "variant")}
 
     def draw(axes: Axes, title: str) -> None:
         field = f"{next(name for name, label in LOST.items() if label == title)}_lost"
-        for name, of_variant in _grouped(rows, "variant"):
-            spreads = [(row["task_loss"], row[field]) for row in of_variant]
+        for name, rows in fronts.items():
+            spreads = [(row["task_loss"], row[field]) for row in rows]
             look = looks[name]
             axes.errorbar(
                 [begin, *(loss.mean for loss, _ in spreads)],
@@ -280,15 +280,16 @@ def forgetting(study: Study) -> Figure:
                 label=_plain(name),
             )
         axes.axhline(0.0, color="#555555", linewidth=1.0)
-        if shown:
-            losses = [begin, *(row["task_loss"].mean for row in shown)]
-            lost = [0.0, *(row[field].mean for row in shown)]
-            wide, high = (0.06 * (max(values) - min(values)) or 1.0 for values in (losses, lost))
-            axes.set_xlim(max(losses) + wide, min(losses) - wide)
-            axes.set_ylim(min(lost) - high, max(lost) + high)
+        axes.invert_xaxis()
 
     label = "task loss, nats a response token: the further to the right, the more was learned"
     return _panels([LOST[name] for name in MEASURES], draw, "", label, columns=2, height=4.2, legend=True, share=False)
+
+
+def _front(rows: Sequence[Row], begin: float) -> list[Row]:
+    """By rising rate, up to the lowest task loss; none if no rate comes below the base's."""
+    lowest = min(range(len(rows)), key=lambda i: rows[i]["task_loss"].mean)
+    return list(rows[: lowest + 1]) if rows[lowest]["task_loss"].mean < begin else []
 
 
 def without_adapters(study: Study) -> Figure:
@@ -311,6 +312,27 @@ def without_adapters(study: Study) -> Figure:
 
     height = 1.0 + 0.34 * len(names)
     return _panels([LOST[name] for name in MEASURES], draw, "", "", columns=2, height=height, share=False)
+
+
+def against_drift(study: Study) -> Figure:
+    """What each run forgot against how far it moved the layers' outputs; runs that forgot nothing are left out."""
+    assert study.base is not None
+    base, looks = study.base, dict(zip(study.variants, _many_looks(), strict=False))
+
+    def draw(axes: Axes, title: str) -> None:
+        measure = next(name for name, label in LOST.items() if label == title)
+        for name in study.variants:
+            runs = [run for run in study.runs if run["variant"] == name and run.get("layers")]
+            points = [(run["layers"]["drift"], MEASURES[measure](run["scores"], base)) for run in runs]
+            shown = [(drift, lost) for drift, lost in points if drift > 0 and lost > 0]
+            look = looks[name]
+            axes.plot(*np.array(shown).reshape(-1, 2).T, color=look.color, marker=look.marker, linestyle="", label=_plain(name))
+        _logarithmic(axes)
+        if axes.get_yscale() == "log":
+            axes.set_xscale("log")
+
+    label = "drift ‖ΔW X‖ / ‖W₀X‖, mean over the layers"
+    return _panels([LOST[name] for name in MEASURES], draw, "", label, columns=2, height=3.6, legend=True, share=False)
 
 
 def _many_looks() -> Iterable[Look]:

@@ -295,6 +295,8 @@ def study_sections(study: fronts.Study) -> list[Section]:
     if study.base is None or not study.runs:
         raise ValueError("the study has no finished run yet")
     parts = [_forgotten(study, study.base)]
+    if any(run.get("layers") for run in study.runs):
+        parts.append(_forgotten_against_drift(study))
     if study.dropped:
         parts.append(_left_without_adapters(study, study.base))
     return parts
@@ -330,11 +332,21 @@ def _forgotten(study: fronts.Study, base: Mapping[str, Any]) -> Section:
         for row in rows
     ]
     caption = (
-        "Each line begins at the base model, where nothing is learned and nothing forgotten, and goes through the learning rates. "
-        "Rates that left the task loss above the base's own are not shown."
+        "Each line begins at the base model, where nothing is learned and nothing forgotten, goes through the learning rates, and "
+        "ends where its method learned most: higher rates forget more for less, and are in the table alone."
     )
     pictures = [Picture(figures.svg(figures.forgetting(study)), caption)]
     return Section("What was forgotten, where as much was learned", text, pictures, table, details)
+
+
+def _forgotten_against_drift(study: fronts.Study) -> Section:
+    caption = "A point a run: every variant, learning rate and seed. Runs that forgot nothing have no place on a logarithmic axis."
+    return Section(
+        "What forgetting goes with",
+        "How far a run has moved the layers' outputs on the calibration input, and what it forgot. A method below the others at "
+        "the same drift moves what the questions do not ask for; one above them has also moved what calibration did not see.",
+        [Picture(figures.svg(figures.against_drift(study)), caption)],
+    )
 
 
 def _left_without_adapters(study: fronts.Study, base: Mapping[str, Any]) -> Section:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import nullspace
-from nullspace import analysis, figures, report
+from nullspace import analysis, figures, fronts, report
 from nullspace.analysis import Analysis
 from nullspace.cli import app
 from nullspace.integrations.peft import read_course, read_factors
@@ -37,6 +37,9 @@ TITLES = [
     "Drift of the layers' outputs",
     "Tokens with massive activations",
 ]
+
+
+STUDY_TITLES = ["What was forgotten, where as much was learned", "What forgetting goes with", "What is left when BA is dropped"]
 
 
 def run(*arguments: Any) -> Any:
@@ -197,13 +200,13 @@ def study(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_preservation_study_is_two_sections(study: Path, tmp_path: Path) -> None:
+def test_a_preservation_study_has_sections_of_its_own(study: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     result = run("report", "--study", study, "--out", out, "--json", "-q")
     assert result.exit_code == 0, result.output
     page = Page(out)
-    assert page.titles == ["What was forgotten, where as much was learned", "What is left when BA is dropped"]
-    assert len(page.images) == 2
+    assert page.titles == STUDY_TITLES
+    assert len(page.images) == 3
     assert "within 1e-06 of the base's, 2.000" in page.text
     assert "a <b>" in page.text
     assert "<b>" not in out.read_text(encoding="utf-8")
@@ -217,11 +220,18 @@ def test_a_preservation_study_is_two_sections(study: Path, tmp_path: Path) -> No
     assert {row["learning_rate"] for row in told["runs"]} == {1e-3, 1e-2, 1e-1}
 
 
+def test_a_front_ends_where_most_was_learned(study: Path) -> None:
+    axes = figures.forgetting(fronts.read_study(study / "results.jsonl")).axes[0]
+    ends = {line.get_label(): line.get_xdata() for line in axes.get_lines() if len(line.get_xdata()) == 3}
+    assert [list(map(float, at)) for at in ends.values()] == [[2.0, 1.5, 1.0]] * 2  # and not 7.0, of the rate that diverged
+    assert axes.xaxis_inverted()
+
+
 def test_a_study_stands_before_the_layers(study: Path, made: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     result = run("report", "--study", study / "results.jsonl", "--spaces", made / "spaces", "--out", out, "-q")
     assert result.exit_code == 0, result.output
-    assert Page(out).titles[2:] == TITLES
+    assert Page(out).titles == [*STUDY_TITLES, *TITLES]
 
 
 def test_a_study_without_runs_or_of_another_kind(study: Path, tmp_path: Path) -> None:
