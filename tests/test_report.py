@@ -222,8 +222,8 @@ def test_a_preservation_study_has_sections_of_its_own(study: Path, tmp_path: Pat
 
 def test_a_front_ends_where_most_was_learned(study: Path) -> None:
     axes = figures.forgetting(fronts.read_study(study / "results.jsonl")).axes[0]
-    ends = {line.get_label(): line.get_xdata() for line in axes.get_lines() if len(line.get_xdata()) == 3}
-    assert [list(map(float, at)) for at in ends.values()] == [[2.0, 1.5, 1.0]] * 2  # and not 7.0, of the rate that diverged
+    lines = [[float(x) for x in line.get_xdata()] for line in axes.get_lines()]
+    assert [at for at in lines if len(at) > 2] == [[2.0, 1.5, 1.0]] * 2  # and not 7.0, of the rate that diverged
     assert axes.xaxis_inverted()
 
 
