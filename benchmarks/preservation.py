@@ -152,6 +152,14 @@ class Variant(NamedTuple):
         return method is not None and KNOWN_METHODS[method].changes_base
 
 
+def needs_of(method: str) -> tuple[str, ...]:
+    """What a method is made of beside the weights."""
+    from nullspace.methods import METHODS as KNOWN_METHODS
+
+    start = METHODS[method]
+    return () if start.method is None else KNOWN_METHODS[start.method].needs
+
+
 class Data(NamedTuple):
     """What is asked and what is taught, tokenised."""
 
@@ -272,7 +280,7 @@ def prepare(settings: Settings, out: Path, methods: Iterable[str]) -> None:
 
     lines = Lines(out / fronts.RESULTS)
     has_base = any(record["kind"] == "base" for record in lines.read())
-    needs_calibration = settings.layers or set(methods) & {name for name in METHODS if name not in ("lora", "pissa", "milora")}
+    needs_calibration = settings.layers or any(needs_of(method) for method in methods)
     folders = [out / "covariances", out / "spaces"] if needs_calibration else []
     if has_base and all(folder.exists() for folder in folders):
         return
@@ -297,7 +305,6 @@ def wrap(model: Any, variant: Variant, seed: int, settings: Settings, out: Path)
 
     from nullspace import Covariances, NullSpaces
     from nullspace.integrations.peft import inject_adapters
-    from nullspace.methods import METHODS as KNOWN_METHODS
     from nullspace.sites import find_targets
 
     config = LoraConfig(
@@ -307,7 +314,7 @@ def wrap(model: Any, variant: Variant, seed: int, settings: Settings, out: Path)
     if start.method is None:
         torch.manual_seed(seed)
         return get_peft_model(model, config)
-    needs = KNOWN_METHODS[start.method].needs
+    needs = needs_of(variant.method)
     return inject_adapters(
         model,
         config,
@@ -322,7 +329,7 @@ def wrap(model: Any, variant: Variant, seed: int, settings: Settings, out: Path)
 def train(peft_model: Any, tokenizer: Any, data: Data, settings: Settings, rate: float, seed: int) -> list[float]:
     """By transformers' `Trainer`: the loss of each step."""
     import torch
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
     on_gpu = next(peft_model.parameters()).is_cuda
     with tempfile.TemporaryDirectory() as folder:
@@ -339,6 +346,8 @@ def train(peft_model: Any, tokenizer: Any, data: Data, settings: Settings, rate:
             seed=seed,
             data_seed=seed,
             bf16=on_gpu and torch.cuda.is_bf16_supported(),
+            gradient_checkpointing=on_gpu,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
             use_cpu=not on_gpu,
             logging_steps=1,
             report_to="none",
@@ -350,15 +359,9 @@ def train(peft_model: Any, tokenizer: Any, data: Data, settings: Settings, rate:
             tokenizer.pad_token = tokenizer.eos_token
         collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=evaluation.IGNORED)
         trainer = Trainer(model=peft_model, args=arguments, train_dataset=data.train, data_collator=collate)  # type: ignore[arg-type]
-        trainer.remove_callback(_printer())
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def _printer() -> Any:
-    from transformers import PrinterCallback
-
-    return PrinterCallback
 
 
 def run_unit(settings: Settings, out: Path, variant: Variant, seed: int, rates: Sequence[float], first: bool) -> int:
