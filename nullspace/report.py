@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
+
 from nullspace import analysis, figures, fronts, store
 from nullspace.analysis import INITIAL, Analysis, Row
 
@@ -296,7 +298,7 @@ def study_sections(study: fronts.Study) -> list[Section]:
         raise ValueError("the study has no finished run yet")
     parts = [_forgotten(study, study.base)]
     if any(run.get("layers") for run in study.runs):
-        parts.append(_forgotten_against_drift(study))
+        parts.append(_forgotten_against_drift(study, study.base))
     if study.dropped:
         parts.append(_left_without_adapters(study, study.base))
     return parts
@@ -339,14 +341,30 @@ def _forgotten(study: fronts.Study, base: Mapping[str, Any]) -> Section:
     return Section("What was forgotten, where as much was learned", text, pictures, table, details)
 
 
-def _forgotten_against_drift(study: fronts.Study) -> Section:
+def _forgotten_against_drift(study: fronts.Study, base: Mapping[str, Any]) -> Section:
+    runs = [run for run in study.runs if run.get("layers")]
+    lost = {f"{measure} lost": [found(run["scores"], base) for run in runs] for measure, found in fronts.MEASURES.items()}
+    correlations = []
+    for name in runs[0]["layers"]:
+        values = [run["layers"][name] for run in runs]
+        found = {title: f"{_rank_correlation(values, those):.2f}" for title, those in lost.items()}
+        correlations.append({"over all runs": name.replace("_", " "), **found})
     caption = "A point a run: every variant, learning rate and seed. Runs that forgot nothing have no place on a logarithmic axis."
     return Section(
         "What forgetting goes with",
         "How far a run has moved the layers' outputs on the calibration input, and what it forgot. A method below the others at "
-        "the same drift moves what the questions do not ask for; one above them has also moved what calibration did not see.",
+        "the same drift moves what the questions do not ask for; one above them has also moved what calibration did not see. The "
+        "table has Spearman's rank correlation of what was lost with each number of the layers.",
         [Picture(figures.svg(figures.against_drift(study)), caption)],
+        correlations,
     )
+
+
+def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's; nan if one of them does not vary."""
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return math.nan
+    return float(scipy.stats.spearmanr(a, b).statistic)
 
 
 def _left_without_adapters(study: fronts.Study, base: Mapping[str, Any]) -> Section:
@@ -368,9 +386,13 @@ def _left_without_adapters(study: fronts.Study, base: Mapping[str, Any]) -> Sect
 
 
 def _spread(found: fronts.Spread | None) -> str:
+    """To two digits of its deviation."""
     if found is None:
         return "–"
-    return f"{found.mean:.4g}" + ("" if math.isnan(found.deviation) else f" ± {found.deviation:.2g}")
+    if not found.deviation > 0:
+        return f"{found.mean:.4g}"
+    decimals = max(0, 1 - math.floor(math.log10(found.deviation)))
+    return f"{found.mean:.{decimals}f} ± {found.deviation:.{decimals}f}"
 
 
 SECTIONS: tuple[Callable[[Analysis], Section], ...] = (effective_ranks, spectra, directions, changes, leaks, drifts, outliers)
