@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from nullspace.sites import output_head
+
+if TYPE_CHECKING:
+    from nullspace.shares import Share
 
 
 class Call(NamedTuple):
@@ -31,27 +34,22 @@ class Call(NamedTuple):
     tokens: int
 
 
-def calls(model: nn.Module, loader: Iterable[Any], device: torch.device | None = None) -> Iterator[Call]:
+def calls(model: nn.Module, share: Share, device: torch.device | None = None) -> Iterator[Call]:
     """What to call the model with, batch by batch.
 
     Args:
         model: to see which arguments it takes.
-        loader: of mappings, tensors or tuples of tensors.
+        share: of a loader of mappings, tensors or tuples of tensors.
         device: where the arguments go; by default where the model's embeddings are.
 
     Raises:
         TypeError: for a batch that is none of these.
-        ValueError: at the end, if there was no batch, or fewer than the loader announced.
+        ValueError: at the end, if there were fewer batches than the loader announced.
     """
-    total, number = length(loader), 0
-    for number, batch in enumerate(loader, start=1):
+    for number, batch in share:
         args, kwargs = _arguments(batch, number, device or _input_device(model), model)
         mask = _decoder_padding(kwargs) if is_encoder_decoder(model) else None
         yield Call(number, args, kwargs, kwargs.get("attention_mask") if mask is None else mask, _count_tokens(args, kwargs))
-    if number == 0:
-        raise ValueError("the loader is empty: there is nothing to calibrate on")
-    if total is not None and number < total:
-        raise ValueError(f"the loader ended early: it announced {total} batches and gave {number}")
 
 
 @contextlib.contextmanager

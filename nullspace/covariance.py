@@ -160,13 +160,34 @@ class Covariance:
         return facts, tensors
 
     @classmethod
-    def from_state(cls, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Covariance:
-        """The covariance, on the CPU, whose `state` this is. Of precision `"qr"`, or else `"fp64"`: for what may be added to it."""
-        found = cls(facts["d_in"], precision="qr" if "root" in tensors else "fp64")
+    def from_state(
+        cls,
+        facts: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "fp64",
+    ) -> Covariance:
+        """The covariance whose `state` this is.
+
+        Args:
+            facts, tensors: what `state` gave.
+            device: where its sums are to live.
+            precision: for what may be added to it. `"qr"` for a root, whatever is given here.
+        """
+        found = cls(facts["d_in"], device=device, precision="qr" if "root" in tensors else precision)
         found._sums.load_state(facts["sums"], tensors)
         found._sums.outliers = facts["outliers"]
         found._tokens, found._mass = facts["tokens"], facts["mass"]
         return found
+
+    def flush(self) -> None:
+        """Sum what is still on its way, as whatever reads the sums does first.
+
+        Raises:
+            ValueError: for NaN or Inf that `update` has left to be found.
+        """
+        self._sums.flush()
 
     def matrix(self) -> torch.Tensor:
         """C as a new (d_in, d_in) float64 tensor, symmetric to the bit. 8 · d_in² bytes."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from nullspace.checkpoint import Checkpoint, fingerprint_of_run
 from nullspace.covariance import Covariance
+from nullspace.distributed import Job
 from nullspace.progress import Progress, reporter
 from nullspace.sites import Site, find_targets
 from nullspace.sitewise import Entry, Sitewise, Weights, weights_of, write_sites
@@ -143,8 +144,12 @@ def compute_covariances(
     checkpoint: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: bool | Progress = True,
+    job: Job | None = None,
 ) -> Covariances:
     """Run the model over the loader and keep the second moments themselves, in a directory, site by site.
+
+    Under an initialised `torch.distributed` process group, all of its processes have to call this: each reads its share of the
+    loader, and writes its share of the sites into `out`, which all of them have to see. See `stream_covariances`.
 
     Args:
         model, loader, targets, strategy, device, hidden_states, progress: as in `nullspace.stream_covariances`.
@@ -154,6 +159,7 @@ def compute_covariances(
         checkpoint: a directory for what is finished: a run that was cut off and is called again goes on behind it. It takes as
             much space as `out`. The caller deletes it.
         overwrite: replace an earlier directory of ours.
+        job: which processes work together; by default those of the default process group, if one is initialised.
 
     Returns:
         The covariances, to be read from `out` when they are asked for.
@@ -163,55 +169,61 @@ def compute_covariances(
         FileExistsError: if `out` is in the way.
         OSError: if it cannot be written; then nothing is left behind.
     """
-    check_dtype(dtype)
-    check_free(out, overwrite=overwrite)
-    if not isinstance(targets, str):
-        targets = list(targets)
-    check_options(strategy, precision, hidden_states)
-    modules = find_targets(model, targets)
-    if strategy == "auto":
-        strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states)
-        device, hidden_states = (None, "auto") if strategy == "resident" else (device, hidden_states)
-    kept: Checkpoint | None = None
-    if checkpoint is not None:
-        exact = precision if isinstance(precision, str) else dict(precision)
-        settings = {"keeps": "covariances", "precision": exact, "strategy": strategy, "dtype": str(dtype)}
-        kept = Checkpoint(checkpoint, fingerprint_of_run(model, loader, modules, settings))
-    report = reporter(progress)
-    known = weights_of(modules)
+    job = job or Job()
+    with job.telling():
+        check_dtype(dtype)
+        check_free(out, overwrite=overwrite)
+        if not isinstance(targets, str):
+            targets = list(targets)
+        check_options(strategy, precision, hidden_states)
+        modules = find_targets(model, targets)
+        if strategy == "auto":
+            strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states, job=job)
+            device, hidden_states = (None, "auto") if strategy == "resident" else (device, hidden_states)
+        kept: Checkpoint | None = None
+        if checkpoint is not None:
+            exact = precision if isinstance(precision, str) else dict(precision)
+            settings = {"keeps": "covariances", "precision": exact, "strategy": strategy, "dtype": str(dtype)}
+            run = fingerprint_of_run(model, loader, modules, settings, job)
+            job.check_same(**run)
+            kept = Checkpoint(checkpoint, run, job)
+        report = reporter(progress, bars=job.first)
+        known = weights_of(modules)
 
-    def sites() -> Iterator[tuple[Site, Mapping[str, Any], Mapping[str, torch.Tensor], Weights]]:
-        done: set[str] = set()
-        for facts, tensors in kept.load() if kept is not None else ():
-            site = Site(tuple(facts["members"]), facts["d_in"])
-            done.update(site.members)
-            yield site, {k: v for k, v in facts.items() if k != "members"}, tensors, {m: known[m] for m in site.members}
-        left = [name for name in modules if name not in done]
-        if not left:
-            return
-        stream = stream_covariances(
-            model,
-            loader,
-            targets=left if done else targets,
-            strategy=strategy,
-            precision=precision,
-            device=device,
-            hidden_states=hidden_states,
-            progress=report,
-        )
-        for site, covariance in stream:
-            facts, tensors = covariance.state(dtype)
-            del covariance
-            if kept is not None:
-                kept.keep(site.name, {"members": list(site.members), **facts}, tensors)
-            yield site, facts, tensors, {m: known[m] for m in site.members}
-            done.update(site.members)
-            report("covariances", len(done), len(modules), 0)
-            del tensors
+        def sites() -> Iterator[tuple[Site, Mapping[str, Any], Mapping[str, torch.Tensor], Weights]]:
+            done: set[str] = set()
+            for number, (facts, read) in enumerate(kept.load() if kept is not None else ()):
+                site = Site(tuple(facts["members"]), facts["d_in"])
+                done.update(site.members)
+                if number % job.count == job.number:
+                    yield site, {k: v for k, v in facts.items() if k != "members"}, read(), {m: known[m] for m in site.members}
+            left = [name for name in modules if name not in done]
+            if not left:
+                return
+            stream = stream_covariances(
+                model,
+                loader,
+                targets=left if done else targets,
+                strategy=strategy,
+                precision=precision,
+                device=device,
+                hidden_states=hidden_states,
+                progress=report,
+                job=job,
+            )
+            for site, covariance in stream:
+                facts, tensors = covariance.state(dtype)
+                del covariance
+                if kept is not None:
+                    kept.keep(site.name, {"members": list(site.members), **facts}, tensors)
+                yield site, facts, tensors, {m: known[m] for m in site.members}
+                done.update(site.members)
+                report("covariances", len(done), len(modules), 0)
+                del tensors
 
-    with torch.inference_mode(False), new_directory(out, overwrite=overwrite) as part:
-        write_sites(Path(part), Covariances.KIND, sites())
-    return Covariances.load(out)
+        with torch.inference_mode(False), job.new_directory(out, overwrite=overwrite) as part:
+            write_sites(Path(part), Covariances.KIND, sites(), job=job, order=list(modules))
+        return Covariances._open(out, check=job.first)
 
 
 def check_dtype(dtype: torch.dtype) -> None:

@@ -21,9 +21,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from nullspace.batches import Call, calls, evaluating, forward_options, length
+from nullspace.batches import Call, calls, evaluating, forward_options
 from nullspace.blocks import refuse_chain
 from nullspace.covariance import Covariance
+from nullspace.distributed import Job
 from nullspace.hidden import Arguments, Shelf, choose_place
 from nullspace.listening import Listener, listening, refuse_silent
 from nullspace.progress import Progress
@@ -44,6 +45,7 @@ def stream_by_block(
     device: torch.device | None = None,
     hidden_states: str = "auto",
     folder: str | None = None,
+    job: Job | None = None,
 ) -> Iterator[tuple[Site, Covariance]]:
     """The layerwise strategy of `stream_covariances`.
 
@@ -52,19 +54,24 @@ def stream_by_block(
         device: where the blocks compute; by default where their weights are, or where accelerate would bring them.
         hidden_states: `"device"`, `"host"`, `"disk"`, or `"auto"`: the first of these with room for them.
         folder: where hidden states on disk go.
+        job: the processes that work together: all are in the same block at the same time. This one alone by default.
         others: as in `stream_covariances`.
     """
     chain = _Chain(model, blocks, device)
     outside, inside = _divide(targets, blocks)
     ahead = Listener(outside, precision)
     shelf: Shelf | None = None
-    total, masks, tokens = length(loader), {}, 0
+    arguments: Arguments | None = None  # None if all batches are other processes'
+    job = job or Job.alone()
+    masks, tokens = {}, 0
     head = output_head(model)
     options = forward_options(model, dict(targets))
     unused = tuple(chain.blocks) + (() if head is None or any(m is head for m in outside.values()) else (head,))
     first = Loaded(chain.blocks[0], chain.device_of(0))
     ready: Loaded | None = first
     try:
+        share = job.share(loader)
+        total = share.length
         around = Loaded(model, chain.device_of(0), but=unused)
         with (
             contextlib.closing(around),
@@ -74,11 +81,11 @@ def stream_by_block(
             torch.inference_mode(False),
             torch.no_grad(),
         ):
-            for call in calls(model, loader, device):
+            for call in calls(model, share, device):
                 ahead.begin_batch(call.number, call.mask, encoder_decoder=False)
                 leaves = chain.prepare(call, options, first)
                 ahead.end_batch()
-                if shelf is None:
+                if shelf is None or arguments is None:
                     place = choose_place(hidden_states, leaves.bytes() * (total or 1), chain.device_of(0))
                     shelf = Shelf(place, folder)
                     arguments = Arguments(shelf)
@@ -86,9 +93,9 @@ def stream_by_block(
                 masks[call.number] = call.mask
                 tokens += call.tokens
                 del leaves
-        assert shelf is not None  # `calls` raises if there is no batch
-        behind = ahead.silent
-        yield from ahead.release()
+        job.check_share(share)
+        behind = job.silent(ahead)
+        yield from job.release(ahead)
         needed = len(chain.blocks) if behind else 1 + max((i for i, own in enumerate(inside) if own), default=-1)
         steps = needed * len(masks)
         report("forward", 0, steps, 0)
@@ -106,19 +113,20 @@ def stream_by_block(
                 torch.no_grad(),
             ):
                 for done, (number, mask) in enumerate(masks.items(), start=1):
+                    assert arguments is not None
                     sums.begin_batch(number, mask, encoder_decoder=False)
                     chain.advance(index, number, arguments)
                     sums.end_batch()
                     step = index * len(masks) + done
                     report("forward", step, steps, tokens * step // steps)
-            refuse_silent(sums.silent)
+            refuse_silent(job.silent(sums))
             _log(chain.names[index], time.perf_counter() - began, tokens, chain.device_of(index))
-            yield from sums.release()
+            yield from job.release(sums)
         if behind:
             heard = {name: module for name, module in outside.items() if name not in behind}
             around = Loaded(model, chain.device_of(-1), but=unused)
             with contextlib.closing(around):
-                yield from _tail(model, chain, arguments, masks, options, behind, heard, around, precision)
+                yield from _tail(model, chain, arguments, masks, options, behind, heard, around, precision, job)
     finally:
         if ready is not None:
             ready.close()
@@ -129,13 +137,14 @@ def stream_by_block(
 def _tail(
     model: nn.Module,
     chain: _Chain,
-    arguments: Arguments,
+    arguments: Arguments | None,
     masks: Mapping[int, Any],
     options: Mapping[str, Any],
     behind: Mapping[str, nn.Module],
     heard: Mapping[str, nn.Module],
     weights: Loaded,
     precision: str | Mapping[str, str],
+    job: Job,
 ) -> Iterator[tuple[Site, Covariance]]:
     """What the model does behind its blocks, for the targets that were not called ahead of them."""
     sums = Listener(behind, precision)
@@ -153,11 +162,12 @@ def _tail(
         for manager in (weights, listening(behind, sums), evaluating(model), torch.inference_mode(False), torch.no_grad()):
             stack.enter_context(manager)
         for number, mask in masks.items():
+            assert arguments is not None
             sums.begin_batch(number, mask, encoder_decoder=False)
             chain.finish(number, arguments, options)
             sums.end_batch()
-    refuse_silent(sums.silent)
-    yield from sums.release()
+    refuse_silent(job.silent(sums))
+    yield from job.release(sums)
 
 
 def _divide(

@@ -110,7 +110,7 @@ class Listener:
         if member_of is None:
             joined = next((s for s in self._sums if s.joinable and s.hears(x)), None)
             if joined is None:
-                joined = _Sum(name, self._new_covariance(name, x))
+                joined = _Sum(name, self._new_covariance(name, x.device))
                 self._begin_input(joined, name, x)
                 self._sums.append(joined)
             else:
@@ -149,8 +149,25 @@ class Listener:
             yield site, covariance
             del covariance
 
-    def _new_covariance(self, name: str, x: torch.Tensor) -> Covariance:
-        device = x.device if x.device.type in ("cpu", "cuda") else "cpu"  # elsewhere there is no float64
+    def flush(self) -> None:
+        """Bring all sums up to date: `ValueError`, naming the layer, for NaN or Inf that no end of a batch has found."""
+        for each in self._sums:
+            try:
+                each.covariance.flush()
+            except ValueError as error:
+                raise ValueError(f"{each.members[0]}: {error}") from error
+
+    def take(self, site: Site, device: torch.device) -> Covariance:
+        """The sums of one site, given out of hand; empty ones, on the device, if none of its inputs came by."""
+        index = next((i for i, each in enumerate(self._sums) if each.members[0] == site.name), None)
+        if index is None:
+            return self._new_covariance(site.name, device)
+        for name in site.members:
+            del self._of[name]
+        return self._sums.pop(index).covariance
+
+    def _new_covariance(self, name: str, device: torch.device) -> Covariance:
+        device = device if device.type in ("cpu", "cuda") else torch.device("cpu")  # elsewhere there is no float64
         return Covariance(weight_shape(self._targets[name])[1], device=device, precision=precision_of(name, self._precision))
 
     def _begin_input(self, each: _Sum, name: str, x: torch.Tensor) -> None:

@@ -10,11 +10,16 @@ Progress = Callable[[str, int, int | None, int], None]
 """`(stage, done, total, tokens)`: the stage's name, steps done, steps in all where known, and tokens read so far."""
 
 
-def reporter(progress: bool | Progress) -> Progress:
-    """The callable for a public function's `progress` argument: bars for True, silence for False, or the caller's own."""
+def reporter(progress: bool | Progress, *, bars: bool = True) -> Progress:
+    """The callable for a public function's `progress` argument: bars for True, silence for False, or the caller's own.
+
+    Args:
+        progress: the argument.
+        bars: False in a process that leaves them to another one.
+    """
     if callable(progress):
         return progress
-    return _Bars() if progress else _silent
+    return _Bars() if progress and bars else _silent
 
 
 def _silent(stage: str, done: int, total: int | None, tokens: int) -> None:

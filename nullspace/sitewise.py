@@ -10,7 +10,7 @@ import abc
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nullspace import store
+from nullspace.distributed import Job
 from nullspace.sites import Site, weight_shape
 from nullspace.weights import tensor_of
 
@@ -93,6 +94,31 @@ class _Stored(Entry[T]):
         except (SafetensorError, FileNotFoundError) as error:
             raise ValueError(f"{path} is missing or was altered since it was opened: {error}") from error
         return {name: ((shape[0], shape[1]), prints.get(FINGERPRINT + name)) for name, shape in shapes.items()}
+
+
+class Fetched(Entry[T]):
+    """A value that is made when it is asked for, and again when nobody holds it any more.
+
+    Args:
+        site: whose value.
+        make: it.
+        weights: of the site's members, and others.
+    """
+
+    def __init__(self, site: Site, make: Callable[[], T], weights: Weights) -> None:
+        super().__init__(site)
+        self._make, self._weights = make, {m: weights[m] for m in site.members if m in weights}
+        self._made_before: weakref.ref[Any] | None = None
+
+    def value(self) -> T:
+        value = None if self._made_before is None else self._made_before()
+        if value is None:
+            value = self._make()
+            self._made_before = weakref.ref(value)
+        return value
+
+    def weights(self) -> Weights:
+        return self._weights
 
 
 class Sitewise(Mapping[str, T], Generic[T]):
@@ -199,8 +225,13 @@ class Sitewise(Mapping[str, T], Generic[T]):
             FileNotFoundError: if there is no such directory.
             ValueError: naming the file that is missing, truncated, altered or not ours.
         """
+        return cls._open(directory, check=True)
+
+    @classmethod
+    def _open(cls, directory: str | os.PathLike[str], *, check: bool) -> Self:
+        """`load`; without the check, every file is only checked when it is read."""
         manifest = store.read_manifest(directory, cls.KIND)
-        for entry in manifest["sites"]:
+        for entry in manifest["sites"] if check else ():
             store.check_file(directory, entry["file"], manifest)
         found = cls(())
         found._set_entries(_Stored(Path(directory), entry, manifest, cls._unpack) for entry in manifest["sites"])
@@ -211,18 +242,43 @@ def write_sites(
     directory: Path,
     kind: str,
     sites: Iterable[tuple[Site, Mapping[str, Any], Mapping[str, torch.Tensor], Weights]],
+    *,
+    content: Mapping[str, Any] | None = None,
+    job: Job | None = None,
+    order: Sequence[str] = (),
 ) -> None:
-    """One file a site, as they come, and then the manifest: nothing is held but the site at hand."""
+    """One file a site, as they come, and then the manifest: nothing is held but the site at hand.
+
+    Args:
+        directory: which several processes fill together.
+        kind: what it is (`nullspace.store`).
+        sites: those of this process.
+        content: what else the manifest is to say.
+        job: the processes; the first one writes the manifest. This one alone by default.
+        order: names of layers: several processes number the sites' files by it.
+    """
+    job = job or Job.alone()
     directory.mkdir(parents=True, exist_ok=True)
+    places = {name: index for index, name in enumerate(order)}
     entries: list[dict[str, Any]] = []
-    for index, (site, facts, tensors, weights) in enumerate(sites):
+    for count, (site, facts, tensors, weights) in enumerate(sites):
+        index = count if job.count == 1 else min(places[member] for member in site.members)
         name = f"{index:04d}-{re.sub(r'[^A-Za-z0-9._-]', '_', site.name)[:200]}.safetensors"
         prints = {FINGERPRINT + m: found for m, (_, found) in weights.items() if found is not None}
         store.write_tensors(directory / name, {**tensors, **prints})
         shapes = {m: shape for m, (shape, _) in weights.items()}
         entries.append({"file": name, "members": list(site.members), "d_in": site.d_in, **facts, "weight_shapes": shapes})
         del tensors
-    store.write_manifest(directory, kind, {"sites": entries}, files=tuple(e["file"] for e in entries))
+    looks = store.looks_of(directory, [entry["file"] for entry in entries])
+    written = job.exchange((entries, looks))
+    if job.first:
+        files = {name: look for _, theirs in written for name, look in theirs.items()}
+        missing = next((name for name in files if not (directory / name).is_file()), None)
+        if missing is not None:
+            raise ValueError(f"{directory / missing} was written by another process and is not here: choose a place that all see")
+        everyones = [entry for theirs, _ in written for entry in theirs]
+        in_order = everyones if job.count == 1 else sorted(everyones, key=lambda entry: str(entry["file"]))
+        store.write_manifest(directory, kind, {**(content or {}), "sites": in_order}, files)
 
 
 def weights_of(modules: Mapping[str, nn.Module]) -> Weights:

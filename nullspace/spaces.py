@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from nullspace.checkpoint import Checkpoint, fingerprint_of_run
 from nullspace.covariance import Covariance
 from nullspace.covariances import Covariances
 from nullspace.decompose import decompose
+from nullspace.distributed import Job
 from nullspace.listening import precision_of
 from nullspace.progress import Progress, reporter
 from nullspace.sites import Site, find_targets, weight_shape
-from nullspace.sitewise import Sitewise, Weights, weights_of
+from nullspace.sitewise import Fetched, Sitewise, Weights, weights_of
 from nullspace.stream import check_options, resolve_strategy, stream_covariances
 
 logger = logging.getLogger(__name__)
@@ -276,6 +277,20 @@ class NullSpaces(Sitewise[NullSpace]):
     def _unpack(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> NullSpace:
         return NullSpace.from_facts(facts, tensors)
 
+    @classmethod
+    def _of_files(cls, spaces: Iterable[NullSpace], kept: Checkpoint, weights: Weights) -> NullSpaces:
+        """Spaces whose tensors are read from a checkpoint when they are asked for."""
+
+        def make(space: NullSpace) -> NullSpace:
+            read = kept.reader(space.site.name)()
+            return replace(space, basis=read["basis"], eigenvalues=read["eigenvalues"])
+
+        found = cls(())
+        # Not the space itself, whose basis may be at hand: none is to be held.
+        lean = [replace(space, basis=space.basis.to("meta")) for space in spaces]
+        found._set_entries(Fetched(space.site, functools.partial(make, space), weights) for space in lean)
+        return found
+
     def summary(self) -> str:
         """A table: site, layers, d_in, tokens, rank, leak, gap, outliers, precision, and the effective rank where known."""
         return tables.text_table(tables.rows(self))
@@ -393,8 +408,12 @@ def compute_null_spaces(
     hidden_states: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | Progress = True,
+    job: Job | None = None,
 ) -> NullSpaces:
     """Run the model over the loader and find, for every linear layer, the directions that its input hardly ever takes.
+
+    Under an initialised `torch.distributed` process group, all of its processes have to call this: each reads its share of the
+    loader and solves its share of the sites, and all get the same. See `stream_covariances`.
 
     Args:
         model: any module; run in eval mode, without gradients, and left as it was found.
@@ -415,11 +434,15 @@ def compute_null_spaces(
         device, hidden_states: for the layerwise strategy: see `stream_covariances`.
         checkpoint: a directory for what is finished, site by site. A run that was cut off and is called again with the same
             arguments goes on behind the last finished site (with `strategy="layerwise"`, in the block where it was), and ends
-            with the same bits. The caller deletes it. The loader must give the same batches every time.
-        progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
+            with the same bits. The caller deletes it. The loader must give the same batches every time. Several processes need a
+            directory that all of them see; each writes its own sites, no process holds all bases, and what is returned reads them
+            from there when they are asked for: it is to be deleted after that. Another number of processes may go on with it.
+        progress: True for bars (of the first process), False for none, or a callable (`nullspace.progress.Progress`).
+        job: which processes work together; by default those of the default process group, if one is initialised.
 
     Returns:
-        A mapping from module name to `NullSpace`.
+        A mapping from module name to `NullSpace`. Of several processes without a checkpoint, each holds all bases,
+        8 · d_in · rank bytes a site.
 
     Raises:
         ValueError: see `stream_covariances`; before the forward pass if the rank does not fit a layer, or if the checkpoint is
@@ -434,95 +457,144 @@ def compute_null_spaces(
     Out of memory, PyTorch's error comes with what the run was going to take, and the cheapest setting that fits
     (`nullspace.plan`).
     """
-    if not isinstance(targets, str):
-        targets = list(targets)
-    check_options(strategy, precision, hidden_states)
-    modules = find_targets(model, targets)
-    check_rank(modules, rank)
-    avoided = check_exclude(exclude, modules)
-    for name in avoided:
-        check_site_rank(Site((name,), weight_shape(modules[name])[1]), rank, avoided)
-    if strategy == "auto":
-        strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states, rank=rank)
-        device = None if strategy == "resident" else device
-        hidden_states = "auto" if strategy == "resident" else hidden_states
-    report_progress = reporter(progress)
-    kept: Checkpoint | None = None
-    if checkpoint is not None:
-        settings = {
-            "rank": rank,
-            "precision": precision if isinstance(precision, str) else dict(precision),
-            "tolerance": tolerance,
-            "spectrum": spectrum,
-            "strategy": strategy,
-            "exclude": {name: hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest() for name, rows in avoided.items()},
-        }
-        kept = Checkpoint(checkpoint, fingerprint_of_run(model, loader, modules, settings))
-    spaces = [NullSpace.from_facts(facts, tensors) for facts, tensors in kept.load()] if kept is not None else []
-    done = {name for space in spaces for name in space.site.members}
-
-    bottom_of = functools.partial(_bottom, rank=rank, spectrum=spectrum, exclude=avoided)
-
-    def explain() -> str:
-        return plan.advice(
-            model, targets=targets, strategy=strategy, batch=example_of(loader), batches=length(loader), device=device, rank=rank
-        )
-
-    def measure(chosen: str | list[str], precision: str | Mapping[str, str], forward: str) -> list[NullSpace]:
-        def renamed(stage: str, done: int, total: int | None, tokens: int) -> None:
-            report_progress(forward if stage == "forward" else stage, done, total, tokens)
-
-        found: list[NullSpace] = []
-        # A caller in inference mode would otherwise get bases that no later training step may touch.
-        with torch.inference_mode(False), _explaining_memory(explain):
-            stream = stream_covariances(
-                model,
-                loader,
-                targets=chosen,
-                strategy=strategy,
-                precision=precision,
-                device=device,
-                hidden_states=hidden_states,
-                progress=renamed,
+    job = job or Job()
+    with job.telling():
+        if not isinstance(targets, str):
+            targets = list(targets)
+        check_options(strategy, precision, hidden_states)
+        modules = find_targets(model, targets)
+        check_rank(modules, rank)
+        avoided = check_exclude(exclude, modules)
+        for name in avoided:
+            check_site_rank(Site((name,), weight_shape(modules[name])[1]), rank, avoided)
+        if strategy == "auto":
+            strategy, hidden_states = resolve_strategy(
+                model, loader, targets, device=device, hidden_states=hidden_states, rank=rank, job=job
             )
-            for space in decompose(stream, bottom_of):
-                if kept is not None:
-                    kept.keep(space.site.name, space.facts(), {"basis": space.basis, "eigenvalues": space.eigenvalues})
-                logger.info("%s: leak %.1e, rounding %.0e of it", space.site, space.leak, space.excess_estimate)
-                found.append(space)
-                members = sum(len(s.site.members) for s in found)
-                report_progress("null spaces", members + (len(done) if forward == "forward" else 0), len(modules), 0)
-        return found
+            device = None if strategy == "resident" else device
+            hidden_states = "auto" if strategy == "resident" else hidden_states
+        report_progress = reporter(progress, bars=job.first)
+        kept: Checkpoint | None = None
+        if checkpoint is not None:
+            settings = {
+                "rank": rank,
+                "precision": precision if isinstance(precision, str) else dict(precision),
+                "tolerance": tolerance,
+                "spectrum": spectrum,
+                "strategy": strategy,
+                "exclude": {
+                    name: hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest() for name, rows in avoided.items()
+                },
+            }
+            run = fingerprint_of_run(model, loader, modules, settings, job)
+            job.check_same(**run)
+            kept = Checkpoint(checkpoint, run, job)
+        found_before = kept.load() if kept is not None else ()
+        spaces = [NullSpace.from_facts(f, read() if job.count == 1 else _without_basis(f, read)) for f, read in found_before]
+        done = {name for space in spaces for name in space.site.members}
 
-    left = [name for name in modules if name not in done]
-    if left:
-        spaces += measure(left if done else targets, precision, "forward")
-    once = isinstance(loader, Iterator)
-    for better in ("fp64", "qr"):
-        unsure = [
-            s
-            for s in spaces
-            if precision_of(s.site.name, precision) == "auto"
-            and s.precision not in (better, "qr")
-            and s.excess_estimate > tolerance
-        ]
-        if better == "qr":  # without massive tokens a leak as small as this is none, and more digits of it are worth no pass
-            unsure = [s for s in unsure if s.outliers > 0 or s.leak > QUIET]
-        if once:
-            break
-        if not unsure:
-            continue
-        again = {s.site: s for s in measure([m for s in unsure for m in s.site.members], better, f"forward, {better}")}
-        spaces = [again.get(s.site, s) for s in spaces]
-    if once and unsure:
-        warnings.warn(
-            f"rounding may have cost {len(unsure)} of {len(spaces)} sites more than {tolerance:g} of their leak (at worst "
-            f"{max(s.excess_estimate for s in unsure):.1g}, by estimate): {_few_names(unsure)}. The loader can be read only once, "
-            "so they were not summed again: use precision='fp64', or a loader that can be read twice.",
-            stacklevel=2,
-        )
-    _warn_of_few_tokens(spaces)
-    return NullSpaces(spaces, weights_of(modules))
+        bottom_of = functools.partial(_bottom, rank=rank, spectrum=spectrum, exclude=avoided)
+
+        def explain() -> str:
+            return plan.advice(
+                model,
+                targets=targets,
+                strategy=strategy,
+                batch=example_of(loader),
+                batches=length(loader),
+                device=device,
+                rank=rank,
+            )
+
+        def measure(chosen: str | list[str], precision: str | Mapping[str, str], forward: str) -> list[NullSpace]:
+            def renamed(stage: str, done: int, total: int | None, tokens: int) -> None:
+                report_progress(forward if stage == "forward" else stage, done, total, tokens)
+
+            found: list[NullSpace] = []
+            # A caller in inference mode would otherwise get bases that no later training step may touch.
+            with torch.inference_mode(False), _explaining_memory(explain):
+                stream = stream_covariances(
+                    model,
+                    loader,
+                    targets=chosen,
+                    strategy=strategy,
+                    precision=precision,
+                    device=device,
+                    hidden_states=hidden_states,
+                    progress=renamed,
+                    job=job,
+                )
+                for space in decompose(stream, bottom_of):
+                    if kept is not None:
+                        kept.keep(space.site.name, space.facts(), {"basis": space.basis, "eigenvalues": space.eigenvalues})
+                    logger.info("%s: leak %.1e, rounding %.0e of it", space.site, space.leak, space.excess_estimate)
+                    found.append(space)
+                    members = sum(len(s.site.members) for s in found)
+                    report_progress("null spaces", members + (len(done) if forward == "forward" else 0), len(modules), 0)
+            return _pooled(found, owners, kept, job)
+
+        owners: dict[Site, int] = {}
+        left = [name for name in modules if name not in done]
+        if left:
+            spaces += measure(left if done else targets, precision, "forward")
+        once = isinstance(loader, Iterator)
+        for better in ("fp64", "qr"):
+            unsure = [
+                s
+                for s in spaces
+                if precision_of(s.site.name, precision) == "auto"
+                and s.precision not in (better, "qr")
+                and s.excess_estimate > tolerance
+            ]
+            if better == "qr":  # without massive tokens a leak as small as this is none, and more digits of it are worth no pass
+                unsure = [s for s in unsure if s.outliers > 0 or s.leak > QUIET]
+            if once:
+                break
+            if not unsure:
+                continue
+            again = {s.site: s for s in measure([m for s in unsure for m in s.site.members], better, f"forward, {better}")}
+            spaces = [again.get(s.site, s) for s in spaces]
+        if once and unsure and job.first:
+            warnings.warn(
+                f"rounding may have cost {len(unsure)} of {len(spaces)} sites more than {tolerance:g} of their leak (at worst "
+                f"{max(s.excess_estimate for s in unsure):.1g}, by estimate): {_few_names(unsure)}. The loader can be read only "
+                "once, so they were not summed again: use precision='fp64', or a loader that can be read twice.",
+                stacklevel=2,
+            )
+        if job.first:
+            _warn_of_few_tokens(spaces)
+        weights = weights_of(modules)
+        if job.count == 1:
+            return NullSpaces(spaces, weights)
+        report_progress("null spaces", len(modules), len(modules), 0)
+        place = {name: index for index, name in enumerate(modules)}  # one process does not see in which order all are called
+        spaces.sort(key=lambda s: min(place[member] for member in s.site.members))
+        if kept is not None:
+            return NullSpaces._of_files(spaces, kept, weights)
+        return NullSpaces([replace(s, basis=job.broadcast(s.basis, owners[s.site])) for s in spaces], weights)
+
+
+def _without_basis(facts: Mapping[str, Any], read: Callable[..., dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tensors of a space, the basis only by its shape: what a process must know of another one's."""
+    basis = torch.empty(facts["d_in"], facts["rank"], dtype=torch.float64, device="meta")
+    return {"basis": basis, **read("eigenvalues")}
+
+
+def _pooled(found: list[NullSpace], owners: dict[Site, int], kept: Checkpoint | None, job: Job) -> list[NullSpace]:
+    """What all processes have found; of the others', all but the bases. `owners` learns whose they are."""
+    if job.count == 1:
+        return found
+    own = [(s.facts(), s.eigenvalues, 0 if kept is None else kept.numbers[s.site.name]) for s in found]
+    mine = {s.site: s for s in found}
+    everyones: list[NullSpace] = []
+    for number, theirs in enumerate(job.exchange(own)):
+        for facts, eigenvalues, file in theirs:
+            space = NullSpace.from_facts(facts, _without_basis(facts, lambda _, found=eigenvalues: {"eigenvalues": found}))
+            owners[space.site] = number
+            everyones.append(mine.get(space.site, space))
+            if kept is not None:
+                kept.numbers[space.site.name] = file
+    return everyones
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,7 +65,7 @@ def new_directory(out: str | os.PathLike[str], *, overwrite: bool = False) -> It
     """
     out = Path(os.path.abspath(out))  # "." has no name to put `.part` behind
     check_free(out, overwrite=overwrite)
-    part, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".old.part")
+    part, old = part_of(out), out.with_name(out.name + ".old.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -85,6 +85,12 @@ def new_directory(out: str | os.PathLike[str], *, overwrite: bool = False) -> It
             old.rename(out)
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def part_of(out: str | os.PathLike[str]) -> Path:
+    """Where `new_directory` lets `out` be filled."""
+    out = Path(os.path.abspath(out))
+    return out.with_name(out.name + ".part")
 
 
 def check_free(out: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -158,15 +164,21 @@ class TensorFile:
             raise ValueError(f"{next(iter(self._missing))!r} was never written to {self._path}")
 
 
-def write_manifest(directory: Path, kind: str, content: Mapping[str, Any], files: tuple[str, ...] = ()) -> None:
-    """`nullspace.json`: what the directory is, and what its files must look like."""
+def looks_of(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Name → size and SHA-256 of files, as a manifest has them."""
+    return {name: {"bytes": (directory / name).stat().st_size, "sha256": _sha256(directory / name)} for name in names}
+
+
+def write_manifest(
+    directory: Path, kind: str, content: Mapping[str, Any], files: tuple[str, ...] | Mapping[str, Mapping[str, Any]] = ()
+) -> None:
+    """`nullspace.json`: what the directory is, and what its files (their names, or what `looks_of` says of them) must look like."""
+    known = files if isinstance(files, Mapping) else looks_of(directory, files)
     body = {
         "kind": kind,
         "format_version": FORMAT_VERSION,
         **content,
-        "files": {
-            name: {"bytes": (directory / name).stat().st_size, "sha256": _sha256(directory / name)} for name in sorted(files)
-        },
+        "files": {name: known[name] for name in sorted(known)},
     }
     text = json.dumps({**body, "digest": _digest(body)}, indent=1, ensure_ascii=False)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")

@@ -15,12 +15,15 @@ from torch import nn
 from nullspace.batches import calls, evaluating, example_of, forward_options, is_encoder_decoder, length
 from nullspace.blocks import find_blocks
 from nullspace.covariance import PRECISIONS, Covariance
+from nullspace.distributed import Job
 from nullspace.hidden import PLACES
 from nullspace.layerwise import stream_by_block
 from nullspace.listening import Listener, listening, refuse_silent
 from nullspace.plan import choose_strategy
 from nullspace.progress import Progress, reporter
+from nullspace.shares import digest_of
 from nullspace.sites import Site, find_targets
+from nullspace.sitewise import weights_of
 
 STRATEGIES = ("auto", "resident", "layerwise")
 
@@ -35,14 +38,21 @@ def stream_covariances(
     device: torch.device | str | None = None,
     hidden_states: str = "auto",
     progress: bool | Progress = True,
+    job: Job | None = None,
 ) -> Iterator[tuple[Site, Covariance]]:
     """Run the model over the loader and yield the second moment of every site's input, one at a time.
+
+    Under an initialised `torch.distributed` process group of n > 1 processes, all of them have to call this, with the same model
+    and the same arguments. Each reads its share of the loader, and a site, summed over all of them, is yielded by one process
+    alone: that which `nullspace.distributed.deal` makes its owner. A loop over the stream that ends early has to end early on all.
 
     Args:
         model: any module; it is run in eval mode, without gradients, and left as it was found.
         loader: an iterable of mappings that the model takes as keyword arguments (`input_ids`, `attention_mask`, …), or of tensors
             or tuples of tensors that it takes as positional ones. Where `attention_mask` (batch, tokens) is zero, a token is
-            padding and is not counted.
+            padding and is not counted. Of several processes, process k takes batches k, k + n, … of a loader that all have alike;
+            of a `DataLoader` that is a share already, all. What PyTorch's `DistributedSampler` and accelerate's
+            `BatchSamplerShard` repeat to make shares even is left out; what another such sampler repeats counts twice.
         targets: which linear layers: see `nullspace.sites.find_targets`.
         strategy: `"resident"`: one ordinary forward pass a batch, all sums in memory at once (4 · d_in² bytes a site; on a
             GPU up to as much again for tokens on their way).
@@ -57,7 +67,9 @@ def stream_covariances(
             block.
         hidden_states: where a layerwise pass keeps what lies between two blocks: `"device"`, `"host"`, `"disk"`, or `"auto"`, the
             first of these with room for it.
-        progress: True for a bar, False for none, or a callable (`nullspace.progress.Progress`).
+        progress: True for a bar (of the first process), False for none, or a callable (`nullspace.progress.Progress`).
+        job: which processes work together; by default those of the default process group, if one is initialised. `Job.alone()`
+            for a process that works for itself in spite of its group.
 
     Yields:
         `(Site, Covariance)`, in the order in which the sites were first called. Nothing else holds the covariance any more.
@@ -65,23 +77,35 @@ def stream_covariances(
     Raises:
         ValueError: before the forward pass for a bad argument; during it, naming the layer and the batch, for NaN or Inf, an input
             that is shared in one batch and not in the next, or padding that cannot be located in a layer's input; after it
-            for a target that was never called, and for a loader that is empty, ends early or holds padding only.
+            for a target that was never called, and for a loader that is empty, ends early or holds padding only. What goes wrong
+            in one process is raised in all, naming its rank; so are models, arguments or loaders that are not the same in all, and
+            an input that is shared in one process and not in the other.
+        RuntimeError: if a process has died, or the group's time has run out.
     """
-    check_options(strategy, precision, hidden_states)
-    if not isinstance(targets, str):
-        targets = list(targets)
-    chosen = find_targets(model, targets)
-    if strategy == "auto":
-        strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states)
-        device = None if strategy == "resident" else device
-    elif strategy == "resident" and (device is not None or hidden_states != "auto"):
-        raise ValueError("device and hidden_states belong to strategy='layerwise'")
-    if strategy == "resident":
-        return _resident(model, loader, chosen, precision, reporter(progress))
-    where = None if device is None else torch.device(device)
-    return stream_by_block(
-        model, loader, chosen, find_blocks(model), precision, reporter(progress), device=where, hidden_states=hidden_states
-    )
+    job = job or Job()
+    with job.telling():
+        check_options(strategy, precision, hidden_states)
+        if not isinstance(targets, str):
+            targets = list(targets)
+        chosen = find_targets(model, targets)
+        if strategy == "auto":
+            strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states, job=job)
+            device = None if strategy == "resident" else device
+        elif strategy == "resident" and (device is not None or hidden_states != "auto"):
+            raise ValueError("device and hidden_states belong to strategy='layerwise'")
+        if job.count > 1:
+            weights = digest_of([{name: mark for name, (_, mark) in weights_of(chosen).items()}])
+            exact = precision if isinstance(precision, str) else dict(precision)
+            job.check_same(strategy=strategy, precision=exact, targets=list(chosen), weights=weights)
+        report = reporter(progress, bars=job.first)
+        if strategy == "resident":
+            return _told(_resident(model, loader, chosen, precision, report, job), job)
+        where = None if device is None else torch.device(device)
+        blocks = find_blocks(model)
+        stream = stream_by_block(
+            model, loader, chosen, blocks, precision, report, device=where, hidden_states=hidden_states, job=job
+        )
+        return _told(stream, job)
 
 
 def check_options(strategy: str, precision: str | Mapping[str, str], hidden_states: str) -> None:
@@ -103,8 +127,11 @@ def resolve_strategy(
     device: torch.device | str | None = None,
     hidden_states: str = "auto",
     rank: int = 128,
+    job: Job | None = None,
 ) -> tuple[str, str]:
     """What `strategy="auto"` comes to for this model, as it lies in memory: a strategy, and a place for hidden states.
+
+    Where one of several processes has no room for a resident run, all go block by block.
 
     Args: as of `stream_covariances` and `compute_null_spaces`.
     """
@@ -117,7 +144,15 @@ def resolve_strategy(
         hidden_states=hidden_states,
         rank=rank,
     )
+    chosen = (job or Job.alone()).exchange(choice.strategy)
+    if choice.strategy == "resident" and "layerwise" in chosen:
+        return "layerwise", hidden_states
     return choice.strategy, choice.hidden_states
+
+
+def _told(stream: Iterator[tuple[Site, Covariance]], job: Job) -> Iterator[tuple[Site, Covariance]]:
+    with job.telling():
+        yield from stream
 
 
 def _resident(
@@ -126,18 +161,21 @@ def _resident(
     targets: dict[str, nn.Module],
     precision: str | Mapping[str, str],
     report: Progress,
+    job: Job,
 ) -> Iterator[tuple[Site, Covariance]]:
     sums = Listener(targets, precision)
-    total, tokens = length(loader), 0
     options, two_inputs = forward_options(model, targets), is_encoder_decoder(model)
+    share = job.share(loader)
+    total, tokens = share.length, 0
     report("forward", 0, total, 0)
     # Inference mode, if the caller is in it, would hide writes to an input and tie the sums to that mode.
     with listening(targets, sums), evaluating(model), torch.inference_mode(False), torch.no_grad():
-        for call in calls(model, loader):
+        for call in calls(model, share):
             sums.begin_batch(call.number, call.mask, encoder_decoder=two_inputs)
             model(*call.args, **{**options, **call.kwargs})
             sums.end_batch()
             tokens += call.tokens
-            report("forward", call.number, total, tokens)
-    refuse_silent(sums.silent)
-    yield from sums.release()
+            report("forward", share.read, total, tokens)
+    job.check_share(share)
+    refuse_silent(job.silent(sums))
+    yield from job.release(sums)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -76,6 +76,11 @@ class TorchSums(GramSums):
             self._float32 = other._float32 if self._float32 is None else self._float32
         elif self._float32 is None:
             self._float32 = False  # the sum is no longer that of the first tokens alone
+
+    def load_state(self, numbers: Mapping[str, float], tensors: Mapping[str, torch.Tensor]) -> None:
+        super().load_state(numbers, tensors)
+        if self._float32 is None:
+            self._float32 = False  # nobody knows which of them were the first tokens
 
     def scale(self, weight: float) -> None:
         super().scale(weight)

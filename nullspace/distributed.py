@@ -1,0 +1,369 @@
+"""`Job`: the processes that calibrate together, each with its share of the data, and then with its share of the sites.
+
+Second moments add up, so this approximates nothing. Every process sums what its own batches show; every site is added up once,
+over all of them, at the process that is going to solve it (its *owner*), and nobody else keeps it. The engine is
+`torch.distributed`: whoever has initialised a process group (`torchrun`, `accelerate launch`) has a job, anybody else is alone,
+for whom nothing here costs anything. A process is called by its torch rank; a basis has a rank too, which is another thing.
+
+What goes from process to process, in an order that is the same for all:
+
+- *exchanges*: small Python objects, from each to all. Who has failed takes part in the next exchange with its error, and everybody
+  raises it, with the number of the process. Nobody waits for somebody who will not come.
+- *reductions*: one a site, to its owner: the lower triangle of Σ x xᵀ, Σ x and a few counts as one float64 vector, d (d + 1) / 2 +
+  O(d) numbers. Roots (`precision="qr"`) cannot be added: they meet pairwise, each as large as a triangle, in ⌈log₂ n⌉ rounds of a
+  QR decomposition (Demmel et al. 2012, arXiv 0808.2664).
+
+All sites that are known at one time are reduced before the first of them is solved: the owners then solve at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nullspace import store
+from nullspace.covariance import Covariance
+from nullspace.listening import Listener
+from nullspace.shares import Share
+from nullspace.sites import Site
+
+T = TypeVar("T")
+# What an error of another process is raised as: the first that it is an instance of.
+KINDS: tuple[type[Exception], ...] = (
+    ValueError,
+    TypeError,
+    FileNotFoundError,
+    FileExistsError,
+    OSError,
+    torch.cuda.OutOfMemoryError,
+    MemoryError,
+    RuntimeError,
+)
+EMPTY = "the loader is empty: there is nothing to calibrate on"
+
+
+class Job:
+    """The processes of a `torch.distributed` group, as one of them sees them; this one alone, if no group is initialised.
+
+    Every process of the group has to call what is called with a job, with the same arguments, but for its share of the data.
+
+    Args:
+        group: the default group, by default.
+        split: False if every loader is its process's share, though nothing about it says so (`nullspace.shares`): nothing is split.
+
+    Attributes:
+        number: of this process in the group, from 0 (torch's rank).
+        count: of processes.
+        split: as given.
+
+    Raises:
+        ValueError: if this process is not in the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, split: bool = True) -> None:
+        joined = dist.is_available() and dist.is_initialized()
+        self._group = group
+        self.number = dist.get_rank(group) if joined else 0
+        self.count = dist.get_world_size(group) if joined else 1
+        self.split = split
+        self._loads = [0.0] * self.count
+        if self.number < 0:
+            raise ValueError("this process is not in the group")
+
+    @classmethod
+    def alone(cls) -> Job:
+        """This process without others, whatever group it is in: for what one of them does for itself."""
+        job = cls()
+        job.number, job.count, job._loads = 0, 1, [0.0]
+        return job
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that speaks for all."""
+        return self.number == 0
+
+    # ---- exchanges
+
+    def exchange(self, value: T) -> list[T]:
+        """What each process gives here, in the order of their numbers.
+
+        Raises:
+            ValueError, RuntimeError, …: on all of them, if one had an error to tell instead: of its kind, naming the process.
+        """
+        return [value] if self.count == 1 else self._exchange(value, None)
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Whatever exception ends the block is told to the others, at their next exchange, and raised on all."""
+        try:
+            yield
+        except Exception as error:
+            if self.count > 1 and not was_told(error):
+                self._exchange(None, error)
+            raise
+
+    def check_same(self, **facts: Any) -> None:
+        """Raise `ValueError`, naming the fact and the process, unless all processes have the same."""
+        first, *others = self.exchange(facts)
+        for number, theirs in enumerate(others, start=1):
+            different = next((name for name in facts if first.get(name) != theirs.get(name)), None)
+            if different is not None:
+                raise ValueError(
+                    f"{different} is not the same on all ranks: {_short(first.get(different))} on rank 0, "
+                    f"{_short(theirs.get(different))} on rank {number}"
+                )
+
+    def _exchange(self, value: Any, error: Exception | None) -> list[Any]:
+        told = None if error is None else (_kind_of(error), str(error) or type(error).__name__)
+        found: list[Any] = [None] * self.count
+        with self._in_touch("an exchange"):
+            dist.all_gather_object(found, (told, value), group=self._group)
+        failed = [(number, *said) for number, (said, _) in enumerate(found) if said is not None]
+        if not failed:
+            return [value for _, value in found]
+        number, kind, text = failed[0]
+        if len(failed) == self.count and all(other == text for *_, other in failed):
+            assert error is not None
+            raise _marked(error)  # all have found out the same by themselves
+        more = f" (and {len(failed) - 1} more ranks failed)" if len(failed) > 1 else ""
+        raise _marked(KINDS[kind](f"rank {number}: {text}{more}")) from error
+
+    @contextlib.contextmanager
+    def _in_touch(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # a process that is gone cannot be told anything: nobody is to try
+            raise _marked(RuntimeError(f"rank {self.number} of {self.count} has lost the others in {what}: {error}")) from error
+
+    # ---- the data
+
+    def share(self, loader: Iterable[Any]) -> Share:
+        """The batches of a loader that this process reads."""
+        compare = self._compare if self.count > 1 else None
+        return Share(loader, self.number, self.count, split=self.split, compare=compare)
+
+    def check_share(self, share: Share) -> None:
+        """Whether the shares that were read are of one loader, and not all empty: `ValueError` on all processes if not."""
+        self._compare(share.digest, again=True)
+        if sum(self.exchange(share.read)) == 0:
+            raise ValueError(EMPTY)
+
+    def _compare(self, digest: str | None, *, again: bool = False) -> None:
+        first, *others = self.exchange(digest)
+        other = next((number for number, theirs in enumerate(others, start=1) if theirs != first), None)
+        if other is not None:
+            where = " behind the first one" if again else ""
+            raise ValueError(
+                f"ranks 0 and {other} were given different batches{where}, and a loader is split between the ranks: give all of "
+                "them the same batches in the same order (shuffled by the same seed), or each its own share: a DataLoader with a "
+                "DistributedSampler, or job=Job(split=False)"
+            )
+
+    # ---- the sites
+
+    def silent(self, sums: Listener) -> dict[str, nn.Module]:
+        """The targets that have not been called in any process."""
+        everywhere = set.intersection(*map(set, self.exchange(list(sums.silent))))
+        return {name: module for name, module in sums.silent.items() if name in everywhere}
+
+    def release(self, sums: Listener) -> Iterator[tuple[Site, Covariance]]:
+        """The sites that this process owns, with the sums of all processes, in the order in which they were first called.
+
+        Raises:
+            ValueError: naming the layer and the processes, if an input is shared in one and not in the other; or if there is no
+                token at a site in any of them.
+        """
+        if self.count == 1:
+            yield from sums.release()
+            return
+        sums.flush()  # what it raises must be raised before the first reduction
+        own = [(site, c.tokens, c.device.type) for site, c in sums.peek()]
+        heard = _all_sites(self.exchange(own))
+        deaf = next((site for site, (tokens, _) in heard.items() if tokens == 0), None)
+        if deaf is not None:
+            raise ValueError(f"no tokens at {deaf.name!r}: {sums.MASKED}")
+        owners = deal([site.d_in for site in heard], self.count, self._loads)
+        for site, owner in zip(heard, owners, strict=True):
+            self._loads[owner] += float(site.d_in) ** 3
+        kept: list[tuple[Site, Covariance]] = []
+        for (site, (_, kind)), owner in zip(heard.items(), owners, strict=True):
+            total = self._add_up(sums, site, torch.device(kind), owner)
+            if total is not None:
+                kept.append((site, total))
+            del total
+        while kept:
+            yield kept.pop(0)
+
+    def _add_up(self, sums: Listener, site: Site, device: torch.device, owner: int) -> Covariance | None:
+        """The sum over all processes, at the owner; None elsewhere. This process's own part is given up for it."""
+        covariance = sums.take(site, device)
+        device, precision = covariance.device, covariance.precision
+        if precision == "qr":
+            return self._fold(covariance, site, owner)
+        facts, tensors = covariance.state()
+        del covariance
+        vector = _packed(facts, tensors)
+        del tensors
+        vector = vector.to(self._device)
+        with self._in_touch(f"the reduction of {site.name!r}"):
+            dist.reduce(vector, self._global(owner), op=dist.ReduceOp.SUM, group=self._group)
+        if owner != self.number:
+            return None
+        return Covariance.from_state(*_unpacked(vector.to(device), facts, "triangle"), device=device, precision=precision)
+
+    def _fold(self, covariance: Covariance, site: Site, owner: int) -> Covariance | None:
+        place, step = (self.number - owner) % self.count, 1
+        while step < self.count:
+            if place % (2 * step):
+                facts, tensors = covariance.state()
+                del covariance
+                with self._in_touch(f"the reduction of {site.name!r}"):
+                    dist.send(_packed(facts, tensors).to(self._device), self._at(owner + place - step), group=self._group)
+                return None
+            if place + step < self.count:
+                facts, tensors = covariance.state()
+                vector = _packed(facts, tensors).to(self._device)
+                del tensors
+                with self._in_touch(f"the reduction of {site.name!r}"):
+                    dist.recv(vector, self._at(owner + place + step), group=self._group)
+                covariance.merge(Covariance.from_state(*_unpacked(vector, facts, "root"), device=covariance.device))
+                del vector
+            step *= 2
+        return covariance
+
+    def broadcast(self, tensor: torch.Tensor, owner: int) -> torch.Tensor:
+        """A tensor of the owner's, on the CPU of every process; elsewhere only its shape and dtype count, and "meta" will do."""
+        own = owner == self.number
+        there = tensor.to(self._device) if own else torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        with self._in_touch("a broadcast"):
+            dist.broadcast(there, self._global(owner), group=self._group)
+        return tensor if own else there.cpu()
+
+    # ---- the store
+
+    @contextlib.contextmanager
+    def new_directory(self, out: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+        """`nullspace.store.new_directory`, of which every process writes a part, on a file system that all of them see."""
+        if self.count == 1:
+            with store.new_directory(out, overwrite=overwrite) as part:
+                yield part
+            return
+        if self.first:
+            with store.new_directory(out, overwrite=overwrite) as part:
+                self.exchange(None)
+                yield part
+                self.exchange(None)
+        else:
+            self.exchange(None)
+            yield store.part_of(out)
+            self.exchange(None)
+        self.exchange(None)  # it has its name
+
+    # ---- places
+
+    @property
+    def _device(self) -> torch.device:
+        """Where tensors must be to be sent: the same for all processes, whether they have computed anything or not."""
+        over_nccl = "nccl" in dist.get_backend_config(self._group) and torch.cuda.is_available()
+        return torch.device("cuda", torch.cuda.current_device()) if over_nccl else torch.device("cpu")
+
+    def _global(self, number: int) -> int:
+        return number if self._group is None else dist.get_global_rank(self._group, number)
+
+    def _at(self, number: int) -> int:
+        return self._global(number % self.count)
+
+
+def deal(widths: Sequence[int], count: int, loads: Sequence[float] = ()) -> list[int]:
+    """Which of `count` processes solves which site: the largest first, each to whoever has least to do.
+
+    No process then has more than 4/3 of what the best way to deal them would give it (Graham 1969), if they begin alike.
+
+    Args:
+        widths: d_in of the sites; an eigenproblem costs d_in³.
+        count: of processes.
+        loads: what they have been dealt before; nothing by default.
+
+    Returns:
+        For every site, its owner.
+
+    Example:
+        >>> deal([48, 48, 48, 112], 2)
+        [1, 1, 1, 0]
+    """
+    work = list(loads) or [0.0] * count
+    owners = [0] * len(widths)
+    for index in sorted(range(len(widths)), key=lambda i: -widths[i]):
+        owners[index] = min(range(count), key=work.__getitem__)
+        work[owners[index]] += float(widths[index]) ** 3
+    return owners
+
+
+def was_told(error: BaseException | None) -> bool:
+    """Whether an exception, or what it comes of, has been raised on all processes."""
+    while error is not None:
+        if getattr(error, "_nullspace_was_told", False):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _marked(error: Exception) -> Exception:
+    error._nullspace_was_told = True  # type: ignore[attr-defined]
+    return error
+
+
+def _kind_of(error: Exception) -> int:
+    return next((i for i, kind in enumerate(KINDS) if isinstance(error, kind)), len(KINDS) - 1)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _all_sites(heard: Sequence[Sequence[tuple[Site, int, str]]]) -> dict[Site, tuple[int, str]]:
+    """Site → tokens in all processes, and the kind of device that sums it; `ValueError` unless all agree on who shares an input."""
+    found: dict[Site, tuple[int, str]] = {}
+    whose: dict[str, tuple[Site, int]] = {}
+    for number, sites in enumerate(heard):
+        for site, tokens, kind in sites:
+            for member in site.members:
+                other, before = whose.setdefault(member, (site, number))
+                if other != site:
+                    raise ValueError(
+                        f"{member!r} shares its input with {_others(member, other)} on rank {before}, and with "
+                        f"{_others(member, site)} on rank {number}: one sum cannot serve both. Calibrate them in separate runs "
+                        f"(targets=[{member!r}], …)."
+                    )
+            found[site] = (found.get(site, (0, ""))[0] + tokens, found.get(site, (0, kind))[1])
+    return found
+
+
+def _others(member: str, site: Site) -> str:
+    return " and ".join(repr(name) for name in site.members if name != member) or "no other layer"
+
+
+def _packed(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A covariance's state as one vector, the sum of which over parts of the data is the state of all (`Covariance.merge`).
+
+    Counts of tokens are exact in float64 up to 2⁵³. Of a root, everything but the root.
+    """
+    large = next(tensor for name, tensor in tensors.items() if name != "total")
+    numbers = [facts["tokens"], facts["mass"], facts["outliers"], *facts["sums"].values()]
+    return torch.cat([large, tensors["total"], torch.tensor(numbers, dtype=torch.float64, device=large.device)])
+
+
+def _unpacked(vector: torch.Tensor, like: Mapping[str, Any], large: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    d = like["d_in"]
+    entries, total, numbers = vector.split([d * (d + 1) // 2, d, 3 + len(like["sums"])])
+    tokens, mass, outliers, *sums = numbers.tolist()
+    facts = {"d_in": d, "tokens": int(tokens), "mass": mass, "outliers": int(outliers)}
+    return {**facts, "sums": dict(zip(like["sums"], sums, strict=True))}, {large: entries, "total": total}

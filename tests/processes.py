@@ -1,0 +1,69 @@
+"""Processes that work together: a group of them is started once and runs many checks, one after the other."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import multiprocessing
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+import transformers
+
+import nullspace  # noqa: F401
+from models import tiny
+
+SECONDS = 60
+# For the server that all processes are forked from: classes that transformers would import once in each of them.
+PRELOADED = (transformers.LlamaForCausalLM, tiny)
+
+
+def outcomes(path: str | Path, count: int, checks: Sequence[str], folder: Path) -> dict[str, list[str]]:
+    """Run functions `check(rank, count, folder)` of a file in `count` processes; of each, what went wrong, process by process.
+
+    A check that did not get to its end is not in the answer.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["processes"])
+    folder.mkdir()
+    processes = [context.Process(target=_run, args=(str(path), rank, count, list(checks), folder)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(10 * SECONDS)
+        process.kill()
+    said = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+    return {check: [each[check] for each in said] for check in checks if all(check in each for each in said)}
+
+
+def _run(path: str, rank: int, count: int, checks: list[str], folder: Path) -> None:
+    torch.set_num_threads(1)
+    module = _load(path)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count, timeout=datetime.timedelta(seconds=SECONDS)
+    )
+    said: dict[str, str] = {}
+    for check in checks:
+        own = folder / check
+        own.mkdir(exist_ok=True)
+        try:
+            getattr(module, check)(rank, count, own)
+            said[check] = ""
+        except BaseException:
+            said[check] = traceback.format_exc()
+        (folder / f"{rank}.json").write_text(json.dumps(said))
+    dist.destroy_process_group()
+
+
+def _load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("checks", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

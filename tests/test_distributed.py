@@ -1,0 +1,606 @@
+"""Several processes find what one finds: whatever their shares are, with one reduction a site, and without anybody left waiting.
+
+The checks run in groups of two and three processes (`processes.outcomes`); the tests report what became of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate.data_loader import prepare_data_loader
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from models import random_batches, tiny
+from nullspace import Covariance, Covariances, NullSpaces, Site, compute_covariances, compute_null_spaces, store, stream_covariances
+from nullspace.distributed import Job, deal
+from nullspace.shares import Share, is_share
+from processes import outcomes
+from reference import relative_error
+
+STRATEGIES = ("resident", "layerwise")
+PRECISIONS = ("auto", "fp64", "qr")
+# Sums of the same numbers in another order.
+ROUNDING = 1e-12
+UP = "model.layers.1.mlp.up_proj"
+COUNTS = (2, 3)
+Check = Callable[[int, int, Path], None]
+CHECKS: dict[int, list[str]] = {count: [] for count in COUNTS}
+
+
+def check(*counts: int) -> Callable[[Check], Check]:
+    """For a function that all processes of a group run: `(rank, count, folder that is theirs together)`."""
+
+    def listed(function: Check) -> Check:
+        for count in counts:
+            CHECKS[count].append(function.__name__)
+        return function
+
+    return listed
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, list[str]]]:
+    known: dict[int, dict[str, list[str]]] = {}
+
+    def of(count: int) -> dict[str, list[str]]:
+        if count not in known:
+            known[count] = outcomes(__file__, count, CHECKS[count], tmp_path_factory.mktemp("together") / str(count))
+        return known[count]
+
+    return of
+
+
+# ---- what they compute
+
+
+def compute(model: nn.Module, loader: Any, **options: Any) -> NullSpaces:
+    return compute_null_spaces(model, loader, **{"rank": 8, "progress": False, **options})
+
+
+def stream(model: nn.Module, loader: Any, **options: Any) -> dict[Site, Covariance]:
+    return dict(stream_covariances(model, loader, progress=False, **options))
+
+
+def alone(model: nn.Module, loader: Any, **options: Any) -> NullSpaces:
+    return compute(model, loader, job=Job.alone(), **options)
+
+
+def excess(found: NullSpaces, expected: NullSpaces, sums: dict[Site, Covariance]) -> float:
+    """The largest leak of what was found over that of one process, − 1, both of one process's float64 sums."""
+    worst = 0.0
+    for site, covariance in sums.items():
+        c = covariance.matrix()
+
+        def heard(basis: torch.Tensor, c: torch.Tensor = c) -> float:
+            return float(torch.einsum("dr,de,er->", basis, c, basis)) + 1e-16 * float(c.trace())
+
+        worst = max(worst, (heard(found[site.name].basis) / heard(expected[site.name].basis)) ** 0.5 - 1)
+    return worst
+
+
+def assert_as_good(found: NullSpaces, model: nn.Module, loader: Any, **options: Any) -> None:
+    expected = alone(model, loader, **options)
+    assert found.sites == expected.sites
+    for site in expected.sites:
+        ours, theirs = found[site.name], expected[site.name]
+        assert (ours.tokens, ours.precision, ours.outliers) == (theirs.tokens, theirs.precision, theirs.outliers), site
+        torch.testing.assert_close(ours.trace, theirs.trace, rtol=1e-6, atol=0)
+        assert ours.basis.device.type == "cpu"
+    sums = stream(model, loader, precision="fp64", job=Job.alone())
+    assert excess(found, expected, sums) <= 1e-9
+
+
+def shares(kind: str, count: int) -> list[dict[str, torch.Tensor]]:
+    batches = {
+        "uneven": lambda: random_batches(count + 1, 2, 40),
+        "empty": lambda: random_batches(1, 4, 40),
+        "padded": lambda: random_batches(2 * count, 2, 40, padding="right"),
+    }
+    return batches[kind]()
+
+
+def every_share_is_as_good(strategy: str, precision: str, count: int) -> None:
+    model = tiny("llama")
+    for kind in ("uneven", "empty", "padded"):
+        batches, options = shares(kind, count), {"strategy": strategy, "precision": precision}
+        assert_as_good(compute(model, batches, **options), model, batches, **options)
+
+
+@check(2, 3)
+def resident_auto(rank: int, count: int, folder: Path) -> None:
+    every_share_is_as_good("resident", "auto", count)
+
+
+@check(2)
+def resident_fp64(rank: int, count: int, folder: Path) -> None:
+    every_share_is_as_good("resident", "fp64", count)
+
+
+@check(2, 3)
+def resident_qr(rank: int, count: int, folder: Path) -> None:
+    every_share_is_as_good("resident", "qr", count)
+
+
+@check(2)
+def layerwise_auto(rank: int, count: int, folder: Path) -> None:
+    every_share_is_as_good("layerwise", "auto", count)
+
+
+@check(2, 3)
+def layerwise_fp64(rank: int, count: int, folder: Path) -> None:
+    every_share_is_as_good("layerwise", "fp64", count)
+
+
+@check(2)
+def layerwise_qr(rank: int, count: int, folder: Path) -> None:
+    every_share_is_as_good("layerwise", "qr", count)
+
+
+@check(2)
+def what_was_not_good_enough_is_summed_again_by_all(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(20)
+    assert "mixed" in {total.products for total in stream(model, batches).values()}
+    found = compute(model, batches, tolerance=1e-14)
+    assert {found[site.name].precision for site in found.sites} == {"fp64"}
+    assert_as_good(found, model, batches, precision="fp64")
+
+
+@check(2)
+def one_iterator_each_is_enough(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(count + 1, 2, 40)
+    for strategy in STRATEGIES:
+        assert_as_good(compute(model, iter(batches), strategy=strategy, precision="fp64"), model, batches, precision="fp64")
+
+
+@check(2, 3)
+def what_is_ahead_of_the_blocks_and_behind_them_is_summed_too(rank: int, count: int, folder: Path) -> None:
+    config = tiny("opt").config
+    config.word_embed_proj_dim = 32
+    torch.manual_seed(0)
+    model = transformers.OPTForCausalLM(config).eval()
+    for batches in (random_batches(count, padding="right"), random_batches(1)):
+        found = stream(model, batches, strategy="layerwise", precision="fp64")
+        expected = stream(model, batches, precision="fp64", job=Job.alone())
+        names = [name for names in Job().exchange([site.name for site in found]) for name in names]
+        assert sorted(names) == sorted(site.name for site in expected)
+        for site, total in found.items():
+            assert_same_sums(total, expected[site])
+
+
+# ---- sums and their owners
+
+
+def assert_same_sums(found: Covariance, expected: Covariance) -> None:
+    assert (found.tokens, found.mass, found.outliers) == (expected.tokens, expected.mass, expected.outliers)
+    assert found.precision == expected.precision
+    assert relative_error(found.matrix(), expected.matrix()) <= ROUNDING
+    torch.testing.assert_close(found.mean(), expected.mean(), rtol=1e-9, atol=1e-12)
+
+
+@check(2, 3)
+def every_site_is_one_processs_alone(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("gemma3"), random_batches(2 * count + 1, padding="left")
+    for strategy, precision in itertools.product(STRATEGIES, ("fp64", {".*o_proj": "qr", ".*": "fp64"})):
+        found = stream(model, batches, strategy=strategy, precision=precision)
+        expected = stream(model, batches, strategy=strategy, precision=precision, job=Job.alone())
+        everyones = Job().exchange(list(found))
+        assert sorted(map(str, itertools.chain(*everyones))) == sorted(map(str, expected))
+        assert all(everyones)
+        for site, total in found.items():
+            assert_same_sums(total, expected[site])
+
+
+@check(2)
+def what_is_added_to_a_sum_afterwards_counts(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(count, 1, 16)  # few tokens: the probe of "auto" has not come to an end
+    expected = stream(model, batches, job=Job.alone())
+    for site, total in stream(model, batches).items():
+        x = torch.randn(600, site.d_in, generator=torch.Generator().manual_seed(0))
+        for each in (total, expected[site]):
+            each.update(x)
+        assert (total.tokens, total.precision) == (expected[site].tokens, "auto")
+        assert relative_error(total.matrix(), expected[site].matrix()) <= 1e-6
+
+
+@contextlib.contextmanager
+def counting(*names: str) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """What is handed to functions of `torch.distributed` inside."""
+    called: list[tuple[str, torch.Tensor]] = []
+    before = {name: getattr(dist, name) for name in names}
+
+    def counted(name: str) -> Callable[..., Any]:
+        return lambda tensor, *args, **kwargs: called.append((name, tensor)) or before[name](tensor, *args, **kwargs)
+
+    for name in names:
+        setattr(dist, name, counted(name))
+    try:
+        yield called
+    finally:
+        for name, function in before.items():
+            setattr(dist, name, function)
+
+
+@check(2, 3)
+def a_site_is_reduced_once_and_only_its_triangle(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(count)
+    sites = list(stream(model, batches, job=Job.alone()))
+    for strategy in STRATEGIES:
+        with counting("reduce", "send", "recv", "all_reduce", "gather", "all_gather", "broadcast") as called:
+            owned = stream(model, batches, strategy=strategy)
+        assert {name for name, _ in called if name != "all_gather"} == {"reduce"}  # exchanges gather small objects
+        vectors = [vector for name, vector in called if name == "reduce"]
+        assert {v.dtype for v in vectors} == {torch.float64}
+        assert [v.nbytes for v in vectors] == [8 * (s.d_in * (s.d_in + 1) // 2 + s.d_in + 7) for s in sites]
+        assert 0 < len(owned) < len(sites)
+
+
+@check(2, 3)
+def a_root_goes_from_each_process_once(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(count)
+    with counting("reduce", "send", "recv") as called:
+        owned = stream(model, batches, targets=["o_proj"], precision="qr")
+    assert not [name for name, _ in called if name == "reduce"]
+    sent = [vector for name, vector in called if name == "send"]
+    assert len(sent) == 3 - len(owned)
+    assert all(vector.nbytes == 8 * (48 * 49 // 2 + 48 + 4) for vector in sent)
+
+
+# ---- shares that are shares already
+
+
+def assert_sums_of(model: nn.Module, loader: Any, plain: Any, strategy: str = "resident") -> None:
+    """The sums of all shares are those of the plain loader: to float32 rounding, as samples may meet in other batches."""
+    found, expected = stream(model, loader, strategy=strategy), stream(model, plain, precision="fp64", job=Job.alone())
+    assert sorted(map(str, itertools.chain(*Job().exchange(list(found))))) == sorted(map(str, expected))
+    for site, total in found.items():
+        assert total.tokens == expected[site].tokens
+        assert relative_error(total.matrix(), expected[site].matrix()) <= 1e-5
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, count: int) -> None:
+        self._ids = torch.randint(3, 211, (count, 24), generator=torch.Generator().manual_seed(5))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._ids[index]}
+
+
+@check(2, 3)
+def a_distributed_sampler_is_respected_and_repeats_nothing(rank: int, count: int, folder: Path) -> None:
+    model = tiny("llama")
+    for rows, size in ((2 * count + 1, 2), (2 * count, 2), (count - 1, 1), (1, 3), (3 * count - 1, 1)):
+        data = Rows(rows)
+        plain = DataLoader(data, batch_size=2)
+        loader = DataLoader(data, batch_size=size, sampler=DistributedSampler(data, shuffle=True, seed=3))
+        for strategy in STRATEGIES:
+            assert_sums_of(model, loader, plain, strategy)
+        assert isinstance(loader.sampler, DistributedSampler)
+        assert isinstance(loader.batch_sampler.sampler, DistributedSampler)
+        single = DataLoader(data, batch_size=None, sampler=DistributedSampler(data))
+        assert sum(Job().exchange(sum(1 for _ in Job().share(single)))) == rows
+    dropped = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, drop_last=True))
+    found = compute(model, dropped, precision="fp64")
+    assert found[UP].tokens == 24 * (len(data) // count * count)
+
+
+@check(2)
+def what_accelerate_prepares_is_respected(rank: int, count: int, folder: Path) -> None:
+    model, data = tiny("llama"), Rows(3 * count + 1)
+    plain = DataLoader(data, batch_size=2)
+    for split, shuffle in itertools.product((False, True), (False, True)):
+        inner = DataLoader(data, batch_size=2 * count if split else 2, shuffle=shuffle)
+        loader = prepare_data_loader(inner, num_processes=count, process_index=rank, split_batches=split)
+        assert is_share(loader)
+        assert_sums_of(model, loader, plain)
+        assert loader.batch_sampler.even_batches
+
+
+@check(2)
+def a_share_that_does_not_look_like_one_can_be_said_to_be(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(count, 2, 40)
+    own = batches[rank:][:1]
+    assert_as_good(compute(model, own, precision="fp64", job=Job(split=False)), model, batches, precision="fp64")
+    refused(ValueError, "different batches, .*DistributedSampler", lambda: compute(model, own))
+    refused(ValueError, "different batches behind the first one", lambda: compute(model, iter([batches[0], *own])))
+    refused(ValueError, "different batches", lambda: compute(model, batches if rank else batches[:-1]))
+    refused(ValueError, "different batches", lambda: compute(model, [] if rank else batches))
+    other = DataLoader(Rows(9), sampler=DistributedSampler(Rows(9), num_replicas=5, rank=rank))
+    refused(ValueError, f"deals its data out to 5 processes, and {count} are here", lambda: compute(model, other))
+
+
+# ---- what goes wrong
+
+
+def refused(kind: type[Exception], says: str, call: Callable[[], Any], *, seconds: float = 10.0) -> str:
+    """The error of `call`, which is to be of this kind on every rank, and soon."""
+    began = time.perf_counter()
+    with pytest.raises(kind, match=says) as error:
+        call()
+    assert time.perf_counter() - began < seconds
+    return str(error.value)
+
+
+@check(2, 3)
+def an_error_of_one_process_is_raised_by_all(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(count + 1, 2, 24)
+    last = count - 1
+
+    def spoil(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        return output.fill_(float("nan")) if rank == last else None
+
+    handle = model.model.layers[1].input_layernorm.register_forward_hook(spoil)
+    for strategy in STRATEGIES:
+        for loader in (batches, random_batches(count, 2, 24)):
+            refused(
+                ValueError,
+                rf"^rank {last}: model\.layers\.1\.self_attn\.q_proj, batch {last + 1}: NaN or Inf",
+                lambda loader=loader, strategy=strategy: compute(model, loader, strategy=strategy),
+            )
+    handle.remove()
+    bad = [*batches[:1], {"input_ids": torch.full((1, 4), 10**6)}]
+    for strategy in STRATEGIES:
+        refused(RuntimeError, "^rank 1: ", lambda strategy=strategy: compute(model, bad, strategy=strategy))
+        refused(RuntimeError, "^rank 1: ", lambda strategy=strategy: stream(model, bad, strategy=strategy))
+        out = folder / f"{strategy}-{count}"
+        refused(
+            RuntimeError,
+            "^rank 1: ",
+            lambda strategy=strategy, out=out: compute_covariances(model, bad, out, strategy=strategy, progress=False),
+        )
+        Job().exchange(None)
+        assert list(folder.glob(f"{out.name}*")) == []
+    bad = [*batches[:1], "text"]
+    refused(TypeError, "^rank 1: batch 2 is str", lambda: compute(model, bad))
+    assert_as_good(compute(model, batches), model, batches)  # nobody is left behind
+
+
+@check(2)
+def an_error_in_solving_is_raised_by_all(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(count)
+
+    def stop(stage: str, done: int, total: int | None, tokens: int) -> None:
+        if stage == "null spaces" and rank == 1:
+            raise OSError("the disk is full")
+
+    for strategy, kept in itertools.product(STRATEGIES, (None, folder / "kept")):
+        options = {"strategy": strategy, "checkpoint": kept and kept / strategy, "progress": stop}
+        refused(OSError, "^rank 1: the disk is full", lambda options=options: compute(model, batches, **options))
+        if kept:
+            assert_as_good(compute(model, batches, **{**options, "progress": False}), model, batches)
+
+
+@check(2)
+def what_all_find_out_by_themselves_is_said_as_by_one(rank: int, count: int, folder: Path) -> None:
+    model = tiny("llama")
+    masked = [{"input_ids": torch.ones(1, 9, dtype=torch.long), "attention_mask": torch.zeros(1, 9, dtype=torch.long)}]
+    for strategy in STRATEGIES:
+        for loader in ([], iter([])):
+            refused(
+                ValueError,
+                "^the loader is empty",
+                lambda loader=loader, strategy=strategy: compute(model, loader, strategy=strategy),
+            )
+        refused(ValueError, "^no tokens at .*masked", lambda strategy=strategy: compute(model, masked, strategy=strategy))
+    refused(ValueError, "^rank 48 does not leave", lambda: compute(model, masked, rank=48))
+    refused(ValueError, "^target 'nothing' matches", lambda: compute(model, masked, targets=["nothing"]))
+
+
+@check(2)
+def processes_that_do_not_fit_together_are_refused(rank: int, count: int, folder: Path) -> None:
+    batches = random_batches(count)
+    refused(
+        ValueError,
+        "^weights is not the same on all ranks: .* on rank 0, .* on rank 1",
+        lambda: compute(tiny("llama", rank), batches),
+    )
+    model = tiny("llama")
+    refused(ValueError, "^targets is not the same", lambda: compute(model, batches, targets=["q_proj" if rank else "k_proj"]))
+    refused(ValueError, "^precision is not the same", lambda: stream(model, batches, precision="fp64" if rank else "auto"))
+    refused(ValueError, "^strategy is not the same", lambda: compute(model, batches, strategy=STRATEGIES[rank > 0]))
+
+
+class Shifting(nn.Module):
+    """Two layers that share their input, or do not; a third one that only some batches reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = x if x[0, 0] >= 0 else x.clone()
+        y = self.a(x) + self.b(own)
+        return self.c(y) if x[0, 1] > 0 else y
+
+
+def rows(*signs: tuple[int, int]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(30, 8, generator=generator) for _ in signs]
+    for batch, (shared, reaches) in zip(batches, signs, strict=True):
+        batch[0, 0], batch[0, 1] = shared, reaches
+    return batches
+
+
+@check(2)
+def an_input_that_is_shared_in_one_process_alone_is_named(rank: int, count: int, folder: Path) -> None:
+    torch.manual_seed(0)
+    model = Shifting()
+    refused(
+        ValueError,
+        "^'a' shares its input with 'b' on rank 0, and with no other layer on rank 1",
+        lambda: stream(model, rows((1, 1), (-1, 1), (1, 1))),
+    )
+
+
+@check(2, 3)
+def a_layer_that_only_one_process_reaches_is_summed(rank: int, count: int, folder: Path) -> None:
+    torch.manual_seed(0)
+    model = Shifting()
+    for batches in (rows((1, 1), *[(1, -1)] * count), rows(*[(1, -1)] * (count - 1), (1, 1))):
+        for precision in PRECISIONS:
+            found = stream(model, batches, precision=precision)
+            expected = stream(model, batches, precision=precision, job=Job.alone())
+            assert set(itertools.chain(*Job().exchange(list(found)))) == set(expected)
+            for site, total in found.items():
+                assert_same_sums(total, expected[site])
+    refused(ValueError, "^target 'c' was never called", lambda: stream(model, rows(*[(1, -1)] * count)))
+
+
+@check(2, 3)
+def one_may_work_for_itself_and_some_together(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(3)
+    if rank == 1:
+        found = compute(model, batches, job=Job.alone())
+        assert found[UP].tokens == 3 * 4 * 64
+    pair = dist.new_group([count - 1, 0])
+    if rank in (0, count - 1):
+        job = Job(pair)
+        assert (job.count, job.number) == (2, 0 if rank == 0 else 1)
+        assert_as_good(compute(model, batches, precision="fp64", job=job), model, batches, precision="fp64")
+        assert_as_good(compute(model, batches, precision="qr", job=job), model, batches, precision="qr")
+    else:
+        with pytest.raises(ValueError, match="not in the group"):
+            Job(pair)
+
+
+# ---- the store
+
+
+@check(2)
+def each_writes_its_own_sites(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(count + 1, padding="right")
+    expected = compute_covariances(model, batches, folder / f"one-{rank}", progress=False, job=Job.alone())
+    written: list[str] = []
+    before = store.write_tensors
+    store.write_tensors = lambda path, *args, **kwargs: written.append(path.name) or before(path, *args, **kwargs)
+    try:
+        for strategy in STRATEGIES:
+            written.clear()
+            found = compute_covariances(model, batches, folder / strategy, strategy=strategy, progress=False)
+            assert 0 < len(written) < len(expected.sites)
+            everyones = sorted(itertools.chain(*Job().exchange(list(written))))
+            assert everyones == sorted(p.name for p in (folder / strategy).glob("*.safetensors"))
+            assert found.sites == Covariances.load(folder / strategy).sites == expected.sites
+            for site in expected.sites:
+                assert relative_error(found[site.name].matrix(), expected[site.name].matrix()) <= ROUNDING
+                assert found[site.name].tokens == expected[site.name].tokens
+                found.check(site.name, model.get_submodule(site.name))
+    finally:
+        store.write_tensors = before
+
+
+@check(2, 3)
+def a_checkpoint_is_filled_together_and_read_by_all(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(10)
+    for strategy, tolerance in (("resident", 1e-14), ("layerwise", 1e-4)):  # with and without a second pass
+        kept = folder / f"{strategy} {tolerance}"
+        options = {"strategy": strategy, "checkpoint": kept, "tolerance": tolerance}
+        found = compute(model, batches, **options)
+        assert len(list(kept.glob("*.safetensors"))) == len(found.sites) == 12
+        assert_as_good(found, model, batches, strategy=strategy, tolerance=tolerance)
+        handle = model.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
+        again, one = compute(model, batches, **options), alone(model, batches, **options)  # another number of processes
+        handle.remove()
+        for site in found.sites:
+            assert found[site.name].facts() == again[site.name].facts() == one[site.name].facts()
+            assert torch.equal(found[site.name].basis, again[site.name].basis)
+            assert torch.equal(found[site.name].basis, one[site.name].basis)
+        assert found[UP] is found["model.layers.1.mlp.gate_proj"]
+        Job().exchange(None)
+
+
+@check(2, 3)
+def another_number_of_processes_goes_on(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(count)
+
+    def cut(stage: str, done: int, total: int | None, tokens: int) -> None:
+        if stage in ("null spaces", "covariances") and done > 4:
+            raise OSError("cut off")
+
+    for strategy in STRATEGIES:
+        options = {"strategy": strategy, "checkpoint": folder / strategy}
+        if rank == 0:
+            with pytest.raises(OSError, match="cut off"):
+                alone(model, batches, progress=cut, **options)
+        Job().exchange(None)
+        assert len(list((folder / strategy).glob("*.safetensors"))) < 12
+        assert_as_good(compute(model, batches, **options), model, batches, strategy=strategy)
+        options, out = {"strategy": strategy, "checkpoint": folder / f"{strategy} kept"}, folder / f"{strategy} sums"
+
+        def accumulate(progress: Any, out: Path = out, options: dict[str, Any] = options) -> Covariances:
+            return compute_covariances(model, batches, out, progress=progress, **options)
+
+        refused(OSError, "cut off", functools.partial(accumulate, cut))
+        found = accumulate(False)
+        expected = stream(model, batches, precision="fp64", job=Job.alone())
+        assert set(found.sites) == set(expected)
+        for site, total in expected.items():
+            assert relative_error(found[site.name].matrix(), total.matrix()) <= ROUNDING
+
+
+@pytest.mark.parametrize(("count", "name"), [(count, name) for count, names in CHECKS.items() for name in names])
+def test_together(said: Callable[[int], dict[str, list[str]]], name: str, count: int) -> None:
+    found = said(count)
+    assert name in found, "it did not come to an end"
+    assert not any(found[name]), "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(found[name]) if text)
+
+
+# ---- without processes
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_dealing_is_by_the_cube_of_the_width(count: int) -> None:
+    widths = [4096] * 3 + [14336] + [4096, 11008, 1024, 8192]
+    owners = deal(widths, count)
+    loads = [sum(w**3 for w, owner in zip(widths, owners, strict=True) if owner == k) for k in range(count)]
+    best = max(max(widths) ** 3, sum(w**3 for w in widths) / count)
+    assert sum(loads) == sum(w**3 for w in widths)
+    assert max(loads) <= 4 / 3 * best
+    assert deal([], count) == []
+    assert deal(widths, count) == owners
+
+
+def test_whoever_has_been_dealt_more_gets_less() -> None:
+    assert deal([10, 10, 10], 3) == [0, 1, 2]
+    assert deal([10, 10], 3, [1e3, 0, 0]) == [1, 2]
+    assert deal([10], 2, [1.0, 0.0]) == [1]
+    assert deal([48, 48, 48, 112], 2) == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("batches", [0, 1, 2, 7])
+@pytest.mark.parametrize("kind", [list, iter])
+def test_shares_are_all_batches_each_once(kind: Callable[..., Any], batches: int, count: int) -> None:
+    whole = [{"input_ids": torch.full((1, 2), i)} for i in range(batches)]
+    found = [list(Share(kind(whole), number, count)) for number in range(count)]
+    assert sorted(number for own in found for number, _ in own) == list(range(1, batches + 1))
+    assert all(int(batch["input_ids"][0, 0]) == number - 1 for own in found for number, batch in own)
+    assert [Share(whole, number, count).length for number in range(count)] == [len(own) for own in found]
+
+
+def test_without_a_group_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("reduce", "send", "recv", "broadcast", "all_gather_object"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: pytest.fail("something was sent"))
+    assert (Job().count, Job().number, Job().first) == (1, 0, True)
+    assert_as_good(compute(tiny("llama"), random_batches(2), checkpoint=tmp_path / "kept"), tiny("llama"), random_batches(2))
+
+
+def test_a_group_of_one_sends_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        test_without_a_group_nothing_is_sent(monkeypatch, tmp_path)
+    finally:
+        dist.destroy_process_group()
