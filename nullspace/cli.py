@@ -28,6 +28,7 @@ except ImportError as error:
     raise SystemExit(f"the command line needs more packages: pip install 'nullspace-lora[cli]' ({error})") from None
 
 from nullspace import store, tables
+from nullspace.shards import parse_shard, what_is_missing
 
 if TYPE_CHECKING:
     from nullspace.covariances import Covariances
@@ -71,6 +72,7 @@ HiddenStates = Annotated[
 CovariancesIn = Annotated[
     Path | None, typer.Option("--covariances", help="Use what `nullspace covariances` or `merge` wrote instead of --data.")
 ]
+Partial = Annotated[bool, typer.Option("--partial", help="Take covariances though shards of their data are missing.")]
 Exclude = Annotated[
     list[Path] | None, typer.Option(help="Directory of an earlier adapter whose A the new ones are not to read; may be repeated.")
 ]
@@ -119,6 +121,7 @@ def init(
     data: Data = None,
     spaces: Annotated[Path | None, typer.Option(help="Use these null spaces (of `nullspace compute`) instead of --data.")] = None,
     covariances: CovariancesIn = None,
+    partial: Partial = False,
     field: Field = None,
     split: Split = "train",
     samples: Samples = 256,
@@ -180,8 +183,8 @@ def init(
     store.check_free(out, overwrite=overwrite)
     _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
     avoided = _row_spaces(exclude)
-    kept = None if covariances is None else Covariances.load(covariances)
-    preserved = None if preserve is None else Covariances.load(preserve)
+    kept = None if covariances is None else Covariances.load(covariances, partial=partial)
+    preserved = None if preserve is None else Covariances.load(preserve, partial=partial)
     found = None if spaces is None else NullSpaces.load(spaces)
     with _bars(quiet) as progress:
         loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, rank, progress)
@@ -248,6 +251,7 @@ def compute(
     model: Annotated[str | None, typer.Argument(help="Hub name, folder, or .gguf file; none with --covariances.")] = None,
     data: Data = None,
     covariances: CovariancesIn = None,
+    partial: Partial = False,
     field: Field = None,
     split: Split = "train",
     samples: Samples = 256,
@@ -281,7 +285,7 @@ def compute(
     avoided = _row_spaces(exclude)
     with _bars(quiet) as progress:
         if covariances is not None:
-            kept = Covariances.load(covariances)
+            kept = Covariances.load(covariances, partial=partial)
             found = NullSpaces.from_covariances(kept, rank=rank, spectrum=spectrum, exclude=avoided, progress=progress)
         else:
             assert model is not None
@@ -310,6 +314,10 @@ def covariances(
     targets: Targets = "all-linear",
     precision: Precision = "fp64",
     keep: Annotated[str, typer.Option(help="float64, or float32 for half the space and 7 digits.")] = "float64",
+    shard: Annotated[
+        str | None,
+        typer.Option(help="'i/n': every n-th batch from the i-th on, for `nullspace merge` with the others, 1/n to n/n."),
+    ] = None,
     dtype: DType = "auto",
     device: Device = None,
     offload: Offload = False,
@@ -326,11 +334,12 @@ def covariances(
     _check_sizes(samples=samples, length=length, batch_size=batch_size)
     if keep not in ("float64", "float32"):
         raise ValueError(f"--keep must be float64 or float32, not {keep!r}")
+    part = None if shard is None else parse_shard(shard)
     with _bars(quiet) as progress:
         loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, None, progress)
         batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
         run = _Run(list(chosen), strategy, hidden_states, precision)
-        found = _accumulate(loaded, batches, run, keep, out, out, fresh, overwrite, progress)
+        found = _accumulate(loaded, batches, run, keep, out, out, fresh, overwrite, progress, shard=part)
     shutil.rmtree(_beside(out, "checkpoint"), ignore_errors=True)
     facts = {"out": str(out), "model": model, "data": data, "seconds": time.perf_counter() - began}
     _show_covariances(found, as_json, quiet, facts)
@@ -345,12 +354,15 @@ def merge(
     normalise: Annotated[
         bool, typer.Option("--normalise", help="Divide each run by its trace first: several tasks that are to count alike.")
     ] = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Shards may be missing: a merge on the way, to be merged with others.")
+    ] = False,
     keep: Annotated[str, typer.Option(help="float64, or float32 for half the space and 7 digits.")] = "float64",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Add second moments: more data later, several machines, several corpora or tasks."""
+    """Add second moments: the shards of one data set, more data later, several corpora or tasks."""
     import torch
 
     from nullspace import Covariances
@@ -362,10 +374,11 @@ def merge(
         factors = None if weights is None else [float(part) for part in weights.split(",")]
     except ValueError:
         raise ValueError(f"--weights must be numbers with commas between them, not {weights!r}") from None
-    found = Covariances.merge([Covariances.load(run) for run in runs], weights=factors, normalise=normalise)
+    loaded = [Covariances.load(run, partial=True) for run in runs]
+    found = Covariances.merge(loaded, weights=factors, normalise=normalise, partial=partial)
     found.save(out, overwrite=overwrite, dtype=getattr(torch, keep))
     facts = {"out": str(out), "runs": [str(run) for run in runs], "weights": factors, "normalise": normalise}
-    _show_covariances(Covariances.load(out), as_json, quiet, facts)
+    _show_covariances(Covariances.load(out, partial=True), as_json, quiet, facts)
 
 
 @app.command()
@@ -378,7 +391,7 @@ def inspect(
     from nullspace import Covariances, NullSpaces
 
     if store.kind_of(directory) == "covariances":
-        _show_covariances(Covariances.load(directory), as_json, False, {"directory": str(directory)})
+        _show_covariances(Covariances.load(directory, partial=True), as_json, False, {"directory": str(directory)})
         return
     inner = directory / "spaces"
     _show(NullSpaces.load(inner if inner.is_dir() else directory), as_json, False, {"directory": str(directory)})
@@ -700,6 +713,8 @@ def _accumulate(
     fresh: bool,
     overwrite: bool,
     progress: Callable[..., None],
+    *,
+    shard: tuple[int, int] | None = None,
 ) -> Covariances:
     import torch
 
@@ -714,6 +729,7 @@ def _accumulate(
         into,
         **run._asdict(),
         dtype=getattr(torch, keep),
+        shard=shard,
         checkpoint=kept,
         overwrite=overwrite,
         progress=progress,
@@ -722,10 +738,13 @@ def _accumulate(
 
 def _show_covariances(covariances: Covariances, as_json: bool, quiet: bool, facts: dict[str, Any]) -> None:
     rows = tables.covariance_rows(covariances)
+    missing = what_is_missing(covariances.shards)
     if as_json:
-        _print_json({**facts, "sites": rows})
+        _print_json({**facts, "shards": [part.as_json() for part in covariances.shards], "sites": rows})
     elif not quiet:
         _show_table([tables.covariance_cells(row) for row in rows])
+        if missing:
+            stdout.print(f"\nThe sums of a part of the data: {missing} missing.", soft_wrap=True, highlight=False)
 
 
 def _show(spaces: NullSpaces, as_json: bool, quiet: bool, facts: dict[str, Any]) -> None:

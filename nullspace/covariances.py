@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from nullspace.checkpoint import Checkpoint, fingerprint_of_run
+from nullspace.checkpoint import Checkpoint, fingerprint_of_run, hash_data
 from nullspace.covariance import Covariance
 from nullspace.distributed import Job
 from nullspace.progress import Progress, reporter
+from nullspace.shards import Shards, joined, what_is_missing
+from nullspace.shares import part_of
 from nullspace.sites import Site, find_targets
 from nullspace.sitewise import Entry, Sitewise, Weights, weights_of, write_sites
 from nullspace.store import check_free, new_directory, same_fingerprint
@@ -32,6 +34,9 @@ class Covariances(Sitewise[Covariance]):
     Args:
         pairs: what `stream_covariances` yields.
         weights: module name → (d_out, d_in) and fingerprint of its weight, by which the model is known again.
+
+    Attributes:
+        shards: of which shards of which data they are the sum, where data were split (`compute_covariances(shard=…)`); else empty.
     """
 
     KIND, WHAT = "covariances", "covariance"
@@ -39,6 +44,31 @@ class Covariances(Sitewise[Covariance]):
 
     def __init__(self, pairs: Iterable[tuple[Site, Covariance]], weights: Weights | None = None) -> None:
         super().__init__(pairs, weights)
+        self.shards: tuple[Shards, ...] = ()
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], *, partial: bool = False) -> Covariances:
+        """Read what `save` wrote, checking every byte; the tensors stay in their files until they are asked for, one by one.
+
+        Args:
+            directory: of `save`, `compute_covariances` or the command line.
+            partial: take it even if shards of its data are missing.
+
+        Raises:
+            FileNotFoundError: if there is no such directory.
+            ValueError: naming the file that is missing, truncated, altered or not ours; and naming the shards that are missing.
+        """
+        found = super().load(directory)
+        missing = what_is_missing(found.shards)
+        if missing and not partial:
+            raise ValueError(
+                f"{directory} is not of all its data: {missing} missing. Merge it with these (`nullspace merge`), or take it "
+                "as it is: partial=True, --partial"
+            )
+        return found
+
+    def _take_note(self, manifest: Mapping[str, Any]) -> None:
+        self.shards = tuple(Shards.from_json(entry) for entry in manifest.get("shards", ()))
 
     @staticmethod
     def _pack(value: Covariance) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -65,21 +95,30 @@ class Covariances(Sitewise[Covariance]):
         check_dtype(dtype)
         with new_directory(directory, overwrite=overwrite) as part:
             sites = ((each.site, *each.value().state(dtype), each.weights()) for each in self._entries)
-            write_sites(part, self.KIND, sites)
+            write_sites(part, self.KIND, sites, content=_account(self.shards))
 
     @classmethod
-    def merge(cls, runs: Sequence[Covariances], *, weights: Sequence[float] | None = None, normalise: bool = False) -> Covariances:
+    def merge(
+        cls,
+        runs: Sequence[Covariances],
+        *,
+        weights: Sequence[float] | None = None,
+        normalise: bool = False,
+        partial: bool = False,
+    ) -> Covariances:
         """The second moments of all data together. Sites are added when they are asked for, one at a time.
 
         Args:
-            runs: of one model and the same layers, in any order.
+            runs: of one model and the same layers, in any order. Those of shards may be merges themselves: neither order nor
+                grouping changes more than rounding.
             weights: a positive factor a run; 1 by default. What counts is their ratio.
             normalise: divide each run's sums by their trace first, site by site, so that runs count alike however many tokens they
                 have and however loud these are: for several corpora or tasks, all of which a basis is to leave alone.
+            partial: shards of the data may be missing: a merge on the way, to be merged with others.
 
         Raises:
-            ValueError: naming what differs, for runs of different layers, sites or models; and for weights that are not positive,
-                or not one a run.
+            ValueError: naming what differs, for runs of different layers, sites or models; for weights that are not positive,
+                or not one a run; and naming the shard, if one is missing or there twice.
         """
         if not runs:
             raise ValueError("nothing to merge")
@@ -89,7 +128,19 @@ class Covariances(Sitewise[Covariance]):
         first = runs[0]
         for number, run in enumerate(runs[1:], 2):
             _check_same(first, run, number)
+        shards = joined([run.shards for run in runs])
+        missing = what_is_missing(shards)
+        if missing and not partial:
+            raise ValueError(
+                f"this is not a merge of all data: {missing} missing. Add what is missing, or say that this is a merge on the way: "
+                "partial=True, --partial"
+            )
+        unequal = normalise or any(weight != weights[0] for weight in weights)
+        lacking = next((n for n, run in enumerate(runs, start=1) if what_is_missing(run.shards)), None)
+        if unequal and lacking is not None:
+            raise ValueError(f"run {lacking} is a part of its data: merge its shards first, and weigh or normalise the sum of them")
         found = cls(())
+        found.shards = shards
         found._set_entries(
             _Sum(entry.site, [run._of[entry.site.name] for run in runs], weights, normalise) for entry in first._entries
         )
@@ -139,6 +190,7 @@ def compute_covariances(
     strategy: str = "auto",
     precision: str | Mapping[str, str] = "fp64",
     dtype: torch.dtype = torch.float64,
+    shard: tuple[int, int] | None = None,
     device: torch.device | str | None = None,
     hidden_states: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
@@ -156,6 +208,9 @@ def compute_covariances(
         out: must not exist yet, or be empty. 4 · d_in² bytes a site (float64).
         precision: as there. `"fp64"` by default: what a later rank or merge will ask of the sums is not known yet.
         dtype: of the files: see `Covariances.save`.
+        shard: (i, n): of the loader's batches only every n-th, beginning with the i-th (from 1), for jobs that know nothing of each
+            other and whose sums are merged afterwards (`Covariances.merge`). All must be given the same batches, which are read
+            to their end once more, to know them again. Where processes work together too, they split the shard.
         checkpoint: a directory for what is finished: a run that was cut off and is called again goes on behind it. It takes as
             much space as `out`. The caller deletes it.
         overwrite: replace an earlier directory of ours.
@@ -165,7 +220,8 @@ def compute_covariances(
         The covariances, to be read from `out` when they are asked for.
 
     Raises:
-        ValueError: as `nullspace.stream_covariances`; and for a checkpoint of another run.
+        ValueError: as `nullspace.stream_covariances`; for a checkpoint of another run; and for a shard that does not exist, or has
+            no batch, or is asked for with a loader that can be read only once or is a share already.
         FileExistsError: if `out` is in the way.
         OSError: if it cannot be written; then nothing is left behind.
     """
@@ -177,6 +233,10 @@ def compute_covariances(
             targets = list(targets)
         check_options(strategy, precision, hidden_states)
         modules = find_targets(model, targets)
+        shards: tuple[Shards, ...] = ()
+        if shard is not None:
+            loader, part = _sharded(loader, *shard)
+            shards = (part,)
         if strategy == "auto":
             strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states, job=job)
             device, hidden_states = (None, "auto") if strategy == "resident" else (device, hidden_states)
@@ -221,9 +281,26 @@ def compute_covariances(
                 report("covariances", len(done), len(modules), 0)
                 del tensors
 
-        with torch.inference_mode(False), job.new_directory(out, overwrite=overwrite) as part:
-            write_sites(Path(part), Covariances.KIND, sites(), job=job, order=list(modules))
+        with torch.inference_mode(False), job.new_directory(out, overwrite=overwrite) as folder:
+            write_sites(Path(folder), Covariances.KIND, sites(), content=_account(shards), job=job, order=list(modules))
         return Covariances._open(out, check=job.first)
+
+
+def _sharded(loader: Iterable[Any], number: int, count: int) -> tuple[Iterable[Any], Shards]:
+    """One shard of a loader, and which one it is."""
+    if isinstance(loader, Iterator):
+        raise ValueError("a shard needs a loader that can be read more than once: a list or a DataLoader, not an iterator")
+    part = part_of(loader, number, count)
+    whole = hash_data(loader)
+    if whole["batches"] < number:
+        raise ValueError(f"shard {number}/{count} has no batch: there are {whole['batches']}. Ask for no more shards than that")
+    return part, Shards((whole["content"], whole["batches"]), count, (number,))
+
+
+def _account(shards: Iterable[Shards]) -> dict[str, Any]:
+    """What a manifest says of them: nothing if there are none."""
+    entries = [part.as_json() for part in shards]
+    return {"shards": entries} if entries else {}
 
 
 def check_dtype(dtype: torch.dtype) -> None:

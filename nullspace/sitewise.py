@@ -235,7 +235,11 @@ class Sitewise(Mapping[str, T], Generic[T]):
             store.check_file(directory, entry["file"], manifest)
         found = cls(())
         found._set_entries(_Stored(Path(directory), entry, manifest, cls._unpack) for entry in manifest["sites"])
+        found._take_note(manifest)
         return found
+
+    def _take_note(self, manifest: Mapping[str, Any]) -> None:
+        """Of what a subclass keeps in the manifest beside the sites."""
 
 
 def write_sites(

@@ -502,6 +502,17 @@ def each_writes_its_own_sites(rank: int, count: int, folder: Path) -> None:
         store.write_tensors = before
 
 
+@check(2)
+def a_shard_is_split_between_them(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(5, padding="right")
+    parts = [compute_covariances(model, batches, folder / str(i), shard=(i, 2), progress=False) for i in (1, 2)]
+    assert [part.shards[0].numbers for part in parts] == [(1,), (2,)]
+    found, expected = Covariances.merge(parts), stream(model, batches, precision="fp64", job=Job.alone())
+    for site, total in expected.items():
+        assert found[site.name].tokens == total.tokens
+        assert relative_error(found[site.name].matrix(), total.matrix()) <= ROUNDING
+
+
 @check(2, 3)
 def a_checkpoint_is_filled_together_and_read_by_all(rank: int, count: int, folder: Path) -> None:
     model, batches = tiny("llama"), random_batches(10)
