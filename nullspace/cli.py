@@ -2,6 +2,8 @@
 
 What a person reads goes to standard output as tables, or with `--json` as one JSON document; progress and warnings go to standard
 error. Exit codes: 0 done, 1 the machine failed (disk, memory), 2 the input was wrong, 130 interrupted.
+
+Under `torchrun`, `init`, `compute` and `covariances` calibrate together; the first process prints and writes what is one thing.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -88,29 +91,82 @@ def main() -> None:
 
 
 def _exits(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors into one line on standard error and an exit code."""
+    """Turn errors into one line on standard error and an exit code. Under `torchrun`, join the other processes, and be quiet."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        with _warnings_as_lines():
+        with _warnings_as_lines(), _joined(together=command.__name__ in TOGETHER) as takes_part:
             try:
-                command(*args, **kwargs)
+                if takes_part:
+                    command(*args, **kwargs)
             except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-                stderr.print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True)
+                _say(error, "error")
                 raise typer.Exit(2) from None
             except (OSError, MemoryError) as error:
-                stderr.print(f"[bold red]failed:[/] {_escaped(error)}", soft_wrap=True)
+                _say(error, "failed")
                 raise typer.Exit(1) from None
             except RuntimeError as error:
-                if "out of memory" not in str(error):
+                if "out of memory" not in str(error) and not _is_everyones(error):
                     raise
-                stderr.print(f"[bold red]failed:[/] {_escaped(error)}", soft_wrap=True)
+                _say(error, "failed")
                 raise typer.Exit(1) from None
             except KeyboardInterrupt:
                 stderr.print("interrupted; the same command goes on where this one was")
                 raise typer.Exit(130) from None
 
     return wrapped
+
+
+TOGETHER = ("init", "compute", "covariances")
+
+
+@contextlib.contextmanager
+def _joined(*, together: bool) -> Iterator[bool]:
+    """Whether this process has a part in the command; inside, it is in the group that `torchrun` has started, if it has."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
+        yield True
+        return
+    first = int(os.environ["RANK"]) == 0
+    stdout.quiet = stderr.quiet = not first
+    if not together:
+        yield first
+        return
+    import torch
+    import torch.distributed as dist
+
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    own_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > local
+    if own_gpu:
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if own_gpu else "gloo")
+    try:
+        yield True
+    finally:
+        dist.destroy_process_group()
+
+
+def _is_first() -> bool:
+    """Whether this process prints, and writes what one process alone has to write."""
+    return not stdout.quiet
+
+
+def _is_everyones(error: BaseException) -> bool:
+    """Whether all processes have this error."""
+    if "torch" not in sys.modules:
+        return False
+    from nullspace.distributed import was_told
+
+    return was_told(error)
+
+
+def _say(error: BaseException, what: str) -> None:
+    """Print an error; of several processes that have it, the first one does."""
+    if not _is_first():
+        time.sleep(2)  # by then the first one has printed its own, if it has any, and whoever exits first ends the others
+        if _is_everyones(error):
+            return
+        stderr.quiet = False
+    stderr.print(f"[bold red]{what}:[/] {_escaped(error)}", soft_wrap=True)
 
 
 @app.command()
@@ -180,6 +236,8 @@ def init(
         raise ValueError("--spectrum belongs to null spaces that are being computed")
     if (preserve is None) == ("preserve" in needs):
         raise ValueError("'sc-lora' needs --preserve, and no other method takes it")
+    if data is None and not _is_first():
+        return
     store.check_free(out, overwrite=overwrite)
     _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
     avoided = _row_spaces(exclude)
@@ -196,6 +254,8 @@ def init(
                 found = _compute(loaded, batches, run, rank, spectrum, avoided, out, fresh, progress)
             else:
                 kept = _accumulate(loaded, batches, run, "float64", _beside(out, "covariances"), out, fresh, True, progress)
+            if not _is_first():
+                return
         elif "spaces" in needs and found is None:
             assert kept is not None
             found = NullSpaces.from_covariances(kept, rank=rank, spectrum=spectrum, exclude=avoided, progress=progress)
@@ -232,9 +292,6 @@ def init(
             overwrite=overwrite,
             progress=progress,
         )
-    if data is not None:
-        for what in ("checkpoint", "covariances"):
-            shutil.rmtree(_beside(out, what), ignore_errors=True)
     facts = {"out": str(out), **record, "model": model, "seconds": time.perf_counter() - began}
     if found is not None:
         _show(found, as_json, quiet, facts)
@@ -242,6 +299,9 @@ def init(
         _print_json({**facts, "layers": len(chosen)})
     if not (as_json or quiet):
         stdout.print(_next_steps(out, model, residual=METHODS[method].changes_base), highlight=False, soft_wrap=True)
+    if data is not None:  # until now, several processes' null spaces were read from there
+        for what in ("checkpoint", "covariances"):
+            shutil.rmtree(_beside(out, what), ignore_errors=True)
 
 
 @app.command()
@@ -280,6 +340,8 @@ def compute(
         raise ValueError("give MODEL and --data, or --covariances")
     if covariances is not None and (model is not None or data is not None):
         raise ValueError("--covariances needs neither MODEL nor --data: leave them out")
+    if data is None and not _is_first():
+        return
     store.check_free(out, overwrite=overwrite)
     _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
     avoided = _row_spaces(exclude)
@@ -293,11 +355,13 @@ def compute(
             batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
             run = _Run(list(chosen), strategy, hidden_states, precision)
             found = _compute(loaded, batches, run, rank, spectrum, avoided, out, fresh, progress)
+    if not _is_first():
+        return
     found.save(out, overwrite=overwrite)
-    if covariances is None:
-        shutil.rmtree(_beside(out, "checkpoint"), ignore_errors=True)
     source = str(covariances) if covariances is not None else data
     _show(found, as_json, quiet, {"out": str(out), "model": model, "data": source, "seconds": time.perf_counter() - began})
+    if covariances is None:
+        shutil.rmtree(_beside(out, "checkpoint"), ignore_errors=True)
 
 
 @app.command()
@@ -340,6 +404,8 @@ def covariances(
         batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
         run = _Run(list(chosen), strategy, hidden_states, precision)
         found = _accumulate(loaded, batches, run, keep, out, out, fresh, overwrite, progress, shard=part)
+    if not _is_first():
+        return
     shutil.rmtree(_beside(out, "checkpoint"), ignore_errors=True)
     facts = {"out": str(out), "model": model, "data": data, "seconds": time.perf_counter() - began}
     _show_covariances(found, as_json, quiet, facts)
@@ -809,7 +875,7 @@ def _warnings_as_lines() -> Iterator[None]:
 @contextlib.contextmanager
 def _bars(quiet: bool) -> Iterator[Callable[[str, int, int | None, int], None]]:
     """A `nullspace.progress.Progress` that draws one bar a stage on standard error."""
-    if quiet:
+    if quiet or not _is_first():
         yield lambda stage, done, total, tokens: None
         return
     columns = (

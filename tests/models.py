@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
 from torch import nn
@@ -184,3 +186,26 @@ def random_batches(
                 mask[row, slice(None, pad) if padding == "left" else slice(length - pad, None)] = 0
         made.append({"input_ids": torch.where(mask.bool(), ids, 1), "attention_mask": mask})
     return made
+
+
+def write_checkpoint(folder: Path) -> None:
+    """A random two-layer Llama with a byte-level tokenizer."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<eos>", "<pad>", *alphabet])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)

@@ -8,6 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +24,14 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate.data_loader import prepare_data_loader
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
+from typer.testing import CliRunner
 
-from models import random_batches, tiny
+from models import random_batches, tiny, write_checkpoint
 from nullspace import Covariance, Covariances, NullSpaces, Site, compute_covariances, compute_null_spaces, store, stream_covariances
+from nullspace.cli import app
 from nullspace.distributed import Job, deal
 from nullspace.shares import Share, is_share
 from processes import outcomes
@@ -562,6 +571,40 @@ def another_number_of_processes_goes_on(rank: int, count: int, folder: Path) -> 
             assert relative_error(found[site.name].matrix(), total.matrix()) <= ROUNDING
 
 
+@check(2)  # the last one: it leaves the group
+def the_command_line_speaks_with_one_voice(rank: int, count: int, folder: Path) -> None:
+    with contextlib.ExitStack() as free:
+        sockets = [free.enter_context(socket.socket()) for _ in range(3)]
+        for each in sockets:
+            each.bind(("localhost", 0))
+        ports = iter(Job().exchange([each.getsockname()[1] for each in sockets])[0])  # one for each time that they meet
+    dist.destroy_process_group()
+    os.environ.update(WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="localhost")
+    model, data = folder / f"model-{rank}", folder / f"data-{rank}.txt"
+    write_checkpoint(model)
+    data.write_text("All that is gold does not glitter. " * 30)
+
+    def run(*arguments: Any) -> Any:
+        os.environ["MASTER_PORT"] = str(next(ports))
+        small = ["--data", data, "--samples", "5", "--length", "64", "--batch-size", "1", "--targets", "q_proj"]
+        result = CliRunner().invoke(app, list(map(str, [arguments[0], model, *small, *arguments[1:]])))
+        assert rank == 0 or result.output == ""
+        return result
+
+    for command in ("compute", "covariances"):
+        options = ["--rank", "4"] if command == "compute" else []
+        done = run(command, "--out", folder / command, "--json", *options)
+        assert done.exit_code == 0
+        assert rank != 0 or {site["tokens"] for site in json.loads(done.stdout)["sites"]} == {5 * 64}
+    if rank == 1:
+        data.write_text("Not all those who wander are lost. " * 30)
+    done = run("compute", "--out", folder / "no", "--rank", "4")
+    assert done.exit_code == 2
+    assert rank != 0 or " ".join(done.output.split()).count("data is not the same on all ranks") == 1
+    assert CliRunner().invoke(app, ["inspect", str(folder / "compute")]).output == "" or rank == 0
+    assert not list(folder.glob("*.part"))
+
+
 @pytest.mark.parametrize(("count", "name"), [(count, name) for count, names in CHECKS.items() for name in names])
 def test_together(said: Callable[[int], dict[str, list[str]]], name: str, count: int) -> None:
     found = said(count)
@@ -615,3 +658,38 @@ def test_a_group_of_one_sends_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path:
         test_without_a_group_nothing_is_sent(monkeypatch, tmp_path)
     finally:
         dist.destroy_process_group()
+
+
+# ---- the command line
+
+
+def torchrun(*arguments: Any, count: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "nullspace"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+
+
+def products(adapter: Path) -> dict[str, torch.Tensor]:
+    """Layer → B A."""
+    factors = load_file(adapter / "adapter_model.safetensors")
+    return {name: factors[name.replace("lora_A", "lora_B")] @ a for name, a in factors.items() if "lora_A" in name}
+
+
+def test_torchrun_makes_the_adapter_of_one_process(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    data, letters = tmp_path / "data.txt", random.Random(0)
+    data.write_text("".join(chr(letters.randrange(32, 0x3000)) for _ in range(1000)))  # every byte: no basis is a matter of chance
+    small = ["--data", data, "--samples", "15", "--length", "128", "--rank", "8", "--batch-size", "2", "--json"]
+    small += ["--precision", "fp64"]  # float32 chains are of other tokens in each process, and turn the basis by their rounding
+    done = torchrun("init", tiny_checkpoint, "--out", tmp_path / "two", *small)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)  # of one process
+    one = CliRunner().invoke(app, ["init", str(tiny_checkpoint), "--out", str(tmp_path / "one"), *map(str, small)])
+    assert one.exit_code == 0, one.output
+    assert [site["tokens"] for site in told["sites"]] == [site["tokens"] for site in json.loads(one.stdout)["sites"]]
+    ours, theirs = products(tmp_path / "two" / "adapter"), products(tmp_path / "one" / "adapter")
+    assert ours.keys() == theirs.keys()
+    assert max(relative_error(ours[name], product) for name, product in theirs.items()) <= 1e-6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.txt", "one", "two"]  # no checkpoint, no parts
+    assert NullSpaces.load(tmp_path / "two" / "spaces").sites == NullSpaces.load(tmp_path / "one" / "spaces").sites
