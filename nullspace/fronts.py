@@ -152,8 +152,8 @@ def at_task_loss(points: Sequence[tuple[float, float]], target: float) -> float 
     """Forgetting where a path of (task loss, forgetting) first comes down to a task loss, linear between its points.
 
     Example:
-        >>> at_task_loss([(2.0, 0.0), (1.5, 0.1), (1.0, 0.5)], 1.25)
-        0.3
+        >>> at_task_loss([(2.0, 0.0), (1.5, 0.25), (1.0, 0.75)], 1.25)
+        0.5
         >>> at_task_loss([(2.0, 0.0), (1.5, 0.1)], 1.25) is None
         True
     """

@@ -303,7 +303,7 @@ def without_b(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], "give at least one of --covariances, --spaces and --adapter"),
+        ([], "give at least one of --covariances, --spaces, --adapter and --study"),
         (["--covariances", "none"], "none is not a directory"),
         (["--covariances", "SPACES"], "describes 'spaces', not 'covariances'"),
         (["--covariances", "DAMAGED"], "bytes and should have"),
