@@ -188,7 +188,7 @@ def test_the_command(
 ) -> None:
     sizes = "--rank 4 --samples 8 --length 64 --steps 2 --windows 2 --window 64 --examples 4 --questions 3 --answered 2"
     command = f"preservation --reduced --model {tiny_checkpoint} --data {data} --out {tmp_path} --workers 2 {sizes}"
-    command += " --max-length 128 --methods lora lora-null-v2 --sigma-scales 1 4 --learning-rates 1e-2 --seeds 5"
+    command += " --max-length 128 --methods lora lora-null-v2 --sigma-scales 1 4 --learning-rates 1e-2 --seeds 5 --report"
     monkeypatch.chdir(Path(__file__).resolve().parents[1])
     monkeypatch.setattr(sys, "argv", command.split())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -198,6 +198,9 @@ def test_the_command(
     assert "knowledge lost at a task loss of" in said
     found = fronts.read_study(tmp_path / fronts.RESULTS)
     assert {(run["variant"], run["seed"]) for run in found.runs} == {("lora", 5), ("lora-null-v2", 5), ("lora-null-v2 x4", 5)}
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(title in page for title in ("What was forgotten", "Leak and gap", "lora-null-v2 x4", "learning rate 0.01"))
+    assert "Left out here" not in page
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {row["variant"] for row in summary["equal_loss"]["knowledge"]} == {"lora", "lora-null-v2", "lora-null-v2 x4"}
     monkeypatch.setattr(sys, "argv", ["preservation", "--out", str(tmp_path), "--compare", str(tmp_path)])
