@@ -613,13 +613,13 @@ def main() -> None:
         return
     rates = options.learning_rates or ([1.25e-4, 5e-4, 2e-3] if options.reduced else [2e-5, 1e-4, 5e-4])
     settings = settings_of(options)
-    begin(settings, options.out)
-    if options.unit:
+    if options.unit:  # of a process that has begun: only one may mend the file, and none while others write
         method, sigma, seed = options.unit
         first = int(seed) == options.seeds[0]
         count = run_unit(settings, options.out, Variant(method, float(sigma)), int(seed), rates, first)
         print(json.dumps({"runs": count}))
         return
+    begin(settings, options.out)
     began = time.perf_counter()
     prepare(settings, options.out, options.methods)
     print(f"base and calibration: {time.perf_counter() - began:.0f} s", flush=True)
