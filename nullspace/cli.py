@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -45,6 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 stdout, stderr = Console(), Console(stderr=True)
+_documents: list[str] = []  # what `--json` is to print
 
 Model = Annotated[str, typer.Argument(help="Hub name, folder, or .gguf file.")]
 Data = Annotated[
@@ -98,7 +100,12 @@ def _exits(command: Callable[..., None]) -> Callable[..., None]:
         with _warnings_as_lines(), _joined(together=command.__name__ in TOGETHER) as takes_part:
             try:
                 if takes_part:
-                    command(*args, **kwargs)
+                    _documents.clear()
+                    # Whatever other libraries print (DeepSpeed's log, on import) is no part of the document.
+                    with contextlib.redirect_stdout(sys.stderr) if kwargs.get("as_json") else contextlib.nullcontext():
+                        command(*args, **kwargs)
+                    while _documents:
+                        typer.echo(_documents.pop(0))
             except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
                 _say(error, "error")
                 raise typer.Exit(2) from None
@@ -118,6 +125,7 @@ def _exits(command: Callable[..., None]) -> Callable[..., None]:
 
 
 TOGETHER = ("init", "compute", "covariances")
+LINGERING = 10  # seconds
 
 
 @contextlib.contextmanager
@@ -139,10 +147,23 @@ def _joined(*, together: bool) -> Iterator[bool]:
     if own_gpu:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if own_gpu else "gloo")
+    signal.signal(signal.SIGTERM, _linger)
     try:
         yield True
     finally:
         dist.destroy_process_group()
+
+
+def _linger(*_: Any) -> None:
+    """`torchrun` ends everybody as soon as one is lost: stay long enough to say who, and where that was."""
+
+    def end(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, end)
+    signal.alarm(LINGERING)
 
 
 def _is_first() -> bool:
@@ -163,7 +184,7 @@ def _say(error: BaseException, what: str) -> None:
     """Print an error; of several processes that have it, the first one does."""
     if not _is_first():
         time.sleep(2)  # by then the first one has printed its own, if it has any, and whoever exits first ends the others
-        if _is_everyones(error):
+        if _is_everyones(error) and not getattr(error, "speaks", False):
             return
         stderr.quiet = False
     stderr.print(f"[bold red]{what}:[/] {_escaped(error)}", soft_wrap=True)
@@ -843,7 +864,8 @@ def _next_steps(out: Path, model: str, *, residual: bool) -> str:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+    """Once the command is through."""
+    _documents.append(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def _versions() -> dict[str, str]:

@@ -13,14 +13,21 @@ What goes from process to process, in an order that is the same for all:
   O(d) numbers. Roots (`precision="qr"`) cannot be added: they meet pairwise, each as large as a triangle, in ⌈log₂ n⌉ rounds of a
   QR decomposition (Demmel et al. 2012, arXiv 0808.2664).
 
-All sites that are known at one time are reduced before the first of them is solved: the owners then solve at the same time.
+All sites that are known at one time are reduced before the first of them is solved: the owners then solve at the same time. The
+reductions of one block are under way while the next block's forward pass runs.
+
+A process that is lost cannot be told anything. Each leaves word in the group's store of what it is about; whoever finds the others
+gone calls the roll there, and its error names who has not answered, and where that was last.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +54,21 @@ KINDS: tuple[type[Exception], ...] = (
     RuntimeError,
 )
 EMPTY = "the loader is empty: there is nothing to calibrate on"
+# How long whoever has lost the others waits for them to answer the roll.
+ROLL_CALL = datetime.timedelta(seconds=5)
+
+
+class RankLost(RuntimeError):
+    """A process has died, or does not answer in the time that the group gives it.
+
+    Args:
+        text: naming it, and where it was last heard of.
+        speaks: whether this process is the first of those that are left, which speaks for them.
+    """
+
+    def __init__(self, text: str, *, speaks: bool = True) -> None:
+        super().__init__(text)
+        self.speaks = speaks
 
 
 class Job:
@@ -74,14 +96,16 @@ class Job:
         self.count = dist.get_world_size(group) if joined else 1
         self.split = split
         self._loads = [0.0] * self.count
+        self._store = _default_store() if self.count > 1 else None
         if self.number < 0:
             raise ValueError("this process is not in the group")
+        self.at("its preparations")
 
     @classmethod
     def alone(cls) -> Job:
         """This process without others, whatever group it is in: for what one of them does for itself."""
         job = cls()
-        job.number, job.count, job._loads = 0, 1, [0.0]
+        job.number, job.count, job._loads, job._store = 0, 1, [0.0], None
         return job
 
     @property
@@ -135,12 +159,69 @@ class Job:
         more = f" (and {len(failed) - 1} more ranks failed)" if len(failed) > 1 else ""
         raise _marked(KINDS[kind](f"rank {number}: {text}{more}")) from error
 
+    # ---- those that are lost
+
+    def at(self, what: str) -> None:
+        """Leave word of what this process is about, in case that it is lost there."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # the next exchange will tell
+                self._store.set(_AT.format(self._global(self.number)), what)
+
     @contextlib.contextmanager
     def _in_touch(self, what: str) -> Iterator[None]:
+        """Around what the others take part in: an error there is nobody's but the network's, and is raised with their names."""
         try:
             yield
         except RuntimeError as error:  # a process that is gone cannot be told anything: nobody is to try
-            raise _marked(RuntimeError(f"rank {self.number} of {self.count} has lost the others in {what}: {error}")) from error
+            missing, who = self._missing()
+            text = f"rank {self.number} of {self.count} has lost {who} in {what}: {error}"
+            left = min((k for k in range(self.count) if k not in missing), default=self.number)
+            raise _marked(RankLost(text, speaks=self.number == left)) from error
+
+    def _missing(self) -> tuple[list[int], str]:
+        """Who does not answer the roll, and the same in words."""
+        if self._store is None:
+            return [], "the others"
+        until = time.monotonic() + ROLL_CALL.total_seconds()
+        try:
+            self._store.set(_HERE.format(self._global(self.number)), "")
+            missing = [k for k in range(self.count) if k != self.number and not self._answers(k, until)]
+            words = [f"rank {k} ({self._last_word(k)})" for k in missing]
+        except RuntimeError:
+            return [], "the others, and the store of their group with them (rank 0 keeps it, if torchrun does not)"
+        if not missing:
+            return [], "the others, all of which have said so too"
+        return missing, " and ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
+
+    def _answers(self, number: int, until: float) -> bool:
+        assert self._store is not None
+        left = datetime.timedelta(seconds=max(until - time.monotonic(), 0.05))
+        try:
+            self._store.wait([_HERE.format(self._global(number))], left)
+        except RuntimeError:
+            self._store.num_keys()  # raises if it is the store that is gone
+            return False
+        return True
+
+    def _last_word(self, number: int) -> str:
+        assert self._store is not None
+        key = _AT.format(self._global(number))
+        return f"last heard of in {self._store.get(key).decode()}" if self._store.check([key]) else "never heard of"
+
+    @contextlib.contextmanager
+    def _untold(self, what: str) -> Iterator[None]:
+        """Around what this process does between two reductions, when the others would take a word for a number.
+
+        They wait for it, in vain, until it ends or their time runs out.
+        """
+        try:
+            yield
+        except Exception as error:
+            if was_told(error):
+                raise
+            raise _marked(
+                KINDS[_kind_of(error)](f"rank {self.number}: {error} (in {what}; the other ranks wait for it, and are to be ended)")
+            ) from error
 
     # ---- the data
 
@@ -173,16 +254,21 @@ class Job:
         everywhere = set.intersection(*map(set, self.exchange(list(sums.silent))))
         return {name: module for name, module in sums.silent.items() if name in everywhere}
 
-    def release(self, sums: Listener) -> Iterator[tuple[Site, Covariance]]:
-        """The sites that this process owns, with the sums of all processes, in the order in which they were first called.
+    def reduce(self, sums: Listener) -> Iterator[tuple[Site, Covariance]]:
+        """Begin to add up the sums of all processes, and give them out of hand.
+
+        Reductions run on by themselves until what is returned is drawn. Everything else that the processes do together in the
+        meantime, they have to do in the same order.
+
+        Returns:
+            The sites that this process owns, with the sums of all, in the order in which they were first called.
 
         Raises:
             ValueError: naming the layer and the processes, if an input is shared in one and not in the other; or if there is no
                 token at a site in any of them.
         """
         if self.count == 1:
-            yield from sums.release()
-            return
+            return sums.release()
         sums.flush()  # what it raises must be raised before the first reduction
         own = [(site, c.tokens, c.device.type) for site, c in sums.peek()]
         heard = _all_sites(self.exchange(own))
@@ -192,46 +278,55 @@ class Job:
         owners = deal([site.d_in for site in heard], self.count, self._loads)
         for site, owner in zip(heard, owners, strict=True):
             self._loads[owner] += float(site.d_in) ** 3
-        kept: list[tuple[Site, Covariance]] = []
+        arriving: list[_Arriving] = []
         for (site, (_, kind)), owner in zip(heard.items(), owners, strict=True):
-            total = self._add_up(sums, site, torch.device(kind), owner)
-            if total is not None:
-                kept.append((site, total))
-            del total
-        while kept:
-            yield kept.pop(0)
+            what = f"the reduction of {site.name!r}"
+            self.at(what)
+            with self._untold(what):
+                arriving.append(self._send(sums.take(site, torch.device(kind)), site, owner, what))
+        return self._arrivals(arriving)
 
-    def _add_up(self, sums: Listener, site: Site, device: torch.device, owner: int) -> Covariance | None:
-        """The sum over all processes, at the owner; None elsewhere. This process's own part is given up for it."""
-        covariance = sums.take(site, device)
+    def _send(self, covariance: Covariance, site: Site, owner: int, what: str) -> _Arriving:
+        """This process's part of a sum, on its way to the owner: `covariance` is not to be used any more."""
         device, precision = covariance.device, covariance.precision
         if precision == "qr":
-            return self._fold(covariance, site, owner)
+            return _Arriving(site, what, whole=self._fold(covariance, owner, what))
         facts, tensors = covariance.state()
         del covariance
-        vector = _packed(facts, tensors)
+        vector = _packed(facts, tensors).to(self._device)
         del tensors
-        vector = vector.to(self._device)
-        with self._in_touch(f"the reduction of {site.name!r}"):
-            dist.reduce(vector, self._global(owner), op=dist.ReduceOp.SUM, group=self._group)
-        if owner != self.number:
-            return None
-        return Covariance.from_state(*_unpacked(vector.to(device), facts, "triangle"), device=device, precision=precision)
+        with self._in_touch(what):
+            work = dist.reduce(vector, self._global(owner), op=dist.ReduceOp.SUM, group=self._group, async_op=True)
+        unpack = functools.partial(_total, facts, device, precision) if owner == self.number else None
+        return _Arriving(site, what, work=work, vector=vector, unpack=unpack)
 
-    def _fold(self, covariance: Covariance, site: Site, owner: int) -> Covariance | None:
+    def _arrivals(self, arriving: list[_Arriving]) -> Iterator[tuple[Site, Covariance]]:
+        here: list[_Arriving] = []
+        while arriving:  # all of them, before the first is solved
+            each = arriving.pop(0)
+            with self._in_touch(each.what):
+                each.wait()
+            if each.own:
+                here.append(each)
+        while here:
+            each = here.pop(0)
+            self.at(f"the work on {each.site.name!r}")
+            yield each.site, each.take()
+
+    def _fold(self, covariance: Covariance, owner: int, what: str) -> Covariance | None:
         place, step = (self.number - owner) % self.count, 1
         while step < self.count:
             if place % (2 * step):
                 facts, tensors = covariance.state()
                 del covariance
-                with self._in_touch(f"the reduction of {site.name!r}"):
+                with self._in_touch(what):
                     dist.send(_packed(facts, tensors).to(self._device), self._at(owner + place - step), group=self._group)
                 return None
             if place + step < self.count:
                 facts, tensors = covariance.state()
                 vector = _packed(facts, tensors).to(self._device)
                 del tensors
-                with self._in_touch(f"the reduction of {site.name!r}"):
+                with self._in_touch(what):
                     dist.recv(vector, self._at(owner + place + step), group=self._group)
                 covariance.merge(Covariance.from_state(*_unpacked(vector, facts, "root"), device=covariance.device))
                 del vector
@@ -281,6 +376,45 @@ class Job:
         return self._global(number % self.count)
 
 
+class _Arriving:
+    """A site whose sums are being added up: at its owner the total, elsewhere nothing, is what comes of it."""
+
+    def __init__(
+        self,
+        site: Site,
+        what: str,
+        *,
+        whole: Covariance | None = None,
+        work: Any = None,
+        vector: torch.Tensor | None = None,
+        unpack: Callable[[torch.Tensor], Covariance] | None = None,
+    ) -> None:
+        self.site, self.what = site, what
+        self._whole, self._work, self._vector, self._unpack = whole, work, vector, unpack
+
+    @property
+    def own(self) -> bool:
+        """Whether the total comes to this process."""
+        return self._whole is not None or self._unpack is not None
+
+    def wait(self) -> None:
+        """Until the reduction is done."""
+        if self._work is not None:
+            self._work.wait()
+        self._work = None
+        if not self.own:
+            self._vector = None
+
+    def take(self) -> Covariance:
+        """The total, given out of hand."""
+        if self._whole is None:
+            assert self._unpack is not None
+            assert self._vector is not None
+            self._whole, self._vector = self._unpack(self._vector), None
+        whole, self._whole = self._whole, None
+        return whole
+
+
 def deal(widths: Sequence[int], count: int, loads: Sequence[float] = ()) -> list[int]:
     """Which of `count` processes solves which site: the largest first, each to whoever has least to do.
 
@@ -304,6 +438,15 @@ def deal(widths: Sequence[int], count: int, loads: Sequence[float] = ()) -> list
         owners[index] = min(range(count), key=work.__getitem__)
         work[owners[index]] += float(widths[index]) ** 3
     return owners
+
+
+_AT, _HERE = "nullspace/at/{}", "nullspace/here/{}"
+
+
+def _default_store() -> dist.Store | None:
+    """Of the default process group."""
+    get = getattr(dist.distributed_c10d, "_get_default_store", None)
+    return None if get is None else get()
 
 
 def was_told(error: BaseException | None) -> bool:
@@ -359,6 +502,11 @@ def _packed(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> to
     large = next(tensor for name, tensor in tensors.items() if name != "total")
     numbers = [facts["tokens"], facts["mass"], facts["outliers"], *facts["sums"].values()]
     return torch.cat([large, tensors["total"], torch.tensor(numbers, dtype=torch.float64, device=large.device)])
+
+
+def _total(facts: Mapping[str, Any], device: torch.device, precision: str, vector: torch.Tensor) -> Covariance:
+    """The sums that a reduced vector holds, where they were made."""
+    return Covariance.from_state(*_unpacked(vector.to(device), facts, "triangle"), device=device, precision=precision)
 
 
 def _unpacked(vector: torch.Tensor, like: Mapping[str, Any], large: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

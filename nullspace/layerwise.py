@@ -95,12 +95,15 @@ def stream_by_block(
                 del leaves
         job.check_share(share)
         behind = job.silent(ahead)
-        yield from job.release(ahead)
+        arriving = job.reduce(ahead)
+        if job.count == 1:
+            yield from arriving
         needed = len(chain.blocks) if behind else 1 + max((i for i, own in enumerate(inside) if own), default=-1)
         steps = needed * len(masks)
         report("forward", 0, steps, 0)
         for index in range(needed):
             began = time.perf_counter()
+            job.at(f"the forward pass of {chain.names[index]!r}")
             sums = Listener(inside[index], precision)
             loaded = ready or Loaded(chain.blocks[index], chain.device_of(index))
             ready = Loaded(chain.blocks[index + 1], chain.device_of(index + 1)) if index + 1 < needed else None
@@ -121,7 +124,12 @@ def stream_by_block(
                     report("forward", step, steps, tokens * step // steps)
             refuse_silent(job.silent(sums))
             _log(chain.names[index], time.perf_counter() - began, tokens, chain.device_of(index))
-            yield from job.release(sums)
+            yield from arriving  # of the block before, which were reduced during this one's forward pass
+            arriving = job.reduce(sums)
+            del sums
+            if job.count == 1:  # nothing to wait for
+                yield from arriving
+        yield from arriving
         if behind:
             heard = {name: module for name, module in outside.items() if name not in behind}
             around = Loaded(model, chain.device_of(-1), but=unused)
@@ -167,7 +175,7 @@ def _tail(
             chain.finish(number, arguments, options)
             sums.end_batch()
     refuse_silent(job.silent(sums))
-    yield from job.release(sums)
+    yield from job.reduce(sums)
 
 
 def _divide(

@@ -169,7 +169,7 @@ class Sitewise(Mapping[str, T], Generic[T]):
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites, in the order in which the model called them."""
+        """The sites, in the order in which the run that made them gave them."""
         return tuple(entry.site for entry in self._entries)
 
     def check(self, name: str, module: nn.Module) -> None:

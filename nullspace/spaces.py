@@ -441,7 +441,7 @@ def compute_null_spaces(
         job: which processes work together; by default those of the default process group, if one is initialised.
 
     Returns:
-        A mapping from module name to `NullSpace`. Of several processes without a checkpoint, each holds all bases,
+        A mapping from module name to `NullSpace`, in the model's own order. Of several processes without a checkpoint, each holds all bases,
         8 · d_in · rank bytes a site.
 
     Raises:
@@ -564,11 +564,11 @@ def compute_null_spaces(
         if job.first:
             _warn_of_few_tokens(spaces)
         weights = weights_of(modules)
+        place = {name: index for index, name in enumerate(modules)}  # one process does not see in which order all are called
+        spaces.sort(key=lambda s: min(place[member] for member in s.site.members))
         if job.count == 1:
             return NullSpaces(spaces, weights)
         report_progress("null spaces", len(modules), len(modules), 0)
-        place = {name: index for index, name in enumerate(modules)}  # one process does not see in which order all are called
-        spaces.sort(key=lambda s: min(place[member] for member in s.site.members))
         if kept is not None:
             return NullSpaces._of_files(spaces, kept, weights)
         return NullSpaces([replace(s, basis=job.broadcast(s.basis, owners[s.site])) for s in spaces], weights)

@@ -167,6 +167,7 @@ def _resident(
     options, two_inputs = forward_options(model, targets), is_encoder_decoder(model)
     share = job.share(loader)
     total, tokens = share.length, 0
+    job.at("the forward pass")
     report("forward", 0, total, 0)
     # Inference mode, if the caller is in it, would hide writes to an input and tie the sums to that mode.
     with listening(targets, sums), evaluating(model), torch.inference_mode(False), torch.no_grad():
@@ -178,4 +179,4 @@ def _resident(
             report("forward", share.read, total, tokens)
     job.check_share(share)
     refuse_silent(job.silent(sums))
-    yield from job.release(sums)
+    yield from job.reduce(sums)

@@ -6,11 +6,15 @@ import datetime
 import importlib.util
 import json
 import multiprocessing
+import multiprocessing.forkserver
+import os
 import time
 import traceback
 from collections.abc import Sequence
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,13 +28,28 @@ SECONDS = 60
 PRELOADED = (transformers.LlamaForCausalLM, tiny)
 
 
+def forking() -> BaseContext:
+    """Of processes that are forked from one that has imported what they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["processes"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
+    try:
+        multiprocessing.forkserver.ensure_running()  # it looks for them nowhere else
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
 def outcomes(path: str | Path, count: int, checks: Sequence[str], folder: Path) -> dict[str, list[str]]:
     """Run functions `check(rank, count, folder)` of a file in `count` processes; of each, what went wrong, process by process.
 
     A check that did not get to its end is not in the answer.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["processes"])
+    context: Any = forking()
     folder.mkdir()
     processes = [context.Process(target=_run, args=(str(path), rank, count, list(checks), folder)) for rank in range(count)]
     for process in processes:

@@ -39,6 +39,15 @@ def excess_leak(basis_dr: torch.Tensor, x_nd: torch.Tensor) -> float:
     return leak(basis_dr, x_nd) / optimal_leak(x_nd, basis_dr.shape[1]) - 1
 
 
+def excess_over(basis_dr: torch.Tensor, expected_dr: torch.Tensor, c_dd: torch.Tensor) -> float:
+    """leak / leak of another basis − 1, on one second moment; a leak of 1e-8 is none."""
+
+    def heard(basis: torch.Tensor) -> float:
+        return float(torch.einsum("dr,de,er->", basis, c_dd, basis)) + 1e-16 * float(c_dd.trace())
+
+    return (heard(basis_dr) / heard(expected_dr)) ** 0.5 - 1
+
+
 def recorded_inputs(
     model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], names: Iterable[str]
 ) -> dict[str, torch.Tensor]:

@@ -35,7 +35,7 @@ from nullspace.cli import app
 from nullspace.distributed import Job, deal
 from nullspace.shares import Share, is_share
 from processes import outcomes
-from reference import relative_error
+from reference import excess_over, relative_error
 
 STRATEGIES = ("resident", "layerwise")
 PRECISIONS = ("auto", "fp64", "qr")
@@ -85,19 +85,6 @@ def alone(model: nn.Module, loader: Any, **options: Any) -> NullSpaces:
     return compute(model, loader, job=Job.alone(), **options)
 
 
-def excess(found: NullSpaces, expected: NullSpaces, sums: dict[Site, Covariance]) -> float:
-    """The largest leak of what was found over that of one process, − 1, both of one process's float64 sums."""
-    worst = 0.0
-    for site, covariance in sums.items():
-        c = covariance.matrix()
-
-        def heard(basis: torch.Tensor, c: torch.Tensor = c) -> float:
-            return float(torch.einsum("dr,de,er->", basis, c, basis)) + 1e-16 * float(c.trace())
-
-        worst = max(worst, (heard(found[site.name].basis) / heard(expected[site.name].basis)) ** 0.5 - 1)
-    return worst
-
-
 def assert_as_good(found: NullSpaces, model: nn.Module, loader: Any, **options: Any) -> None:
     expected = alone(model, loader, **options)
     assert found.sites == expected.sites
@@ -107,7 +94,8 @@ def assert_as_good(found: NullSpaces, model: nn.Module, loader: Any, **options: 
         torch.testing.assert_close(ours.trace, theirs.trace, rtol=1e-6, atol=0)
         assert ours.basis.device.type == "cpu"
     sums = stream(model, loader, precision="fp64", job=Job.alone())
-    assert excess(found, expected, sums) <= 1e-9
+    for site, total in sums.items():
+        assert excess_over(found[site.name].basis, expected[site.name].basis, total.matrix()) <= 1e-9
 
 
 def shares(kind: str, count: int) -> list[dict[str, torch.Tensor]]:
