@@ -441,8 +441,8 @@ def compute_null_spaces(
         job: which processes work together; by default those of the default process group, if one is initialised.
 
     Returns:
-        A mapping from module name to `NullSpace`, in the model's own order. Of several processes without a checkpoint, each holds all bases,
-        8 · d_in · rank bytes a site.
+        A mapping from module name to `NullSpace`, in the model's own order. Of several processes without a checkpoint, each holds
+        all bases, 8 · d_in · rank bytes a site.
 
     Raises:
         ValueError: see `stream_covariances`; before the forward pass if the rank does not fit a layer, or if the checkpoint is

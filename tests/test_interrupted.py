@@ -9,6 +9,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -172,3 +174,41 @@ def test_whoever_stalls_is_named_when_the_groups_time_is_up(tmp_path: Path) -> N
         said = told(tmp_path, 0)
     assert said["kind"] == "RankLost"
     assert re.search(rf"^rank 0 of 2 has lost rank 1 {LAST_WORD} in .*[Tt]imed out", said["error"], re.DOTALL)
+
+
+def workers_of(pid: int) -> dict[int, int]:
+    """Rank → process, of what `torchrun` has started and what takes part."""
+    found: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            parent = int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+            environment = dict(e.split("=", 1) for e in folder.joinpath("environ").read_text().split("\0") if "=" in e)
+            if parent == pid and "RANK" in environment:
+                found[int(environment["RANK"])] = int(folder.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_under_torchrun_the_command_says_who_was_lost_and_goes_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    letters = random.Random(0)
+    data = tmp_path / "data.txt"
+    data.write_text("".join(chr(letters.randrange(32, 0x3000)) for _ in range(4000)))
+    small = ["--data", str(data), "--samples", "60", "--length", "128", "--batch-size", "1", "--rank", "8", "--precision", "fp64"]
+    command = ["-m", "nullspace", "init", str(tiny_checkpoint), "--out", str(tmp_path / "out"), *small, "--strategy", "layerwise"]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def has_begun() -> bool:
+        return process.poll() is not None or any(tmp_path.glob("out*checkpoint*/*.safetensors"))
+
+    process = subprocess.Popen([sys.executable, *together, *command], stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for(has_begun)
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)  # not the one that would speak for all
+    _, said = process.communicate(timeout=HANG)
+    assert process.returncode != 0
+    assert re.search(rf"failed: rank 1 of 2 has lost rank 0 {LAST_WORD} in ", said), said
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run([sys.executable, *command, "--json"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {site["tokens"] for site in json.loads(done.stdout)["sites"]} == {60 * 128}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.txt", "out"]
