@@ -665,19 +665,68 @@ def products(adapter: Path) -> dict[str, torch.Tensor]:
     return {name: factors[name.replace("lora_A", "lora_B")] @ a for name, a in factors.items() if "lora_A" in name}
 
 
-def test_torchrun_makes_the_adapter_of_one_process(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    data, letters = tmp_path / "data.txt", random.Random(0)
-    data.write_text("".join(chr(letters.randrange(32, 0x3000)) for _ in range(1000)))  # every byte: no basis is a matter of chance
-    small = ["--data", data, "--samples", "15", "--length", "128", "--rank", "8", "--batch-size", "2", "--json"]
-    small += ["--precision", "fp64"]  # float32 chains are of other tokens in each process, and turn the basis by their rounding
-    done = torchrun("init", tiny_checkpoint, "--out", tmp_path / "two", *small)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)  # of one process
-    one = CliRunner().invoke(app, ["init", str(tiny_checkpoint), "--out", str(tmp_path / "one"), *map(str, small)])
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of every byte: no basis is a matter of chance."""
+    data, chance = tmp_path_factory.mktemp("letters") / "data.txt", random.Random(0)
+    data.write_text("".join(chr(chance.randrange(32, 0x3000)) for _ in range(1000)))
+    return data
+
+
+# Float32 chains are of other tokens in each process, and turn the basis by their rounding.
+SMALL = ["--samples", "15", "--length", "128", "--rank", "8", "--batch-size", "2", "--json", "--precision", "fp64"]
+
+
+def assert_as_of_one_process(told: str, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """What several processes have said of `tmp_path / "out"`, and what is in it."""
+    one = CliRunner().invoke(app, ["init", str(checkpoint), "--out", str(tmp_path / "one"), "--data", str(data), *SMALL])
     assert one.exit_code == 0, one.output
-    assert [site["tokens"] for site in told["sites"]] == [site["tokens"] for site in json.loads(one.stdout)["sites"]]
-    ours, theirs = products(tmp_path / "two" / "adapter"), products(tmp_path / "one" / "adapter")
+    assert [site["tokens"] for site in json.loads(told)["sites"]] == [site["tokens"] for site in json.loads(one.stdout)["sites"]]
+    ours, theirs = products(tmp_path / "out" / "adapter"), products(tmp_path / "one" / "adapter")
     assert ours.keys() == theirs.keys()
     assert max(relative_error(ours[name], product) for name, product in theirs.items()) <= 1e-6
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.txt", "one", "two"]  # no checkpoint, no parts
-    assert NullSpaces.load(tmp_path / "two" / "spaces").sites == NullSpaces.load(tmp_path / "one" / "spaces").sites
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out"]  # no checkpoint, no parts
+    assert NullSpaces.load(tmp_path / "out" / "spaces").sites == NullSpaces.load(tmp_path / "one" / "spaces").sites
+
+
+def test_torchrun_makes_the_adapter_of_one_process(tiny_checkpoint: Path, letters: Path, tmp_path: Path) -> None:
+    done = torchrun("init", tiny_checkpoint, "--out", tmp_path / "out", "--data", letters, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert_as_of_one_process(done.stdout, tiny_checkpoint, letters, tmp_path)
+
+
+# Two machines: network namespaces, each of which has nothing but its end of a cable and a file system that both see.
+CABLE = """
+set -e
+mount -t tmpfs none /run
+mkdir /run/netns
+ip netns add a
+ip netns add b
+ip link add left netns a type veth peer name right netns b
+ip -n a addr add 10.0.0.1/24 dev left
+ip -n b addr add 10.0.0.2/24 dev right
+for end in "a left" "b right"; do set -- $end; ip -n $1 link set $2 up; ip -n $1 link set lo up; done
+"""
+NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--mount", "bash", "-c"]
+
+
+def has_namespaces() -> bool:
+    with contextlib.suppress(OSError):
+        return subprocess.run([*NAMESPACES, CABLE], capture_output=True, check=False).returncode == 0
+    return False
+
+
+@pytest.mark.skipif(not has_namespaces(), reason="needs network namespaces")
+def test_two_machines_make_the_adapter_of_one_process(tiny_checkpoint: Path, letters: Path, tmp_path: Path) -> None:
+    rendezvous = "--nnodes 2 --nproc-per-node 2 --master-addr 10.0.0.1 --master-port 29500"
+    init = f"-m nullspace init {tiny_checkpoint} --out {tmp_path / 'out'} --data {letters} {' '.join(SMALL)}"
+    node = f"{sys.executable} -m torch.distributed.run {rendezvous} --node-rank"
+    script = f"""{CABLE}
+export OMP_NUM_THREADS=1
+GLOO_SOCKET_IFNAME=right ip netns exec b {node} 1 {init} &
+GLOO_SOCKET_IFNAME=left ip netns exec a {node} 0 {init}
+wait $!
+"""
+    done = subprocess.run([*NAMESPACES, script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_as_of_one_process(done.stdout, tiny_checkpoint, letters, tmp_path)
