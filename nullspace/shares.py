@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from nullspace.batches import length
 
@@ -227,6 +227,24 @@ class _Unrepeated:
         return itertools.islice(iter(self._sampler), len(self))
 
 
+class _UnrepeatedStream(IterableDataset[Any]):
+    """accelerate's `IterableDatasetShard` without what it repeats: of each round of batches this process's one, whole or not."""
+
+    def __init__(self, shard: Any) -> None:
+        self._shard = shard
+
+    def __iter__(self) -> Iterator[Any]:
+        shard = self._shard
+        own = shard.batch_size // shard.num_processes if shard.split_batches else shard.batch_size
+        # All processes shuffle alike, each epoch in its own way.
+        generator = getattr(shard.dataset, "generator", None)
+        if isinstance(generator, torch.Generator) and not hasattr(shard.dataset, "set_epoch"):
+            generator.manual_seed(shard.epoch)
+        for index, sample in enumerate(shard.dataset):
+            if index // own % shard.num_processes == shard.process_index:
+                yield sample
+
+
 def _pads(sampler: Any) -> bool:
     """Whether this is PyTorch's own way to make shares even; a subclass may have another."""
     return (
@@ -240,25 +258,33 @@ def _is_accelerates(loader: Iterable[Any]) -> bool:
     return hasattr(batches, "even_batches") and hasattr(batches, "process_index")
 
 
+def _is_accelerates_stream(data: Any) -> bool:
+    """Whether samples are dealt out by accelerate's `IterableDatasetShard`, which makes its last batches whole by repeating."""
+    return any(c.__name__ == "IterableDatasetShard" for c in type(data).__mro__) and not data.drop_last
+
+
 @contextlib.contextmanager
 def _without_repeats(loader: Iterable[Any]) -> Iterator[None]:
     """Inside, the loader's batch sampler does not repeat samples to make the shares even."""
     batches: Any = loader.batch_sampler if isinstance(loader, DataLoader) else None
-    name: str
+    holder: dict[str, Any]
     other: Any
     if _pads(getattr(batches, "sampler", None)):
-        name, other = "sampler", _Unrepeated(batches.sampler)
+        holder, name, other = vars(batches), "sampler", _Unrepeated(batches.sampler)
     elif _is_accelerates(loader):
-        name, other = "even_batches", False
+        holder, name, other = vars(batches), "even_batches", False
+    elif isinstance(loader, DataLoader) and _is_accelerates_stream(loader.dataset):
+        # Of the loader that accelerate wraps; a `DataLoader` lets nobody else exchange its data set.
+        holder, name, other = vars(getattr(loader, "base_dataloader", loader)), "dataset", _UnrepeatedStream(loader.dataset)
     else:
         yield
         return
-    before = getattr(batches, name)
-    setattr(batches, name, other)
+    before = holder[name]
+    holder[name] = other
     try:
         yield
     finally:
-        setattr(batches, name, before)
+        holder[name] = before
 
 
 def _samples(loader: Iterable[Any]) -> int | None:

@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file
 from torch import nn
@@ -304,6 +305,42 @@ def what_accelerate_prepares_is_respected(rank: int, count: int, folder: Path) -
         assert is_share(loader)
         assert_sums_of(model, loader, plain)
         assert loader.batch_sampler.even_batches
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, data: Rows) -> None:
+        self._data = data
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return iter(self._data[i] for i in range(len(self._data)))
+
+
+@check(2, 3)
+def what_accelerate_makes_of_a_stream_is_respected_and_repeats_nothing(rank: int, count: int, folder: Path) -> None:
+    model = tiny("llama")
+    for rows, split in itertools.product((1, 2 * count, 3 * count + 1, 5 * count - 1), (False, True)):
+        inner = DataLoader(Stream(Rows(rows)), batch_size=2 * count if split else 2)
+        loader = prepare_data_loader(inner, num_processes=count, process_index=rank, split_batches=split, dispatch_batches=False)
+        assert is_share(loader)
+        for strategy in STRATEGIES:
+            assert_sums_of(model, loader, DataLoader(Rows(rows), batch_size=2), strategy)
+        assert type(loader.dataset).__name__ == "IterableDatasetShard"
+
+
+@check(2)
+def a_loader_that_one_process_reads_for_all_is_respected(rank: int, count: int, folder: Path) -> None:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    launched = {**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": 1, "ACCELERATE_USE_CPU": "true"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in launched.items():
+            patch.setenv(name, str(value))
+        PartialState(cpu=True)
+    model, data = tiny("llama"), Rows(4 * count)
+    loader = prepare_data_loader(DataLoader(data, batch_size=2), torch.device("cpu"), put_on_device=True, dispatch_batches=True)
+    assert type(loader).__name__ == "DataLoaderDispatcher"
+    assert is_share(loader)
+    for strategy in STRATEGIES:
+        assert_sums_of(model, loader, DataLoader(data, batch_size=2), strategy)
 
 
 @check(2)
