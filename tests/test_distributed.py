@@ -244,6 +244,39 @@ def a_site_is_reduced_once_and_only_its_triangle(rank: int, count: int, folder: 
 
 
 @check(2, 3)
+def a_blocks_reductions_run_during_the_next_blocks_forward_pass(rank: int, count: int, folder: Path) -> None:
+    model, batches, events = tiny("llama"), random_batches(2 * count), []
+    blocks = model.model.layers
+    for index, block in enumerate(blocks):
+        block.register_forward_hook(lambda *_, index=index: events.append(("forward", index)))
+    begin = dist.reduce
+
+    class Watched:
+        def __init__(self, work: Any, index: int) -> None:
+            self._work, self._index = work, index
+
+        def wait(self) -> None:
+            events.append(("wait", self._index))
+            self._work.wait()
+
+    def reduce(*args: Any, **kwargs: Any) -> Watched:
+        index = sum(event == "reduce" for event, _ in events) // 4  # sites a block
+        events.append(("reduce", index))
+        return Watched(begin(*args, **kwargs), index)
+
+    dist.reduce = reduce
+    try:
+        stream(model, batches, strategy="layerwise")
+    finally:
+        dist.reduce = begin
+    events = events[max(i for i, event in enumerate(events) if event == ("forward", 0)) :]  # behind the prologue's own calls
+    expected = [("forward", 0), *[("reduce", 0)] * 4]
+    for index in range(1, len(blocks)):
+        expected += [("forward", index)] * 2 + [("wait", index - 1)] * 4 + [("reduce", index)] * 4
+    assert events == [*expected, *[("wait", len(blocks) - 1)] * 4]
+
+
+@check(2, 3)
 def a_root_goes_from_each_process_once(rank: int, count: int, folder: Path) -> None:
     model, batches = tiny("llama"), random_batches(count)
     with counting("reduce", "send", "recv") as called:
