@@ -9,6 +9,7 @@ Under `torchrun`, `init`, `compute` and `covariances` calibrate together; the fi
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import io
 import json
@@ -46,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 stdout, stderr = Console(), Console(stderr=True)
+MINUTES = 30.0  # that one process waits for the others: of an eigenproblem that only one of them has, for instance
 _documents: list[str] = []  # what `--json` is to print
 
 Model = Annotated[str, typer.Argument(help="Hub name, folder, or .gguf file.")]
@@ -84,6 +86,7 @@ Exclude = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever an interrupted run left in OUT.checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of ours.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
+Timeout = Annotated[float, typer.Option(min=0.05, help="Under torchrun: minutes that one process waits for the others.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
 
 
@@ -97,7 +100,7 @@ def _exits(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        with _warnings_as_lines(), _joined(together=command.__name__ in TOGETHER) as takes_part:
+        with _warnings_as_lines(), _joined(command.__name__, kwargs.get("timeout", MINUTES)) as takes_part:
             try:
                 if takes_part:
                     _documents.clear()
@@ -129,14 +132,14 @@ LINGERING = 10  # seconds
 
 
 @contextlib.contextmanager
-def _joined(*, together: bool) -> Iterator[bool]:
+def _joined(command: str, minutes: float) -> Iterator[bool]:
     """Whether this process has a part in the command; inside, it is in the group that `torchrun` has started, if it has."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
         yield True
         return
     first = int(os.environ["RANK"]) == 0
     stdout.quiet = stderr.quiet = not first
-    if not together:
+    if command not in TOGETHER:
         yield first
         return
     import torch
@@ -146,7 +149,7 @@ def _joined(*, together: bool) -> Iterator[bool]:
     own_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > local
     if own_gpu:
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if own_gpu else "gloo")
+    dist.init_process_group("nccl" if own_gpu else "gloo", timeout=datetime.timedelta(minutes=minutes))
     signal.signal(signal.SIGTERM, _linger)
     try:
         yield True
@@ -229,6 +232,7 @@ def init(
     strategy: Strategy = "auto",
     hidden_states: HiddenStates = "auto",
     fresh: Fresh = False,
+    timeout: Timeout = MINUTES,
     spectrum: Spectrum = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -348,6 +352,7 @@ def compute(
     strategy: Strategy = "auto",
     hidden_states: HiddenStates = "auto",
     fresh: Fresh = False,
+    timeout: Timeout = MINUTES,
     spectrum: Spectrum = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -409,6 +414,7 @@ def covariances(
     strategy: Strategy = "auto",
     hidden_states: HiddenStates = "auto",
     fresh: Fresh = False,
+    timeout: Timeout = MINUTES,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
