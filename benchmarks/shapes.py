@@ -44,6 +44,25 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-8B": _shape("Qwen3", 4096, 12288, 36, 32, 8, 151936, theta=1e6, eps=1e-6, head_dim=128, max_position_embeddings=40960),
     "Mistral-7B": _shape("Mistral", 4096, 14336, 32, 32, 8, 32000, theta=1e4, max_position_embeddings=32768, sliding_window=4096),
     "Llama-3-70B": _shape("Llama", 8192, 28672, 80, 64, 8, 128256, theta=5e5, max_position_embeddings=8192),
+    "Llama-3.1-405B": _shape(
+        "Llama",
+        16384,
+        53248,
+        126,
+        128,
+        8,
+        128256,
+        theta=5e5,
+        max_position_embeddings=131072,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
     # Not published: for dry runs.
     "tiny": _shape("Llama", 64, 176, 4, 4, 2, 211, theta=1e4, max_position_embeddings=2048),
     "half-gigabyte": _shape("Llama", 1024, 2816, 10, 16, 4, 8000, theta=1e4, max_position_embeddings=2048),
@@ -55,6 +74,7 @@ PARAMETERS = {
     "Qwen3-8B": 8_190_735_360,
     "Mistral-7B": 7_241_732_096,
     "Llama-3-70B": 70_553_706_496,
+    "Llama-3.1-405B": 405_853_388_800,
 }
 
 
