@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +32,38 @@ def run_child(module: str, arguments: list[str], *, timeout: float | None = None
     if done.returncode != 0:
         return {"failed": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1][:500], "wall": wall}
     return {**json.loads(done.stdout.splitlines()[-1]), "wall": wall}
+
+
+def run_together(module: str, count: int, arguments: list[str], *, timeout: float = 300.0) -> list[dict[str, Any]]:
+    """`run_child` of `count` processes at the same time, which are also told `--rank`, `--ranks` and `--meet` (a file to meet at).
+
+    Each computes with one thread. If one fails or takes too long, all are ended, and the program with them.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        processes, said = [], []
+        for rank in range(count):
+            own = ["--rank", str(rank), "--ranks", str(count), "--meet", f"{folder}/meet"]
+            files = [stack.enter_context(Path(folder, f"{rank}.{name}").open("w+")) for name in ("out", "err")]
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments, *own],
+                stdout=files[0],
+                stderr=files[1],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            stack.callback(process.kill)
+            processes.append((process, files))
+        until = time.monotonic() + timeout
+        for rank, (process, (out, err)) in enumerate(processes):
+            try:
+                code: int | str = process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                code = f"not done in {timeout:.0f} s"
+            if code != 0:
+                err.seek(0)
+                raise SystemExit(f"{' '.join(arguments)}: rank {rank} of {count}: {code}\n{err.read()[-2000:]}")
+            out.seek(0)
+            said.append(json.loads(out.read().splitlines()[-1]))
+    return said
 
 
 def take_turns(module: str, variants: Sequence[str], rounds: int, arguments: Sequence[str]) -> list[dict[str, Any]]:

@@ -277,8 +277,8 @@ def cost(
         strategy: `"resident"` or `"layerwise"`.
         weights: where a layerwise pass has them: `"device"`; `"host"`: brought block by block, while the block before computes; or
             `"gathered"` likewise, from the GPUs of a node, each of which holds its part (as FSDP does: nothing here does that yet).
-        overlapped: whether a layerwise pass sends a block's sums while the next one computes; packing them keeps the host busy and is
-            seen. Where ranks share cores, nothing is hidden.
+        overlapped: whether a layerwise pass sends a block's sums while the next one computes; packing them keeps the host busy, and
+            is seen. Where ranks share cores, nothing is hidden.
         together: how many blocks of a layerwise pass are solved at a time. 1 is what is done: the next block's sums need all ranks,
             and one of them is still solving.
         solved: False for `stream_covariances` alone: no eigenproblems, no bases.
