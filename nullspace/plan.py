@@ -199,7 +199,7 @@ class Choice(NamedTuple):
     plan: Plan | None
 
 
-def forecast(model: nn.Module, workload: Workload | None = None, *, batch: Any = None) -> list[Plan]:
+def forecast(model: nn.Module, workload: Workload | None = None, *, batch: Any = None, survey: Survey | None = None) -> list[Plan]:
     """One plan for each strategy, place of the weights and place of the hidden states.
 
     Args:
@@ -207,6 +207,7 @@ def forecast(model: nn.Module, workload: Workload | None = None, *, batch: Any =
         workload: what to calibrate on, and where.
         batch: an example of a batch (a mapping, a tensor or a tuple, as `stream_covariances` takes it), for models that take
             something else than `input_ids`; only its shapes and dtypes count.
+        survey: of this model for this workload, if there is one already.
 
     Returns:
         The fastest first. Without layerwise plans where the blocks are no chain (`nullspace.blocks.find_blocks`), or a target lies
@@ -216,7 +217,7 @@ def forecast(model: nn.Module, workload: Workload | None = None, *, batch: Any =
         ValueError: if a target matches nothing (`find_targets`).
     """
     workload = workload or Workload()
-    survey = Survey(
+    survey = survey or Survey(
         model,
         targets=workload.targets,
         batch_size=workload.batch_size,

@@ -145,6 +145,8 @@ class Cluster:
 
     def last(self, seconds: Sequence[float]) -> float:
         """When the last of some ranks is done that have so much to do each: cores that they share, they share evenly."""
+        if self.cores is None:
+            return max(seconds)
         now, before = 0.0, 0.0
         for index, own in enumerate(sorted(seconds)):
             now += (own - before) * self.crowd(len(seconds) - index)
@@ -304,8 +306,9 @@ def cost(
     )
     outside = [s.d_in for s in survey.sites if s.block is None] if layerwise else []
     flops = survey.block_flops if layerwise else [survey.flops]
-    forward = [cluster.last([share * f * workload.batches / rates.forward for share in shares]) for f in flops]
-    sums = [cluster.last([share * sum(float(d) ** 2 for d in own) * tokens / rates.sums for share in shares]) for own in steps]
+    share = cluster.last(shares)
+    forward = [share * f * workload.batches / rates.forward for f in flops]
+    sums = [share * sum(float(d) ** 2 for d in own) * tokens / rates.sums for own in steps]
     reductions = [sum(cluster.site_seconds(d, ranks) for d in own) for own in steps]
     loads = [0.0] * ranks
     groups = [[d for own in steps[i : i + together] for d in own] for i in range(0, len(steps), together)]
