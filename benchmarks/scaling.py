@@ -12,8 +12,8 @@ Every process computes with one thread; where there are more of them than cores,
 - calibrations: `stream_covariances` and `compute_null_spaces`, resident and layerwise, of a Llama with random weights in float32.
   The rates of forward, sums and eigenproblems come from the runs with one process; those with 2 and 4 are predicted. The bytes that
   go into `dist.reduce` are counted.
-- memory: the largest peak of anonymous memory of any process above that before `compute_null_spaces`, in fresh processes; of a wider
-  model, most of whose sums exceed the 32 MiB below which the C library keeps what is freed.
+- memory: the largest peak of anonymous memory of any process above that before `compute_null_spaces`, in fresh processes; of a
+  wider model, most of whose sums exceed the 32 MiB below which the C library keeps what is freed.
 
 Process counts take turns within a round. Times are from a barrier to the last process's end. Not timed: imports, making the model.
 """

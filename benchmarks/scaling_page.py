@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -28,13 +29,27 @@ def surveyed(name: str) -> tuple[Survey, dict[str, Any]]:
     """Of a shape: its survey, and the forecasts of its memory by strategy."""
     from benchmarks import shapes
 
-    model = shapes.empty(name)
-    survey, plans = Survey(model, batch_size=WORK.batch_size, length=WORK.length), {}
+    model = shapes.empty(name, blocks=2)
+    survey = deepened(Survey(model, batch_size=WORK.batch_size, length=WORK.length), shapes.config(name).num_hidden_layers)
+    plans = {}
     for plan in forecast(model, WORK, survey=survey):
         weights, between = ("host", "host") if plan.strategy == "layerwise" else ("device", "device")
         if (plan.weights, plan.hidden_states) == (weights, between):
             plans[plan.strategy] = plan
     return survey, plans
+
+
+def deepened(survey: Survey, blocks: int) -> Survey:
+    """A survey of so many blocks, made of one of a few: all are as the last."""
+    deep, few = copy.copy(survey), len(survey.block_flops)
+    for index in range(few, blocks):
+        deep.sites = [*deep.sites, *(site._replace(block=index) for site in survey.sites if site.block == few - 1)]
+    more = blocks - few
+    for name in ("block_weights", "block_activations", "block_flops"):
+        setattr(deep, name, [*getattr(survey, name), *[getattr(survey, name)[-1]] * more])
+    deep.weights = survey.weights + more * survey.block_weights[-1]
+    deep.flops = survey.flops + more * survey.block_flops[-1]
+    return deep
 
 
 def calibrated(case: tuple[str, str, str], ranks: int, cluster: Cluster | None = None, **more: Any) -> Cost:
@@ -72,12 +87,12 @@ The work: `compute_null_spaces` on {WORK.samples} sequences of {WORK.length:,} t
 
 In short:
 
-- Where the model and its sums fit a GPU (`resident`), 8 GPUs calibrate the 8B shape {_n(few)} times as fast as one, and 64
-  {_n(many)} times: then a single eigenproblem of the widest layer is what all wait for.
-- Block by block (`layerwise`), further GPUs do next to nothing as things are: with 64, {_n(now[0])} times for the 70B shape,
-  {_n(now[1])} times for the 405B shape. A block's eigenproblems are solved before the next block is summed, and one of them, that
-  of `down_proj`, is nearly all there is to solve in it. If all were solved at the end, it would be {_n(then[0])} and
-  {_n(then[1])} times.
+- Where the model and its sums fit a GPU (`resident`), 8 GPUs calibrate the 8B shape {_times(few)} times as fast as one, and 64
+  {_times(many)} times: then a single eigenproblem of the widest layer is what all wait for.
+- Block by block (`layerwise`), further GPUs do next to nothing as things are: with 64, {_times(now[0])} times for the 70B shape,
+  {_times(now[1])} times for the 405B shape. A block's eigenproblems are solved before the next block's sums are reduced, and one
+  of them, that of `down_proj`, is nearly all there is to solve in it. If all were solved at the end, it would be
+  {_times(then[0])} and {_times(then[1])} times.
 - The network hardly matters. What a reduction takes is mostly the packing of triangles, row by row.
 - With {WORK.samples} batches, no more than {WORK.samples} GPUs have anything to read.
 """
@@ -204,7 +219,7 @@ def _what_if() -> str:
         ("exchanges at twice the time", worse("exchange", "told"), {}),
     ]
     rows = [[what, *(_n(calibrated(case, 64, cluster, **more).total_seconds) for case in CASES)] for what, cluster, more in changes]
-    held = max(sum(site_bytes(s.d_in) for s in surveyed(case[0])[0].sites) / 64 for case in CASES)
+    held = max(sum(site_bytes(s.d_in) for s in surveyed(case[0])[0].sites) / 64e9 for case in CASES)
     return f"""
 ## What the totals hang on
 
@@ -323,8 +338,8 @@ Whole calibrations of a Llama of random weights (`{work["model"]}` in `benchmark
 
 {_table(["", "strategy", "processes", "measured", "model", "error", "over 1", "MB reduced", "counted"], whole)}
 
-Memory, of `compute_null_spaces` on `{work["memory_model"]}`: the largest peak of any process above what it held before, MB, and over
-that of a single process.
+Memory, of `compute_null_spaces` on `{work["memory_model"]}`: the largest peak of any process above what it held before, MB, and
+over that of a single process.
 
 {_table(["strategy", "processes", "MB", "over 1"], memory)}
 """
@@ -373,7 +388,7 @@ def _assumptions(result: Mapping[str, Any]) -> str:
         [
             "`row`",
             f"{_n(1e6 * base.row)} µs",
-            f"a slice in Python and a launch (guess; measured on this CPU: {_n(1e6 * here['row'])} µs)",
+            f"a slice in Python, half of the times a launch (guess; measured on this CPU: {_n(1e6 * here['row'])} µs)",
         ],
         [
             "`copy`",
@@ -407,10 +422,10 @@ Assumed, of the GPUs (`nullspace.scaling.h100`):
 {_table(["", "", "from"], rows)}
 
 A site's bytes: 8 · (d (d + 1) / 2 + d + 7). A reduction over n GPUs in m nodes: start + (n − m) hops within + (m − 1) hops
-between + bytes / the narrower bandwidth. Reductions come one after the other; layerwise, a block's travel is hidden behind the
-next block's forward pass, packing is not. Eigenproblems are dealt by `nullspace.distributed.deal`. Not in the model: reading and
-tokenising data, loading the model, second passes in float64 or by QR, GPUs that are slower than others, other traffic on the
-network, memory bandwidth that processes share.
+between + bytes / the narrower bandwidth. Reductions travel one after the other, hidden as far as may be behind the packing of
+the next ones and, layerwise, behind the next block's forward pass; packing itself is seen, and unpacking at the owner.
+Eigenproblems are dealt by `nullspace.distributed.deal`. Not in the model: reading and tokenising data, loading the model, second
+passes in float64 or by QR, GPUs that are slower than others, other traffic on the network, memory bandwidth that processes share.
 
 Fitted here, and used for the comparison alone:
 
@@ -433,6 +448,10 @@ def _n(value: float) -> str:
         return "< 0.001"
     text = f"{value:.3g}"
     return text if "e" not in text else f"{value:.3f}"
+
+
+def _times(value: float) -> str:
+    return f"{value:.0f}" if value >= 9.5 else f"{value:.1f}"
 
 
 def _range(errors: Sequence[float]) -> str:

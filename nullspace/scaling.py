@@ -191,7 +191,7 @@ def h100(links: int = 8) -> Cluster:
         # tensor cores' peak: half of a tridiagonal reduction is bound by memory), PCIe 5 25e9. All assumed.
         rates=Rates.of("cuda", torch.bfloat16),
         memory=80e9,  # data sheet
-        row=10e-6,  # a slice and the launch of a copy: a guess
+        row=6e-6,  # a slice in Python, and on the way back the launch of a copy: a guess
         copy=1e12,  # 3.35e12 of memory bandwidth (data sheet), read and written
         exchange=1e-3,  # pickling, copies to the device and back: a guess
         told=5e-6,  # unpickling one site: a guess
@@ -207,9 +207,9 @@ class Cost:
         strategy: `"resident"` or `"layerwise"`.
         reduced: bytes that every rank gives to reductions, all sites together.
         site_bytes, site_seconds: of one site's reduction, by its width.
-        seconds: that are seen: forward, sums, weights (waited for), reductions, eigenproblems (of the rank with most to do),
-            exchanges, bases (sent to all).
-        hidden: seconds of reductions behind a forward pass.
+        seconds: that are seen: forward, sums, weights (waited for), reductions (packed by all, sent, unpacked by the rank with most
+            of them), eigenproblems (of the rank with most to do), exchanges, bases (sent to all).
+        hidden: seconds of reductions behind a forward pass, or behind the packing of others.
         busy: ranks that have a batch to read; the others wait.
     """
 
@@ -279,8 +279,8 @@ def cost(
         strategy: `"resident"` or `"layerwise"`.
         weights: where a layerwise pass has them: `"device"`; `"host"`: brought block by block, while the block before computes; or
             `"gathered"` likewise, from the GPUs of a node, each of which holds its part (as FSDP does: nothing here does that yet).
-        overlapped: whether a layerwise pass sends a block's sums while the next one computes; packing them keeps the host busy, and
-            is seen. Where ranks share cores, nothing is hidden.
+        overlapped: whether vectors travel while others are packed and, layerwise, while the next block computes. Packing itself
+            keeps the host busy, and is seen. Where ranks share cores, nothing is hidden.
         together: how many blocks of a layerwise pass are solved at a time. 1 is what is done: the next block's sums need all ranks,
             and one of them is still solving.
         solved: False for `stream_covariances` alone: no eigenproblems, no bases.
@@ -309,14 +309,18 @@ def cost(
     share = cluster.last(shares)
     forward = [share * f * workload.batches / rates.forward for f in flops]
     sums = [share * sum(float(d) ** 2 for d in own) * tokens / rates.sums for own in steps]
-    reductions = [sum(cluster.site_seconds(d, ranks) for d in own) for own in steps]
-    loads = [0.0] * ranks
-    groups = [[d for own in steps[i : i + together] for d in own] for i in range(0, len(steps), together)]
-    eigenproblems = sum(makespan(own, ranks, solve, cluster, loads) for own in [outside, *groups]) if solved else 0.0
+    # Every rank packs one vector after the other; they travel by themselves; their owners unpack them when all are there.
+    waves = [outside, *steps]
+    packing = [[cluster.packing_seconds(d, ranks) for d in own] for own in waves]
+    travel = [[cluster.travel_seconds(d, ranks) for d in own] for own in waves]
+    groups = [outside, *([d for own in steps[i : i + together] for d in own] for i in range(0, len(steps), together))]
+    unpacking = _dealt(groups, ranks, lambda d: cluster.unpacking_seconds(d, ranks), cluster)
+    eigenproblems = _dealt(groups, ranks, solve, cluster) if solved else 0.0
     hidden = 0.0
-    if layerwise and overlapped and (cluster.cores is None or ranks < cluster.cores):
-        travel = [sum(cluster.travel_seconds(d, ranks) for d in own) for own in steps]
-        hidden = sum(min(travel[i], forward[i + 1] + sums[i + 1]) for i in range(count - 1))
+    if overlapped and (cluster.cores is None or ranks < cluster.cores):
+        following = [f + x for f, x in zip(forward, sums, strict=True)] if layerwise else []
+        after = [*following, 0.0] if layerwise else [0.0, 0.0]
+        hidden = sum(min(sum(t), sum(p[1:]) + a) for p, t, a in zip(packing, travel, after, strict=True))
     waited = 0.0
     if layerwise and weights != "device":
         for i, size in enumerate(survey.block_weights):
@@ -343,7 +347,7 @@ def cost(
             "forward": sum(forward),
             "sums": sum(sums),
             "weights": waited,
-            "reductions": sum(reductions) + sum(cluster.site_seconds(d, ranks) for d in outside) - hidden,
+            "reductions": sum(map(sum, packing)) + sum(map(sum, travel)) - hidden + unpacking,
             "eigenproblems": eigenproblems,
             "exchanges": exchanges,
             "bases": bases,
@@ -351,6 +355,12 @@ def cost(
         hidden=hidden,
         busy=min(ranks, workload.batches),
     )
+
+
+def _dealt(groups: Sequence[Sequence[int]], ranks: int, seconds: Callable[[int], float], cluster: Cluster) -> float:
+    """One group after the other, each dealt with an eye to those before it."""
+    loads = [0.0] * ranks
+    return sum(makespan(own, ranks, seconds, cluster, loads) for own in groups)
 
 
 def worth_having(total: Callable[[int], float], most: int = 4096) -> int:

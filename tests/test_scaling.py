@@ -168,16 +168,21 @@ def test_layerwise_waits_for_every_block_unless_blocks_are_solved_together(surve
 
 
 def test_what_is_hidden_is_not_seen(survey: Survey) -> None:
-    def found(cluster: Cluster = h100(), **more: Any) -> Cost:  # noqa: B008
-        return cost(survey, WORK, 4, cluster, strategy="layerwise", **more)
+    def found(cluster: Cluster, strategy: str = "layerwise", **more: Any) -> Cost:
+        return cost(survey, WORK, 4, cluster, strategy=strategy, **more)
 
-    slow = replace(h100(), rates=replace(h100().rates, forward=1.0))  # there is always time to reduce, but for the last block
+    # No forward pass, or packing, takes any time; or a forward pass has time for everything, but for the last block's sums.
+    nothing = {"row": 0.0, "copy": math.inf}
+    fast, slow = (replace(h100(), **nothing, rates=replace(h100().rates, forward=rate, sums=math.inf)) for rate in (math.inf, 1.0))
     for cluster in (h100(), slow):
         seen, plain = found(cluster), found(cluster, overlapped=False)
         assert plain.hidden == 0 < seen.hidden
         assert seen.seconds["reductions"] + seen.hidden == pytest.approx(plain.seconds["reductions"])
     travel = sum(h100().travel_seconds(site.d_in, 4) for site in survey.sites)
     assert found(slow).hidden == pytest.approx(2 / 3 * travel)
+    assert found(fast).hidden == found(slow, "resident").hidden == 0
+    assert found(fast).seconds["reductions"] == pytest.approx(travel)
+    assert 0 < found(h100(), "resident").hidden <= travel  # behind the packing of others
     assert found(SHARED).hidden == 0  # nobody is idle
 
 
@@ -278,6 +283,17 @@ def test_the_page_leaves_nothing_out(made_up: dict[str, Any]) -> None:
     assert "nan" not in text
     assert all(line.count("|") == table.splitlines()[0].count("|") for table in tables(text) for line in table.splitlines())
     assert page(made_up) == text
+
+
+def test_a_few_blocks_stand_for_all() -> None:
+    pytest.importorskip("benchmarks.shapes", reason="needs the repository's root on the path: python -m pytest")
+    from benchmarks import shapes
+    from benchmarks.scaling_page import deepened
+
+    few, all_of_them = (Survey(shapes.empty("tiny", blocks=blocks), batch_size=1, length=32) for blocks in (2, 4))
+    found, expected = vars(deepened(few, 4)), vars(all_of_them)
+    assert [site._replace(name="") for site in found.pop("sites")] == [s._replace(name="") for s in expected.pop("sites")]
+    assert {k: v for k, v in found.items() if not k.startswith("_")} == {k: v for k, v in expected.items() if not k.startswith("_")}
 
 
 def tables(text: str) -> list[str]:
