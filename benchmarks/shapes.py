@@ -66,7 +66,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     # Not published: for dry runs.
     "tiny": _shape("Llama", 64, 176, 4, 4, 2, 211, theta=1e4, max_position_embeddings=2048),
     "forty-million": _shape("Llama", 768, 1792, 6, 12, 4, 2000, theta=1e4, max_position_embeddings=2048),
-    "wide": _shape("Llama", 1024, 4096, 4, 16, 4, 2000, theta=1e4, max_position_embeddings=2048),
+    "wide": _shape("Llama", 1024, 3072, 4, 16, 4, 2000, theta=1e4, max_position_embeddings=2048),
     "half-gigabyte": _shape("Llama", 1024, 2816, 10, 16, 4, 8000, theta=1e4, max_position_embeddings=2048),
 }
 PARAMETERS = {
