@@ -369,6 +369,11 @@ def worth_having(total: Callable[[int], float], most: int = 4096) -> int:
     Args:
         total: seconds of a run with so many ranks.
         most: not more than these.
+
+    Example:
+        >>> from nullspace.scaling import worth_having
+        >>> worth_having(lambda n: 100 / n + 20)  # a part that is shared, and one that all wait for
+        32
     """
     ranks = 1
     while 2 * ranks <= most and total(2 * ranks) <= (1 - WORTH) * total(ranks):
