@@ -328,8 +328,7 @@ def summarise(runs: Runs, settings: Mapping[str, Any], cores: int) -> dict[str, 
     sent = [(site_bytes(d), median(runs, "message", ranks=2, d=d)) for d in settings["widths"]]
     latency, second = fit([[1.0, size] for size, _ in sent[::2]], [seconds for _, seconds in sent[::2]])
     messages = {
-        "latency": latency,
-        "bandwidth": rate(second),
+        **_finite({"latency": latency, "bandwidth": rate(second)}),
         "errors": [(latency + size * second) / seconds - 1 for size, seconds in sent],
     }
 
@@ -373,12 +372,20 @@ def summarise(runs: Runs, settings: Mapping[str, Any], cores: int) -> dict[str, 
             peak = median(runs, "peak_bytes", ranks=n, strategy=strategy)
             peaks.append({"strategy": strategy, "ranks": n, "peak_bytes": peak, "over_single": peak / single})
     return {
-        "cluster": {name: value for name, value in asdict(cluster).items() if name != "rates"},
+        "cluster": _finite({name: value for name, value in asdict(cluster).items() if name not in ("rates", "memory")}),
         "rates": rates,
         "messages": messages,
         "reductions": beside,
         "calibrations": whole,
         "memory": peaks,
+    }
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """For JSON, which knows no infinity: None, where the fit has found no time that goes with the bytes."""
+    return {
+        name: _finite(value) if isinstance(value, Mapping) else None if value == float("inf") else value
+        for name, value in values.items()
     }
 
 

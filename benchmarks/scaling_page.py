@@ -72,6 +72,7 @@ def _head() -> str:
         return calibrated(case, 1, **more).total_seconds / calibrated(case, ranks, **more).total_seconds
 
     resident, _, large, huge = CASES
+    row = _n(1e6 * h100().row)
     few, many = gain(resident, 8), gain(resident, 64)
     now = gain(large, 64), gain(huge, 64)
     then = gain(large, 64, together=ALL_BLOCKS), gain(huge, 64, together=ALL_BLOCKS)
@@ -93,7 +94,7 @@ In short:
   {_times(now[1])} times for the 405B shape. A block's eigenproblems are solved before the next block's sums are reduced, and one
   of them, that of `down_proj`, is nearly all there is to solve in it. If all were solved at the end, it would be
   {_times(then[0])} and {_times(then[1])} times.
-- The network hardly matters. What a reduction takes is mostly the packing of triangles, row by row.
+- The network hardly matters: what a reduction takes is mostly Python, which packs triangles row by row ({row} µs a row, a guess).
 - With {WORK.samples} batches, no more than {WORK.samples} GPUs have anything to read.
 """
 
@@ -329,7 +330,7 @@ Bytes of the vectors: {counted}.
 
 {_table(["processes", "d", "MB", "", "reduce", "model", "error", "site", "model", "error"], sites)}
 
-One message from one process to another: {_n(1e6 * messages["latency"])} µs and {_n(messages["bandwidth"] / 1e9)} GB/s, off by
+One message from one process to another: {_n(1e6 * messages["latency"])} µs and {_rate(messages["bandwidth"])}, off by
 {_range(messages["errors"])}.
 
 Whole calibrations of a Llama of random weights (`{work["model"]}` in `benchmarks/shapes.py`), {work["samples"]} sequences of
@@ -393,7 +394,7 @@ def _assumptions(result: Mapping[str, Any]) -> str:
         [
             "`copy`",
             f"{_n(base.copy / 1e12)} TB/s",
-            f"from 3.35 TB/s of memory (guess; measured on this CPU: {_n(here['copy'] / 1e9)} GB/s)",
+            f"from 3.35 TB/s of memory (guess; measured on this CPU: {_rate(here['copy'])})",
         ],
         [
             "`exchange`",
@@ -406,8 +407,8 @@ def _assumptions(result: Mapping[str, Any]) -> str:
     fits = [
         ["start of a reduction", f"{_n(1e6 * here['network']['start'])} µs"],
         ["step of the ring", f"{_n(1e6 * here['network']['hop'])} µs"],
-        ["through a rank: received, added, sent", f"{_n(here['network']['ring'] / 1e9)} GB/s"],
-        ["into the root", f"{_n(here['network']['gather'] / 1e9)} GB/s"],
+        ["through a rank: received, added, sent", _rate(here["network"]["ring"])],
+        ["into the root", _rate(here["network"]["gather"])],
         *(
             [f"{kind}, {strategy}", f"{_n(value / 1e9)} GFLOP/s"]
             for strategy, found in result["summary"]["rates"].items()
@@ -440,14 +441,16 @@ def _n(value: float) -> str:
     """Three digits."""
     if value == 0:
         return "0"
-    if value != value or value in (float("inf"), float("-inf")):
-        return "–"
     if abs(value) >= 99.95:
         return f"{value:,.0f}"
     if abs(value) < 0.001:
         return "< 0.001"
     text = f"{value:.3g}"
     return text if "e" not in text else f"{value:.3f}"
+
+
+def _rate(value: float | None) -> str:
+    return "no time found" if value is None else f"{_n(value / 1e9)} GB/s"
 
 
 def _times(value: float) -> str:
