@@ -181,6 +181,28 @@ class Covariance:
         found._tokens, found._mass = facts["tokens"], facts["mass"]
         return found
 
+    def compress(self) -> torch.Tensor:
+        """All of it as one vector, in the memory that holds it, for sums over parts of the data: they add up entry by entry.
+
+        Until `expand`, which goes on with what the vector holds by then, nothing else is to be asked of this covariance.
+
+        Returns:
+            (d (d + 1) / 2 + d + 7,) float64. Counts of tokens are exact up to 2⁵³.
+
+        Raises:
+            ValueError: for a root (`precision="qr"`): roots cannot be added.
+        """
+        sums = self._flushed()
+        if not isinstance(sums, GramSums):
+            raise ValueError(f"no sum under precision={self.precision!r}: roots cannot be added")
+        return sums.compress([self._tokens, self._mass, sums.outliers])
+
+    def expand(self) -> None:
+        """Undo `compress`."""
+        assert isinstance(self._sums, GramSums)
+        tokens, self._mass, outliers = self._sums.expand(3)
+        self._tokens, self._sums.outliers = int(tokens), int(outliers)
+
     def flush(self) -> None:
         """Sum what is still on its way, as whatever reads the sums does first.
 

@@ -13,8 +13,9 @@ What goes from process to process, in an order that is the same for all:
   O(d) numbers. Roots (`precision="qr"`) cannot be added: they meet pairwise, each as large as a triangle, in ⌈log₂ n⌉ rounds of a
   QR decomposition (Demmel et al. 2012, arXiv 0808.2664).
 
-All sites that are known at one time are reduced before the first of them is solved: the owners then solve at the same time. The
-reductions of one block are under way while the next block's forward pass runs.
+All sites that are known at one time are reduced before the first of them is solved: the owners then solve at the same time. Block
+by block, the reductions of one are under way while the next block's forward pass runs, and every process puts its own sites aside
+until all have enough to do (`Totals`).
 
 A process that is lost cannot be told anything. Each leaves word in the group's store of what it is about; whoever finds the others
 gone calls the roll there, and its error names who has not answered, and where that was last.
@@ -24,10 +25,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -254,64 +254,34 @@ class Job:
         everywhere = set.intersection(*map(set, self.exchange(list(sums.silent))))
         return {name: module for name, module in sums.silent.items() if name in everywhere}
 
-    def reduce(self, sums: Listener) -> Iterator[tuple[Site, Covariance]]:
-        """Begin to add up the sums of all processes, and give them out of hand.
+    def totals(self) -> Totals:
+        """For one pass over the data: adds up what the processes have summed."""
+        return Totals(self)
 
-        Reductions run on by themselves until what is returned is drawn. Everything else that the processes do together in the
-        meantime, they have to do in the same order.
+    def deal(self, widths: Sequence[int]) -> list[int]:
+        """The owners of some sites, whose widths are the same for all processes: whoever has been dealt least so far."""
+        owners = deal(widths, self.count, self._loads)
+        for d, owner in zip(widths, owners, strict=True):
+            self._loads[owner] += float(d) ** 3
+        return owners
 
-        Returns:
-            The sites that this process owns, with the sums of all, in the order in which they were first called.
+    def send(self, covariance: Covariance, site: Site, owner: int) -> Arriving:
+        """Begin to add up a site's sums at its owner. What this process has of them is given out of hand."""
+        what = f"the reduction of {site.name!r}"
+        self.at(what)
+        with self._untold(what):
+            if covariance.precision == "qr":
+                return Arriving(site, self._fold(covariance, owner, what))
+            vector = covariance.compress()
+            there = vector.to(self._device)
+            with self._in_touch(what):
+                work = dist.reduce(there, self._global(owner), op=dist.ReduceOp.SUM, group=self._group, async_op=True)
+        return Arriving(site, covariance if owner == self.number else None, work, vector, there)
 
-        Raises:
-            ValueError: naming the layer and the processes, if an input is shared in one and not in the other; or if there is no
-                token at a site in any of them.
-        """
-        if self.count == 1:
-            return sums.release()
-        sums.flush()  # what it raises must be raised before the first reduction
-        own = [(site, c.tokens, c.device.type) for site, c in sums.peek()]
-        heard = _all_sites(self.exchange(own))
-        deaf = next((site for site, (tokens, _) in heard.items() if tokens == 0), None)
-        if deaf is not None:
-            raise ValueError(f"no tokens at {deaf.name!r}: {sums.MASKED}")
-        owners = deal([site.d_in for site in heard], self.count, self._loads)
-        for site, owner in zip(heard, owners, strict=True):
-            self._loads[owner] += float(site.d_in) ** 3
-        arriving: list[_Arriving] = []
-        for (site, (_, kind)), owner in zip(heard.items(), owners, strict=True):
-            what = f"the reduction of {site.name!r}"
-            self.at(what)
-            with self._untold(what):
-                arriving.append(self._send(sums.take(site, torch.device(kind)), site, owner, what))
-        return self._arrivals(arriving)
-
-    def _send(self, covariance: Covariance, site: Site, owner: int, what: str) -> _Arriving:
-        """This process's part of a sum, on its way to the owner: `covariance` is not to be used any more."""
-        device, precision = covariance.device, covariance.precision
-        if precision == "qr":
-            return _Arriving(site, what, whole=self._fold(covariance, owner, what))
-        facts, tensors = covariance.state()
-        del covariance
-        vector = _packed(facts, tensors).to(self._device)
-        del tensors
-        with self._in_touch(what):
-            work = dist.reduce(vector, self._global(owner), op=dist.ReduceOp.SUM, group=self._group, async_op=True)
-        unpack = functools.partial(_total, facts, device, precision) if owner == self.number else None
-        return _Arriving(site, what, work=work, vector=vector, unpack=unpack)
-
-    def _arrivals(self, arriving: list[_Arriving]) -> Iterator[tuple[Site, Covariance]]:
-        here: list[_Arriving] = []
-        while arriving:  # all of them, before the first is solved
-            each = arriving.pop(0)
-            with self._in_touch(each.what):
-                each.wait()
-            if each.own:
-                here.append(each)
-        while here:
-            each = here.pop(0)
-            self.at(f"the work on {each.site.name!r}")
-            yield each.site, each.take()
+    def wait(self, arriving: Arriving) -> None:
+        """Until a reduction is done."""
+        with self._in_touch(f"the reduction of {arriving.site.name!r}"):
+            arriving.wait()
 
     def _fold(self, covariance: Covariance, owner: int, what: str) -> Covariance | None:
         place, step = (self.number - owner) % self.count, 1
@@ -328,7 +298,7 @@ class Job:
                 del tensors
                 with self._in_touch(what):
                     dist.recv(vector, self._at(owner + place + step), group=self._group)
-                covariance.merge(Covariance.from_state(*_unpacked(vector, facts, "root"), device=covariance.device))
+                covariance.merge(Covariance.from_state(*_unpacked(vector, facts), device=covariance.device))
                 del vector
             step *= 2
         return covariance
@@ -376,43 +346,111 @@ class Job:
         return self._global(number % self.count)
 
 
-class _Arriving:
-    """A site whose sums are being added up: at its owner the total, elsewhere nothing, is what comes of it."""
+class Arriving:
+    """A site whose sums are being added up. At its owner the total comes of it, elsewhere nothing.
+
+    Args:
+        site: which.
+        own: at its owner, this process's part of them, which becomes the total; None elsewhere.
+        work: of `torch.distributed`; None if nothing is under way.
+        vector: what `own` has been compressed to.
+        there: the same where it can be sent from, if that is another place.
+    """
 
     def __init__(
         self,
         site: Site,
-        what: str,
-        *,
-        whole: Covariance | None = None,
+        own: Covariance | None,
         work: Any = None,
         vector: torch.Tensor | None = None,
-        unpack: Callable[[torch.Tensor], Covariance] | None = None,
+        there: torch.Tensor | None = None,
     ) -> None:
-        self.site, self.what = site, what
-        self._whole, self._work, self._vector, self._unpack = whole, work, vector, unpack
-
-    @property
-    def own(self) -> bool:
-        """Whether the total comes to this process."""
-        return self._whole is not None or self._unpack is not None
+        self.site, self.own = site, own
+        self._work, self._vector, self._there = work, vector, there
 
     def wait(self) -> None:
-        """Until the reduction is done."""
+        """Until the reduction is done; what other processes have come by is let go."""
         if self._work is not None:
             self._work.wait()
-        self._work = None
-        if not self.own:
+        if self._vector is not None and self._there is not None and self._there is not self._vector and self.own is not None:
+            self._vector.copy_(self._there)
+        self._work = self._there = None
+        if self.own is None:
             self._vector = None
 
     def take(self) -> Covariance:
         """The total, given out of hand."""
-        if self._whole is None:
-            assert self._unpack is not None
-            assert self._vector is not None
-            self._whole, self._vector = self._unpack(self._vector), None
-        whole, self._whole = self._whole, None
-        return whole
+        own, self.own = self.own, None
+        assert own is not None
+        if self._vector is not None:
+            own.expand()
+            self._vector = None
+        return own
+
+
+class Totals:
+    """What all processes have summed in one pass: being added up, or added up and waiting to be worked on.
+
+    What only one process works on keeps the others waiting, as nothing can be added up without its share. So nobody begins before
+    there is enough for all: as much a process as all sites of one block, by memory. All know what each has.
+
+    Args:
+        job: of the processes.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._under_way: list[Arriving] = []
+        self._here: list[Arriving] = []
+        self._waiting = self._enough = 0  # entries of all processes' sites; of a block's sites
+
+    def add(self, sums: Listener) -> Iterator[tuple[Site, Covariance]]:
+        """Begin to add up some sites, and give them out of hand.
+
+        Reductions run on by themselves until more is added. Everything else that the processes do together in the meantime, they
+        have to do in the same order.
+
+        Yields:
+            This process's own sites, with the sums of all, that are to be worked on now.
+
+        Raises:
+            ValueError: naming the layer and the processes, if an input is shared in one and not in the other; or if there is no
+                token at a site in any of them.
+        """
+        job = self._job
+        if job.count == 1:
+            yield from sums.release()
+            return
+        self._arrive()
+        sums.flush()  # what it raises must be raised before the first reduction
+        heard = _all_sites(job.exchange([(site, c.tokens, c.device.type) for site, c in sums.peek()]))
+        deaf = next((site for site, (tokens, _) in heard.items() if tokens == 0), None)
+        if deaf is not None:
+            raise ValueError(f"no tokens at {deaf.name!r}: {sums.MASKED}")
+        owners = job.deal([site.d_in for site in heard])
+        for (site, (_, kind)), owner in zip(heard.items(), owners, strict=True):
+            self._under_way.append(job.send(sums.take(site, torch.device(kind)), site, owner))
+        added = sum(site.d_in**2 for site in heard)
+        self._waiting += added
+        self._enough = max(self._enough, added)
+        if self._waiting >= job.count * self._enough:
+            yield from self.rest()
+
+    def rest(self) -> Iterator[tuple[Site, Covariance]]:
+        """All that has been added and was not yielded."""
+        self._arrive()  # all of it, before the first is solved
+        self._waiting = 0
+        while self._here:
+            each = self._here.pop(0)
+            self._job.at(f"the work on {each.site.name!r}")
+            yield each.site, each.take()
+
+    def _arrive(self) -> None:
+        while self._under_way:
+            each = self._under_way.pop(0)
+            self._job.wait(each)
+            if each.own is not None:
+                self._here.append(each)
 
 
 def deal(widths: Sequence[int], count: int, loads: Sequence[float] = ()) -> list[int]:
@@ -495,23 +533,14 @@ def _others(member: str, site: Site) -> str:
 
 
 def _packed(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A covariance's state as one vector, the sum of which over parts of the data is the state of all (`Covariance.merge`).
-
-    Counts of tokens are exact in float64 up to 2⁵³. Of a root, everything but the root.
-    """
-    large = next(tensor for name, tensor in tensors.items() if name != "total")
+    """The state of a root as one vector."""
     numbers = [facts["tokens"], facts["mass"], facts["outliers"], *facts["sums"].values()]
-    return torch.cat([large, tensors["total"], torch.tensor(numbers, dtype=torch.float64, device=large.device)])
+    return torch.cat([tensors["root"], tensors["total"], tensors["root"].new_tensor(numbers)])
 
 
-def _total(facts: Mapping[str, Any], device: torch.device, precision: str, vector: torch.Tensor) -> Covariance:
-    """The sums that a reduced vector holds, where they were made."""
-    return Covariance.from_state(*_unpacked(vector.to(device), facts, "triangle"), device=device, precision=precision)
-
-
-def _unpacked(vector: torch.Tensor, like: Mapping[str, Any], large: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _unpacked(vector: torch.Tensor, like: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     d = like["d_in"]
     entries, total, numbers = vector.split([d * (d + 1) // 2, d, 3 + len(like["sums"])])
     tokens, mass, outliers, *sums = numbers.tolist()
     facts = {"d_in": d, "tokens": int(tokens), "mass": mass, "outliers": int(outliers)}
-    return {**facts, "sums": dict(zip(like["sums"], sums, strict=True))}, {large: entries, "total": total}
+    return {**facts, "sums": dict(zip(like["sums"], sums, strict=True))}, {"root": entries, "total": total}

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from nullspace.batches import Call, calls, evaluating, forward_options
 from nullspace.blocks import refuse_chain
 from nullspace.covariance import Covariance
-from nullspace.distributed import Job
+from nullspace.distributed import Job, Totals
 from nullspace.hidden import Arguments, Shelf, choose_place
 from nullspace.listening import Listener, listening, refuse_silent
 from nullspace.progress import Progress
@@ -95,9 +95,8 @@ def stream_by_block(
                 del leaves
         job.check_share(share)
         behind = job.silent(ahead)
-        arriving = job.reduce(ahead)
-        if job.count == 1:
-            yield from arriving
+        totals = job.totals()
+        yield from totals.add(ahead)
         needed = len(chain.blocks) if behind else 1 + max((i for i, own in enumerate(inside) if own), default=-1)
         steps = needed * len(masks)
         report("forward", 0, steps, 0)
@@ -124,17 +123,13 @@ def stream_by_block(
                     report("forward", step, steps, tokens * step // steps)
             refuse_silent(job.silent(sums))
             _log(chain.names[index], time.perf_counter() - began, tokens, chain.device_of(index))
-            yield from arriving  # of the block before, which were reduced during this one's forward pass
-            arriving = job.reduce(sums)
-            del sums
-            if job.count == 1:  # nothing to wait for
-                yield from arriving
-        yield from arriving
+            yield from totals.add(sums)
         if behind:
             heard = {name: module for name, module in outside.items() if name not in behind}
             around = Loaded(model, chain.device_of(-1), but=unused)
             with contextlib.closing(around):
-                yield from _tail(model, chain, arguments, masks, options, behind, heard, around, precision, job)
+                yield from _tail(model, chain, arguments, masks, options, behind, heard, around, precision, job, totals)
+        yield from totals.rest()
     finally:
         if ready is not None:
             ready.close()
@@ -153,6 +148,7 @@ def _tail(
     weights: Loaded,
     precision: str | Mapping[str, str],
     job: Job,
+    totals: Totals,
 ) -> Iterator[tuple[Site, Covariance]]:
     """What the model does behind its blocks, for the targets that were not called ahead of them."""
     sums = Listener(behind, precision)
@@ -175,7 +171,7 @@ def _tail(
             chain.finish(number, arguments, options)
             sums.end_batch()
     refuse_silent(job.silent(sums))
-    yield from job.reduce(sums)
+    yield from totals.add(sums)
 
 
 def _divide(

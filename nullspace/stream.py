@@ -179,4 +179,6 @@ def _resident(
             report("forward", share.read, total, tokens)
     job.check_share(share)
     refuse_silent(job.silent(sums))
-    yield from job.reduce(sums)
+    totals = job.totals()
+    yield from totals.add(sums)
+    yield from totals.rest()

@@ -149,8 +149,31 @@ class GramSums(Sums):
     def load_state(self, numbers: Mapping[str, float], tensors: Mapping[str, torch.Tensor]) -> None:
         self.triangle.set_rows(tensors["triangle"])
         self.total.copy_(tensors["total"])
+        self._load_losses(numbers)
+
+    def _load_losses(self, numbers: Mapping[str, float]) -> None:
         self._mixed_energy, self._independent_loss = numbers["mixed_energy"], numbers["independent_loss"]
         self._common_loss, self._storage_loss = numbers["common_loss"], numbers["storage_loss"]
+
+    def compress(self, counts: Sequence[float]) -> torch.Tensor:
+        """All of it, and some counts, as one vector in the memory that holds it: complete after `flush`, and undone by `expand`.
+
+        Vectors of parts of the data add up to that of all.
+
+        Returns:
+            (d (d + 1) / 2 + d + 4 + len(counts),) float64.
+        """
+        losses = [self._mixed_energy, self._independent_loss, self._common_loss, self._storage_loss]
+        return self.triangle.compress(torch.cat([self.total, self.total.new_tensor([*losses, *counts])]))
+
+    def expand(self, count: int) -> list[float]:
+        """Go on with what the vector of `compress` holds by now; its `count` counts."""
+        beside = self.triangle.expand()
+        self.total.copy_(beside[: self.d_in])
+        numbers: list[float] = beside[self.d_in : self.d_in + 4 + count].tolist()
+        names = ("mixed_energy", "independent_loss", "common_loss", "storage_loss")
+        self._load_losses(dict(zip(names, numbers[:4], strict=True)))
+        return numbers[4:]
 
     def merge(self, other: Sums) -> None:
         assert isinstance(other, GramSums)  # `Covariance.merge` compares the precisions

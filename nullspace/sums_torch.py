@@ -77,8 +77,8 @@ class TorchSums(GramSums):
         elif self._float32 is None:
             self._float32 = False  # the sum is no longer that of the first tokens alone
 
-    def load_state(self, numbers: Mapping[str, float], tensors: Mapping[str, torch.Tensor]) -> None:
-        super().load_state(numbers, tensors)
+    def _load_losses(self, numbers: Mapping[str, float]) -> None:
+        super()._load_losses(numbers)
         if self._float32 is None:
             self._float32 = False  # nobody knows which of them were the first tokens
 

@@ -12,6 +12,8 @@ import torch
 # 256 rows a panel: GEMM is at full speed, and the part of the diagonal blocks that is computed twice stays small (8 % at
 # d = 1536). Measured on 2 CPU cores for d = 576 and 1536; 96 to 384 are within 10 % of each other.
 PANEL_ROWS = 256
+# Numbers that may go with a triangle, beside d, when it is made a vector.
+BESIDE = 16
 
 
 class LowerTriangle:
@@ -29,7 +31,9 @@ class LowerTriangle:
         self.d = d
         bounds = [(start, min(start + PANEL_ROWS, d)) for start in range(0, d, PANEL_ROWS)]
         sizes = [(stop - start) * stop for start, stop in bounds]
-        self.packed = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        # Panels leave more room than a vector takes, but for the very smallest ones.
+        self._memory = torch.zeros(max(sum(sizes), d * (d + 1) // 2 + d + BESIDE), dtype=torch.float64, device=device)
+        self.packed = self._memory[: sum(sizes)]
         parts = self.packed.split(sizes)
         self._panels = [(start, stop, part.view(stop - start, stop)) for (start, stop), part in zip(bounds, parts, strict=True)]
 
@@ -58,6 +62,44 @@ class LowerTriangle:
                 panel[row - start, : row + 1] = rows[at : at + row + 1].to(panel)
                 at += row + 1
 
+    def compress(self, beside: torch.Tensor) -> torch.Tensor:
+        """The triangle without what lies above the diagonal, and other numbers behind it, as one vector.
+
+        It lies in the triangle's own memory, which holds nothing else until `expand`.
+
+        Args:
+            beside: at most d + BESIDE numbers.
+
+        Returns:
+            (d (d + 1) / 2 + len(beside),): of every panel what is left of the diagonal block, then the block's own triangle.
+        """
+        at = 0
+        for start, stop, panel in self._panels:  # no panel moves to where one is that has not moved yet
+            left = panel[:, :start].clone(memory_format=torch.contiguous_format)
+            for part in (left.view(-1), panel[:, start:][_below(stop - start, panel.device)]):
+                self._memory[at : at + len(part)] = part
+                at += len(part)
+        self._memory[at : at + len(beside)] = beside
+        return self._memory[: at + len(beside)]
+
+    def expand(self) -> torch.Tensor:
+        """Undo `compress`, whatever its vector holds by now.
+
+        Returns:
+            The other numbers, (d + BESIDE,): a copy.
+        """
+        end = self.d * (self.d + 1) // 2
+        beside = self._memory[end : end + self.d + BESIDE].clone()
+        for start, stop, panel in reversed(self._panels):
+            rows = stop - start
+            end -= rows * start + rows * (rows + 1) // 2
+            left, block = self._memory[end:].split([rows * start, len(self._memory) - end - rows * start])
+            left, block = left.clone(), block[: rows * (rows + 1) // 2].clone()
+            panel[:, :start] = left.view(rows, start)
+            panel[:, start:] = 0.0
+            panel[:, start:][_below(rows, panel.device)] = block
+        return beside
+
     def diagonal(self) -> torch.Tensor:
         """The (d,) diagonal."""
         return torch.cat([panel.diagonal(offset=start) for start, _, panel in self._panels])
@@ -78,3 +120,9 @@ class LowerTriangle:
             block = panel[:, start:].tril()
             out[start:stop, start:stop] = block + block.tril(-1).T
         return out
+
+
+def _below(rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the lower triangle of a block is."""
+    row, column = torch.tril_indices(rows, rows, device=device)
+    return row, column

@@ -270,10 +270,30 @@ def a_blocks_reductions_run_during_the_next_blocks_forward_pass(rank: int, count
     finally:
         dist.reduce = begin
     events = events[max(i for i, event in enumerate(events) if event == ("forward", 0)) :]  # behind the prologue's own calls
-    expected = [("forward", 0), *[("reduce", 0)] * 4]
-    for index in range(1, len(blocks)):
-        expected += [("forward", index)] * 2 + [("wait", index - 1)] * 4 + [("reduce", index)] * 4
-    assert events == [*expected, *[("wait", len(blocks) - 1)] * 4]
+    expected: list[tuple[str, int]] = []
+    for index in range(len(blocks)):
+        expected += [("forward", index)] * (2 if index else 1)
+        if index % count:
+            expected += [("wait", index - 1)] * 4
+        expected += [("reduce", index)] * 4
+        if (index + 1) % count == 0:  # each process has been dealt as much as a whole block: it is worked on now
+            expected += [("wait", index)] * 4
+    if len(blocks) % count:
+        expected += [("wait", len(blocks) - 1)] * 4
+    assert events == expected
+
+
+@check(2, 3)
+def sites_are_worked_on_when_every_process_has_as_much_as_a_block(rank: int, count: int, folder: Path) -> None:
+    """Or the others would wait for each eigenproblem of each block in turn."""
+    model, batches, seen = tiny("llama"), random_batches(count), []
+    blocks = model.model.layers
+    for index, block in enumerate(blocks):
+        block.register_forward_hook(lambda *_, index=index: seen.append(index))
+    for site, _ in stream_covariances(model, batches, strategy="layerwise", progress=False):
+        done = seen[-1] + 1  # blocks that have run
+        assert done % count == 0 or done == len(blocks)
+        assert int(site.name.split(".")[2]) >= (done - 1) // count * count
 
 
 @check(2, 3)
@@ -367,6 +387,7 @@ def a_loader_that_one_process_reads_for_all_is_respected(rank: int, count: int, 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in launched.items():
             patch.setenv(name, str(value))
+        PartialState._reset_state()  # whoever has asked before was told that there is one process
         PartialState(cpu=True)
     model, data = tiny("llama"), Rows(4 * count)
     loader = prepare_data_loader(DataLoader(data, batch_size=2), torch.device("cpu"), put_on_device=True, dispatch_batches=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from inputs import small_integers
-from nullspace.triangle import PANEL_ROWS, LowerTriangle
+from nullspace.triangle import BESIDE, PANEL_ROWS, LowerTriangle
 
 # One row, one panel and its neighbours, two panels and their neighbours, and an order that is no multiple of anything.
 ORDERS = [1, 2, PANEL_ROWS - 1, PANEL_ROWS, PANEL_ROWS + 1, 2 * PANEL_ROWS, 2 * PANEL_ROWS + 1, 600]
@@ -109,3 +109,20 @@ def test_rows_are_the_lower_triangle_and_come_back(d: int) -> None:
     assert torch.equal(again.square(), triangle.square())
     again.set_rows(rows.float())
     assert torch.equal(again.square(), triangle.square().float().double())
+
+
+@pytest.mark.parametrize("beside", [0, 7, None])
+@pytest.mark.parametrize("d", ORDERS)
+def test_vectors_add_up_as_the_triangles_do(d: int, beside: int | None) -> None:
+    mine, theirs = triangle_of(small_integers(9, d)), triangle_of(small_integers(5, d, seed=1))
+    expected = mine.square() + theirs.square()
+    memory = mine.packed.untyped_storage().data_ptr()
+    own = torch.arange(d + BESIDE if beside is None else beside, dtype=torch.float64)
+    vector = mine.compress(own)
+    assert vector.shape == (d * (d + 1) // 2 + len(own),)
+    assert vector.untyped_storage().data_ptr() == memory
+    vector += theirs.compress(3 * own)
+    assert torch.equal(mine.expand()[: len(own)], 4 * own)
+    assert torch.equal(mine.square(), expected)
+    mine.add_gram(small_integers(4, d, seed=2))  # and it goes on as a triangle
+    assert torch.equal(mine.square(), expected + triangle_of(small_integers(4, d, seed=2)).square())
