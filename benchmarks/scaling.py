@@ -71,7 +71,7 @@ def reductions(rank: int, ranks: int, settings: Mapping[str, Any]) -> dict[str, 
     import torch.distributed as dist
 
     from nullspace import Covariance, Site
-    from nullspace.distributed import Job, _packed, _unpacked
+    from nullspace.distributed import Job
 
     job, found = Job(), []
     generator = torch.Generator().manual_seed(rank)
@@ -84,18 +84,17 @@ def reductions(rank: int, ranks: int, settings: Mapping[str, Any]) -> dict[str, 
             owner = repeat % ranks
             dist.barrier()
             began = time.perf_counter()
-            facts, tensors = covariance.state()
-            vector = _packed(facts, tensors)
+            vector = covariance.compress()
             packed = time.perf_counter()
-            del tensors
             dist.barrier()
             ready = time.perf_counter()
             dist.reduce(vector, owner)
             reduced = time.perf_counter()
             own = {"pack": packed - began, "reduce": reduced - ready, "unpack": 0.0}
             if rank == owner:
-                Covariance.from_state(*_unpacked(vector, facts, "triangle"))
+                covariance.expand()
                 own["unpack"] = time.perf_counter() - reduced
+                vector = covariance.compress()
             dist.barrier()
             began = time.perf_counter()
             if rank < 2:
@@ -103,7 +102,8 @@ def reductions(rank: int, ranks: int, settings: Mapping[str, Any]) -> dict[str, 
                 own["message"] = time.perf_counter() - began
             if repeat:  # the first one opens connections and fetches memory
                 found.append({"d": d, "bytes": vector.numel() * vector.element_size(), **own})
-            del vector
+            vector.zero_()  # or the numbers would grow from repeat to repeat
+            covariance.expand()
         for count in (0, settings["sites"]):
             sites = [(Site((f"model.layers.{i}.mlp.down_proj",), 4096), 1000, "cpu") for i in range(count)]
             dist.barrier()
@@ -263,14 +263,16 @@ def fitted(runs: Runs, settings: Mapping[str, Any], cores: int) -> Any:
     """The machine as a `Cluster`, of every other width; forward, sums and eigenproblems are not in it yet."""
     from nullspace.plan import Rates
     from nullspace.scaling import Cluster, Gloo, site_bytes
+    from nullspace.triangle import PANEL_ROWS
 
     widths, several = settings["widths"][::2], [n for n in COUNTS if n > 1]
     points = [(n, max(1.0, n / cores), d, site_bytes(d)) for n in several for d in widths]
     rows = [[1.0, (n - 1) * crowd, size * (n - 1) / n * crowd, size * (n - 1) / n] for n, crowd, _, size in points]
     start, hop, ring, gather = fit(rows, [median(runs, "reduce", ranks=n, d=d) for n, _, d, _ in points])
     network = Gloo(start, hop, rate(ring), rate(gather))
-    rows = [[d * crowd, 2 * size * crowd] for _, crowd, d, size in points] + [[d, size] for *_, d, size in points]
-    row, copy = fit(rows, [median(runs, name, ranks=n, d=d) for name in ("pack", "unpack") for n, _, d, _ in points])
+    once = [[-(-d // PANEL_ROWS), 2 * size] for *_, d, size in points]
+    rows = [[x * crowd for x in own] for own, (_, crowd, *_) in zip(once, points, strict=True)] + once
+    panel, copy = fit(rows, [median(runs, name, ranks=n, d=d) for name in ("pack", "unpack") for n, _, d, _ in points])
     bare = {n: median(runs, "exchange", ranks=n, sites=0) for n in several}
     full = {n: median(runs, "exchange", ranks=n, sites=settings["sites"]) for n in several}
     crowds = {n: max(1.0, n / cores) for n in several}
@@ -281,7 +283,7 @@ def fitted(runs: Runs, settings: Mapping[str, Any], cores: int) -> Any:
         network=network,
         rates=Rates(forward=1.0, sums=1.0, decomposition=1.0, transfer=float("inf"), disk=1e9, estimated=False),
         memory=float("inf"),
-        row=row,
+        panel=panel,
         copy=rate(copy),
         exchange=exchange,
         told=told,

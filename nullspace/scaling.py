@@ -20,6 +20,7 @@ import torch
 from nullspace.distributed import deal
 from nullspace.plan import Rates, Workload, decomposition_cost
 from nullspace.survey import Survey
+from nullspace.triangle import PANEL_ROWS
 
 # Beside the triangle and Σ x: tokens, their mass, outlier tokens, and four sums that account for rounding (`GramSums.state`).
 COUNTS = 7
@@ -120,7 +121,7 @@ class Cluster:
         network: between the ranks.
         rates: throughputs of one rank with nobody beside it. `transfer` is also what bases go to the host with.
         memory: bytes of device memory a rank.
-        row: seconds that Python takes for one row of a triangle, which is packed for its journey, and unpacked, row by row.
+        panel: seconds to launch what one row panel of a triangle takes to be compressed for its journey, or expanded after it.
         copy: bytes a second copied within a rank's memory.
         exchange: seconds of an exchange of Python objects, beside the network's.
         told: seconds that every site of every rank adds to the exchange in which the sites are told.
@@ -132,7 +133,7 @@ class Cluster:
     network: Network
     rates: Rates
     memory: float
-    row: float
+    panel: float
     copy: float
     exchange: float
     told: float
@@ -154,12 +155,12 @@ class Cluster:
         return now
 
     def packing_seconds(self, d: int, ranks: int) -> float:
-        """A site's triangle into the vector that travels (copied twice), on all ranks."""
-        return 0.0 if ranks == 1 else self.crowd(ranks) * (d * self.row + 2 * site_bytes(d) / self.copy)
+        """A site's triangle into the vector that travels, in its own memory (copied twice), on all ranks."""
+        return 0.0 if ranks == 1 else self.crowd(ranks) * self.unpacking_seconds(d, ranks)
 
     def unpacking_seconds(self, d: int, ranks: int) -> float:
         """And back, at its owner."""
-        return 0.0 if ranks == 1 else d * self.row + site_bytes(d) / self.copy
+        return 0.0 if ranks == 1 else -(-d // PANEL_ROWS) * self.panel + 2 * site_bytes(d) / self.copy
 
     def travel_seconds(self, d: int, ranks: int) -> float:
         """The reduction of a site's vector: all that something else can hide."""
@@ -191,7 +192,7 @@ def h100(links: int = 8) -> Cluster:
         # tensor cores' peak: half of a tridiagonal reduction is bound by memory), PCIe 5 25e9. All assumed.
         rates=Rates.of("cuda", torch.bfloat16),
         memory=80e9,  # data sheet
-        row=6e-6,  # a slice in Python, and on the way back the launch of a copy: a guess
+        panel=6e-5,  # about ten launches: a guess
         copy=1e12,  # 3.35e12 of memory bandwidth (data sheet), read and written
         exchange=1e-3,  # pickling, copies to the device and back: a guess
         told=5e-6,  # unpickling one site: a guess
@@ -266,7 +267,7 @@ def cost(
     strategy: str = "resident",
     weights: str = "device",
     overlapped: bool = True,
-    together: int = 1,
+    together: int | None = None,
     solved: bool = True,
 ) -> Cost:
     """What `compute_null_spaces` takes with n ranks; without second passes.
@@ -281,13 +282,14 @@ def cost(
             `"gathered"` likewise, from the GPUs of a node, each of which holds its part (as FSDP does: nothing here does that yet).
         overlapped: whether vectors travel while others are packed and, layerwise, while the next block computes. Packing itself
             keeps the host busy, and is seen. Where ranks share cores, nothing is hidden.
-        together: how many blocks of a layerwise pass are solved at a time. 1 is what is done: the next block's sums need all ranks,
-            and one of them is still solving.
+        together: how many blocks of a layerwise pass are solved at a time: by default as many as there are ranks, about what
+            `nullspace.distributed.Totals` does. With 1, all would wait for one of them to solve the widest site of every block.
         solved: False for `stream_covariances` alone: no eigenproblems, no bases.
 
     Raises:
         ValueError: for a number below 1, another strategy, or another place.
     """
+    together = ranks if together is None else together
     if ranks < 1 or together < 1:
         raise ValueError(f"ranks and together must be at least 1, not {ranks} and {together}")
     if strategy not in ("resident", "layerwise") or weights not in ("device", "host", "gathered"):
@@ -320,6 +322,7 @@ def cost(
     if overlapped and (cluster.cores is None or ranks < cluster.cores):
         following = [f + x for f, x in zip(forward, sums, strict=True)] if layerwise else []
         after = [*following, 0.0] if layerwise else [0.0, 0.0]
+        after = [0.0 if i and i % together == 0 else seconds for i, seconds in enumerate(after)]  # what is solved is waited for
         hidden = sum(min(sum(t), sum(p[1:]) + a) for p, t, a in zip(packing, travel, after, strict=True))
     waited = 0.0
     if layerwise and weights != "device":

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from models import random_batches, tiny
 from nullspace import Covariance, stream_covariances
-from nullspace.distributed import _packed
 from nullspace.plan import Workload, decomposition_cost
 from nullspace.scaling import Chain, Cluster, Cost, Gloo, Network, cost, h100, makespan, site_bytes, worth_having
 from nullspace.survey import Survey
@@ -25,7 +24,7 @@ WORK = Workload(samples=8, length=32, batch_size=1, rank=8)
 STRATEGIES = ("resident", "layerwise")
 GLOO = Gloo(start=1e-4, hop=2e-4, ring=1e9, gather=2e9)
 NETWORKS = (h100().network, GLOO)
-SHARED = replace(h100(), network=GLOO, row=2e-6, copy=3e9, exchange=5e-4, told=2e-6, cores=2)
+SHARED = replace(h100(), network=GLOO, panel=2e-6, copy=3e9, exchange=5e-4, told=2e-6, cores=2)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def survey() -> Survey:
 def test_bytes_of_a_site_are_those_of_its_vector(d: int, precision: str) -> None:
     covariance = Covariance(d, precision=precision)
     covariance.update(torch.randn(5, d))
-    assert _packed(*covariance.state()).nbytes == site_bytes(d)
+    assert covariance.compress().nbytes == site_bytes(d)
     assert site_bytes(d) - 8 * d * (d + 1) // 2 == 8 * (d + 7)
 
 
@@ -156,15 +155,16 @@ def test_cost_of_ranks(survey: Survey, cluster: Cluster, strategy: str) -> None:
     assert cost(survey, WORK, 4, cluster, strategy=strategy, solved=False).seconds["eigenproblems"] == 0
 
 
-def test_layerwise_waits_for_every_block_unless_blocks_are_solved_together(survey: Survey) -> None:
-    def solving(strategy: str, together: int = 1) -> float:
-        return cost(survey, WORK, 12, h100(), strategy=strategy, together=together).seconds["eigenproblems"]
+def test_layerwise_would_wait_for_every_block_unless_blocks_are_solved_together(survey: Survey) -> None:
+    def solving(strategy: str, together: int | None = None, ranks: int = 12) -> float:
+        return cost(survey, WORK, ranks, h100(), strategy=strategy, together=together).seconds["eigenproblems"]
 
     widest = decomposition_cost(112, WORK.rank, "cuda")[2] / h100().rates.decomposition
     assert solving("resident") == pytest.approx(widest)
-    assert solving("layerwise") == pytest.approx(3 * widest)
+    assert solving("layerwise", 1) == pytest.approx(3 * widest)
     assert solving("layerwise", 2) == pytest.approx(2 * widest)
-    assert solving("layerwise", 3) == solving("resident")
+    assert solving("layerwise") == solving("layerwise", 3) == solving("resident")
+    assert solving("layerwise", ranks=2) == solving("layerwise", 2, ranks=2)
 
 
 def test_what_is_hidden_is_not_seen(survey: Survey) -> None:
@@ -172,7 +172,7 @@ def test_what_is_hidden_is_not_seen(survey: Survey) -> None:
         return cost(survey, WORK, 4, cluster, strategy=strategy, **more)
 
     # No forward pass, or packing, takes any time; or a forward pass has time for everything, but for the last block's sums.
-    nothing = {"row": 0.0, "copy": math.inf}
+    nothing = {"panel": 0.0, "copy": math.inf}
     fast, slow = (replace(h100(), **nothing, rates=replace(h100().rates, forward=rate, sums=math.inf)) for rate in (math.inf, 1.0))
     for cluster in (h100(), slow):
         seen, plain = found(cluster), found(cluster, overlapped=False)
@@ -256,7 +256,7 @@ def made_up() -> dict[str, Any]:
 def test_a_machine_that_is_as_the_model_has_it_is_found(made_up: dict[str, Any]) -> None:
     summary = made_up["summary"]
     cluster = summary["cluster"]
-    assert [cluster[name] for name in ("row", "copy", "exchange", "told")] == pytest.approx([2e-6, 3e9, 5e-4, 2e-6], rel=1e-3)
+    assert [cluster[name] for name in ("panel", "copy", "exchange", "told")] == pytest.approx([2e-6, 3e9, 5e-4, 2e-6], rel=1e-3)
     assert [cluster["network"][name] for name in ("start", "hop", "ring", "gather")] == pytest.approx(
         [1e-4, 2e-4, 1e9, 2e9], rel=1e-3
     )
