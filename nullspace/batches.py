@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from nullspace.parts import device_of
 from nullspace.sites import output_head
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def calls(model: nn.Module, share: Share, device: torch.device | None = None) ->
         ValueError: at the end, if there were fewer batches than the loader announced.
     """
     for number, batch in share:
-        args, kwargs = _arguments(batch, number, device or _input_device(model), model)
+        args, kwargs = _arguments(batch, number, device or input_device(model), model)
         mask = _decoder_padding(kwargs) if is_encoder_decoder(model) else None
         yield Call(number, args, kwargs, kwargs.get("attention_mask") if mask is None else mask, _count_tokens(args, kwargs))
 
@@ -114,14 +115,15 @@ def _decoder_padding(kwargs: dict[str, Any]) -> torch.Tensor | None:
     return next((m for m in masks if isinstance(m, torch.Tensor) and not bool(m.all())), None)
 
 
-def _input_device(model: nn.Module) -> torch.device | None:
+def input_device(model: nn.Module) -> torch.device | None:
+    """Where a model's embeddings are."""
     get = getattr(model, "get_input_embeddings", None)
     with contextlib.suppress(NotImplementedError):
         embeddings = get() if callable(get) else None
         weight = getattr(embeddings, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.device.type != "meta":
-            return weight.device
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+            return device_of(weight)
+    return next((device_of(p) for p in model.parameters() if p.device.type != "meta"), None)
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

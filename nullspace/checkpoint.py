@@ -26,6 +26,8 @@ from torch import nn
 
 from nullspace import store
 from nullspace.distributed import Job
+from nullspace.parts import is_sharded, shape_of
+from nullspace.sharded import class_of
 from nullspace.shares import add_to_digest
 from nullspace.weights import execution_device, tensor_of
 
@@ -138,7 +140,7 @@ def fingerprint_of_run(
         raise ValueError("a checkpoint needs a loader that can be read more than once: a list or a DataLoader, not an iterator")
     packages = ("nullspace-lora", "torch", *(name for name in ("transformers", "triton") if name in sys.modules))
     return {
-        "model": {"class": type(model).__name__, "weights": _hash_weights(model)},
+        "model": {"class": class_of(model).__name__, "weights": _hash_weights(model)},
         "data": hash_data(loader) if (job or Job.alone()).share(loader).split else _hash_shares(loader, job or Job.alone()),
         "targets": _short(hashlib.sha256("\n".join(targets).encode())),
         **settings,
@@ -166,8 +168,8 @@ def _hash_weights(model: nn.Module) -> str:
         for key, own in (*module._parameters.items(), *module._buffers.items()):
             if own is None or key in module._non_persistent_buffers_set:
                 continue
-            value = tensor_of(module, key)
-            digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode())
+            value = own if is_sharded(own) else tensor_of(module, key)
+            digest.update(f"{name}.{key} {tuple(shape_of(value))} {value.dtype}".encode())
             sample = store.fingerprint(value)
             packed = not value.is_floating_point() or hasattr(value, "quant_state")  # bitsandbytes, in whatever dtype
             if sample is None and packed and value.device.type != "meta":

@@ -18,6 +18,7 @@ from nullspace.checkpoint import Checkpoint, fingerprint_of_run, hash_data
 from nullspace.covariance import Covariance
 from nullspace.distributed import Job
 from nullspace.progress import Progress, reporter
+from nullspace.sharded import prepare
 from nullspace.shards import Shards, joined, what_is_missing
 from nullspace.shares import part_of
 from nullspace.sites import Site, find_targets
@@ -233,6 +234,7 @@ def compute_covariances(
             targets = list(targets)
         check_options(strategy, precision, hidden_states)
         modules = find_targets(model, targets)
+        spread = prepare(model, modules, job, strategy)
         shards: tuple[Shards, ...] = ()
         if shard is not None:
             loader, part = _sharded(loader, *shard)
@@ -244,10 +246,14 @@ def compute_covariances(
         if checkpoint is not None:
             exact = precision if isinstance(precision, str) else dict(precision)
             settings = {"keeps": "covariances", "precision": exact, "strategy": strategy, "dtype": str(dtype)}
+            if spread:  # fingerprints of sharded weights are collectives
+                job.exchange(None)
             run = fingerprint_of_run(model, loader, modules, settings, job)
             job.check_same(**run)
             kept = Checkpoint(checkpoint, run, job)
         report = reporter(progress, bars=job.first)
+        if spread:
+            job.exchange(None)
         known = weights_of(modules)
 
         def sites() -> Iterator[tuple[Site, Mapping[str, Any], Mapping[str, torch.Tensor], Weights]]:

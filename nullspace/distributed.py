@@ -209,7 +209,7 @@ class Job:
         return f"last heard of in {self._store.get(key).decode()}" if self._store.check([key]) else "never heard of"
 
     @contextlib.contextmanager
-    def _untold(self, what: str) -> Iterator[None]:
+    def untold(self, what: str) -> Iterator[None]:
         """Around what this process does between two reductions, when the others would take a word for a number.
 
         They wait for it, in vain, until it ends or their time runs out.
@@ -269,7 +269,7 @@ class Job:
         """Begin to add up a site's sums at its owner. What this process has of them is given out of hand."""
         what = f"the reduction of {site.name!r}"
         self.at(what)
-        with self._untold(what):
+        with self.untold(what):
             if covariance.precision == "qr":
                 return Arriving(site, self._fold(covariance, owner, what))
             vector = covariance.compress()
@@ -332,6 +332,13 @@ class Job:
         self.exchange(None)  # it has its name
 
     # ---- places
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Its processes, by their numbers in the default group."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return (0,)
+        return (dist.get_rank(),) if self.count == 1 else tuple(self._global(number) for number in range(self.count))
 
     @property
     def _device(self) -> torch.device:

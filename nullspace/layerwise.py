@@ -28,6 +28,7 @@ from nullspace.distributed import Job, Totals
 from nullspace.hidden import Arguments, Shelf, choose_place
 from nullspace.listening import Listener, listening, refuse_silent
 from nullspace.progress import Progress
+from nullspace.sharded import aside, is_spread
 from nullspace.sites import Site, output_head
 from nullspace.weights import Loaded, execution_device
 
@@ -67,15 +68,20 @@ def stream_by_block(
     head = output_head(model)
     options = forward_options(model, dict(targets))
     unused = tuple(chain.blocks) + (() if head is None or any(m is head for m in outside.values()) else (head,))
-    first = Loaded(chain.blocks[0], chain.device_of(0))
+    spread = is_spread(model)
+    first = Loaded(chain.blocks[0], chain.device_of(0), within=model)
     ready: Loaded | None = first
     try:
         share = job.share(loader)
         total = share.length
         around = Loaded(model, chain.device_of(0), but=unused)
+        if spread:  # before weights are gathered, whoever has failed must have told it
+            job.exchange(None)
+            first.gather()
         with (
             contextlib.closing(around),
             around,
+            aside(model),
             listening(outside, ahead),
             evaluating(model),
             torch.inference_mode(False),
@@ -104,11 +110,14 @@ def stream_by_block(
             began = time.perf_counter()
             job.at(f"the forward pass of {chain.names[index]!r}")
             sums = Listener(inside[index], precision)
-            loaded = ready or Loaded(chain.blocks[index], chain.device_of(index))
-            ready = Loaded(chain.blocks[index + 1], chain.device_of(index + 1)) if index + 1 < needed else None
+            loaded = ready or Loaded(chain.blocks[index], chain.device_of(index), within=model)
+            ready = Loaded(chain.blocks[index + 1], chain.device_of(index + 1), within=model) if index + 1 < needed else None
+            if spread:
+                job.exchange(None)
             with (
                 contextlib.closing(loaded),
                 loaded,
+                aside(chain.blocks[index]),
                 listening(inside[index], sums),
                 evaluating(model),
                 torch.inference_mode(False),
@@ -126,7 +135,10 @@ def stream_by_block(
             yield from totals.add(sums)
         if behind:
             heard = {name: module for name, module in outside.items() if name not in behind}
-            around = Loaded(model, chain.device_of(-1), but=unused)
+            # The output head is called here: accelerate's hooks would load it, and those of sharded models stand aside.
+            around = Loaded(model, chain.device_of(-1), but=tuple(chain.blocks) if spread else unused)
+            if spread:
+                job.exchange(None)
             with contextlib.closing(around):
                 yield from _tail(model, chain, arguments, masks, options, behind, heard, around, precision, job, totals)
         yield from totals.rest()
@@ -163,7 +175,8 @@ def _tail(
     with contextlib.ExitStack() as stack:
         for name, module in heard.items():
             stack.callback(module.register_forward_pre_hook(trip(name)).remove)
-        for manager in (weights, listening(behind, sums), evaluating(model), torch.inference_mode(False), torch.no_grad()):
+        managers = (listening(behind, sums), evaluating(model), torch.inference_mode(False), torch.no_grad())
+        for manager in (weights, aside(model), *managers):
             stack.enter_context(manager)
         for number, mask in masks.items():
             assert arguments is not None

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from nullspace.covariance import Covariance, find_nonfinite
-from nullspace.sites import Site, weight_shape
+from nullspace.parts import is_sharded
+from nullspace.sharded import input_of
+from nullspace.sites import Site, weight_of, weight_shape
 from nullspace.sums import TokenMask
 
 
@@ -67,6 +69,9 @@ class Listener:
         targets: module name → linear layer.
         precision: as in `stream_covariances`.
         weigh: (name of the first member, input) → what is summed in the input's place.
+
+    Attributes:
+        deaf: True while what the targets are called with does not count.
     """
 
     MASKED = "everything is masked as padding"
@@ -78,6 +83,7 @@ class Listener:
         *,
         weigh: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
+        self.deaf = False
         self._targets = targets
         self._precision = precision
         self._weigh = weigh
@@ -106,6 +112,8 @@ class Listener:
 
     def hear(self, name: str, x: torch.Tensor) -> None:
         """A target is about to be called with x."""
+        if self.deaf:
+            return
         member_of = self._of.get(name)
         if member_of is None:
             joined = next((s for s in self._sums if s.joinable and s.hears(x)), None)
@@ -221,18 +229,62 @@ def refuse_silent(silent: Mapping[str, nn.Module]) -> None:
 
 
 @contextlib.contextmanager
-def listening(targets: Mapping[str, nn.Module], sums: Listener) -> Iterator[None]:
-    """Inside, the listener hears whatever the targets are called with."""
+def listening(targets: Mapping[str, nn.Module], sums: Listener, *, later: list[Exception] | None = None) -> Iterator[None]:
+    """Inside, the listener hears whatever the targets are called with.
+
+    Args:
+        targets: module name → linear layer.
+        sums: the listener.
+        later: takes the first exception that the listener raises, from which on it hears nothing: for a forward pass that must not
+            end in the midst (`nullspace.sharded`).
+    """
 
     def listener(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            sums.hear(name, args[0] if args else next(iter(kwargs.values())))
+            if not later:
+                with keeping(later):
+                    sums.hear(name, _first(args, kwargs))
 
         return hook
 
-    handles = [m.register_forward_pre_hook(listener(name), with_kwargs=True) for name, m in targets.items()]
+    def listeners(name: str) -> tuple[Any, Any]:
+        handed: list[Any] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            handed[:] = [_first(args, kwargs)]
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not later:
+                with keeping(later):
+                    sums.hear(name, input_of(name, handed.pop(), _first(args, kwargs)))
+
+        return before, after
+
+    handles = []
+    for name, module in targets.items():
+        if is_sharded(weight_of(module)):  # whose input may come through hooks of others
+            before, hook = listeners(name)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        else:
+            hook = listener(name)
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+@contextlib.contextmanager
+def keeping(later: list[Exception] | None) -> Iterator[None]:
+    """Inside, an exception is kept for later, if there is a list for it."""
+    try:
+        yield
+    except Exception as error:
+        if later is None:
+            raise
+        later.append(error)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nullspace.parts import shape_of
+
 
 @dataclass(frozen=True)
 class Site:
@@ -82,7 +84,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a linear layer, whatever the layout of its storage (quantised layers included)."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
-    d_in, d_out = weight_of(module).shape
+    d_in, d_out = shape_of(weight_of(module))
     return d_out, d_in
 
 

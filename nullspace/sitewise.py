@@ -20,7 +20,8 @@ from torch import nn
 
 from nullspace import store
 from nullspace.distributed import Job
-from nullspace.sites import Site, weight_shape
+from nullspace.parts import is_sharded
+from nullspace.sites import Site, weight_of, weight_shape
 from nullspace.weights import tensor_of
 
 if TYPE_CHECKING:
@@ -172,12 +173,13 @@ class Sitewise(Mapping[str, T], Generic[T]):
         """The sites, in the order in which the run that made them gave them."""
         return tuple(entry.site for entry in self._entries)
 
-    def check(self, name: str, module: nn.Module) -> None:
+    def check(self, name: str, module: nn.Module, weight: Weight | None = None) -> None:
         """Whether this was computed for this layer of this model.
 
         Args:
             name: the layer's name in the model that was calibrated.
             module: the linear layer.
+            weight: what `weights_of` says of it, if somebody has asked that already: of a sharded weight it is a collective.
 
         Raises:
             ValueError: showing both sides, if the name is unknown or the shape or the fingerprint differs.
@@ -185,14 +187,14 @@ class Sitewise(Mapping[str, T], Generic[T]):
         if name not in self._of:
             known = ", ".join(list(self._of)[:3])
             raise ValueError(f"there is no {self.WHAT} for {name!r}; there are such for {known}, … ({len(self)} layers)")
-        shape = weight_shape(module)
+        shape = weight_shape(module) if weight is None else weight[0]
         entry = self._of[name]
         known_shape, known_print = entry.weights().get(name) or ((shape[0], entry.site.d_in), None)
         if shape != known_shape:
             raise ValueError(
                 f"this {self.WHAT} is of another model: {name!r} has weight {shape} here and had {known_shape} at calibration"
             )
-        found = sample(module)
+        found = sample(module) if weight is None else weight[1]
         if known_print is not None and found is not None and not store.same_fingerprint(known_print, found):
             raise ValueError(
                 f"this {self.WHAT} is of another model: the weight of {name!r} begins with {_head(found)} here and with "
@@ -291,9 +293,10 @@ def weights_of(modules: Mapping[str, nn.Module]) -> Weights:
 
 
 def sample(module: nn.Module) -> torch.Tensor | None:
-    """The fingerprint of a layer's weight; None where its values are nowhere at hand."""
+    """The fingerprint of a layer's weight; None where its values are nowhere at hand. A collective where weights are sharded."""
     try:
-        return store.fingerprint(tensor_of(module, "weight"))
+        weight = weight_of(module)
+        return store.fingerprint(weight if is_sharded(weight) else tensor_of(module, "weight"))
     except ValueError:
         return None
 

@@ -24,6 +24,7 @@ from nullspace.decompose import decompose
 from nullspace.distributed import Job
 from nullspace.listening import precision_of
 from nullspace.progress import Progress, reporter
+from nullspace.sharded import bring_to_rest, prepare
 from nullspace.sites import Site, find_targets, weight_shape
 from nullspace.sitewise import Fetched, Sitewise, Weights, weights_of
 from nullspace.stream import check_options, resolve_strategy, stream_covariances
@@ -463,6 +464,7 @@ def compute_null_spaces(
             targets = list(targets)
         check_options(strategy, precision, hidden_states)
         modules = find_targets(model, targets)
+        spread = prepare(model, modules, job, strategy)
         check_rank(modules, rank)
         avoided = check_exclude(exclude, modules)
         for name in avoided:
@@ -486,6 +488,8 @@ def compute_null_spaces(
                     name: hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest() for name, rows in avoided.items()
                 },
             }
+            if spread:  # fingerprints of sharded weights are collectives
+                job.exchange(None)
             run = fingerprint_of_run(model, loader, modules, settings, job)
             job.check_same(**run)
             kept = Checkpoint(checkpoint, run, job)
@@ -512,7 +516,8 @@ def compute_null_spaces(
 
             found: list[NullSpace] = []
             # A caller in inference mode would otherwise get bases that no later training step may touch.
-            with torch.inference_mode(False), _explaining_memory(explain):
+            # A forecast runs the model; of a sharded one all processes would have to.
+            with torch.inference_mode(False), contextlib.nullcontext() if spread else _explaining_memory(explain):
                 stream = stream_covariances(
                     model,
                     loader,
@@ -563,6 +568,9 @@ def compute_null_spaces(
             )
         if job.first:
             _warn_of_few_tokens(spaces)
+        if spread:
+            bring_to_rest(model)
+            job.exchange(None)
         weights = weights_of(modules)
         place = {name: index for index, name in enumerate(modules)}  # one process does not see in which order all are called
         spaces.sort(key=lambda s: min(place[member] for member in s.site.members))

@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nullspace.parts import entries, is_sharded, shape_of
+
 MANIFEST = "nullspace.json"
 FORMAT_VERSION = 1
 
@@ -266,22 +268,22 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 def fingerprint(weight: torch.Tensor) -> torch.Tensor | None:
     """A few entries of a weight, by which it is known again in any floating dtype: (≤ 64,) float32.
 
-    None if the weight is not a plain floating-point tensor with its values at hand (quantised, sharded or offloaded). Tensors of
-    another type are none: bitsandbytes packs 4-bit weights into whatever dtype it is asked to (`bnb_4bit_quant_storage`). Nor are
-    those of 8 bits, whose scales are elsewhere.
+    None if the weight is not a plain floating-point tensor with its values at hand (quantised or offloaded). Tensors of another
+    type are none: bitsandbytes packs 4-bit weights into whatever dtype it is asked to (`bnb_4bit_quant_storage`). Nor are those of
+    8 bits, whose scales are elsewhere. Of a weight that is spread over ranks it is that of the whole, and a collective.
     """
-    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point() and weight.element_size() > 1
-    if not plain or weight.device.type == "meta" or weight.numel() == 0:
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) or is_sharded(weight)
+    plain = plain and weight.is_floating_point() and weight.element_size() > 1
+    if not plain or weight.device.type == "meta" or shape_of(weight).numel() == 0:
         return None
     return some_entries(weight).to("cpu", torch.float32)
 
 
 def some_entries(tensor: torch.Tensor) -> torch.Tensor:
     """At most 64 of a tensor's entries, evenly spread: (≤ 64,)."""
-    flat = tensor.detach().reshape(-1)
-    count = min(FINGERPRINT_ENTRIES, flat.numel())
-    at = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
-    return flat[at.to(flat.device)]
+    total = shape_of(tensor).numel()
+    at = torch.linspace(0, total - 1, min(FINGERPRINT_ENTRIES, total), dtype=torch.float64).long()
+    return entries(tensor, at)
 
 
 def same_fingerprint(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -6,13 +6,16 @@ was run, and how much was in memory at once, is the generator's business (its *s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from nullspace.batches import calls, evaluating, example_of, forward_options, is_encoder_decoder, length
+from nullspace.batches import Call, calls, evaluating, example_of, forward_options, input_device, is_encoder_decoder, length
 from nullspace.blocks import find_blocks
 from nullspace.covariance import PRECISIONS, Covariance
 from nullspace.distributed import Job
@@ -21,6 +24,7 @@ from nullspace.layerwise import stream_by_block
 from nullspace.listening import Listener, listening, refuse_silent
 from nullspace.plan import choose_strategy
 from nullspace.progress import Progress, reporter
+from nullspace.sharded import gathers, is_spread, prepare, strategy_of
 from nullspace.shares import digest_of
 from nullspace.sites import Site, find_targets
 from nullspace.sitewise import weights_of
@@ -60,6 +64,9 @@ def stream_covariances(
             once. For models whose blocks are one chain (`nullspace.blocks.find_blocks`): anything else is refused by name.
             `"auto"`: layerwise for a model that is not whole where it computes, or that leaves no room there for all sums
             (`nullspace.plan.choose_strategy`); resident otherwise.
+            Of weights that FSDP2 or ZeRO-3 spread over the processes, a layerwise run gathers a block at a time, once; a resident
+            one gathers them for every batch, through the model's own hooks, and the processes keep in step: who has no batch left
+            runs one that does not count.
         precision: `"auto"`, `"mixed"`, `"fp64"` or `"qr"`: see `Covariance`. Or a mapping from regular expressions to these: the
             first one that matches a layer's whole name counts, `"auto"` where none does. A shared input is summed as
             its first layer says.
@@ -69,7 +76,8 @@ def stream_covariances(
             first of these with room for it.
         progress: True for a bar (of the first process), False for none, or a callable (`nullspace.progress.Progress`).
         job: which processes work together; by default those of the default process group, if one is initialised. `Job.alone()`
-            for a process that works for itself in spite of its group.
+            for a process that works for itself in spite of its group. It must have all processes that share a sharded weight,
+            and not two that compute together (tensor parallelism), whose layers are only heard where their inputs are whole.
 
     Yields:
         `(Site, Covariance)`, in the order in which the sites were first called. Nothing else holds the covariance any more.
@@ -80,7 +88,8 @@ def stream_covariances(
             for a target that was never called, and for a loader that is empty, ends early or holds padding only. What goes wrong
             in one process is raised in all, naming its rank; so are models, arguments or loaders that are not the same in all, and
             an input that is shared in one process and not in the other.
-        RuntimeError: if a process has died, or the group's time has run out.
+        RuntimeError: if a process has died, or the group's time has run out; where weights are gathered in the forward pass, also
+            after an error in the midst of one of them, which only that process can name.
     """
     job = job or Job()
     with job.telling():
@@ -88,12 +97,15 @@ def stream_covariances(
         if not isinstance(targets, str):
             targets = list(targets)
         chosen = find_targets(model, targets)
+        spread = prepare(model, chosen, job, strategy)
         if strategy == "auto":
             strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states, job=job)
             device = None if strategy == "resident" else device
         elif strategy == "resident" and (device is not None or hidden_states != "auto"):
             raise ValueError("device and hidden_states belong to strategy='layerwise'")
         if job.count > 1:
+            if spread:  # fingerprints of sharded weights are collectives
+                job.exchange(None)
             weights = digest_of([{name: mark for name, (_, mark) in weights_of(chosen).items()}])
             exact = precision if isinstance(precision, str) else dict(precision)
             job.check_same(strategy=strategy, precision=exact, targets=list(chosen), weights=weights)
@@ -135,6 +147,8 @@ def resolve_strategy(
 
     Args: as of `stream_covariances` and `compute_null_spaces`.
     """
+    if is_spread(model):
+        return strategy_of(model, lambda: find_blocks(model)), hidden_states
     choice = choose_strategy(
         model,
         targets=targets,
@@ -169,16 +183,58 @@ def _resident(
     total, tokens = share.length, 0
     job.at("the forward pass")
     report("forward", 0, total, 0)
+    in_step = job.count > 1 and gathers(model)
+    later: list[Exception] | None = [] if in_step else None
+    own = calls(model, share)
+
+    def begin(call: Call) -> None:
+        sums.begin_batch(call.number, call.mask, encoder_decoder=two_inputs)
+
+    steps = _in_step(model, own, begin, job) if in_step else _one_by_one(own, begin)
     # Inference mode, if the caller is in it, would hide writes to an input and tie the sums to that mode.
-    with listening(targets, sums), evaluating(model), torch.inference_mode(False), torch.no_grad():
-        for call in calls(model, share):
-            sums.begin_batch(call.number, call.mask, encoder_decoder=two_inputs)
-            model(*call.args, **{**options, **call.kwargs})
-            sums.end_batch()
-            tokens += call.tokens
-            report("forward", share.read, total, tokens)
+    with listening(targets, sums, later=later), evaluating(model), torch.inference_mode(False), torch.no_grad():
+        for call, counts in steps:
+            sums.deaf = not counts
+            with job.untold("a forward pass that gathers weights from all ranks") if in_step else contextlib.nullcontext():
+                model(*call.args, **{**options, **call.kwargs})
+            for error in later or ():  # the others are at their next exchange by now, or on their way to it
+                raise error
+            if counts:
+                sums.end_batch()
+                tokens += call.tokens
+                report("forward", share.read, total, tokens)
     job.check_share(share)
     refuse_silent(job.silent(sums))
     totals = job.totals()
     yield from totals.add(sums)
     yield from totals.rest()
+
+
+def _one_by_one(own: Iterator[Call], begin: Callable[[Call], None]) -> Iterator[tuple[Call, bool]]:
+    for call in own:
+        begin(call)
+        yield call, True
+
+
+def _in_step(model: nn.Module, own: Iterator[Call], begin: Callable[[Call], None], job: Job) -> Iterator[tuple[Call, bool]]:
+    """This process's calls, and more that do not count, for as long as any process has calls left: all make equally many.
+
+    Who has no batch left calls the model with the last one that it had; who never had any, with one of another process's. What is
+    wrong with a batch is to be found before the exchange, by which all begin the next forward pass.
+    """
+    spare: Call | None = None
+    while True:
+        call = next(own, None)
+        if call is not None:
+            begin(call)
+        left = job.exchange(call is not None)
+        if not any(left):
+            return
+        if spare is None and not all(left):  # the first time, and on all
+            giver, there = left.index(True), input_device(model)
+            sent = job.exchange(pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, call) if job.number == giver else None)[giver]
+            assert sent is not None
+            spare = pytree.tree_map_only(torch.Tensor, functools.partial(torch.Tensor.to, device=there), sent)
+        spare = spare if call is None else call
+        assert spare is not None
+        yield spare, call is not None

@@ -1,4 +1,4 @@
-"""Weights that may be elsewhere: on another device, or on disk behind accelerate's hooks.
+"""Weights that may be elsewhere: on another device, on disk behind accelerate's hooks, or spread over several ranks.
 
 A model that does not fit is loaded with a `device_map`: accelerate then leaves meta tensors in its modules, keeps a mapping from
 names to what is on the disk, and loads a layer's weights at every single call. `Loaded` does so once for a whole block, which then
@@ -15,14 +15,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from nullspace.parts import device_of, is_sharded, shape_of, whole
+from nullspace.sharded import compute_dtypes
+
 
 def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
     """A parameter or buffer of this very module, read from the disk or the host if accelerate keeps it there.
+
+    Of one that is spread over several ranks it is gathered: a collective (`nullspace.parts`).
 
     Raises:
         ValueError: if it is on the meta device and nobody knows its values.
     """
     tensor: torch.Tensor = getattr(module, name)
+    if is_sharded(tensor):
+        return whole(tensor)
     if tensor.device.type != "meta":
         return tensor
     weights = _offloaded(module)
@@ -39,13 +46,14 @@ def execution_device(module: nn.Module) -> torch.device | None:
             return _as_device(part._hf_hook.execution_device)  # type: ignore[union-attr]
         for tensor in _own_tensors(part).values():
             if tensor.device.type != "meta":
-                return tensor.device
+                return device_of(tensor)
     return None
 
 
 def size_in_bytes(module: nn.Module) -> int:
     """Of all parameters and buffers, wherever they are; shared ones count once."""
-    return sum(t.numel() * t.element_size() for t in {id(t): t for _, _, t in _tensors(module)}.values())
+    every = {id(t): t for _, _, t in _tensors(module)}.values()
+    return sum(shape_of(t).numel() * t.element_size() for t in every)
 
 
 def is_loaded(module: nn.Module) -> bool:
@@ -60,21 +68,30 @@ class Loaded:
     computes. Use as a context manager, once or again: inside, the module works with the tensors that were read, and accelerate's
     hooks stand aside. Until `close` they stay in memory.
 
+    Weights that are spread over ranks are not read ahead but gathered when the module is first entered, or before that by `gather`:
+    collectives must come in the same order on all ranks, which no thread of one of them knows. Ranks may then call the module as
+    often as they like, with FSDP2's and ZeRO-3's hooks `nullspace.sharded.aside`.
+
     Args:
         module: what to load, with everything below it, but for
         but: these submodules.
         device: where to.
+        within: the model that it is a part of, which may say what dtype sharded weights have when they are gathered.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, *, but: tuple[nn.Module, ...] = ()) -> None:
+    def __init__(
+        self, module: nn.Module, device: torch.device, *, but: tuple[nn.Module, ...] = (), within: nn.Module | None = None
+    ) -> None:
         left_out = {id(part) for each in but for part in each.modules()}
         self._device = device = torch.empty(0, device=device).device  # "cuda" is not equal to the "cuda:0" of a tensor
         self._parts = [part for part in module.modules() if id(part) not in left_out]
+        own = [(part, name, tensor) for part in self._parts for name, tensor in _own_tensors(part).items()]
+        self._spread = [(part, name) for part, name, tensor in own if is_sharded(tensor)]
+        self._dtypes = compute_dtypes(within or module) if self._spread else {}
         self._wanted = [
             (part, name)
-            for part in self._parts
-            for name, tensor in _own_tensors(part).items()
-            if tensor.device != device and (tensor.device.type != "meta" or _offloaded(part) is not None)
+            for part, name, tensor in own
+            if not is_sharded(tensor) and tensor.device != device and (tensor.device.type != "meta" or _offloaded(part) is not None)
         ]
         self._read: dict[int, torch.Tensor] = {}  # by the identity of the module's own tensor: tied weights are read once
         self._event: Any = None
@@ -100,12 +117,22 @@ class Loaded:
     def _take(self, part: nn.Module, name: str, value: torch.Tensor) -> None:
         self._read.setdefault(id(getattr(part, name)), value.detach())
 
+    def gather(self) -> None:
+        """Gather what is spread over ranks, all of which have to call this; nothing if they have."""
+        for part, name in self._spread:
+            own = getattr(part, name)
+            if id(own) not in self._read:
+                value = whole(own)
+                dtype = self._dtypes.get(id(part), value.dtype) if value.is_floating_point() else value.dtype
+                self._take(part, name, value.to(self._device, dtype))
+
     def __enter__(self) -> Loaded:
+        self.gather()
         if self._reading is not None:
             self._reading.result()
         if self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)
-        for part, name in self._wanted:
+        for part, name in (*self._wanted, *self._spread):
             own = getattr(part, name)
             value = self._read[id(own)]
             if self._event is not None:

@@ -10,12 +10,13 @@ import multiprocessing.forkserver
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -24,6 +25,7 @@ import nullspace  # noqa: F401
 from models import tiny
 
 SECONDS = 60
+Check = Callable[[int, int, Path], None]
 # For the server that all processes are forked from: classes that transformers would import once in each of them.
 PRELOADED = (transformers.LlamaForCausalLM, tiny)
 
@@ -42,6 +44,39 @@ def forking() -> BaseContext:
         else:
             os.environ["PYTHONPATH"] = before
     return context
+
+
+class Checks:
+    """Functions of a file that all processes of a group run, `(rank, count, folder that is theirs together)`, by the group's size.
+
+    Use as a decorator: `@check(2, 3)`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+        self._names: dict[int, list[str]] = {}
+        self._said: dict[int, dict[str, list[str]]] = {}
+
+    def __call__(self, *counts: int) -> Callable[[Check], Check]:
+        def listed(function: Check) -> Check:
+            for count in counts:
+                self._names.setdefault(count, []).append(function.__name__)
+            return function
+
+        return listed
+
+    @property
+    def all(self) -> list[tuple[int, str]]:
+        """Every check with the size of its group."""
+        return [(count, name) for count, names in self._names.items() for name in names]
+
+    def report(self, count: int, name: str, temporary: pytest.TempPathFactory) -> None:
+        """Fail if a check did; a group runs all of its checks when the first of them is asked for."""
+        if count not in self._said:
+            self._said[count] = outcomes(self._path, count, self._names[count], temporary.mktemp("together") / str(count))
+        found = self._said[count]
+        assert name in found, "it did not come to an end"
+        assert not any(found[name]), "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(found[name]) if text)
 
 
 def outcomes(path: str | Path, count: int, checks: Sequence[str], folder: Path) -> dict[str, list[str]]:

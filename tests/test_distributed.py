@@ -14,7 +14,6 @@ import random
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,72 +30,23 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typer.testing import CliRunner
 
 from models import random_batches, tiny, write_checkpoint
-from nullspace import Covariance, Covariances, NullSpaces, Site, compute_covariances, compute_null_spaces, store, stream_covariances
+from nullspace import Covariance, Covariances, NullSpaces, compute_covariances, store, stream_covariances
 from nullspace.cli import app
 from nullspace.distributed import Job, deal
 from nullspace.shares import Share, is_share
-from processes import outcomes
-from reference import excess_over, relative_error
+from processes import Checks
+from reference import relative_error
+from together import alone, assert_as_good, compute, refused, stream
 
 STRATEGIES = ("resident", "layerwise")
 PRECISIONS = ("auto", "fp64", "qr")
 # Sums of the same numbers in another order.
 ROUNDING = 1e-12
 UP = "model.layers.1.mlp.up_proj"
-COUNTS = (2, 3)
-Check = Callable[[int, int, Path], None]
-CHECKS: dict[int, list[str]] = {count: [] for count in COUNTS}
-
-
-def check(*counts: int) -> Callable[[Check], Check]:
-    """For a function that all processes of a group run: `(rank, count, folder that is theirs together)`."""
-
-    def listed(function: Check) -> Check:
-        for count in counts:
-            CHECKS[count].append(function.__name__)
-        return function
-
-    return listed
-
-
-@pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, list[str]]]:
-    known: dict[int, dict[str, list[str]]] = {}
-
-    def of(count: int) -> dict[str, list[str]]:
-        if count not in known:
-            known[count] = outcomes(__file__, count, CHECKS[count], tmp_path_factory.mktemp("together") / str(count))
-        return known[count]
-
-    return of
+check = Checks(__file__)
 
 
 # ---- what they compute
-
-
-def compute(model: nn.Module, loader: Any, **options: Any) -> NullSpaces:
-    return compute_null_spaces(model, loader, **{"rank": 8, "progress": False, **options})
-
-
-def stream(model: nn.Module, loader: Any, **options: Any) -> dict[Site, Covariance]:
-    return dict(stream_covariances(model, loader, progress=False, **options))
-
-
-def alone(model: nn.Module, loader: Any, **options: Any) -> NullSpaces:
-    return compute(model, loader, job=Job.alone(), **options)
-
-
-def assert_as_good(found: NullSpaces, model: nn.Module, loader: Any, **options: Any) -> None:
-    expected = alone(model, loader, **options)
-    assert found.sites == expected.sites
-    for site in expected.sites:
-        ours, theirs = found[site.name], expected[site.name]
-        assert (ours.tokens, ours.precision, ours.outliers) == (theirs.tokens, theirs.precision, theirs.outliers), site
-        torch.testing.assert_close(ours.trace, theirs.trace, rtol=1e-6, atol=0)
-        assert ours.basis.device.type == "cpu"
-    sums = stream(model, loader, precision="fp64", job=Job.alone())
-    for site, total in sums.items():
-        assert excess_over(found[site.name].basis, expected[site.name].basis, total.matrix()) <= 1e-9
 
 
 def shares(kind: str, count: int) -> list[dict[str, torch.Tensor]]:
@@ -413,15 +363,6 @@ def a_share_that_does_not_look_like_one_can_be_said_to_be(rank: int, count: int,
 # ---- what goes wrong
 
 
-def refused(kind: type[Exception], says: str, call: Callable[[], Any], *, seconds: float = 10.0) -> str:
-    """The error of `call`, which is to be of this kind on every rank, and soon."""
-    began = time.perf_counter()
-    with pytest.raises(kind, match=says) as error:
-        call()
-    assert time.perf_counter() - began < seconds
-    return str(error.value)
-
-
 @check(2, 3)
 def an_error_of_one_process_is_raised_by_all(rank: int, count: int, folder: Path) -> None:
     model, batches = tiny("llama"), random_batches(count + 1, 2, 24)
@@ -684,11 +625,9 @@ def the_command_line_speaks_with_one_voice(rank: int, count: int, folder: Path) 
     assert not list(folder.glob("*.part"))
 
 
-@pytest.mark.parametrize(("count", "name"), [(count, name) for count, names in CHECKS.items() for name in names])
-def test_together(said: Callable[[int], dict[str, list[str]]], name: str, count: int) -> None:
-    found = said(count)
-    assert name in found, "it did not come to an end"
-    assert not any(found[name]), "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(found[name]) if text)
+@pytest.mark.parametrize(("count", "name"), check.all)
+def test_together(tmp_path_factory: pytest.TempPathFactory, name: str, count: int) -> None:
+    check.report(count, name, tmp_path_factory)
 
 
 # ---- without processes

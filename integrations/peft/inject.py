@@ -17,11 +17,12 @@ from torch import nn
 
 from nullspace import store
 from nullspace.covariances import Covariances
+from nullspace.distributed import Job
 from nullspace.factors import DAMPING
 from nullspace.integrations.peft.files import save_adapter
 from nullspace.integrations.peft.layers import (
     SUBTRACTED,
-    check_layer,
+    check_layers,
     check_servable,
     freeze_layers,
     lora_layers,
@@ -32,6 +33,8 @@ from nullspace.integrations.peft.layers import (
     with_spaces,
 )
 from nullspace.methods import METHODS, Sources, check_method, check_sources
+from nullspace.parts import is_sharded, whole, write
+from nullspace.sharded import is_spread, is_tensor_parallel, prepare_to_gather, shown_whole
 from nullspace.sites import weight_of
 from nullspace.spaces import NullSpaces
 
@@ -76,7 +79,10 @@ def inject_adapters(
     does.
 
     Args:
-        model: the base model, on any device; it is changed in place, as `get_peft_model` does.
+        model: the base model, on any device; it is changed in place, as `get_peft_model` does. If its weights are spread over the
+            processes of the default group (FSDP2's `fully_shard`; ZeRO-3, before `deepspeed.initialize`), all of them have to call
+            this: weights are gathered one at a time, and A and B are the same on all. These are ordinary parameters: nobody shards
+            them or averages their gradients yet (`fully_shard` their layers; or call `write_init`, and shard what is loaded).
         config: PEFT's. `target_modules` may be None: then every layer of `spaces` or `covariances` gets an adapter, or every linear
             one but the output head. `init_lora_weights` is ignored and saved as True, so that the adapter loads anywhere.
         spaces: null spaces of this very model, with bases of at least r columns.
@@ -102,27 +108,59 @@ def inject_adapters(
     Raises:
         ValueError: naming the layer, for a target that the spaces or covariances do not know, those of another model, a rank that
             is out of reach, or a weight that cannot be read or changed (and which method or `residual` would do). The model is then
-            as it was.
+            as it was. Of several processes all raise what is wrong on one. For a model that is split by tensor parallelism.
         TypeError: if the config is not a `LoraConfig`, or the model already is a `PeftModel`.
     """
-    given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, seed=random_seed(method))
+    job = Job() if is_spread(model) else Job.alone()
+    with job.telling():
+        return _inject(
+            model,
+            config,
+            Sources(spaces, covariances, preserve, sigma_scale, beta, damping, seed=random_seed(method)),
+            method=method,
+            freeze_a=freeze_a,
+            residual=residual,
+            adapter_name=adapter_name,
+            job=job,
+        )
+
+
+def _inject(
+    model: nn.Module,
+    config: LoraConfig,
+    given: Sources,
+    *,
+    method: str,
+    freeze_a: bool,
+    residual: str,
+    adapter_name: str,
+    job: Job,
+) -> PeftModel:
     check_method(method, given)
     check_sources(method, given)
     config = own_config(config, model, given)
+    if prepare_to_gather(model, job) and is_tensor_parallel(model):
+        raise ValueError(
+            f"{type(model).__name__} is split by tensor parallelism, and an adapter beside a part of a layer is not the layer's: "
+            "call write_init, which gathers the weights, and load what it writes, or shard the model with fully_shard (FSDP2)"
+        )
+    if config.use_dora and is_spread(model):
+        raise ValueError("use_dora asks for the norms of weights that are spread over several ranks: load the model whole for it")
     with _as_it_was_on_error(model):
-        peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
+        with shown_whole(model):
+            peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
         layers = lora_layers(peft_model, adapter_name)
         given = with_spaces(method, given, layers, adapter_name)
-        for name, layer in layers.items():
-            check_layer(name, layer, layer.get_base_layer(), adapter_name, method, given)
         bases = {name: layer.get_base_layer() for name, layer in layers.items()}
+        check_layers(layers, bases, adapter_name, method, given, job)
         place = check_servable(model, bases, method, residual=residual, freeze_a=freeze_a)
         if place == "adapter" and config.use_dora:
             raise ValueError("DoRA's magnitudes do not add up over two adapters: use_dora needs a base that can be changed")
         if place == "adapter" and config.trainable_token_indices:
             raise ValueError("PEFT saves no second adapter beside trainable_token_indices: they need a base that can be changed")
+        job.exchange(None)  # what is wrong on one must be known while all can go back
     for name, layer in layers.items():
-        _write_factors(name, layer, adapter_name, method, given, place)
+        _write_factors(name, layer, adapter_name, method, given, place, job)
     if place == "adapter":
         _subtract(peft_model, config, layers, adapter_name)
     if freeze_a:
@@ -191,12 +229,14 @@ def save_init(
         overwrite: replace an earlier directory of ours.
 
     Raises:
-        ValueError: if the model does not come from `inject_adapters`.
+        ValueError: if the model does not come from `inject_adapters`; if its base is spread over several ranks.
         FileExistsError: if `out` is in the way.
         OSError: if it cannot be written; then nothing is left behind.
     """
     out = Path(out)
     place = getattr(peft_model, "nullspace_residual", None)
+    if is_spread(peft_model):
+        raise ValueError("the base is spread over several ranks: call write_init on it instead, before it gets its adapters")
     if place is None:
         raise ValueError("the model does not come from inject_adapters: what its base was before is not known")
     residual = place == "base"
@@ -248,15 +288,26 @@ def _base_state(base: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _write_factors(name: str, layer: Any, adapter: str, method: str, given: Sources, place: str) -> None:
+def _write_factors(name: str, layer: Any, adapter: str, method: str, given: Sources, place: str, job: Job) -> None:
     base = layer.get_base_layer()
-    stored = stored_weight(base) if METHODS[method].changes_base else weight_of(base)
-    a, b, residual = start_of(name, layer, stored, adapter, method, given, place)
+    weight = weight_of(base)
+    stored = weight
+    if METHODS[method].changes_base:
+        job.exchange(None)  # before weights are gathered, whoever has failed must have told it
+        stored = whole(weight) if is_sharded(weight) else stored_weight(base)
+
+    def agree(factor: torch.Tensor) -> torch.Tensor:
+        """The first process's: what several have computed alike may differ by rounding, and what they train must not."""
+        return factor if job.count == 1 else job.broadcast(factor.contiguous(), 0).to(factor.device)
+
+    a, b, residual = start_of(name, layer, stored, adapter, method, given, place, agree=agree)
     layer.lora_A[adapter].weight.copy_(a)
     layer.lora_B[adapter].weight.copy_(b)
     if place == "zero":
         layer.lora_B[adapter].weight.zero_()
-    if residual is not None:
+    if residual is not None and is_sharded(weight):
+        write(weight, residual)
+    elif residual is not None:
         stored.copy_(residual)
 
 
@@ -266,7 +317,8 @@ def _subtract(peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, An
     config = copy.deepcopy(config)
     config.lora_dropout, config.bias, config.lora_bias = 0.0, "none", False
     config.modules_to_save = None
-    peft_model.add_adapter(second, config)
+    with shown_whole(peft_model):
+        peft_model.add_adapter(second, config)
     for layer in layers.values():
         with torch.no_grad():
             layer.lora_A[second].weight.copy_(layer.lora_A[adapter].weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,12 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from nullspace import store
+from nullspace.distributed import Job
 from nullspace.integrations.peft.shell import on_disk, plan_base, without_weights
 from nullspace.methods import METHODS, Layer, Sources, check_rank
-from nullspace.sites import find_targets, is_linear, weight_of
+from nullspace.parts import is_sharded, shape_of
+from nullspace.sites import find_targets, is_linear, weight_of, weight_shape
+from nullspace.sitewise import Weight, weights_of
 from nullspace.spaces import NullSpaces
 
 RESIDUAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -61,8 +64,8 @@ def check_servable(
     for name, layer in layers.items():
         if not _is_readable(layer, offloaded):
             raise ValueError(
-                f"the weight of {name!r} ({_described(layer)}) is quantised, sharded or offloaded so that its values are not at "
-                f"hand; {_listed(untouched)} do not ask for them"
+                f"the weight of {name!r} ({_described(layer)}) is quantised or offloaded so that its values are not at hand; "
+                f" {_listed(untouched)} do not ask for them"
             )
     if residual == "adapter":
         return "adapter"
@@ -88,9 +91,9 @@ def _obstacle(model: nn.Module, layers: Mapping[str, nn.Module], offloaded: bool
         users.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
     for name, layer in layers.items():
         weight = weight_of(layer)
-        at_hand = store.fingerprint(weight) is not None or (offloaded and weight.device.type == "meta")
+        at_hand = _has_values(layer) or (offloaded and weight.device.type == "meta")
         if not at_hand or weight.dtype not in RESIDUAL_DTYPES:
-            return f"the weight of {name!r} ({_described(layer)}) is quantised, sharded or offloaded"
+            return f"the weight of {name!r} ({_described(layer)}) is quantised or offloaded"
         if len(users.get(id(weight), [])) > 1:
             return f"the weight of {name!r} is tied ({' and '.join(users[id(weight)])} are one tensor)"
     if getattr(model, "hf_quantizer", None) is not None:
@@ -102,7 +105,15 @@ def _is_readable(layer: nn.Module, offloaded: bool) -> bool:
     weight = weight_of(layer)
     if _is_bitsandbytes(layer) or (offloaded and weight.device.type == "meta"):
         return True
-    return store.fingerprint(weight) is not None and weight.dtype in RESIDUAL_DTYPES
+    return _has_values(layer) and weight.dtype in RESIDUAL_DTYPES
+
+
+def _has_values(layer: nn.Module) -> bool:
+    """Whether a weight's values are at hand, or can be gathered."""
+    weight = weight_of(layer)
+    if is_sharded(weight):  # quantised ones are packed
+        return weight.is_floating_point() and sorted(shape_of(weight)) == sorted(weight_shape(layer))
+    return store.fingerprint(weight) is not None
 
 
 def _is_bitsandbytes(layer: nn.Module) -> bool:
@@ -193,17 +204,37 @@ def lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer
     }
 
 
-def check_layer(name: str, layer: Any, base: nn.Module, adapter_name: str, method: str, given: Sources) -> None:
+def check_layers(
+    layers: Mapping[str, Any], bases: Mapping[str, nn.Module], adapter_name: str, method: str, given: Sources, job: Job
+) -> None:
+    """Raise `ValueError`, naming the layer, for one that cannot have what it is to start with."""
+    job.exchange(None)
+    weights = weights_of(bases) if job.count > 1 else {}  # where they are sharded, a collective, and what follows may fail on one
+    for name, layer in layers.items():
+        _check_layer(name, layer, bases[name], adapter_name, method, given, weights.get(name))
+
+
+def _check_layer(
+    name: str, layer: Any, base: nn.Module, adapter_name: str, method: str, given: Sources, weight: Weight | None
+) -> None:
     if not is_linear(base) or adapter_name not in layer.lora_A:
         raise ValueError(f"target {name!r} is {type(base).__name__}, not a linear layer")
     for known in given.of_model():
-        known.check(name, base)
+        known.check(name, base, weight)
     check_rank(method, given, name, base, layer.r[adapter_name])
 
 
 @torch.no_grad()
 def start_of(
-    name: str, layer: Any, stored: torch.Tensor, adapter: str, method: str, given: Sources, residual: str
+    name: str,
+    layer: Any,
+    stored: torch.Tensor,
+    adapter: str,
+    method: str,
+    given: Sources,
+    residual: str,
+    *,
+    agree: Callable[[torch.Tensor], torch.Tensor] = lambda factor: factor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What an adapter starts with, and what is left of the weight.
 
@@ -215,6 +246,7 @@ def start_of(
         method: of `inject_adapters`.
         given: what it needs.
         residual: what `check_servable` said.
+        agree: A or B, as found here → as all processes have it.
 
     Returns:
         A (r, d_in) and B (d_out, r) in the adapter's dtypes, and the residual in the layout and dtype of `stored`, or None where
@@ -228,9 +260,9 @@ def start_of(
     target = Layer(name, weight, layer.out_features, layer.in_features, layer.r[adapter], device)
     a, b = METHODS[method].start(target, given)
     if weight is None:
-        return a.to(dtype_a), b.to(dtype_b), None
+        return agree(a.to(dtype_a)), agree(b.to(dtype_b)), None
     # s·BA is the product that counts, so each factor takes 1/√s; the residual is that of the factors as they are stored.
-    a, b = (a / math.sqrt(scaling)).to(dtype_a), (b / math.sqrt(scaling)).to(dtype_b)
+    a, b = agree((a / math.sqrt(scaling)).to(dtype_a)), agree((b / math.sqrt(scaling)).to(dtype_b))
     if residual != "base":
         return a, b, None
     rest = weight.addmm_(b.to(weight), a.to(weight), alpha=-scaling).to(stored.dtype)

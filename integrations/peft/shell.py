@@ -13,7 +13,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from nullspace.parts import is_sharded, shape_of
+from nullspace.sharded import plain_classes
+
 BASE_WEIGHTS = "model{suffix}.safetensors"
+# Where transformers keeps which ranks a model is spread over.
+_PLACES = ("_device_mesh", "_mesh_manager")
 
 
 class BasePlan(NamedTuple):
@@ -32,7 +37,7 @@ def on_disk(model: nn.Module) -> bool:
 
 
 def without_weights(model: nn.Module) -> Any:
-    """A copy of a model with its weights on the meta device and without accelerate's hooks: for transformers and PEFT to handle.
+    """A copy of a model for transformers and PEFT to handle: weights on the meta device, no hooks of accelerate's, nothing sharded.
 
     Quantised weights with what belongs to them, and integers, which PEFT may look into, are the model's own: nobody writes to them.
     """
@@ -41,26 +46,31 @@ def without_weights(model: nn.Module) -> Any:
     for module in model.modules():
         if "_hf_hook" in module.__dict__:
             memo[id(module._hf_hook)] = None
-        for value in module.__dict__.values():
+        for name, value in module.__dict__.items():
+            if name in _PLACES:
+                memo[id(value)] = None
             if type(value).__module__.startswith("bitsandbytes."):  # a layer's scales, and its weight once more
                 memo[id(value)] = value
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is None:
                 continue
-            if type(t) not in (nn.Parameter, torch.Tensor) or not t.is_floating_point():
+            if not (type(t) in (nn.Parameter, torch.Tensor) or is_sharded(t)) or not t.is_floating_point():
                 memo[id(t)] = t
                 continue
-            place = None if t.device.type == "meta" or t.numel() == 0 else (t.device, t.data_ptr(), t.shape, t.stride())
-            empty = torch.empty(t.shape, dtype=t.dtype, device="meta")
+            elsewhere = t.device.type == "meta" or t.numel() == 0 or is_sharded(t)
+            place = None if elsewhere else (t.device, t.data_ptr(), t.shape, t.stride())
+            empty = torch.empty(shape_of(t), dtype=t.dtype, device="meta")
             if isinstance(t, nn.Parameter):
                 empty = nn.Parameter(empty, requires_grad=t.requires_grad)
             memo[id(t)] = twins.setdefault(place or id(t), empty)
-    shell = copy.deepcopy(model, memo)
+    with plain_classes(model):
+        shell = copy.deepcopy(model, memo)
     for module in shell.modules():
         if module.__dict__.pop("_old_forward", None) is not None:
             module.__dict__.pop("forward", None)
-        for name in ("_hf_hook", "hf_device_map", "to", "cuda"):
+        for name in ("_hf_hook", "hf_device_map", "to", "cuda", *_PLACES):
             module.__dict__.pop(name, None)
+    vars(getattr(shell, "config", shell)).pop("distributed_config", None)  # or transformers would gather what is not there
     return shell
 
 

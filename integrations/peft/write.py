@@ -19,10 +19,11 @@ from torch import nn
 
 from nullspace import store
 from nullspace.covariances import Covariances
+from nullspace.distributed import Job
 from nullspace.factors import DAMPING
 from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, save_adapter
 from nullspace.integrations.peft.layers import (
-    check_layer,
+    check_layers,
     check_servable,
     lora_layers,
     own_config,
@@ -33,6 +34,7 @@ from nullspace.integrations.peft.layers import (
 from nullspace.integrations.peft.shell import BASE_WEIGHTS, BasePlan, on_disk, plan_base, without_weights
 from nullspace.methods import METHODS, Sources, check_method, check_sources
 from nullspace.progress import Progress, reporter
+from nullspace.sharded import is_spread, prepare_to_gather
 from nullspace.sites import weight_of
 from nullspace.spaces import NullSpaces
 from nullspace.weights import execution_device, tensor_of
@@ -67,7 +69,9 @@ def write_init(
     Args:
         out: as in `save_init`: a directory that must not exist yet, or be empty.
         model: transformers' base model, on any device, or with weights that accelerate keeps on the disk
-            (`nullspace.integrations.transformers.load_model(..., offload=True)`).
+            (`nullspace.integrations.transformers.load_model(..., offload=True)`). If they are spread over the processes of the
+            default group (FSDP2, ZeRO-3, DTensors of tensor parallelism), all of them have to call this with the same arguments:
+            weights are gathered one at a time, and the first process writes.
         config: as in `inject_adapters`.
         spaces, method, covariances, preserve, sigma_scale, beta, damping: as in `inject_adapters`.
         tokenizer: saved beside the base, if given.
@@ -84,14 +88,32 @@ def write_init(
         FileExistsError: if `out` is in the way.
         OSError: if it cannot be written; then nothing is left behind.
     """
-    out = Path(out)
-    given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, seed=random_seed(method))
+    job = Job() if is_spread(model) else Job.alone()
+    with job.telling():
+        given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, seed=random_seed(method))
+        return _write(Path(out), model, config, given, method, tokenizer, record or {}, overwrite, max_shard_bytes, progress, job)
+
+
+def _write(
+    out: Path,
+    model: nn.Module,
+    config: LoraConfig,
+    given: Sources,
+    method: str,
+    tokenizer: Any,
+    record: Mapping[str, Any],
+    overwrite: bool,
+    max_shard_bytes: int,
+    progress: bool | Progress,
+    job: Job,
+) -> Path:
     check_method(method, given)
     check_sources(method, given)
     config = own_config(config, model, given)
     store.check_free(out, overwrite=overwrite)
+    spread = prepare_to_gather(model, job)
     residual = METHODS[method].changes_base
-    report = reporter(progress)
+    report = reporter(progress, bars=job.first)
     with tempfile.TemporaryDirectory() as folder:
         plans = Path(folder)
         with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that nobody will see
@@ -100,11 +122,12 @@ def write_init(
         layers = lora_layers(peft_model, adapter)
         modules = dict(model.named_modules(remove_duplicate=False))
         given = with_spaces(method, given, layers, adapter)
-        for name, layer in layers.items():
-            check_layer(name, layer, modules[name], adapter, method, given)
+        check_layers(layers, {name: modules[name] for name in layers}, adapter, method, given, job)
         place = check_servable(model, {name: modules[name] for name in layers}, method, offloaded=True)
         shell = without_weights(model)
-        base = plan_base(shell, plans / "base", strict=on_disk(model)) if residual else None
+        # Of several processes, transformers saves something in the first one alone.
+        base = plan_base(shell, plans / "base", strict=spread or on_disk(model)) if residual and job.first else None
+        base = job.exchange(base)[0]
         if base is not None:
             _check_base(model, base, layers)
         original = config.base_model_name_or_path
@@ -113,16 +136,28 @@ def write_init(
         of_adapter = _plan_adapter(peft_model, adapter, layers, plans / "adapter")
         done = 0
 
+        def fetch(name: str) -> torch.Tensor:
+            job.exchange(None)  # before a weight is gathered, whoever has failed must have told it
+            module, _, tensor = name.rpartition(".")
+            return tensor_of(modules[module], tensor)
+
         def adapt(name: str) -> torch.Tensor | None:
             nonlocal done
             report("adapters", done, len(layers), 0)
-            stored = tensor_of(modules[name], "weight") if residual else weight_of(modules[name])
+            stored = fetch(f"{name}.weight") if residual else weight_of(modules[name])
             a, b, rest = start_of(name, layers[name], stored, adapter, method, given, place)
             adapter_file.write(of_adapter.keys[name, "lora_A"], a)
             adapter_file.write(of_adapter.keys[name, "lora_B"], b)
             done += 1
             return rest
 
+        if not job.first:  # one writes, and the others help to gather
+            if base is not None:
+                for keys in _files(base, max_shard_bytes).filename_to_tensors.values():
+                    for key in keys:
+                        fetch(base.names[key])
+            job.exchange(None)
+            return out
         with store.new_directory(out, overwrite=overwrite) as part:
             if given.spaces is not None:
                 given.spaces.write(part / "spaces")
@@ -135,11 +170,12 @@ def write_init(
                             part / "base", state_dict={**model.state_dict(), **rests}, max_shard_size=max_shard_bytes
                         )
                 else:
-                    _write_base(part / "base", model, base, {f"{name}.weight": name for name in layers}, adapt, max_shard_bytes)
+                    _write_base(part / "base", base, {f"{name}.weight": name for name in layers}, adapt, fetch, max_shard_bytes)
             if residual and tokenizer is not None:
                 tokenizer.save_pretrained(part / "base")
-            store.write_manifest(part, "init", {"model": original, **(record or {})})
+            store.write_manifest(part, "init", {"model": original, **record})
         report("adapters", done, len(layers), 0)
+    job.exchange(None)
     return out
 
 
@@ -188,23 +224,26 @@ def _plan_adapter(peft_model: PeftModel, adapter: str, layers: Mapping[str, Lora
     return _AdapterPlan(keys, tensors, metadata)
 
 
+def _files(plan: BasePlan, max_shard_bytes: int) -> Any:
+    """Which tensors go into which file."""
+    return split_torch_state_dict_into_shards(plan.tensors, filename_pattern=BASE_WEIGHTS, max_shard_size=max_shard_bytes)
+
+
 def _write_base(
     folder: Path,
-    model: nn.Module,
     plan: BasePlan,
     targets: Mapping[str, str],
     adapt: Callable[[str], torch.Tensor | None],
+    fetch: Callable[[str], torch.Tensor],
     max_shard_bytes: int,
 ) -> None:
     """The weights of the residual model, read, changed and written one by one; `targets` maps tensor names to layers."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    split = split_torch_state_dict_into_shards(plan.tensors, filename_pattern=BASE_WEIGHTS, max_shard_size=max_shard_bytes)
+    split = _files(plan, max_shard_bytes)
     for filename, keys in split.filename_to_tensors.items():
         with store.TensorFile(folder / filename, {key: plan.tensors[key] for key in keys}, plan.metadata) as file:
             for key in keys:
                 name = plan.names[key]
-                module, _, tensor = name.rpartition(".")
-                value = adapt(targets[name]) if name in targets else tensor_of(modules[module], tensor)
+                value = adapt(targets[name]) if name in targets else fetch(name)
                 assert value is not None
                 file.write(key, value)
                 del value

@@ -1,0 +1,49 @@
+"""What several processes find, compared with what one finds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nullspace import Covariance, NullSpaces, Site, compute_null_spaces, stream_covariances
+from nullspace.distributed import Job
+from reference import excess_over
+
+
+def compute(model: nn.Module, loader: Any, **options: Any) -> NullSpaces:
+    return compute_null_spaces(model, loader, **{"rank": 8, "progress": False, **options})
+
+
+def stream(model: nn.Module, loader: Any, **options: Any) -> dict[Site, Covariance]:
+    return dict(stream_covariances(model, loader, progress=False, **options))
+
+
+def alone(model: nn.Module, loader: Any, **options: Any) -> NullSpaces:
+    return compute(model, loader, job=Job.alone(), **options)
+
+
+def assert_as_good(found: NullSpaces, model: nn.Module, loader: Any, **options: Any) -> None:
+    expected = alone(model, loader, **options)
+    assert found.sites == expected.sites
+    for site in expected.sites:
+        ours, theirs = found[site.name], expected[site.name]
+        assert (ours.tokens, ours.precision, ours.outliers) == (theirs.tokens, theirs.precision, theirs.outliers), site
+        torch.testing.assert_close(ours.trace, theirs.trace, rtol=1e-6, atol=0)
+        assert ours.basis.device.type == "cpu"
+    sums = stream(model, loader, precision="fp64", job=Job.alone())
+    for site, total in sums.items():
+        assert excess_over(found[site.name].basis, expected[site.name].basis, total.matrix()) <= 1e-9
+
+
+def refused(kind: type[Exception], says: str, call: Callable[[], Any], *, seconds: float = 10.0) -> str:
+    """The error of `call`, which is to be of this kind on every rank, and soon."""
+    began = time.perf_counter()
+    with pytest.raises(kind, match=says) as error:
+        call()
+    assert time.perf_counter() - began < seconds
+    return str(error.value)
