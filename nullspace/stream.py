@@ -80,7 +80,8 @@ def stream_covariances(
             and not two that compute together (tensor parallelism), whose layers are only heard where their inputs are whole.
 
     Yields:
-        `(Site, Covariance)`, in the order in which the sites were first called. Nothing else holds the covariance any more.
+        `(Site, Covariance)`, in the order in which the sites were first called. Nothing else holds the covariance any more. Of
+        several processes, each yields its own sites: layerwise, not before all have been given about as much as one block has.
 
     Raises:
         ValueError: before the forward pass for a bad argument; during it, naming the layer and the batch, for NaN or Inf, an input
