@@ -233,9 +233,9 @@ def measure(settings: Mapping[str, Any], rounds: int) -> Runs:
             if ranks > 1:
                 run("reductions", ranks, number)
             run("calibrations", ranks, number)
-    for strategy in STRATEGIES:
-        for ranks in COUNTS:
-            run(f"memory:{strategy}", ranks, 0)
+        for strategy in STRATEGIES:
+            for ranks in COUNTS:
+                run(f"memory:{strategy}", ranks, number)
     return runs
 
 

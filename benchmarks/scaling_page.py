@@ -271,7 +271,8 @@ def _weights() -> str:
 A GPU cannot hold the 70B or the 405B shape. Layerwise, each process brings one block after the other from host memory, the next
 one while this one computes; what is waited for is in "s other" above. Eight processes a node have the weights in host memory once
 only if they map the checkpoint's files (`load_model(..., offload=True)`). The other way is that each GPU of a node holds its part
-and a block is gathered when it is needed, as FSDP does; nullspace does not do that, and the column is only what it would take.
+and a block is gathered when it is needed: a model that `fully_shard` (FSDP2) has sharded is calibrated like that, but the next
+block is not gathered while this one computes; the column is what a block takes.
 
 {_table(head, rows)}
 """
@@ -340,7 +341,7 @@ Whole calibrations of a Llama of random weights (`{work["model"]}` in `benchmark
 {_table(["", "strategy", "processes", "measured", "model", "error", "over 1", "MB reduced", "counted"], whole)}
 
 Memory, of `compute_null_spaces` on `{work["memory_model"]}`: the largest peak of any process above what it held before, MB, and
-over that of a single process.
+over that of a single process. What the allocator keeps for itself makes runs differ by about 5 %.
 
 {_table(["strategy", "processes", "MB", "over 1"], memory)}
 """

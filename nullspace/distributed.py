@@ -446,6 +446,7 @@ class Totals:
     def rest(self) -> Iterator[tuple[Site, Covariance]]:
         """All that has been added and was not yielded."""
         self._arrive()  # all of it, before the first is solved
+        self._here.sort(key=lambda each: each.site.d_in)  # by the time of the largest, nothing else is in memory
         self._waiting = 0
         while self._here:
             each = self._here.pop(0)

@@ -279,7 +279,7 @@ def cost(
         cluster: what they run on.
         strategy: `"resident"` or `"layerwise"`.
         weights: where a layerwise pass has them: `"device"`; `"host"`: brought block by block, while the block before computes; or
-            `"gathered"` likewise, from the GPUs of a node, each of which holds its part (as FSDP does: nothing here does that yet).
+            `"gathered"` likewise, from the GPUs of a node, each of which holds its part (FSDP2, which is not gathered ahead yet).
         overlapped: whether vectors travel while others are packed and, layerwise, while the next block computes. Packing itself
             keeps the host busy, and is seen. Where ranks share cores, nothing is hidden.
         together: how many blocks of a layerwise pass are solved at a time: by default as many as there are ranks, about what

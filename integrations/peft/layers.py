@@ -65,7 +65,7 @@ def check_servable(
         if not _is_readable(layer, offloaded):
             raise ValueError(
                 f"the weight of {name!r} ({_described(layer)}) is quantised or offloaded so that its values are not at hand; "
-                f" {_listed(untouched)} do not ask for them"
+                f"{_listed(untouched)} do not ask for them"
             )
     if residual == "adapter":
         return "adapter"
