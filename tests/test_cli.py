@@ -361,3 +361,13 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert run(*[tmp_path / "whole" if part == tmp_path / "out" else part for part in command]).exit_code == 0
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_with_json_nothing_else_is_printed(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed, where it is installed, logs to standard output when transformers imports it."""
+    monkeypatch.setattr("nullspace.cli._versions", lambda: print("a library's own words") or {})
+    result = run("init", tiny_checkpoint, "--data", data, "--out", tmp_path / "out", *SMALL, "--json")
+    assert json.loads(result.stdout)["out"] == str(tmp_path / "out")
+    assert "a library's own words" in result.stderr

@@ -14,6 +14,7 @@ import random
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,12 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typer.testing import CliRunner
 
 from models import random_batches, tiny, write_checkpoint
-from nullspace import Covariance, Covariances, NullSpaces, compute_covariances, store, stream_covariances
+from nullspace import Covariance, Covariances, NullSpaces, compute_covariances, solvers, store, stream_covariances
 from nullspace.cli import app
 from nullspace.distributed import Job, deal
+from nullspace.plan import decomposition_cost
 from nullspace.shares import Share, is_share
+from nullspace.triangle import LowerTriangle
 from processes import Checks
 from reference import relative_error
 from together import alone, assert_as_good, compute, refused, stream
@@ -244,6 +247,34 @@ def sites_are_worked_on_when_every_process_has_as_much_as_a_block(rank: int, cou
         done = seen[-1] + 1  # blocks that have run
         assert done % count == 0 or done == len(blocks)
         assert int(site.name.split(".")[2]) >= (done - 1) // count * count
+
+
+@check(2, 3)
+def no_process_holds_more_than_one_alone_when_it_solves(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(2 * count)
+    alive: weakref.WeakSet[LowerTriangle] = weakref.WeakSet()
+    begin, solve = LowerTriangle.__init__, solvers.partial_eigh
+    held: list[int] = []
+
+    def counted(self: LowerTriangle, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        alive.add(self)
+
+    def watched(c: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        held.append(decomposition_cost(len(c), 8, "cpu")[0] + sum(triangle.packed.nbytes for triangle in alive))
+        return solve(c, *args, **kwargs)
+
+    def most(**options: Any) -> int:
+        held.clear()
+        compute(model, batches, strategy="layerwise", precision="fp64", **options)
+        return max(held)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LowerTriangle, "__init__", counted)
+        patch.setattr(solvers, "partial_eigh", watched)
+        patch.setattr(solvers, "TOGETHER_BYTES", 1)  # one after the other
+        single = most(job=Job.alone())
+        assert most() <= single
 
 
 @check(2, 3)
