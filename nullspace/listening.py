@@ -242,7 +242,7 @@ def listening(targets: Mapping[str, nn.Module], sums: Listener, *, later: list[E
     def listener(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not later:
-                with keeping(later):
+                with _keeping(later):
                     sums.hear(name, _first(args, kwargs))
 
         return hook
@@ -255,7 +255,7 @@ def listening(targets: Mapping[str, nn.Module], sums: Listener, *, later: list[E
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not later:
-                with keeping(later):
+                with _keeping(later):
                     sums.hear(name, input_of(name, handed.pop(), _first(args, kwargs)))
 
         return before, after
@@ -280,7 +280,7 @@ def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def keeping(later: list[Exception] | None) -> Iterator[None]:
+def _keeping(later: list[Exception] | None) -> Iterator[None]:
     """Inside, an exception is kept for later, if there is a list for it."""
     try:
         yield
