@@ -137,7 +137,9 @@ def kill_at_random(count: int, folder: Path, strategy: str, chance: random.Rando
             assert time.monotonic() - killed < HANG
             if "error" in said:  # else it had no more to do with the others
                 assert said["kind"] == "RankLost"
-                assert re.search(rf"^rank {rank} of {count} has lost rank {victim} {LAST_WORD} in ", said["error"]), said["error"]
+                # Another one that has not noticed yet, and is slow to answer, may be named beside.
+                named = rf"^rank {rank} of {count} has lost (rank \d \(.*\) and )?rank {victim} {LAST_WORD}( and rank .*)? in "
+                assert re.search(named, said["error"]), said["error"]
     return victim
 
 
@@ -169,7 +171,7 @@ def test_whoever_is_killed_is_named_and_any_number_goes_on(
 
 
 def test_whoever_stalls_is_named_when_the_groups_time_is_up(tmp_path: Path) -> None:
-    with calibrating(2, tmp_path, "layerwise", seconds=3) as processes:
+    with calibrating(2, tmp_path, "layerwise", seconds=5) as processes:
         os.kill(processes[1].pid or 0, signal.SIGSTOP)
         said = told(tmp_path, 0)
     assert said["kind"] == "RankLost"
@@ -192,8 +194,8 @@ def workers_of(pid: int) -> dict[int, int]:
 def test_under_torchrun_the_command_says_who_was_lost_and_goes_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
     letters = random.Random(0)
     data = tmp_path / "data.txt"
-    data.write_text("".join(chr(letters.randrange(32, 0x3000)) for _ in range(4000)))
-    small = ["--data", str(data), "--samples", "60", "--length", "128", "--batch-size", "1", "--rank", "8", "--precision", "fp64"]
+    data.write_text("".join(chr(letters.randrange(32, 0x3000)) for _ in range(8000)))
+    small = ["--data", str(data), "--samples", "120", "--length", "128", "--batch-size", "1", "--rank", "8", "--precision", "fp64"]
     command = ["-m", "nullspace", "init", str(tiny_checkpoint), "--out", str(tmp_path / "out"), *small, "--strategy", "layerwise"]
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -210,5 +212,5 @@ def test_under_torchrun_the_command_says_who_was_lost_and_goes_on(tiny_checkpoin
     assert not (tmp_path / "out").exists()
     done = subprocess.run([sys.executable, *command, "--json"], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert {site["tokens"] for site in json.loads(done.stdout)["sites"]} == {60 * 128}
+    assert {site["tokens"] for site in json.loads(done.stdout)["sites"]} == {120 * 128}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.txt", "out"]
