@@ -150,10 +150,11 @@ def _joined(command: str, minutes: float) -> Iterator[bool]:
     if own_gpu:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if own_gpu else "gloo", timeout=datetime.timedelta(minutes=minutes))
-    signal.signal(signal.SIGTERM, _linger)
+    before = signal.signal(signal.SIGTERM, _linger)
     try:
         yield True
     finally:
+        signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
 
 

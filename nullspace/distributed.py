@@ -254,10 +254,6 @@ class Job:
         everywhere = set.intersection(*map(set, self.exchange(list(sums.silent))))
         return {name: module for name, module in sums.silent.items() if name in everywhere}
 
-    def totals(self) -> Totals:
-        """For one pass over the data: adds up what the processes have summed."""
-        return Totals(self)
-
     def deal(self, widths: Sequence[int]) -> list[int]:
         """The owners of some sites, whose widths are the same for all processes: whoever has been dealt least so far."""
         owners = deal(widths, self.count, self._loads)
@@ -399,7 +395,8 @@ class Totals:
     """What all processes have summed in one pass: being added up, or added up and waiting to be worked on.
 
     What only one process works on keeps the others waiting, as nothing can be added up without its share. So nobody begins before
-    there is enough for all: as much a process as all sites of one block, by memory. All know what each has.
+    there is enough for all: on average as much a process as all sites of one block, by memory. They come to that at the same time,
+    as all know of all sites; and wait for the block that made it enough, rather than hold it beside what they work on.
 
     Args:
         job: of the processes.

@@ -101,7 +101,7 @@ def stream_by_block(
                 del leaves
         job.check_share(share)
         behind = job.silent(ahead)
-        totals = job.totals()
+        totals = Totals(job)
         yield from totals.add(ahead)
         needed = len(chain.blocks) if behind else 1 + max((i for i, own in enumerate(inside) if own), default=-1)
         steps = needed * len(masks)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from nullspace.batches import Call, calls, evaluating, example_of, forward_options, input_device, is_encoder_decoder, length
 from nullspace.blocks import find_blocks
 from nullspace.covariance import PRECISIONS, Covariance
-from nullspace.distributed import Job
+from nullspace.distributed import Job, Totals
 from nullspace.hidden import PLACES
 from nullspace.layerwise import stream_by_block
 from nullspace.listening import Listener, listening, refuse_silent
@@ -206,7 +206,7 @@ def _resident(
                 report("forward", share.read, total, tokens)
     job.check_share(share)
     refuse_silent(job.silent(sums))
-    totals = job.totals()
+    totals = Totals(job)
     yield from totals.add(sums)
     yield from totals.rest()
 

@@ -38,6 +38,11 @@ def spread(model: nn.Module, devices: list[torch.device]) -> dict[str, torch.dev
     return parts
 
 
+def rounding(devices: list[torch.device], same: float, other: float) -> float:
+    """What to allow: float32 forward passes differ between kinds of devices."""
+    return same if {device.type for device in devices} == {"cpu"} else other
+
+
 @pytest.mark.parametrize("strategy", ["resident", "layerwise"])
 def test_every_sum_is_where_its_site_is(devices: list[torch.device], strategy: str) -> None:
     whole, model, batches = tiny("llama"), tiny("llama"), random_batches(padding="right")
@@ -49,7 +54,7 @@ def test_every_sum_is_where_its_site_is(devices: list[torch.device], strategy: s
         block = ".".join(site.name.split(".")[:3])
         assert covariance.device == covariance.matrix().device == where[block]
         assert covariance.tokens == expected[site].tokens
-        assert relative_error(covariance.matrix().cpu(), expected[site].matrix()) <= 1e-5  # float32 forward passes differ
+        assert relative_error(covariance.matrix().cpu(), expected[site].matrix()) <= rounding(devices, 1e-12, 1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["resident", "layerwise"])
@@ -65,7 +70,9 @@ def test_every_site_is_solved_where_it_is(devices: list[torch.device], strategy:
     expected = compute_null_spaces(whole, batches, rank=8, precision="fp64", progress=False)
     sums: dict[str, Covariance] = {s.name: c for s, c in stream_covariances(whole, batches, precision="fp64", progress=False)}
     for site in expected.sites:
-        assert excess_over(found[site.name].basis, expected[site.name].basis, sums[site.name].matrix()) <= 1e-4
+        assert excess_over(found[site.name].basis, expected[site.name].basis, sums[site.name].matrix()) <= rounding(
+            devices, 1e-9, 1e-4
+        )
     logits = whole(**batches[0]).logits
     adapted = inject_adapters(model, LoraConfig(r=8, lora_alpha=8), found)
     for name, parameter in adapted.named_parameters():
