@@ -13,6 +13,7 @@ import datetime
 import functools
 import io
 import json
+import logging
 import os
 import platform
 import shutil
@@ -897,8 +898,14 @@ def _warnings_as_lines() -> Iterator[None]:
         warnings.simplefilter("default", UserWarning)
         for category in (FutureWarning, DeprecationWarning):  # other libraries' talk with their developers
             warnings.simplefilter("ignore", category)
+        # Which hardware it has found: transformers imports it where it is installed, whether it is needed or not.
+        logging.getLogger("DeepSpeed").addFilter(_is_error)
         warnings.showwarning = show
         yield
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 @contextlib.contextmanager

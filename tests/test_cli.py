@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -371,3 +372,11 @@ def test_with_json_nothing_else_is_printed(
     result = run("init", tiny_checkpoint, "--data", data, "--out", tmp_path / "out", *SMALL, "--json")
     assert json.loads(result.stdout)["out"] == str(tmp_path / "out")
     assert "a library's own words" in result.stderr
+
+
+def test_what_deepspeed_says_of_the_hardware_is_not_shown(tmp_path: Path) -> None:
+    assert run("inspect", tmp_path / "nowhere").exit_code == 2
+    logger = logging.getLogger("DeepSpeed")
+    said = {level: logger.filter(logger.makeRecord("DeepSpeed", level, "", 0, "", (), None)) for level in (30, 40)}
+    assert not said[logging.WARNING]
+    assert said[logging.ERROR]
