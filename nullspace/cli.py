@@ -81,7 +81,7 @@ CovariancesIn = Annotated[
     Path | None, typer.Option("--covariances", help="Use what `nullspace covariances` or `merge` wrote instead of --data.")
 ]
 Partial = Annotated[bool, typer.Option("--partial", help="Take covariances though shards of their data are missing.")]
-Exclude = Annotated[
+Avoid = Annotated[
     list[Path] | None, typer.Option(help="Directory of an earlier adapter whose A the new ones are not to read; may be repeated.")
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever an interrupted run left in OUT.checkpoint.")]
@@ -225,7 +225,7 @@ def init(
     ] = None,
     beta: Annotated[float, typer.Option(help="sc-lora: 0 for the task alone, 1 for preservation alone.")] = 0.5,
     damping: Annotated[float, typer.Option(help="corda: added to the diagonal of C, relative to its mean.")] = 0.01,
-    exclude: Exclude = None,
+    avoid: Avoid = None,
     targets: Targets = "all-linear",
     precision: Precision = "auto",
     dtype: DType = "auto",
@@ -257,8 +257,8 @@ def init(
         raise ValueError(f"method {method!r} looks at the weights alone: leave out {given[0]}")
     if needs and (len(given) != 1 or (spaces is not None and "spaces" not in needs)):
         raise ValueError("give one of --data, --covariances" + (" and --spaces" if "spaces" in needs else f" for {method!r}"))
-    if exclude and ("spaces" not in needs or spaces is not None):
-        raise ValueError("--exclude belongs to null spaces that are being computed: 'lora-null' and 'b-zero', without --spaces")
+    if avoid and ("spaces" not in needs or spaces is not None):
+        raise ValueError("--avoid belongs to null spaces that are being computed: 'lora-null' and 'b-zero', without --spaces")
     if spectrum and ("spaces" not in needs or spaces is not None):
         raise ValueError("--spectrum belongs to null spaces that are being computed")
     if (preserve is None) == ("preserve" in needs):
@@ -267,7 +267,7 @@ def init(
         return
     store.check_free(out, overwrite=overwrite)
     _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
-    avoided = _row_spaces(exclude)
+    avoided = _row_spaces(avoid)
     kept = None if covariances is None else Covariances.load(covariances, partial=partial)
     preserved = None if preserve is None else Covariances.load(preserve, partial=partial)
     found = None if spaces is None else NullSpaces.load(spaces)
@@ -285,7 +285,7 @@ def init(
                 return
         elif "spaces" in needs and found is None:
             assert kept is not None
-            found = NullSpaces.from_covariances(kept, rank=rank, spectrum=spectrum, exclude=avoided, progress=progress)
+            found = NullSpaces.from_covariances(kept, rank=rank, spectrum=spectrum, avoid=avoided, progress=progress)
         scale: Any = rank if alpha is None else int(alpha) if alpha.is_integer() else alpha  # PEFT declares int, takes any number
         config = LoraConfig(
             r=rank,
@@ -345,7 +345,7 @@ def compute(
     length: Length = 1024,
     batch_size: BatchSize = 4,
     rank: Rank = 128,
-    exclude: Exclude = None,
+    avoid: Avoid = None,
     targets: Targets = "all-linear",
     precision: Precision = "auto",
     dtype: DType = "auto",
@@ -372,11 +372,11 @@ def compute(
         return
     store.check_free(out, overwrite=overwrite)
     _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
-    avoided = _row_spaces(exclude)
+    avoided = _row_spaces(avoid)
     with _bars(quiet) as progress:
         if covariances is not None:
             kept = Covariances.load(covariances, partial=partial)
-            found = NullSpaces.from_covariances(kept, rank=rank, spectrum=spectrum, exclude=avoided, progress=progress)
+            found = NullSpaces.from_covariances(kept, rank=rank, spectrum=spectrum, avoid=avoided, progress=progress)
         else:
             assert model is not None
             loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, rank, progress)
@@ -781,7 +781,7 @@ def _compute(
     run: _Run,
     rank: int,
     spectrum: bool,
-    exclude: dict[str, Any] | None,
+    avoid: dict[str, Any] | None,
     out: Path,
     fresh: bool,
     progress: Callable[..., None],
@@ -791,10 +791,10 @@ def _compute(
     kept = _beside(out, "checkpoint")
     if fresh:
         shutil.rmtree(kept, ignore_errors=True)
-    if exclude is not None:  # an earlier adapter may have been on more layers
-        exclude = {name: rows for name, rows in exclude.items() if name in run.targets}
+    if avoid is not None:  # an earlier adapter may have been on more layers
+        avoid = {name: rows for name, rows in avoid.items() if name in run.targets}
     return compute_null_spaces(
-        model, batches, **run._asdict(), rank=rank, spectrum=spectrum, exclude=exclude, checkpoint=kept, progress=progress
+        model, batches, **run._asdict(), rank=rank, spectrum=spectrum, avoid=avoid, checkpoint=kept, progress=progress
     )
 
 

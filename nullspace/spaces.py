@@ -63,7 +63,7 @@ class NullSpace:
             error of the sum is what it is taken for, and often too high by many orders.
         effective_rank: exp of the entropy of σ / Σσ of X (eq. 2–3); None unless it was asked for with `spectrum=True`.
         site: which input, and which layers hear it.
-        excluded: how many directions the basis had to be orthogonal to (`exclude`).
+        avoided: how many directions the basis had to be orthogonal to (`avoid`).
     """
 
     basis: torch.Tensor
@@ -78,7 +78,7 @@ class NullSpace:
     excess_bound: float
     site: Site
     effective_rank: float | None = None
-    excluded: int = 0
+    avoided: int = 0
 
     @property
     def rank(self) -> int:
@@ -98,7 +98,7 @@ class NullSpace:
         *,
         site: Site | None = None,
         spectrum: bool = False,
-        exclude: torch.Tensor | None = None,
+        avoid: torch.Tensor | None = None,
     ) -> NullSpace:
         """The bottom of a second moment.
 
@@ -106,33 +106,31 @@ class NullSpace:
             covariance: the sums, with at least one token.
             rank: 1 ≤ rank < d_in.
             site: which input this is; a site without a name by default.
-            spectrum: report the effective rank too (of the whole input, whatever is excluded).
-            exclude: (d_in, m) orthonormal columns that the basis is to be orthogonal to: it is then the quietest such basis.
+            spectrum: report the effective rank too (of the whole input, whatever is avoided).
+            avoid: (d_in, m) orthonormal columns that the basis is to be orthogonal to: it is then the quietest such basis.
 
         Raises:
             ValueError: if the rank is out of range or there are no tokens.
         """
-        excluded = 0 if exclude is None else exclude.shape[1]
-        if not 1 <= rank < covariance.d_in - excluded:
-            limit = f"d_in - {excluded + 1} = {covariance.d_in - excluded - 1}"
+        avoided = 0 if avoid is None else avoid.shape[1]
+        if not 1 <= rank < covariance.d_in - avoided:
+            limit = f"d_in - {avoided + 1} = {covariance.d_in - avoided - 1}"
             where = f" at {site.name!r}" if site is not None else ""
-            beside = f" ({excluded} excluded)" if excluded else ""
+            beside = f" ({avoided} avoided)" if avoided else ""
             raise ValueError(f"rank must be between 1 and {limit}{where}{beside}, not {rank}")
         if covariance.tokens == 0:
             raise ValueError("the covariance has no tokens")
         squared = covariance.products != "qr"
         if squared:
             c = covariance.matrix()
-            whole = solvers.spectrum(c) if spectrum and exclude is not None else None
+            whole = solvers.spectrum(c) if spectrum and avoid is not None else None
             known, vectors = solvers.partial_eigh(
-                c if exclude is None else _made_loud(c, exclude.to(c)), rank, overwrite=True, every=spectrum
+                c if avoid is None else _made_loud(c, avoid.to(c)), rank, overwrite=True, every=spectrum
             )
         else:
             root = covariance.root()
-            whole = torch.linalg.svdvals(root).square() if spectrum and exclude is not None else None
-            known, vectors = solvers.bottom_right_singular(
-                root if exclude is None else _made_loud_root(root, exclude.to(root)), rank
-            )
+            whole = torch.linalg.svdvals(root).square() if spectrum and avoid is not None else None
+            known, vectors = solvers.bottom_right_singular(root if avoid is None else _made_loud_root(root, avoid.to(root)), rank)
         known = known.clamp(min=0).cpu()
         values, behind = known[:rank], float(known[rank])
         error, trace = covariance.error_norm, covariance.trace
@@ -149,7 +147,7 @@ class NullSpace:
             excess_bound=bounded_excess(values, error, trace, squared=squared),
             site=site or Site(members=("",), d_in=covariance.d_in),
             effective_rank=(solvers.effective_rank((known if whole is None else whole.clamp(min=0)).sqrt()) if spectrum else None),
-            excluded=excluded,
+            avoided=avoided,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -167,7 +165,7 @@ class NullSpace:
             "excess_bound": self.excess_bound,
             "nullity": self.nullity,
             "effective_rank": self.effective_rank,
-            "excluded": self.excluded,
+            "excluded": self.avoided,  # the key of directories that were written before the attribute had this name
         }
 
     @classmethod
@@ -178,7 +176,7 @@ class NullSpace:
             basis=tensors["basis"],
             eigenvalues=tensors["eigenvalues"],
             site=Site(tuple(facts["members"]), facts["d_in"]),
-            excluded=facts.get("excluded", 0),
+            avoided=facts.get("excluded", 0),
             **{name: facts[name] for name in names},
         )
 
@@ -303,7 +301,7 @@ class NullSpaces(Sitewise[NullSpace]):
         *,
         rank: int = 128,
         spectrum: bool = False,
-        exclude: Mapping[str, torch.Tensor] | None = None,
+        avoid: Mapping[str, torch.Tensor] | None = None,
         progress: bool | Progress = True,
     ) -> NullSpaces:
         """The null spaces of second moments that were kept: no model, no data.
@@ -313,7 +311,7 @@ class NullSpaces(Sitewise[NullSpace]):
                 corpora or tasks.
             rank: as in `compute_null_spaces`.
             spectrum: as in `compute_null_spaces`.
-            exclude: as in `compute_null_spaces`.
+            avoid: as in `compute_null_spaces`.
             progress: True for a bar, False for none, or a callable (`nullspace.progress.Progress`).
 
         Raises:
@@ -324,13 +322,13 @@ class NullSpaces(Sitewise[NullSpace]):
                 for their bases.
         """
         report_progress = reporter(progress)
-        kept = check_exclude(exclude, covariances)
+        kept = check_avoid(avoid, covariances)
         for site in covariances.sites:
             check_site_rank(site, rank, kept)
         found: list[NullSpace] = []
         report_progress("null spaces", 0, len(covariances), 0)
         pairs = ((site, covariances[site.name]) for site in covariances.sites)
-        for space in decompose(pairs, functools.partial(_bottom, rank=rank, spectrum=spectrum, exclude=kept)):
+        for space in decompose(pairs, functools.partial(_bottom, rank=rank, spectrum=spectrum, avoid=kept)):
             found.append(space)
             report_progress("null spaces", sum(len(s.site.members) for s in found), len(covariances), 0)
         # A leak that the sum is too coarse to show (a float32 file's) may be more than the computed one, which is then 0.
@@ -351,46 +349,46 @@ class NullSpaces(Sitewise[NullSpace]):
         return cls(found, {name: weight for entry in covariances._entries for name, weight in entry.weights().items()})
 
 
-def check_exclude(exclude: Mapping[str, torch.Tensor] | None, names: Iterable[str]) -> dict[str, torch.Tensor]:
+def check_avoid(avoid: Mapping[str, torch.Tensor] | None, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """Checked rows that a basis must be orthogonal to: layer → (m, d_in) float64 on the CPU.
 
     Raises:
         ValueError: naming the layer, if it is none of these, or its rows are no finite matrix.
     """
     known, found = set(names), {}
-    for name, rows in (exclude or {}).items():
+    for name, rows in (avoid or {}).items():
         if name not in known:
-            raise ValueError(f"exclude: {name!r} is none of the layers; their names are like {next(iter(known))!r}")
+            raise ValueError(f"avoid: {name!r} is none of the layers; their names are like {next(iter(known))!r}")
         if rows.ndim != 2 or not rows.is_floating_point() or not bool(torch.isfinite(rows).all()):
             raise ValueError(
-                f"exclude: {name!r} needs a finite floating-point matrix (m, d_in), not {tuple(rows.shape)} {rows.dtype}"
+                f"avoid: {name!r} needs a finite floating-point matrix (m, d_in), not {tuple(rows.shape)} {rows.dtype}"
             )
         found[name] = rows.detach().to("cpu", torch.float64)
     return found
 
 
-def _excluded_at(site: Site, exclude: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+def _avoided_at(site: Site, avoid: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """(d_in, m) orthonormal: the span of what is to be avoided by any member of a site; None if there is nothing."""
-    rows = [exclude[name] for name in site.members if name in exclude]
+    rows = [avoid[name] for name in site.members if name in avoid]
     if not any(map(len, rows)):
         return None
     wrong = next((r for r in rows if r.shape[1] != site.d_in), None)
     if wrong is not None:
-        raise ValueError(f"exclude: {site.name!r} has inputs of width {site.d_in}, and its rows are {tuple(wrong.shape)}")
+        raise ValueError(f"avoid: {site.name!r} has inputs of width {site.d_in}, and its rows are {tuple(wrong.shape)}")
     _, sigma, vt = torch.linalg.svd(torch.cat(rows), full_matrices=False)
     return vt[sigma > 1e-12 * sigma[0]].mT if sigma[0] > 0 else None
 
 
-def _bottom(site: Site, covariance: Covariance, *, rank: int, spectrum: bool, exclude: Mapping[str, torch.Tensor]) -> NullSpace:
-    return NullSpace.from_covariance(covariance, rank, site=site, spectrum=spectrum, exclude=_excluded_at(site, exclude))
+def _bottom(site: Site, covariance: Covariance, *, rank: int, spectrum: bool, avoid: Mapping[str, torch.Tensor]) -> NullSpace:
+    return NullSpace.from_covariance(covariance, rank, site=site, spectrum=spectrum, avoid=_avoided_at(site, avoid))
 
 
-def check_site_rank(site: Site, rank: int, exclude: Mapping[str, torch.Tensor]) -> None:
-    """Raise `ValueError`, naming the site, if a basis of `rank` columns does not fit beside what is excluded there."""
-    excluded = _excluded_at(site, exclude)
-    left = site.d_in - (0 if excluded is None else excluded.shape[1])
+def check_site_rank(site: Site, rank: int, avoid: Mapping[str, torch.Tensor]) -> None:
+    """Raise `ValueError`, naming the site, if a basis of `rank` columns does not fit beside what is avoided there."""
+    avoided = _avoided_at(site, avoid)
+    left = site.d_in - (0 if avoided is None else avoided.shape[1])
     if not 1 <= rank < left:
-        beside = "" if left == site.d_in else f", {site.d_in - left} directions of which are excluded"
+        beside = "" if left == site.d_in else f", {site.d_in - left} directions of which are avoided"
         raise ValueError(f"rank must be between 1 and {left - 1} at {site.name!r} (d_in = {site.d_in}{beside}), not {rank}")
 
 
@@ -404,7 +402,7 @@ def compute_null_spaces(
     precision: str | Mapping[str, str] = "auto",
     tolerance: float = TOLERANCE,
     spectrum: bool = False,
-    exclude: Mapping[str, torch.Tensor] | None = None,
+    avoid: Mapping[str, torch.Tensor] | None = None,
     device: torch.device | str | None = None,
     hidden_states: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
@@ -429,7 +427,7 @@ def compute_null_spaces(
             no product at all. Or a mapping from regular expressions for layer names to these: see `stream_covariances`.
         tolerance: excess leak, by estimate, that `"auto"` accepts.
         spectrum: report effective ranks too.
-        exclude: module name → (m, d_in) matrix whose rows the basis is to be orthogonal to: the A matrices of adapters that were
+        avoid: module name → (m, d_in) matrix whose rows the basis is to be orthogonal to: the A matrices of adapters that were
             trained before (`nullspace.integrations.peft.row_spaces`), so that a new one does not write where they read (O-LoRA,
             arXiv 2310.14152). The members of a site avoid each other's too.
         device, hidden_states: for the layerwise strategy: see `stream_covariances`.
@@ -449,7 +447,7 @@ def compute_null_spaces(
         ValueError: see `stream_covariances`; before the forward pass if the rank does not fit a layer, or if the checkpoint is
             that of another run (another model, data, or setting: which ones is said), damaged, or asked for with a loader that
             can be read only once; after it, naming the site, if the rank does not fit beside what members that turn out to share
-            an input exclude between them.
+            an input avoid between them.
 
     Warns:
         UserWarning: naming the sites that saw fewer than d_in + rank tokens; and those that a second pass should sum again, if
@@ -466,7 +464,7 @@ def compute_null_spaces(
         modules = find_targets(model, targets)
         spread = prepare(model, modules, job, strategy)
         check_rank(modules, rank)
-        avoided = check_exclude(exclude, modules)
+        avoided = check_avoid(avoid, modules)
         for name in avoided:
             check_site_rank(Site((name,), weight_shape(modules[name])[1]), rank, avoided)
         if strategy == "auto":
@@ -484,9 +482,7 @@ def compute_null_spaces(
                 "tolerance": tolerance,
                 "spectrum": spectrum,
                 "strategy": strategy,
-                "exclude": {
-                    name: hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest() for name, rows in avoided.items()
-                },
+                "avoid": {name: hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest() for name, rows in avoided.items()},
             }
             if spread:  # fingerprints of sharded weights are collectives
                 job.exchange(None)
@@ -497,7 +493,7 @@ def compute_null_spaces(
         spaces = [NullSpace.from_facts(f, read() if job.count == 1 else _without_basis(f, read)) for f, read in found_before]
         done = {name for space in spaces for name in space.site.members}
 
-        bottom_of = functools.partial(_bottom, rank=rank, spectrum=spectrum, exclude=avoided)
+        bottom_of = functools.partial(_bottom, rank=rank, spectrum=spectrum, avoid=avoided)
 
         def explain() -> str:
             return plan.advice(

@@ -116,8 +116,8 @@ def test_a_run_that_was_cut_off_in_its_second_pass_ends_with_the_same_bits(tmp_p
         ({"tolerance": 0.1}, "tolerance: "),
         ({"targets": ["q_proj"]}, "targets: "),
         (
-            {"exclude": {"model.layers.0.mlp.up_proj": torch.ones(1, 48)}},
-            r"exclude: \{\} there, \{'model\.layers\.0\.mlp\.up_proj': '",
+            {"avoid": {"model.layers.0.mlp.up_proj": torch.ones(1, 48)}},
+            r"avoid: \{\} there, \{'model\.layers\.0\.mlp\.up_proj': '",
         ),
         ({"loader": random_batches(length=40, seed=9)}, "data: .*content"),
         ({"loader": random_batches(3, length=40)}, "data: .*'batches': 3"),
@@ -141,19 +141,19 @@ def test_another_run_is_told_what_differs(tmp_path: Path, change: dict[str, Any]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_what_is_excluded_belongs_to_the_run(tmp_path: Path, strategy: str) -> None:
+def test_what_is_avoided_belongs_to_the_run(tmp_path: Path, strategy: str) -> None:
     model, rows = tiny("llama"), torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
     q, k = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"
-    options = {"strategy": strategy, "exclude": {q: rows[:2], k: rows[2:]}}
+    options = {"strategy": strategy, "avoid": {q: rows[:2], k: rows[2:]}}
     with pytest.raises(Cut):
         compute(model, tmp_path / "kept", progress=cut_after(6), **options)
     for other in ({}, {q: rows[:2]}, {q: rows[:2], k: rows[1:2]}, {k: rows[:2], q: rows[2:]}, {q: rows[:2] + 1e-6, k: rows[2:]}):
-        with pytest.raises(ValueError, match="exclude: "):
-            compute(model, tmp_path / "kept", strategy=strategy, exclude=other)
-    options["exclude"] = {k: rows[2:].double(), q: rows.T.contiguous().T[:2]}  # the same, in another order and layout
+        with pytest.raises(ValueError, match="avoid: "):
+            compute(model, tmp_path / "kept", strategy=strategy, avoid=other)
+    options["avoid"] = {k: rows[2:].double(), q: rows.T.contiguous().T[:2]}  # the same, in another order and layout
     whole = compute(model, None, **options)
     assert_equal(compute(model, tmp_path / "kept", **options), whole)
-    assert whole[q].excluded == whole[k].excluded == 3
+    assert whole[q].avoided == whole[k].avoided == 3
     assert float((rows.double() @ whole[q].basis).norm()) <= 1e-12
 
 

@@ -191,7 +191,7 @@ def test_kept_covariances_are_merged_inspected_and_give_the_null_spaces_of_all_d
 def test_an_earlier_adapters_rows_are_left_alone(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
     first = ["init", tiny_checkpoint, "--data", data, "--out", tmp_path / "first", *SMALL, "-q", "--targets", "q_proj,up_proj"]
     assert run(*first).exit_code == 0
-    command = ["init", tiny_checkpoint, "--data", data, *SMALL, "-q", "--targets", "q_proj,k_proj", "--exclude"]
+    command = ["init", tiny_checkpoint, "--data", data, *SMALL, "-q", "--targets", "q_proj,k_proj", "--avoid"]
     result = run(*command, tmp_path / "first" / "adapter", "--out", tmp_path / "second")
     assert result.exit_code == 0, result.output
     a, b = (
@@ -201,7 +201,7 @@ def test_an_earlier_adapters_rows_are_left_alone(tiny_checkpoint: Path, data: Pa
         for name in ("first", "second")
     )
     assert (a @ b.T).abs().max() <= 1e-6 * a.norm() * b.norm()
-    assert {space.excluded for space in NullSpaces.load(tmp_path / "second" / "spaces").values()} == {8}
+    assert {space.avoided for space in NullSpaces.load(tmp_path / "second" / "spaces").values()} == {8}
     refused = run(*command, tmp_path / "nothing", "--out", tmp_path / "third")
     assert refused.exit_code == 2
     assert "nothing" in refused.stderr
@@ -213,7 +213,7 @@ def test_an_earlier_adapters_rows_are_left_alone(tiny_checkpoint: Path, data: Pa
         (["init", "MODEL", "--method", "pissa", "--data", "DATA"], "'pissa' looks at the weights alone: leave out --data"),
         (["init", "MODEL", "--method", "corda-kpm"], "give one of --data, --covariances for 'corda-kpm'"),
         (["init", "MODEL", "--method", "sc-lora", "--data", "DATA"], "'sc-lora' needs --preserve"),
-        (["init", "MODEL", "--method", "eva", "--data", "DATA", "--exclude", "x"], "--exclude belongs to null spaces"),
+        (["init", "MODEL", "--method", "eva", "--data", "DATA", "--avoid", "x"], "--avoid belongs to null spaces"),
         (["init", "MODEL", "--method", "eva", "--data", "DATA", "--beta", "0.7"], "beta belongs to 'sc-lora'"),
         (["compute"], "give MODEL and --data, or --covariances"),
         (["compute", "MODEL", "--covariances", "DATA"], "--covariances needs neither MODEL nor --data"),

@@ -746,7 +746,7 @@ def assert_quietest_beside(space: NullSpace, rows: torch.Tensor, x: torch.Tensor
     assert float((basis.T @ basis - torch.eye(space.rank)).abs().max()) <= 1e-12
     assert float((rows.double() @ basis).norm()) <= 1e-12 * float(rows.double().norm())
     n = complement(rows)
-    assert space.excluded == len(n) - n.shape[1]
+    assert space.avoided == len(n) - n.shape[1]
     sigma = torch.linalg.svdvals(x.double() @ n).flip(0)
     best, loudest = sigma[: space.rank].square(), float(x.double().square().sum())
     assert float((x.double() @ basis).square().sum()) <= float(best.sum()) * (1 + digits) + 1e-15 * loudest
@@ -757,7 +757,7 @@ def assert_quietest_beside(space: NullSpace, rows: torch.Tensor, x: torch.Tensor
 @pytest.mark.parametrize("precision", ["fp64", "qr"])
 @pytest.mark.parametrize("quietest", [1e-1, 1e-3])
 @pytest.mark.parametrize(("d", "m", "rank"), [(40, 1, 4), (40, 30, 4), (40, 35, 4), (40, 12, 27), (200, 40, 8), (3, 1, 1)])
-def test_what_is_excluded_is_left_alone_by_the_quietest_basis_that_can(
+def test_what_is_avoided_is_left_alone_by_the_quietest_basis_that_can(
     d: int, m: int, rank: int, quietest: float, precision: str
 ) -> None:
     x = activations(900, d, quietest=quietest)
@@ -765,46 +765,46 @@ def test_what_is_excluded_is_left_alone_by_the_quietest_basis_that_can(
     covariance.update(x)
     rows = rows_of(m, d)
     taken = torch.linalg.qr(rows.T).Q
-    assert_quietest_beside(NullSpace.from_covariance(covariance, rank, exclude=taken), rows, x)
+    assert_quietest_beside(NullSpace.from_covariance(covariance, rank, avoid=taken), rows, x)
     for limit in (d - m, d):
-        with pytest.raises(ValueError, match=rf"rank must be between 1 and .* = {d - m - 1} \({m} excluded\), not {limit}"):
-            NullSpace.from_covariance(covariance, limit, exclude=taken)
+        with pytest.raises(ValueError, match=rf"rank must be between 1 and .* = {d - m - 1} \({m} avoided\), not {limit}"):
+            NullSpace.from_covariance(covariance, limit, avoid=taken)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "qr"])
-def test_even_the_quietest_directions_can_be_excluded(precision: str) -> None:
+def test_even_the_quietest_directions_can_be_avoided(precision: str) -> None:
     """As they are after a first adapter: the next one takes those behind."""
     x = activations(900, 60, quietest=1e-2)
     covariance = Covariance(60, precision=precision)
     covariance.update(x)
     both = NullSpace.from_covariance(covariance, 12)
-    second = NullSpace.from_covariance(covariance, 6, exclude=both.basis[:, :6])
+    second = NullSpace.from_covariance(covariance, 6, avoid=both.basis[:, :6])
     assert_quietest_beside(second, both.basis[:, :6].T, x)
     torch.testing.assert_close(second.eigenvalues, both.eigenvalues[6:], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "qr"])
-def test_what_is_excluded_stays_so_where_nothing_was_heard(precision: str) -> None:
+def test_what_is_avoided_stays_so_where_nothing_was_heard(precision: str) -> None:
     covariance = Covariance(12, precision=precision)
     covariance.update(torch.zeros(30, 12))
     rows = rows_of(5, 12)
-    space = NullSpace.from_covariance(covariance, 4, exclude=torch.linalg.qr(rows.T).Q)
+    space = NullSpace.from_covariance(covariance, 4, avoid=torch.linalg.qr(rows.T).Q)
     assert float((rows @ space.basis).norm()) <= 1e-12
-    assert (space.leak, space.excluded) == (0.0, 5)
+    assert (space.leak, space.avoided) == (0.0, 5)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "qr"])
 @pytest.mark.parametrize("tokens", [20, 900])
-def test_the_effective_rank_is_that_of_the_input_whatever_is_excluded(precision: str, tokens: int) -> None:
+def test_the_effective_rank_is_that_of_the_input_whatever_is_avoided(precision: str, tokens: int) -> None:
     covariance = Covariance(60, precision=precision)
     covariance.update(activations(tokens, 60, quietest=1e-2))
     plain = NullSpace.from_covariance(covariance, 6, spectrum=True)
     taken = torch.linalg.qr(rows_of(20, 60).T).Q
-    space = NullSpace.from_covariance(covariance, 6, spectrum=True, exclude=taken)
+    space = NullSpace.from_covariance(covariance, 6, spectrum=True, avoid=taken)
     # √λ of what is zero is √ of rounding.
     assert space.effective_rank == pytest.approx(plain.effective_rank, rel=1e-10 if tokens > 60 else 1e-5)
     assert (space.trace, space.tokens) == (plain.trace, plain.tokens)
-    assert NullSpace.from_covariance(covariance, 6, exclude=taken).effective_rank is None
+    assert NullSpace.from_covariance(covariance, 6, avoid=taken).effective_rank is None
 
 
 def members_of_the_first_site() -> tuple[str, ...]:
@@ -829,7 +829,7 @@ def avoiding() -> dict[str, torch.Tensor]:
 @functools.cache
 def spaces_that_avoid(precision: str = "fp64", strategy: str = "resident") -> NullSpaces:
     options: dict[str, Any] = {"rank": RANK, "precision": precision, "strategy": strategy, "progress": False}
-    return compute_null_spaces(tiny("llama"), batches_of("llama"), exclude=avoiding(), **options)
+    return compute_null_spaces(tiny("llama"), batches_of("llama"), avoid=avoiding(), **options)
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp64", "qr"])
@@ -840,22 +840,22 @@ def test_a_site_avoids_what_any_of_its_members_must(precision: str) -> None:
     digits = 1e-3 if precision == "auto" else 1e-7
     for name, avoided in ((members[0], rows), ("model.layers.1.mlp.down_proj", avoiding()["model.layers.1.mlp.down_proj"])):
         assert_quietest_beside(spaces[name], avoided, inputs_of("llama")[name], digits=digits)
-    assert [spaces[name].excluded for name in members] == [4 + 3 + 2] * 3
+    assert [spaces[name].avoided for name in members] == [4 + 3 + 2] * 3
     for site in spaces.sites:  # the others are what they were
         if not set(site.members) & {*members, "model.layers.1.mlp.down_proj"}:
-            assert spaces[site.name].excluded == 0
+            assert spaces[site.name].avoided == 0
             assert torch.equal(spaces[site.name].basis, plain[site.name].basis)
 
 
 def test_kept_sums_avoid_the_same(tmp_path: Path) -> None:
     kept = compute_covariances(tiny("llama"), batches_of("llama"), tmp_path / "run", progress=False)
-    spaces = NullSpaces.from_covariances(kept, rank=RANK, exclude=avoiding(), progress=False)
+    spaces = NullSpaces.from_covariances(kept, rank=RANK, avoid=avoiding(), progress=False)
     for name, space in spaces_that_avoid().items():
         assert spaces[name].facts() == {**space.facts(), "excess_estimate": spaces[name].excess_estimate}
         torch.testing.assert_close(spaces[name].basis, space.basis, rtol=0, atol=1e-9)
 
 
-def test_what_was_excluded_is_kept_and_old_directories_have_nothing_of_it(tmp_path: Path) -> None:
+def test_what_was_avoided_is_kept_and_old_directories_have_nothing_of_it(tmp_path: Path) -> None:
     spaces = spaces_that_avoid()
     spaces.save(tmp_path / "spaces")
     found = NullSpaces.load(tmp_path / "spaces")
@@ -864,14 +864,14 @@ def test_what_was_excluded_is_kept_and_old_directories_have_nothing_of_it(tmp_pa
         assert torch.equal(found[site.name].basis, spaces[site.name].basis)
         again = NullSpace.from_facts(json.loads(json.dumps(spaces[site.name].facts())), vars(spaces[site.name]))
         assert again.facts() == spaces[site.name].facts()
-    # As they were written before there was anything to exclude.
+    # As they were written before there was anything to avoid.
     manifest = store.read_manifest(tmp_path / "spaces", "spaces")
     sites = [{key: value for key, value in entry.items() if key != "excluded"} for entry in manifest["sites"]]
     store.write_manifest(tmp_path / "spaces", "spaces", {"sites": sites}, tuple(manifest["files"]))
     old = NullSpaces.load(tmp_path / "spaces")
-    assert {space.excluded for space in old.values()} == {0}
+    assert {space.avoided for space in old.values()} == {0}
     for site in spaces.sites:
-        assert {**old[site.name].facts(), "excluded": spaces[site.name].excluded} == spaces[site.name].facts()
+        assert {**old[site.name].facts(), "excluded": spaces[site.name].avoided} == spaces[site.name].facts()
         assert torch.equal(old[site.name].basis, spaces[site.name].basis)
 
 
@@ -879,36 +879,36 @@ UP = "model.layers.0.mlp.up_proj"
 
 
 @pytest.mark.parametrize(
-    ("exclude", "message"),
+    ("avoid", "message"),
     [
-        ({"lm_head": rows_of(2, 48)}, "exclude: 'lm_head' is none of the layers; their names are like 'model"),
-        ({"up_proj": rows_of(2, 48)}, "exclude: 'up_proj' is none of the layers"),
-        ({UP: rows_of(2, 47)}, r"exclude: '.*up_proj' has inputs of width 48, and its rows are \(2, 47\)"),
-        ({UP: rows_of(48, 2)}, r"exclude: '.*up_proj' has inputs of width 48, and its rows are \(48, 2\)"),
-        ({UP: rows_of(2, 48)[0]}, r"exclude: '.*up_proj' needs a finite floating-point matrix \(m, d_in\), not \(48,\)"),
+        ({"lm_head": rows_of(2, 48)}, "avoid: 'lm_head' is none of the layers; their names are like 'model"),
+        ({"up_proj": rows_of(2, 48)}, "avoid: 'up_proj' is none of the layers"),
+        ({UP: rows_of(2, 47)}, r"avoid: '.*up_proj' has inputs of width 48, and its rows are \(2, 47\)"),
+        ({UP: rows_of(48, 2)}, r"avoid: '.*up_proj' has inputs of width 48, and its rows are \(48, 2\)"),
+        ({UP: rows_of(2, 48)[0]}, r"avoid: '.*up_proj' needs a finite floating-point matrix \(m, d_in\), not \(48,\)"),
         ({UP: torch.ones(2, 48, dtype=torch.long)}, "floating-point matrix .*int64"),
-        ({UP: torch.full((2, 48), float("nan"))}, "exclude: '.*up_proj' needs a finite"),
-        ({UP: torch.full((2, 48), float("inf"))}, "exclude: '.*up_proj' needs a finite"),
-        ({UP: rows_of(40, 48)}, r"between 1 and 7 at '.*up_proj' \(d_in = 48, 40 directions of which are excluded\), not 8"),
-        ({UP: rows_of(100, 48)}, r"between 1 and -1 at '.*up_proj' \(d_in = 48, 48 directions of which are excluded\), not 8"),
+        ({UP: torch.full((2, 48), float("nan"))}, "avoid: '.*up_proj' needs a finite"),
+        ({UP: torch.full((2, 48), float("inf"))}, "avoid: '.*up_proj' needs a finite"),
+        ({UP: rows_of(40, 48)}, r"between 1 and 7 at '.*up_proj' \(d_in = 48, 40 directions of which are avoided\), not 8"),
+        ({UP: rows_of(100, 48)}, r"between 1 and -1 at '.*up_proj' \(d_in = 48, 48 directions of which are avoided\), not 8"),
     ],
 )
-def test_what_cannot_be_excluded_is_refused_before_the_loader_is_touched(exclude: dict[str, torch.Tensor], message: str) -> None:
+def test_what_cannot_be_avoided_is_refused_before_the_loader_is_touched(avoid: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        compute_null_spaces(tiny("llama"), Untouchable(), rank=RANK, exclude=exclude)
+        compute_null_spaces(tiny("llama"), Untouchable(), rank=RANK, avoid=avoid)
 
 
 def test_rows_that_leave_just_enough_are_not_refused() -> None:
     spaces = compute_null_spaces(
-        tiny("llama"), batches_of("gpt2"), rank=RANK, targets=[UP], exclude={UP: rows_of(39, 48)}, progress=False
+        tiny("llama"), batches_of("gpt2"), rank=RANK, targets=[UP], avoid={UP: rows_of(39, 48)}, progress=False
     )
-    assert (spaces[UP].rank, spaces[UP].excluded) == (8, 39)
+    assert (spaces[UP].rank, spaces[UP].avoided) == (8, 39)
 
 
 def test_members_that_leave_too_little_between_them_are_named() -> None:
     """Each would do alone; that they hear one input is known only when the model has run."""
     q, k, _ = members_of_the_first_site()
-    exclude = {q: rows_of(22, 48), k: rows_of(22, 48, seed=1)}
-    message = rf"between 1 and d_in - 45 = 3 at '{re.escape(q)}' \(44 excluded\), not 8"
+    avoid = {q: rows_of(22, 48), k: rows_of(22, 48, seed=1)}
+    message = rf"between 1 and d_in - 45 = 3 at '{re.escape(q)}' \(44 avoided\), not 8"
     with pytest.raises(ValueError, match=message):
-        compute_null_spaces(tiny("llama"), batches_of("gpt2"), rank=RANK, exclude=exclude, progress=False)
+        compute_null_spaces(tiny("llama"), batches_of("gpt2"), rank=RANK, avoid=avoid, progress=False)

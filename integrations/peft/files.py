@@ -58,7 +58,7 @@ def read_adapter(directory: Path) -> Adapter:
 
 
 def row_spaces(*adapters: str | os.PathLike[str] | PeftModel) -> dict[str, torch.Tensor]:
-    """The A of adapters that were trained before, for `exclude=`: what a new one is not to read (O-LoRA, arXiv 2310.14152).
+    """The A of adapters that were trained before, for `avoid=`: what a new one is not to read (O-LoRA, arXiv 2310.14152).
 
     Args:
         adapters: directories of PEFT's LoRA adapters, or models with one (all of its adapters).
