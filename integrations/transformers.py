@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from nullspace.blocks import marked_blocks
+from nullspace.checks import check_device, check_integer
 from nullspace.sites import is_linear
 
 # Pairs of fields that are joined into one text where `field` is not given; the first of them that all are present wins.
@@ -61,13 +62,14 @@ def load_model(
 
     Raises:
         OSError: if there is no such model.
-        ValueError: with `offload`, if the model is quantised, a GGUF file, or has no blocks.
+        ValueError: if this machine has no such device; with `offload`, if the model is quantised, a GGUF file, or has no blocks.
     """
     path = Path(name)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = check_device(device)
     if offload:
-        return _load_offloaded(name, dtype, torch.device(device), offload_folder)
+        return _load_offloaded(name, dtype, device, offload_folder)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file")
@@ -371,8 +373,7 @@ class PackedBatches(Sequence[dict[str, torch.Tensor]]):
         self, texts: Iterable[str], tokenizer: Any, *, samples: int = 256, length: int = 1024, batch_size: int = 4
     ) -> None:
         for name, value in (("samples", samples), ("length", length), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+            check_integer(name, value)
         ids = _token_stream(texts, tokenizer, samples * length)
         if not ids:
             raise ValueError("the texts hold no token")

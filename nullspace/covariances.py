@@ -232,7 +232,7 @@ def compute_covariances(
         check_free(out, overwrite=overwrite)
         if not isinstance(targets, str):
             targets = list(targets)
-        check_options(strategy, precision, hidden_states)
+        check_options(strategy, precision, hidden_states, device)
         modules = find_targets(model, targets)
         spread = prepare(model, modules, job, strategy)
         shards: tuple[Shards, ...] = ()

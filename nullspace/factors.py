@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from nullspace import solvers
+from nullspace.checks import FRACTION, NOT_NEGATIVE, check_between, check_integer, check_real
 
 CORDA_MODES = ("kpm", "ipm")
 # What PEFT and the paper's code add to the diagonal of C, relative to its mean.
@@ -60,8 +61,7 @@ def lora_null(weight: torch.Tensor, basis: torch.Tensor, *, rank: int | None = N
     if weight.ndim != 2 or basis.ndim != 2 or weight.shape[1] != basis.shape[0]:
         raise ValueError(f"a weight {tuple(weight.shape)} needs a basis (d_in, k), not {tuple(basis.shape)}")
     rank = _check_rank(basis.shape[1], weight.shape[0], rank)
-    if not 0.0 < sigma_scale < float("inf"):
-        raise ValueError(f"sigma_scale must be a positive number, not {sigma_scale}")
+    check_real("sigma_scale", sigma_scale)
     basis = basis.to(weight.device, torch.float64)
     p, sigma, qt = torch.linalg.svd(weight.to(torch.float64) @ basis, full_matrices=False)
     right = qt[:rank] @ basis.T
@@ -146,8 +146,7 @@ def corda(weight: torch.Tensor, c: torch.Tensor, *, rank: int, mode: str = "kpm"
         ValueError: if the shapes do not fit, r, mode or damping is out of range, or C is zero or holds NaN or Inf.
     """
     _check_mode(mode)
-    if not 0.0 <= damping < float("inf"):
-        raise ValueError(f"damping must be a number ≥ 0, not {damping}")
+    check_real("damping", damping, NOT_NEGATIVE)
     weight, (c,) = _with_moments(weight, c)
     c = c / _mean_diagonal(c)
     c.diagonal().add_(damping)
@@ -197,8 +196,7 @@ def sc_lora(weight: torch.Tensor, c_plus: torch.Tensor, c_minus: torch.Tensor, *
     Raises:
         ValueError: if the shapes do not fit, or r or β is out of range.
     """
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta must be between 0 and 1, not {beta}")
+    check_real("beta", beta, FRACTION)
     weight, (c_plus, c_minus) = _with_moments(weight, c_plus, c_minus)
     _check_rank_of(weight, rank, weight.shape[0])
     difference = weight @ ((1 - beta) * c_plus - beta * c_minus) @ weight.mT
@@ -226,8 +224,7 @@ def eva(c: torch.Tensor, mean: torch.Tensor, mass: float, d_out: int, *, rank: i
     """
     if c.ndim != 2 or c.shape[0] != c.shape[1] or mean.shape != c.shape[:1]:
         raise ValueError(f"needs a second moment (d_in, d_in) and a mean (d_in,), not {tuple(c.shape)} and {tuple(mean.shape)}")
-    if not 1 <= rank <= min(len(c), d_out):
-        raise ValueError(f"rank must be between 1 and {min(len(c), d_out)}, not {rank}")
+    check_between("rank", rank, min(len(c), check_integer("d_out", d_out)))
     _, vectors = solvers.top_eigenpairs(centred(c, mean, mass), rank)
     return LowRank(A=vectors.mT.contiguous(), B=vectors.new_zeros(d_out, rank))
 
@@ -260,7 +257,7 @@ def orthogonal(
     Raises:
         ValueError: if r is odd or smaller than 2.
     """
-    if rank < 2 or rank % 2:
+    if check_integer("rank", rank, least=None) < 2 or rank % 2:
         raise ValueError(f"the rank of an orthogonal start must be even, not {rank}")
 
     def normal(*shape: int) -> torch.Tensor:
@@ -318,13 +315,10 @@ def _check_mode(mode: str) -> None:
 
 
 def _check_rank_of(weight: torch.Tensor, rank: int, limit: int) -> None:
-    if not 1 <= rank <= limit:
-        raise ValueError(f"rank must be between 1 and {limit}, not {rank} (a weight {tuple(weight.shape)})")
+    check_between("rank", rank, limit, f" (a weight {tuple(weight.shape)})")
 
 
 def _check_rank(columns: int, d_out: int, rank: int | None) -> int:
-    rank = columns if rank is None else rank
-    limit = min(columns, d_out)
-    if not 1 <= rank <= limit:
-        raise ValueError(f"rank must be between 1 and {limit}, not {rank} (a basis of {columns} columns, a weight of {d_out} rows)")
-    return rank
+    limit = min(columns, check_integer("d_out", d_out))
+    where = f" (a basis of {columns} columns, a weight of {d_out} rows)"
+    return check_between("rank", columns if rank is None else rank, limit, where)

@@ -7,7 +7,6 @@ the command line choose from.
 from __future__ import annotations
 
 import functools
-import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from nullspace import factors
+from nullspace.checks import FRACTION, NOT_NEGATIVE, POSITIVE, Range, check_integer, check_real
 from nullspace.covariance import Covariance
 from nullspace.covariances import Covariances
 from nullspace.factors import LowRank
@@ -162,20 +162,20 @@ METHODS: Mapping[str, Method] = {
 }
 
 
+OPTIONS: Mapping[str, Range] = {"sigma_scale": POSITIVE, "beta": FRACTION, "damping": NOT_NEGATIVE}
+"""The numbers of `Sources`, and what they may be."""
+
+
 def check_method(method: str, given: Sources | None = None) -> None:
     """Raise `ValueError` for a method that does not exist, or lacks something, or is given a number that it does not take."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}")
     if given is None:
         return
-    if not 0.0 < given.sigma_scale < math.inf:
-        raise ValueError(f"sigma_scale must be a positive number, not {given.sigma_scale}")
-    if not 0.0 <= given.beta <= 1.0:
-        raise ValueError(f"beta must be between 0 and 1, not {given.beta}")
-    if not 0.0 <= given.damping < math.inf:
-        raise ValueError(f"damping must be a number ≥ 0, not {given.damping}")
+    for option, allowed in OPTIONS.items():
+        check_real(option, getattr(given, option), allowed)
     plain = Sources()
-    for option in ("sigma_scale", "beta", "damping"):
+    for option in OPTIONS:
         takers = [name for name, each in METHODS.items() if option in each.options]
         if getattr(given, option) != getattr(plain, option) and method not in takers:
             raise ValueError(f"{option} belongs to {' and '.join(map(repr, takers))}; {method!r} does not take it")
@@ -202,6 +202,7 @@ _CALLED = {
 
 def check_rank(method: str, given: Sources, name: str, module: nn.Module, rank: int) -> None:
     """Raise `ValueError`, naming the layer, if a method cannot give it an adapter of this rank."""
+    rank = check_integer(f"the rank of the adapter of {name!r}", rank)
     d_out, d_in = weight_shape(module)
     if given.spaces is not None:
         columns = given.spaces[name].rank

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from nullspace import solvers
+from nullspace.checks import check_integer
 from nullspace.memory import free_on_device, free_on_host
 from nullspace.sites import find_targets, is_linear, weight_shape
 from nullspace.sums import STAGE_TOKENS
@@ -109,8 +110,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name in ("samples", "length", "batch_size", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            check_integer(name, getattr(self, name))
         if self.device not in ("cuda", "cpu"):
             raise ValueError(f"device must be 'cuda' or 'cpu', not {self.device!r}")
         if self.weights is not None and self.weights not in PLACES:

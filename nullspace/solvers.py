@@ -14,6 +14,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 from nullspace import lapack
+from nullspace.checks import check_between, check_integer
 
 METHODS = ("auto", "eigh", "lapack-subset", "shift-invert")
 
@@ -104,8 +105,7 @@ def partial_eigh(
         shift-invert, which finds a few beyond the k-th; m > k wherever k < d.
     """
     d = _check_symmetric(c)
-    if not 1 <= k <= d:
-        raise ValueError(f"k must be between 1 and {d}, not {k}")
+    check_between("k", k, d)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}")
     on_cpu = c.device.type == "cpu"
@@ -143,8 +143,7 @@ def bottom_right_singular(root: torch.Tensor, k: int) -> tuple[torch.Tensor, tor
     n, d = root.shape
     if n < d:
         raise ValueError(f"a root has at least as many rows as columns, not {tuple(root.shape)}")
-    if not 1 <= k <= d:
-        raise ValueError(f"k must be between 1 and {d}, not {k}")
+    check_between("k", k, d)
     if not bool(torch.isfinite(root).all()):
         raise ValueError("the matrix holds NaN or Inf")
     _, sigma, vectors = torch.linalg.svd(root.to(torch.float64), full_matrices=False)
@@ -186,7 +185,7 @@ def left_singular(m: torch.Tensor, k: int, *, end: str = "top") -> tuple[torch.T
     Raises:
         ValueError: if `m` is not a matrix or holds NaN or Inf, k is out of range, or `end` is unknown.
     """
-    if m.ndim != 2 or not 1 <= k <= min(m.shape):
+    if not check_integer("k", k, least=None) >= 1 or m.ndim != 2 or k > min(m.shape):
         raise ValueError(f"k must be between 1 and the smaller side of the matrix {tuple(m.shape)}, not {k}")
     if end not in ("top", "bottom"):
         raise ValueError(f"end must be 'top' or 'bottom', not {end!r}")

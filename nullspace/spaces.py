@@ -18,6 +18,7 @@ from torch import nn
 from nullspace import plan, solvers, tables
 from nullspace.batches import example_of, length
 from nullspace.checkpoint import Checkpoint, fingerprint_of_run
+from nullspace.checks import Range, check_integer, check_real
 from nullspace.covariance import Covariance
 from nullspace.covariances import Covariances
 from nullspace.decompose import decompose
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Excess leak, by estimate, above which a float32 sum is not trusted and the site is summed again in float64.
 TOLERANCE = 1e-4
+# Infinity: whatever rounding has left is accepted.
+ANY_TOLERANCE = Range("a number ≥ 0", lambda value: value >= 0)
 # A leak below this is none: the excess over it is not counted.
 NO_LEAK = 1e-8
 # What float64 sums leave of an exact null space, where no massive tokens make the norm of X meaningless.
@@ -113,6 +116,7 @@ class NullSpace:
             ValueError: if the rank is out of range or there are no tokens.
         """
         avoided = 0 if avoid is None else avoid.shape[1]
+        rank = check_integer("rank", rank, least=None)
         if not 1 <= rank < covariance.d_in - avoided:
             limit = f"d_in - {avoided + 1} = {covariance.d_in - avoided - 1}"
             where = f" at {site.name!r}" if site is not None else ""
@@ -321,6 +325,7 @@ class NullSpaces(Sitewise[NullSpace]):
             UserWarning: naming the sites that saw fewer than d_in + rank tokens, and those whose sums rounding has made too coarse
                 for their bases.
         """
+        rank = check_integer("rank", rank, least=None)
         report_progress = reporter(progress)
         kept = check_avoid(avoid, covariances)
         for site in covariances.sites:
@@ -460,7 +465,9 @@ def compute_null_spaces(
     with job.telling():
         if not isinstance(targets, str):
             targets = list(targets)
-        check_options(strategy, precision, hidden_states)
+        rank = check_integer("rank", rank)
+        check_real("tolerance", tolerance, ANY_TOLERANCE)
+        check_options(strategy, precision, hidden_states, device)
         modules = find_targets(model, targets)
         spread = prepare(model, modules, job, strategy)
         check_rank(modules, rank)
@@ -619,8 +626,7 @@ def _explaining_memory(explain: Callable[[], str]) -> Iterator[None]:
 
 def check_rank(modules: Mapping[str, nn.Module], rank: int) -> None:
     """Raise `ValueError`, naming the layer, if a basis of `rank` columns does not fit it."""
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, not {rank}")
+    check_integer("rank", rank)
     for name, module in modules.items():
         d_out, d_in = weight_shape(module)
         if rank >= d_in:

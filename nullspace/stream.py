@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from nullspace.batches import Call, calls, evaluating, example_of, forward_options, input_device, is_encoder_decoder, length
 from nullspace.blocks import find_blocks
+from nullspace.checks import check_device
 from nullspace.covariance import PRECISIONS, Covariance
 from nullspace.distributed import Job, Totals
 from nullspace.hidden import PLACES
@@ -94,7 +95,7 @@ def stream_covariances(
     """
     job = job or Job()
     with job.telling():
-        check_options(strategy, precision, hidden_states)
+        check_options(strategy, precision, hidden_states, device)
         if not isinstance(targets, str):
             targets = list(targets)
         chosen = find_targets(model, targets)
@@ -121,7 +122,9 @@ def stream_covariances(
         return _told(stream, job)
 
 
-def check_options(strategy: str, precision: str | Mapping[str, str], hidden_states: str) -> None:
+def check_options(
+    strategy: str, precision: str | Mapping[str, str], hidden_states: str, device: torch.device | str | None = None
+) -> None:
     """Raise `ValueError` for what `stream_covariances` does not know."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, not {strategy!r}")
@@ -130,6 +133,8 @@ def check_options(strategy: str, precision: str | Mapping[str, str], hidden_stat
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, not {value!r}")
     if hidden_states not in PLACES:
         raise ValueError(f"hidden_states must be one of {', '.join(map(repr, PLACES))}, not {hidden_states!r}")
+    if device is not None:
+        check_device(device)
 
 
 def resolve_strategy(

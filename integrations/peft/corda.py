@@ -29,7 +29,7 @@ from nullspace.batches import evaluating, is_encoder_decoder
 from nullspace.covariance import Covariance
 from nullspace.decompose import decompose
 from nullspace.factors import CORDA_MODES, DAMPING, ZERO
-from nullspace.integrations.peft.layers import RESIDUAL_DTYPES, chosen_layers, rank_of
+from nullspace.integrations.peft.layers import RESIDUAL_DTYPES, check_scaling, chosen_layers, rank_of
 from nullspace.listening import Listener, listening, refuse_silent
 from nullspace.progress import reporter
 from nullspace.sites import Site, is_conv1d, is_linear, weight_of, weight_shape
@@ -91,6 +91,7 @@ def preprocess_corda(
     options = lora_config.corda_config
     if options is None:
         raise ValueError("lora_config.corda_config is None: give LoraConfig(corda_config=CordaConfig(corda_method='kpm'))")
+    check_scaling(lora_config)
     targets = chosen_layers(model, lora_config)
     ranks = {name: rank_of(name, lora_config) for name in targets}
     for name, layer in targets.items():

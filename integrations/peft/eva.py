@@ -35,7 +35,7 @@ from torch import nn
 from nullspace import factors, solvers
 from nullspace.batches import evaluating, is_encoder_decoder, length
 from nullspace.covariance import Covariance
-from nullspace.integrations.peft.layers import chosen_layers, rank_of
+from nullspace.integrations.peft.layers import check_scaling, chosen_layers, rank_of
 from nullspace.listening import Listener, listening, refuse_silent
 from nullspace.progress import Progress, reporter
 from nullspace.sites import Site, is_linear
@@ -100,6 +100,7 @@ def get_eva_state_dict(
         TypeError: with the defaults, for a batch that is no mapping.
     """
     config, eva = _config_of(model, peft_config, adapter_name)
+    check_scaling(config)
     layers = _layers_of(model, config, adapter_name)
     device = peft_eva.get_device_with_meta_params(model)
     # On a CPU float64 costs little beside the forward pass, on many a GPU it would cost hours.

@@ -19,6 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from nullspace import store
+from nullspace.checks import check_integer, check_real
 from nullspace.distributed import Job
 from nullspace.integrations.peft.shell import on_disk, plan_base, without_weights
 from nullspace.methods import METHODS, Layer, Sources, check_rank
@@ -147,12 +148,26 @@ def own_config(config: LoraConfig, model: nn.Module, given: Sources) -> LoraConf
     for name in ("target_parameters", "layer_replication", "use_qalora", "megatron_config"):
         if getattr(config, name, None):
             raise ValueError(f"LoraConfig.{name} is not supported: factors belong to whole linear layers")
+    check_scaling(config)
     config = copy.deepcopy(config)
     config.init_lora_weights = True
     if config.target_modules is None:
         known = next(given.of_model(), None)
         config.target_modules = list(find_targets(model) if known is None else known)
     return config
+
+
+def check_scaling(config: LoraConfig) -> None:
+    """Raise `TypeError` or `ValueError`, naming the field, for ranks and alphas that give no finite, positive scaling."""
+    patterns: Mapping[str, Mapping[str, Any]] = {name: getattr(config, name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    for where, rank in {"r": config.r, **_entries("rank_pattern", patterns)}.items():
+        check_integer(f"LoraConfig.{where}", rank)
+    for where, alpha in {"lora_alpha": config.lora_alpha, **_entries("alpha_pattern", patterns)}.items():
+        check_real(f"LoraConfig.{where}", alpha)
+
+
+def _entries(name: str, patterns: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{name}[{key!r}]": value for key, value in patterns[name].items()}
 
 
 def chosen_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -176,7 +191,7 @@ def chosen_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
 def rank_of(name: str, config: LoraConfig) -> int:
     """Of a layer's adapter: `rank_pattern`, or r."""
     patterns: Any = config.rank_pattern or {}
-    return int(patterns.get(get_pattern_key(patterns.keys(), name), config.r))
+    return check_integer(f"the rank of {name!r}", patterns.get(get_pattern_key(patterns.keys(), name), config.r))
 
 
 def random_seed(method: str) -> int:
