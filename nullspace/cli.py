@@ -575,20 +575,18 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """A trained adapter as a plain LoRA for the untouched base: rank r where A was frozen, 2r otherwise."""
-    from nullspace.integrations.peft import ADAPTER_CONFIG, export_lora
+    from nullspace.integrations.peft import export_lora
 
-    if (initial / store.MANIFEST).is_file():
-        base = base or store.read_manifest(initial, "init")["model"]
-        initial = initial / "adapter"
     export_lora(trained, initial, out, base=base, overwrite=overwrite)
-    config = json.loads((out / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    result = {"out": str(out), "rank": config["r"], "alpha": config["lora_alpha"], "base": base}
+    found = store.read_manifest(out, "export")
+    facts = {"base": found["model"], **{name: found[name] for name in ("rank", "alpha", "max_lora_rank", "holds")}}
     if as_json:
-        _print_json(result)
+        _print_json({"out": str(out), **facts})
     elif not quiet:
-        stdout.print(
-            f"{out}: rank {config['r']}, alpha {config['lora_alpha']:g}, for {base or 'the untouched base'}", soft_wrap=True
-        )
+        limit = facts["max_lora_rank"]
+        server = f"vLLM needs --max-lora-rank {limit}" if limit else "vLLM serves no rank as large as that"
+        line = f"{out}: rank {facts['rank']}, alpha {facts['alpha']}, for {facts['base']}; {server}"
+        stdout.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()

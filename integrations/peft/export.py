@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
 from nullspace import store
-from nullspace.integrations.peft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, read_adapter, save_adapter
+from nullspace.integrations.peft.checkpoints import what_differs
+from nullspace.integrations.peft.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Adapter,
+    adapter_in,
+    init_around,
+    layer_of,
+    located,
+    read_adapter,
+    save_adapter,
+    scaling_of,
+)
 
 # ‖B A‖ over ‖B‖ ‖A‖, below which an adapter that starts so has left its base alone.
 ORTHOGONAL = 1e-6
+# What vLLM's --max-lora-rank accepts.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def export_lora(
@@ -29,13 +44,18 @@ def export_lora(
     """After training: a plain LoRA for the *untouched* base model, which does what the trained adapter does on the residual one.
 
     With W₀ = W_res + s·B₀A₀, the trained model is W_res + s·BA = W₀ + s·(BA − B₀A₀). Where A was frozen that is s·(B − B₀)A₀, of
-    rank r; otherwise [B, −B₀][A; A₀], of rank 2r with α doubled (× √2 with rsLoRA), so that the scaling stays s.
+    rank r; otherwise [s·B, −s·B₀][A; A₀], of rank 2r.
+
+    The scaling s is in B, so that α = r, without rsLoRA and without patterns: consumers that read only `r` and `lora_alpha`
+    (llama.cpp, older vLLM) apply what PEFT does. Layers of a smaller rank are padded with zeros to the largest. The factors have
+    the trained adapter's dtype where it holds them exactly, else at least float32.
 
     Args:
         trained: the trained model, or the directory of its adapter.
-        initial: the directory of the adapter as `inject_adapters` made it (`OUT/adapter` of `nullspace init`).
+        initial: what `save_init` or `write_init` wrote, or the adapter directory in it.
         out: directory of the new adapter; written whole or not at all.
-        base: name or path of the untouched base, written into the adapter's configuration.
+        base: name or path of the untouched base, written into the adapter's configuration. By default that which `initial` was
+            made of. If its files are on this machine, they are compared with the base that the adapter was trained on.
         overwrite: replace an earlier export.
 
     Returns:
@@ -44,50 +64,159 @@ def export_lora(
     Raises:
         FileNotFoundError: if an adapter file is missing.
         ValueError: naming the file, if it is damaged, the two adapters do not belong together, or they have DoRA's magnitudes
-            and a residual base, for which there is no LoRA on the untouched one.
+            and a residual base, for which there is no LoRA on the untouched one; naming the tensor, if it holds NaN or Inf, or if
+            the untouched base lacks it or has another one; if the untouched base is not known.
         FileExistsError: if `out` is in the way.
+
+    Warns:
+        UserWarning: naming them, if the adapter holds more than A and B (DoRA's magnitudes, whole modules, tokens, biases).
     """
     store.check_free(out, overwrite=overwrite)
     if isinstance(trained, PeftModel):
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(trained, trained.active_adapter, Path(folder))
             return export_lora(folder, initial, out, base=base, overwrite=overwrite)
-    now, start = read_adapter(Path(trained)), read_adapter(Path(initial))
+    now, start = read_adapter(Path(trained)), read_adapter(adapter_in(Path(initial)))
     _check_pair(now, start)
-    pairs = [key.removesuffix(".lora_A.weight") for key in now.tensors if key.endswith(".lora_A.weight")]
-    frozen = all(torch.equal(now.tensors[f"{p}.lora_A.weight"], start.tensors[f"{p}.lora_A.weight"]) for p in pairs)
-    untouched = all(_is_zero(start.tensors[f"{p}.lora_B.weight"], start.tensors[f"{p}.lora_A.weight"]) for p in pairs)
+    layers = [layer_of(key) for key in now.tensors if key.endswith(A_WEIGHT)]
+    untouched = all(_is_zero(*_factors(start, layer)) for layer in layers)
     if now.config.get("use_dora") and not untouched:
         raise ValueError(
             f"{now.path} uses DoRA on a residual base: its magnitudes scale the sum of both, which no LoRA on the untouched base "
             "does; serve it on the residual base, or merge it there (merge_and_unload)"
         )
-    tensors = dict(now.tensors)
-    for p in pairs:
-        key_a, key_b = f"{p}.lora_A.weight", f"{p}.lora_B.weight"
-        a, b, a0, b0 = now.tensors[key_a], now.tensors[key_b], start.tensors[key_a], start.tensors[key_b]
-        if frozen:
-            tensors[key_b] = (b.double() - b0.double()).to(b.dtype)
-        elif not untouched:
-            tensors[key_a], tensors[key_b] = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
-    config = dict(now.config, base_model_name_or_path=base, init_lora_weights=True, inference_mode=True)
-    if not (frozen or untouched):
-        alpha_factor = math.sqrt(2) if config.get("use_rslora") else 2
-        config["r"] = 2 * config["r"]
-        config["lora_alpha"] = alpha_factor * config["lora_alpha"]
-        config["rank_pattern"] = {k: 2 * v for k, v in (config.get("rank_pattern") or {}).items()}
-        config["alpha_pattern"] = {k: alpha_factor * v for k, v in (config.get("alpha_pattern") or {}).items()}
+    base = located(base) or _original(start, untouched)
+    _check_base(base, start, now)
+    rank = max(len(_plain_factors(now, start, layer)[0]) for layer in layers)
+    holds = contents(now.tensors)
+    config = dict(
+        now.config,
+        base_model_name_or_path=base,
+        init_lora_weights=True,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=rank,
+        use_rslora=False,
+        rank_pattern={},
+        alpha_pattern={},
+    )
+    facts = {"model": base, "rank": rank, "alpha": rank, "max_lora_rank": vllm_rank(rank), "holds": holds}
     with store.new_directory(out, overwrite=overwrite) as part:
         (part / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        store.write_tensors(part / ADAPTER_WEIGHTS, tensors)
-        store.write_manifest(part, "export", {"rank_factor": 1 if frozen or untouched else 2}, files=(ADAPTER_WEIGHTS,))
+        store.write_tensors(part / ADAPTER_WEIGHTS, _plain_tensors(now, start, layers, rank))
+        store.write_manifest(part, "export", facts, files=(ADAPTER_WEIGHTS,))
+    if holds:
+        warnings.warn(f"{out} is not a plain LoRA: it also holds {described(holds)}; {NOT_SERVED}", UserWarning, stacklevel=2)
     return Path(out)
 
 
-def _is_zero(b: torch.Tensor, a: torch.Tensor) -> bool:
+A_WEIGHT, B_WEIGHT, B_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
+PREFIX = "base_model.model."
+NOT_SERVED = "PEFT loads them, servers such as vLLM and llama.cpp do not"
+WHOLE = "whole tensors"
+# Part of a tensor's name → what it is.
+KINDS = {
+    "lora_magnitude_vector": "DoRA magnitudes",
+    "lora_B.bias": "biases of B",
+    "trainable_tokens": "trained tokens",
+}
+
+
+def contents(tensors: Iterable[str]) -> dict[str, list[str]]:
+    """What an adapter's file holds beside A and B: kind → names of layers or tensors in the base model."""
+    found: dict[str, list[str]] = {}
+    for key in tensors:
+        if not key.endswith((A_WEIGHT, B_WEIGHT)):
+            kind = next((kind for part, kind in KINDS.items() if part in key), WHOLE)
+            name = layer_of(key) or key.removeprefix(PREFIX).removesuffix(".token_adapter.trainable_tokens_delta")
+            found.setdefault(kind, []).append(name)
+    return found
+
+
+def described(holds: Mapping[str, list[str]]) -> str:
+    """The same in words."""
+    return " and ".join(
+        f"{kind} ({', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''})"
+        for kind, names in holds.items()
+    )
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The smallest `--max-lora-rank` with which vLLM serves an adapter of this rank; None if there is none."""
+    return next((limit for limit in VLLM_RANKS if limit >= rank), None)
+
+
+def _factors(adapter: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, d_in) and B (d_out, r), float64, as they are in the file."""
+    a, b = (adapter.tensors[f"{PREFIX}{layer}{part}"].double() for part in (A_WEIGHT, B_WEIGHT))
+    return a, b
+
+
+def _plain_factors(now: Adapter, start: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B in float64 whose product is what the untouched weight lacks."""
+    (a, b), (a0, b0) = _factors(now, layer), _factors(start, layer)
+    scaling = scaling_of(now.config, layer, len(a))
+    if torch.equal(a, a0):
+        return a, scaling * (b - b0)
+    if _is_zero(a0, b0):
+        return a, scaling * b
+    return torch.cat([a, a0]), scaling * torch.cat([b, -b0], dim=1)
+
+
+def _plain_tensors(now: Adapter, start: Adapter, layers: list[str], rank: int) -> dict[str, torch.Tensor]:
+    """The tensors of the new file."""
+    found: dict[str, torch.Tensor] = {
+        key: tensor for key, tensor in now.tensors.items() if not key.endswith((A_WEIGHT, B_WEIGHT, B_BIAS))
+    }
+    dtype = now.tensors[f"{PREFIX}{layers[0]}{A_WEIGHT}"].dtype
+    pairs = (_plain_factors(now, start, layer) for layer in layers)
+    if not all(torch.equal(factor.to(dtype).double(), factor) for pair in pairs for factor in pair):
+        dtype = torch.promote_types(dtype, torch.float32)
+    for layer in layers:
+        a, b = (factor.to(dtype) for factor in _plain_factors(now, start, layer))
+        if not bool(b.isfinite().all()):
+            raise ValueError(f"{now.path}: B of {layer!r} times its scaling is beyond the range of {dtype}")
+        missing = rank - len(a)
+        found[f"{PREFIX}{layer}{A_WEIGHT}"] = torch.nn.functional.pad(a, (0, 0, 0, missing))
+        found[f"{PREFIX}{layer}{B_WEIGHT}"] = torch.nn.functional.pad(b, (0, missing))
+        bias = f"{PREFIX}{layer}{B_BIAS}"
+        if bias in now.tensors:
+            change = now.tensors[bias].double() - start.tensors[bias].double()
+            found[bias] = (scaling_of(now.config, layer, len(now.tensors[f"{PREFIX}{layer}{A_WEIGHT}"])) * change).to(dtype)
+    return found
+
+
+def _is_zero(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether B A is nothing but rounding: B = 0, or the rows of B and the columns of A are orthogonal."""
-    norms = [torch.linalg.matrix_norm(t.double()) for t in (b, a, b.double() @ a.double())]
-    return bool(norms[2] <= ORTHOGONAL * norms[0] * norms[1])
+    product = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()  # ‖BA‖² = tr(BᵀB AAᵀ): r × r matrices
+    return bool(product <= ORTHOGONAL * torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b))
+
+
+def _original(start: Adapter, untouched: bool) -> str:
+    """The name of the untouched base, as far as the initial adapter and what lies around it say."""
+    init = init_around(start.path)
+    name = init.get("model") if init else start.config.get("base_model_name_or_path") if untouched else None
+    if not name:
+        raise ValueError(
+            f"the untouched base that {start.path} was made of is not known by name: say it with base= "
+            "(on the command line --base), a hub name or a folder"
+        )
+    return name
+
+
+def _check_base(base: str, start: Adapter, now: Adapter) -> None:
+    """Refuse an untouched base that is known to lack what the adapter was trained beside."""
+    residual = start.path.parent / "base"
+    if init_around(start.path) is None or not residual.is_dir():
+        return
+    adapted = {layer_of(key) for key in start.tensors if key.endswith(A_WEIGHT)}
+    found = what_differs(residual, base, adapted=adapted, saved=contents(now.tensors).get(WHOLE, []))
+    if found:
+        raise ValueError(
+            f"{base} is not the model that {start.path} was made of: {'; '.join(found[:3])}"
+            f"{f'; and {len(found) - 3} more' if len(found) > 3 else ''}. Save the model as it was before it got its adapters, "
+            "and export for that folder (base=, on the command line --base)"
+        )
 
 
 def _check_pair(now: Adapter, start: Adapter) -> None:
@@ -104,3 +233,7 @@ def _check_pair(now: Adapter, start: Adapter) -> None:
     extra = next((key for key in now.tensors if ".lora_" in key and key not in start.tensors), None)
     if extra is not None:
         raise ValueError(f"{now.path} and {start.path} do not belong together: {extra} is not in the initial adapter")
+    a, b = ({layer_of(key) for key in now.tensors if key.endswith(part)} for part in (A_WEIGHT, B_WEIGHT))
+    if not a or a != b:
+        alone = f": {min(a ^ b)!r} has only one of them" if a ^ b else ""
+        raise ValueError(f"{now.path / ADAPTER_WEIGHTS} has no pairs of A and B of linear layers{alone}")

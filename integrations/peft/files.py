@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,12 @@ class Adapter(NamedTuple):
 
 
 def read_adapter(directory: Path) -> Adapter:
+    """A LoRA adapter's configuration and tensors, all of them finite.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: naming the file, if it is damaged or no LoRA adapter; naming the tensor, if it holds NaN or Inf.
+    """
     path = directory / ADAPTER_CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {directory} is not a PEFT adapter")
@@ -54,7 +61,45 @@ def read_adapter(directory: Path) -> Adapter:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{path} does not describe a LoRA adapter")
-    return Adapter(directory, config, store.load_tensors(directory / ADAPTER_WEIGHTS))
+    tensors = store.load_tensors(directory / ADAPTER_WEIGHTS)
+    for key, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{directory / ADAPTER_WEIGHTS} holds NaN or Inf in {key!r}")
+    return Adapter(directory, config, tensors)
+
+
+def scaling_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """What PEFT multiplies B A by: α/r, or α/√r with rsLoRA, with the α that `alpha_pattern` has for the layer.
+
+    Args:
+        config: of the adapter, as its file has it.
+        layer: its name in the base model.
+        rank: rows of its A.
+    """
+    alphas: dict[str, float] = config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), layer), config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def adapter_in(directory: Path) -> Path:
+    """The adapter's directory in what `save_init` wrote, or the directory itself."""
+    inner = directory / "adapter"
+    return inner if (inner / ADAPTER_CONFIG).is_file() else directory
+
+
+def init_around(directory: Path) -> dict[str, Any] | None:
+    """The record that `save_init` wrote beside an `adapter`, `base` or `subtracted` of its own; None if there is none.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+    """
+    parent = Path(os.path.abspath(directory)).parent
+    return store.read_manifest(parent, "init") if store.kind_of(parent) == "init" else None
+
+
+def located(name: str | None) -> str | None:
+    """The name of a model for use from any working directory: a folder's or a file's is made absolute, a hub name stays."""
+    return os.path.abspath(name) if name and os.path.exists(name) else name or None
 
 
 def row_spaces(*adapters: str | os.PathLike[str] | PeftModel) -> dict[str, torch.Tensor]:
@@ -77,7 +122,7 @@ def row_spaces(*adapters: str | os.PathLike[str] | PeftModel) -> dict[str, torch
         else:
             tensors = {k: v for k, v in read_adapter(Path(adapter)).tensors.items() if ".lora_A." in k}
         for key, rows in tensors.items():
-            name = _layer_of(key)
+            name = layer_of(key)
             found.setdefault(name, []).append(rows.to("cpu", torch.float32))
     return {name: torch.cat(rows) for name, rows in found.items()}
 
@@ -100,19 +145,14 @@ def read_factors(directory: str | os.PathLike[str]) -> dict[str, LowRank]:
     adapter = read_adapter(Path(directory))
     if adapter.config.get("use_dora"):
         raise ValueError(f"{adapter.path} uses DoRA: what it adds to a weight is no product B A")
-    alphas: dict[str, float] = adapter.config.get("alpha_pattern") or {}
     found = {}
     for key, a in adapter.tensors.items():
         if ".lora_A." not in key or a.ndim != 2:
             continue
-        name, b = _layer_of(key), adapter.tensors.get(key.replace(".lora_A.", ".lora_B."))
+        name, b = layer_of(key), adapter.tensors.get(key.replace(".lora_A.", ".lora_B."))
         if b is None or b.ndim != 2 or b.shape[1] != a.shape[0]:
             raise ValueError(f"{adapter.path / ADAPTER_WEIGHTS} has no B that fits the A {tuple(a.shape)} of {name!r}")
-        if not bool(a.isfinite().all() and b.isfinite().all()):
-            raise ValueError(f"{adapter.path / ADAPTER_WEIGHTS} holds NaN or Inf at {name!r}")
-        rank, alpha = len(a), alphas.get(get_pattern_key(list(alphas), name), adapter.config["lora_alpha"])
-        scaling = alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
-        found[name] = LowRank(a.to(torch.float64), scaling * b.to(torch.float64))
+        found[name] = LowRank(a.to(torch.float64), scaling_of(adapter.config, name, len(a)) * b.to(torch.float64))
     if not found:
         raise ValueError(f"{adapter.path} has no LoRA factors of a linear layer")
     return found
@@ -131,7 +171,7 @@ def read_course(name: str, initial: str | os.PathLike[str], *trained: str | os.P
         ValueError: as `read_factors`; and naming the layer, if a trained adapter has others than the initial one, or other shapes.
     """
     initial = Path(initial)
-    start = read_factors(initial / "adapter" if (initial / "adapter" / ADAPTER_CONFIG).is_file() else initial)
+    start = read_factors(adapter_in(initial))
     states: list[State] = []
     for directory in [each for folder in trained for each in _checkpoints(Path(folder))]:
         factors = read_factors(directory)
@@ -161,5 +201,5 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)] or [folder]
 
 
-def _layer_of(key: str) -> str:
-    return key.removeprefix("base_model.model.").partition(".lora_A.")[0]
+def layer_of(key: str) -> str:
+    return key.removeprefix("base_model.model.").rpartition(".lora_")[0]

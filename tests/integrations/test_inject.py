@@ -189,7 +189,7 @@ def test_a_second_frozen_adapter_takes_the_product_away_and_leaves_the_base_alon
     assert trainable
     assert not any("subtracted" in n for n in trainable)
     # One plain adapter of both.
-    export_lora(tmp_path / "trained", tmp_path / "init" / "adapter", tmp_path / "plain")
+    export_lora(tmp_path / "trained", tmp_path / "init" / "adapter", tmp_path / "plain", base="the-base")
     exported = PeftModel.from_pretrained(tiny(family), tmp_path / "plain").eval()
     assert (logits(exported) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 

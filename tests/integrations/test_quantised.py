@@ -190,7 +190,7 @@ def test_methods_that_leave_the_base_alone_serve_it(
     assert unchanged(model, state)
     trained = logits(model)
     assert (trained - before).norm() > 1e-2 * before.norm()
-    export_lora(model, tmp_path / "init" / "adapter", tmp_path / "plain")
+    export_lora(model, tmp_path / "init" / "adapter", tmp_path / "plain", base="the-base")
     plain = PeftModel.from_pretrained(base(kind), tmp_path / "plain").eval()
     assert plain.peft_config["default"].r == RANK
     assert close(kind, tiny_checkpoint, logits(plain), trained)
@@ -217,7 +217,7 @@ def test_other_methods_take_a_second_adapter(
     assert unchanged(model, state)
     trained = logits(model)
     assert (trained - before).norm() > 1e-2 * before.norm()
-    export_lora(model, tmp_path / "init" / "adapter", tmp_path / "plain")
+    export_lora(model, tmp_path / "init" / "adapter", tmp_path / "plain", base="the-base")
     plain = PeftModel.from_pretrained(base(kind), tmp_path / "plain").eval()
     assert plain.peft_config["default"].r == 2 * RANK
     assert close(kind, tiny_checkpoint, logits(plain), trained, 1e-5)
@@ -383,7 +383,7 @@ def test_the_exported_adapter_merges_into_the_dequantised_base(
     model = inject_adapters(base(kind), LoraConfig(r=RANK), method="lora-null", **sources(kind, "lora-null"))
     save_init(tmp_path / "init", model)
     train(model)
-    export_lora(model, tmp_path / "init" / "adapter", tmp_path / "plain")
+    export_lora(model, tmp_path / "init" / "adapter", tmp_path / "plain", base="the-base")
     full = base(kind).dequantize()
     wanted = logits(PeftModel.from_pretrained(full, tmp_path / "plain").eval())
     merged = logits(PeftModel.from_pretrained(base(kind).dequantize(), tmp_path / "plain").merge_and_unload())
