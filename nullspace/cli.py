@@ -11,16 +11,15 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import io
+import inspect as inspection
 import json
-import logging
 import os
 import platform
 import shutil
 import signal
 import sys
 import time
-import warnings
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -28,12 +27,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(f"the command line needs more packages: pip install 'nullspace-lora[cli]' ({error})") from None
 
-from nullspace import store, tables
+from nullspace import console, failures, options, store, tables
+from nullspace.console import Bars, stderr, stdout
+from nullspace.options import parse_adapters, parse_targets, parse_weights
 from nullspace.shards import parse_shard, what_is_missing
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-stdout, stderr = Console(), Console(stderr=True)
 MINUTES = 30.0  # that one process waits for the others: of an eigenproblem that only one of them has, for instance
 _documents: list[str] = []  # what `--json` is to print
 
@@ -89,6 +89,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
 Timeout = Annotated[float, typer.Option(min=0.05, help="Under torchrun: minutes that one process waits for the others.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help=f"Show the traceback of an error; {failures.DEBUG}=1 does the same.")]
 
 
 def main() -> None:
@@ -96,36 +97,80 @@ def main() -> None:
     app()
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"nullspace {_versions()['nullspace-lora']}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    context: typer.Context,
+    debug: Debug = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None:
+    context.obj = debug
+
+
 def _exits(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors into one line on standard error and an exit code. Under `torchrun`, join the other processes, and be quiet."""
+    """Check the options, run the command, and turn errors into one line on standard error and an exit code.
+
+    Under `torchrun`, join the other processes, and leave the printing to the first. Every command also gets `--debug`.
+    """
 
     @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        with _warnings_as_lines(), _joined(command.__name__, kwargs.get("timeout", MINUTES)) as takes_part:
-            try:
-                if takes_part:
-                    _documents.clear()
-                    # Whatever other libraries print (DeepSpeed's log, on import) is no part of the document.
-                    with contextlib.redirect_stdout(sys.stderr) if kwargs.get("as_json") else contextlib.nullcontext():
-                        command(*args, **kwargs)
-                    while _documents:
-                        typer.echo(_documents.pop(0))
-            except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-                _say(error, "error")
-                raise typer.Exit(2) from None
-            except (OSError, MemoryError) as error:
-                _say(error, "failed")
-                raise typer.Exit(1) from None
-            except RuntimeError as error:
-                if "out of memory" not in str(error) and not _is_everyones(error):
-                    raise
-                _say(error, "failed")
-                raise typer.Exit(1) from None
-            except KeyboardInterrupt:
-                stderr.print("interrupted; the same command goes on where this one was")
-                raise typer.Exit(130) from None
+    def wrapped(context: typer.Context, debug: bool, **values: Any) -> None:
+        stdout.quiet = stderr.quiet = _is_one_of_several() and not _is_rank_zero()
+        reported = functools.partial(_reported, failures.debugging(debug or bool(context.obj)))
+        with console.captured():
+            with reported():
+                options.check(command.__name__, values, [name for name in values if _was_given(context, name)])
+            with _joined(command.__name__, values.get("timeout", MINUTES)) as takes_part, reported():
+                if not takes_part:
+                    return
+                _documents.clear()
+                # Whatever other libraries print (DeepSpeed's log, on import) is no part of the document.
+                with contextlib.redirect_stdout(sys.stderr) if values.get("as_json") else contextlib.nullcontext():
+                    command(**values)
+                while _documents:
+                    typer.echo(_documents.pop(0))
 
+    known = inspection.signature(command, eval_str=True)
+    kind = inspection.Parameter.KEYWORD_ONLY
+    added = [
+        inspection.Parameter("context", kind, annotation=typer.Context),
+        inspection.Parameter("debug", kind, annotation=Debug, default=False),
+    ]
+    own = [parameter.replace(kind=kind) for parameter in known.parameters.values()]
+    wrapped.__signature__ = known.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *added]}
     return wrapped
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and not source.name.startswith("DEFAULT")
+
+
+@contextlib.contextmanager
+def _reported(debug: bool) -> Iterator[None]:
+    """Turn what is raised inside into a line and an exit code; with `debug`, print the traceback first."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stderr.print("interrupted; the same command goes on where this one was")
+        raise typer.Exit(130) from None
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            traceback.print_exception(error, file=sys.stderr)
+        verdict = failures.judge(error)
+        _say(error, verdict)
+        raise typer.Exit(verdict.exit_code) from None
 
 
 TOGETHER = ("init", "compute", "covariances")
@@ -135,13 +180,11 @@ LINGERING = 10  # seconds
 @contextlib.contextmanager
 def _joined(command: str, minutes: float) -> Iterator[bool]:
     """Whether this process has a part in the command; inside, it is in the group that `torchrun` has started, if it has."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
+    if not _is_one_of_several():
         yield True
         return
-    first = int(os.environ["RANK"]) == 0
-    stdout.quiet = stderr.quiet = not first
     if command not in TOGETHER:
-        yield first
+        yield _is_rank_zero()
         return
     import torch
     import torch.distributed as dist
@@ -171,6 +214,15 @@ def _linger(*_: Any) -> None:
     signal.alarm(LINGERING)
 
 
+def _is_one_of_several() -> bool:
+    """Whether `torchrun` has started this process, and others with it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+
+
+def _is_rank_zero() -> bool:
+    return int(os.environ["RANK"]) == 0
+
+
 def _is_first() -> bool:
     """Whether this process prints, and writes what one process alone has to write."""
     return not stdout.quiet
@@ -185,14 +237,14 @@ def _is_everyones(error: BaseException) -> bool:
     return was_told(error)
 
 
-def _say(error: BaseException, what: str) -> None:
+def _say(error: BaseException, verdict: failures.Verdict) -> None:
     """Print an error; of several processes that have it, the first one does."""
     if not _is_first():
         time.sleep(2)  # by then the first one has printed its own, if it has any, and whoever exits first ends the others
         if _is_everyones(error) and not getattr(error, "speaks", False):
             return
         stderr.quiet = False
-    stderr.print(f"[bold red]{what}:[/] {_escaped(error)}", soft_wrap=True)
+    console.say(verdict.word, verdict.text, "bold red")
 
 
 @app.command()
@@ -245,11 +297,9 @@ def init(
 
     from nullspace import Covariances, NullSpaces
     from nullspace.integrations import peft
-    from nullspace.methods import METHODS, Sources, check_method
+    from nullspace.methods import METHODS
 
     began = time.perf_counter()
-    options = Sources(sigma_scale=sigma_scale, beta=beta, damping=damping)
-    check_method(method, options)
     needs = METHODS[method].needs
     sources = [("--data", data), ("--spaces", spaces), ("--covariances", covariances)]
     given = [name for name, value in sources if value is not None]
@@ -257,16 +307,11 @@ def init(
         raise ValueError(f"method {method!r} looks at the weights alone: leave out {given[0]}")
     if needs and (len(given) != 1 or (spaces is not None and "spaces" not in needs)):
         raise ValueError("give one of --data, --covariances" + (" and --spaces" if "spaces" in needs else f" for {method!r}"))
-    if avoid and ("spaces" not in needs or spaces is not None):
-        raise ValueError("--avoid belongs to null spaces that are being computed: 'lora-null' and 'b-zero', without --spaces")
-    if spectrum and ("spaces" not in needs or spaces is not None):
-        raise ValueError("--spectrum belongs to null spaces that are being computed")
-    if (preserve is None) == ("preserve" in needs):
-        raise ValueError("'sc-lora' needs --preserve, and no other method takes it")
+    if preserve is None and "preserve" in needs:
+        raise ValueError(f"{method!r} needs --preserve")
     if data is None and not _is_first():
         return
     store.check_free(out, overwrite=overwrite)
-    _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
     avoided = _row_spaces(avoid)
     kept = None if covariances is None else Covariances.load(covariances, partial=partial)
     preserved = None if preserve is None else Covariances.load(preserve, partial=partial)
@@ -294,13 +339,14 @@ def init(
             target_modules=list(chosen),
             task_type="CAUSAL_LM" if type(loaded).__name__.endswith("ForCausalLM") else None,
         )
+        numbers = {"sigma_scale": sigma_scale, "beta": beta, "damping": damping}
         record = {
             "data": data or (str(covariances) if covariances else None),
             "rank": rank,
             "alpha": config.lora_alpha,
             "use_rslora": use_rslora,
             "method": method,
-            **{option: value for option, value in vars(options).items() if option in METHODS[method].options},
+            **{option: value for option, value in numbers.items() if option in METHODS[method].options},
             "versions": _versions(),
         }
         peft.write_init(
@@ -311,9 +357,7 @@ def init(
             method=method,
             covariances=None if "spaces" in needs else kept,
             preserve=preserved,
-            sigma_scale=sigma_scale,
-            beta=beta,
-            damping=damping,
+            **numbers,
             tokenizer=tokenizer,
             record={**record, "model": model},
             overwrite=overwrite,
@@ -371,7 +415,6 @@ def compute(
     if data is None and not _is_first():
         return
     store.check_free(out, overwrite=overwrite)
-    _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
     avoided = _row_spaces(avoid)
     with _bars(quiet) as progress:
         if covariances is not None:
@@ -424,9 +467,6 @@ def covariances(
     """Keep the second moments themselves, for any method and rank later, or to be merged with those of other data."""
     began = time.perf_counter()
     store.check_free(out, overwrite=overwrite)
-    _check_sizes(samples=samples, length=length, batch_size=batch_size)
-    if keep not in ("float64", "float32"):
-        raise ValueError(f"--keep must be float64 or float32, not {keep!r}")
     part = None if shard is None else parse_shard(shard)
     with _bars(quiet) as progress:
         loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, None, progress)
@@ -463,12 +503,7 @@ def merge(
     from nullspace import Covariances
 
     store.check_free(out, overwrite=overwrite)
-    if keep not in ("float64", "float32"):
-        raise ValueError(f"--keep must be float64 or float32, not {keep!r}")
-    try:
-        factors = None if weights is None else [float(part) for part in weights.split(",")]
-    except ValueError:
-        raise ValueError(f"--weights must be numbers with commas between them, not {weights!r}") from None
+    factors = None if weights is None else parse_weights(weights)
     loaded = [Covariances.load(run, partial=True) for run in runs]
     found = Covariances.merge(loaded, weights=factors, normalise=normalise, partial=partial)
     found.save(out, overwrite=overwrite, dtype=getattr(torch, keep))
@@ -528,7 +563,7 @@ def report(
     pages.check_free(out, overwrite=overwrite)
     studied = None if study is None else fronts.read_study(study / fronts.RESULTS if study.is_dir() else study)
     parts = [] if studied is None else pages.study_sections(studied)
-    named = _parse_adapters(adapter or [])
+    named = parse_adapters(adapter or [])
     courses = [read_course(name, *directories) for name, directories in named.items()]
     kept = None if covariances is None else Covariances.load(covariances)
     if spaces is None:  # of the first adapter that has its own beside it
@@ -615,8 +650,6 @@ def plan(
     from nullspace.sites import find_targets
     from nullspace.spaces import check_rank
 
-    _check_sizes(samples=samples, length=length, batch_size=batch_size, rank=rank)
-    _check_dtype(dtype)
     empty = empty_model(model, dtype=dtype)
     check_rank(find_targets(empty, parse_targets(targets)), rank)
     limits = tuple(planning.parse_size(text) if text else None for text in (device_memory, host_memory))
@@ -659,48 +692,14 @@ def demo(
     """The whole walk on a real language model, without a network: SmolLM2-135M, calibrated on Python's own documentation."""
     from nullspace.demo import run
 
-    with _bars(False) as progress:
-        run(out, rank=rank, overwrite=overwrite, say=lambda text: stdout.print(text, soft_wrap=True), progress=progress)
-
-
-def parse_targets(text: str) -> str | list[str]:
-    """The `--targets` option as `find_targets` takes it."""
-    if text == "all-linear":
-        return text
-    if text.startswith("re:"):
-        return text.removeprefix("re:")
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _parse_adapters(options: list[str]) -> dict[str, list[Path]]:
-    """The `--adapter` options of `report`: name → directories, the initial one first."""
-    found: dict[str, list[Path]] = {}
-    for option in options:
-        name, _, places = option.partition("=")
-        directories = [part.strip() for part in places.split(",")]
-        if not name.strip() or not all(directories):
-            raise ValueError(f"--adapter must be NAME=INITIAL or NAME=INITIAL,TRAINED, not {option!r}")
-        if name.strip() in found:
-            raise ValueError(f"--adapter: there are two of the name {name.strip()!r}")
-        found[name.strip()] = [Path(directory) for directory in directories]
-    return found
+    with _bars() as progress:
+        run(out, rank=rank, overwrite=overwrite, say=progress.say, progress=progress)
 
 
 def _sources_line(sources: dict[str, Any]) -> str:
     given = [f"{what} {value}" for what, value in sources.items() if value and what != "adapters"]
     given += [f"adapter {name} ({', '.join(directories)})" for name, directories in sources["adapters"].items()]
     return f"From {'; '.join(given)}."
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")
 
 
 def _open_model(
@@ -717,16 +716,10 @@ def _open_model(
 
 
 def _load(name: str, dtype: str, device: str | None, offload: bool, progress: Callable[..., None]) -> tuple[Any, Any]:
-    import transformers
-
     from nullspace.integrations.transformers import load_model
 
-    _check_dtype(dtype)
-    transformers.utils.logging.disable_progress_bar()
     progress("model", 0, 1, 0)
-    # The GGUF reader draws a bar of its own and cannot be told not to.
-    with contextlib.nullcontext() if stderr.is_terminal else contextlib.redirect_stderr(io.StringIO()):
-        model, tokenizer = load_model(name, dtype=dtype, device=device, offload=offload)
+    model, tokenizer = load_model(name, dtype=dtype, device=device, offload=offload)
     progress("model", 1, 1, 0)
     return model, tokenizer
 
@@ -881,55 +874,5 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def _escaped(error: BaseException) -> str:
-    from rich.markup import escape
-
-    return escape(str(error) or type(error).__name__)
-
-
-@contextlib.contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        stderr.print(f"[yellow]warning:[/] {_escaped(Warning(str(message)))}", soft_wrap=True)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", UserWarning)
-        for category in (FutureWarning, DeprecationWarning):  # other libraries' talk with their developers
-            warnings.simplefilter("ignore", category)
-        # Which hardware it has found: transformers imports it where it is installed, whether it is needed or not.
-        logging.getLogger("DeepSpeed").addFilter(_is_error)
-        warnings.showwarning = show
-        yield
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
-
-
-@contextlib.contextmanager
-def _bars(quiet: bool) -> Iterator[Callable[[str, int, int | None, int], None]]:
-    """A `nullspace.progress.Progress` that draws one bar a stage on standard error."""
-    if quiet or not _is_first():
-        yield lambda stage, done, total, tokens: None
-        return
-    columns = (
-        TextColumn("{task.description:12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )
-    with Progress(*columns, console=stderr) as bars:
-        tasks: dict[str, tuple[Any, float]] = {}
-
-        def report_progress(stage: str, done: int, total: int | None, tokens: int) -> None:
-            now = time.perf_counter()
-            if stage not in tasks:
-                tasks[stage] = (bars.add_task(stage, total=total, rate=""), now)
-            task, since = tasks[stage]
-            rate = f"{tokens / (now - since):,.0f} tokens/s" if tokens and now > since else ""
-            bars.update(task, completed=done, total=total, rate=rate)
-
-        yield report_progress
+def _bars(quiet: bool = False) -> Bars:
+    return Bars(quiet or not _is_first())

@@ -61,7 +61,6 @@ def run(
     """
     gguf = find_model()
     import torch
-    import transformers
     from peft import LoraConfig
     from safetensors.torch import save_file
 
@@ -70,7 +69,6 @@ def run(
     from nullspace.integrations.transformers import PackedBatches, load_model
 
     store.check_free(out, overwrite=overwrite)
-    transformers.utils.logging.disable_progress_bar()
     progress("model", 0, 1, 0)
     model, tokenizer = load_model(gguf)
     progress("model", 1, 1, 0)

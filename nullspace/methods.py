@@ -166,6 +166,11 @@ OPTIONS: Mapping[str, Range] = {"sigma_scale": POSITIVE, "beta": FRACTION, "damp
 """The numbers of `Sources`, and what they may be."""
 
 
+def takers(option: str) -> list[str]:
+    """The methods that take a number of `OPTIONS`."""
+    return [name for name, each in METHODS.items() if option in each.options]
+
+
 def check_method(method: str, given: Sources | None = None) -> None:
     """Raise `ValueError` for a method that does not exist, or lacks something, or is given a number that it does not take."""
     if method not in METHODS:
@@ -176,9 +181,8 @@ def check_method(method: str, given: Sources | None = None) -> None:
         check_real(option, getattr(given, option), allowed)
     plain = Sources()
     for option in OPTIONS:
-        takers = [name for name, each in METHODS.items() if option in each.options]
-        if getattr(given, option) != getattr(plain, option) and method not in takers:
-            raise ValueError(f"{option} belongs to {' and '.join(map(repr, takers))}; {method!r} does not take it")
+        if getattr(given, option) != getattr(plain, option) and method not in takers(option):
+            raise ValueError(f"{option} belongs to {' and '.join(map(repr, takers(option)))}; {method!r} does not take it")
 
 
 def check_sources(method: str, given: Sources) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from nullspace import NullSpaces
 from nullspace.cli import app, parse_targets
 from nullspace.methods import METHODS
 
-SMALL = ["--samples", "6", "--length", "64", "--rank", "8", "--batch-size", "2"]
+RANK = ["--rank", "8"]
+SMALL = ["--samples", "6", "--length", "64", "--batch-size", "2", *RANK]
 
 
 @pytest.fixture
@@ -141,9 +144,9 @@ def test_every_method_from_the_text_and_from_kept_covariances(
         options += ["--preserve", tmp_path / "preserved", "--beta", "0.3"]
     needs = METHODS[method].needs
     # As many digits as the covariances have, which were summed in float64.
-    from_text = ["--data", data, *SMALL, "--precision", "fp64"] if needs else SMALL
+    from_text = ["--data", data, *SMALL, "--precision", "fp64"] if needs else RANK
     products = []
-    for name, source in (("one", from_text), ("two", ["--covariances", tmp_path / "kept", *SMALL] if needs else SMALL)):
+    for name, source in (("one", from_text), ("two", ["--covariances", tmp_path / "kept", *RANK] if needs else RANK)):
         out = tmp_path / name
         result = run("init", tiny_checkpoint, "--out", out, *source, *options, "-q")
         assert result.exit_code == 0, result.output
@@ -179,8 +182,9 @@ def test_kept_covariances_are_merged_inspected_and_give_the_null_spaces_of_all_d
     inspected = run("inspect", tmp_path / "c", "--json")
     assert json.loads(inspected.stdout)["sites"] == told["sites"]
     assert "down_proj" in run("inspect", tmp_path / "c").stdout
-    for name, source in (("s", ["--covariances", tmp_path / "a"]), ("t", [tiny_checkpoint, "--data", data, "--precision", "fp64"])):
-        result = run("compute", *source, "--out", tmp_path / name, *SMALL, "-q")
+    of_text = [tiny_checkpoint, "--data", data, "--precision", "fp64", *SMALL]
+    for name, source in (("s", ["--covariances", tmp_path / "a", *RANK]), ("t", of_text)):
+        result = run("compute", *source, "--out", tmp_path / name, "-q")
         assert result.exit_code == 0, result.output
     mine, theirs = NullSpaces.load(tmp_path / "s"), NullSpaces.load(tmp_path / "t")
     assert list(mine) == list(theirs)
@@ -380,3 +384,57 @@ def test_what_deepspeed_says_of_the_hardware_is_not_shown(tmp_path: Path) -> Non
     said = {level: logger.filter(logger.makeRecord("DeepSpeed", level, "", 0, "", (), None)) for level in (30, 40)}
     assert not said[logging.WARNING]
     assert said[logging.ERROR]
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["init", "-h"], ["init", "--help"], ["plan", "-h"]], ids=" ".join)
+def test_help_has_a_short_option_everywhere(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.fullmatch(r"nullspace \d+\.\d+\S*\n", result.stdout)
+
+
+def _refuse() -> None:
+    raise ValueError("somebody's file is at fault")
+
+
+# As if it stood in the package.
+refuse = types.FunctionType(_refuse.__code__, {"__name__": "nullspace.store", "__builtins__": __builtins__})
+
+
+@pytest.mark.parametrize(
+    ("raises", "code", "words"),
+    [
+        (refuse, 2, "error: somebody's file is at fault"),
+        (lambda: torch.zeros(2) + "x", 1, "failed: TypeError: "),
+        (lambda: json.loads("{"), 1, "failed: JSONDecodeError: "),
+        (lambda: torch.linalg.cholesky(-torch.eye(2)), 1, "failed: _LinAlgError: "),
+        (lambda: {}["model"], 1, "failed: KeyError: 'model'"),
+        (lambda: math.sqrt(-1), 1, "failed: ValueError: "),
+    ],
+    ids=["ours", "interpreter", "standard library", "torch", "KeyError", "math"],
+)
+def test_what_nobody_raised_on_purpose_is_called_a_fault_and_debug_shows_where(
+    raises: Any, code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d").mkdir()
+    monkeypatch.setattr("nullspace.store.kind_of", lambda directory: raises())
+    command = ["inspect", tmp_path / "d"]
+    result = run(*command)
+    assert result.exit_code == code
+    assert result.stderr.startswith(words)
+    assert ("--debug" in result.stderr) == (code == 1)
+    assert "Traceback" not in result.stderr
+    for asked in (["--debug", *command], [*command, "--debug"]):
+        result = run(*asked)
+        assert result.exit_code == code
+        assert "Traceback (most recent call last)" in result.stderr
+        assert words in result.stderr
+    for value, shown in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv("NULLSPACE_DEBUG", value)
+        assert ("Traceback" in run(*command).stderr) == shown
