@@ -37,6 +37,7 @@ from nullspace.distributed import Job, deal
 from nullspace.plan import decomposition_cost
 from nullspace.shares import Share, is_share
 from nullspace.triangle import LowerTriangle
+from patience import run
 from processes import Checks
 from reference import relative_error
 from together import alone, assert_as_good, compute, refused, stream
@@ -715,9 +716,7 @@ def test_a_group_of_one_sends_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def torchrun(*arguments: Any, count: int = 2) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "nullspace"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=120, env=environment, check=False
-    )
+    return run([*command, *map(str, arguments)], env=environment)
 
 
 def products(adapter: Path) -> dict[str, torch.Tensor]:
@@ -788,6 +787,6 @@ GLOO_SOCKET_IFNAME=right ip netns exec b {node} 1 {init} &
 GLOO_SOCKET_IFNAME=left ip netns exec a {node} 0 {init}
 wait $!
 """
-    done = subprocess.run([*NAMESPACES, script], capture_output=True, text=True, timeout=120, check=False)
+    done = run([*NAMESPACES, script])
     assert done.returncode == 0, done.stderr
     assert_as_of_one_process(done.stdout, tiny_checkpoint, letters, tmp_path)

@@ -25,10 +25,10 @@ from torch import nn
 
 from models import random_batches
 from nullspace import NullSpaces, compute_null_spaces, distributed, stream_covariances
-from processes import forking
+from patience import finish, run, slowness, wait_for
+from processes import GROUP_SECONDS, forking
 from reference import excess_over
 
-HANG = 60.0  # seconds that nobody may wait for who is gone
 # How many calibrate until one is killed, and how many go on.
 TRIALS = [(2, 1), (1, 2), (2, 1), (2, 2), (2, 1), (3, 2), (1, 2), (2, 1), (2, 3), (2, 1)]
 PLACES = r"its preparations|the forward pass( of '[^']+')?|(the reduction of|the work on) '[^']+'"
@@ -76,7 +76,7 @@ def calibrate(rank: int, count: int, folder: Path, strategy: str, seconds: float
 
 
 @contextlib.contextmanager
-def calibrating(count: int, folder: Path, strategy: str, *, seconds: float = HANG) -> Iterator[list[BaseProcess]]:
+def calibrating(count: int, folder: Path, strategy: str, *, seconds: float = GROUP_SECONDS) -> Iterator[list[BaseProcess]]:
     """Inside, all processes have begun to compute."""
     context: Any = forking()
     for old in (*folder.glob("*.begun"), *folder.glob("*.json"), *folder.glob("group-*")):
@@ -85,7 +85,7 @@ def calibrating(count: int, folder: Path, strategy: str, *, seconds: float = HAN
     for process in processes:
         process.start()
     try:
-        wait_for(lambda: len(list(folder.glob("*.begun"))) == count)
+        wait_for(lambda: len(list(folder.glob("*.begun"))) == count, ids(processes))
         yield processes
     finally:
         for process in processes:
@@ -93,15 +93,12 @@ def calibrating(count: int, folder: Path, strategy: str, *, seconds: float = HAN
             process.join()
 
 
-def wait_for(condition: Any, seconds: float = HANG) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "nothing has happened"
-        time.sleep(0.005)
+def ids(processes: list[BaseProcess]) -> list[int]:
+    return [process.pid or 0 for process in processes]
 
 
-def told(folder: Path, rank: int, seconds: float = HANG) -> dict[str, Any]:
-    wait_for((folder / f"{rank}.json").is_file, seconds)
+def told(folder: Path, rank: int, processes: list[BaseProcess]) -> dict[str, Any]:
+    wait_for((folder / f"{rank}.json").is_file, ids(processes))
     return json.loads((folder / f"{rank}.json").read_text())
 
 
@@ -133,8 +130,8 @@ def kill_at_random(count: int, folder: Path, strategy: str, chance: random.Rando
         processes[victim].kill()
         killed = time.monotonic()
         for rank in set(range(count)) - {victim}:
-            said = told(folder, rank)
-            assert time.monotonic() - killed < HANG
+            said = told(folder, rank, processes)
+            assert time.monotonic() - killed < GROUP_SECONDS
             if "error" in said:  # else it had no more to do with the others
                 assert said["kind"] == "RankLost"
                 # Another one that has not noticed yet, and is slow to answer, may be named beside.
@@ -155,8 +152,8 @@ def test_whoever_is_killed_is_named_and_any_number_goes_on(
         if (count, strategy) not in durations:
             whole = tmp_path / f"{count} {strategy}"
             whole.mkdir()
-            with calibrating(count, whole, strategy):
-                durations[count, strategy] = max(told(whole, rank)["seconds"] for rank in range(count))
+            with calibrating(count, whole, strategy) as processes:
+                durations[count, strategy] = max(told(whole, rank, processes)["seconds"] for rank in range(count))
         for attempt in range(10):
             folder = tmp_path / f"{number} {attempt}"
             folder.mkdir()
@@ -167,8 +164,8 @@ def test_whoever_is_killed_is_named_and_any_number_goes_on(
         else:
             pytest.fail("no process was still at work when it was to be killed")
         finished = {path: path.stat().st_mtime_ns for path in (folder / "kept").glob("*.safetensors")}
-        with calibrating(then, folder, strategy):
-            assert [told(folder, rank).get("error") for rank in range(then)] == [None] * then
+        with calibrating(then, folder, strategy) as processes:
+            assert [told(folder, rank, processes).get("error") for rank in range(then)] == [None] * then
         assert_same(NullSpaces.load(folder / "spaces"), reference, sums)
         assert {path: path.stat().st_mtime_ns for path in finished} == finished  # nothing was done twice
         assert len(list((folder / "kept").glob("*.safetensors"))) == len(reference.sites)
@@ -176,9 +173,9 @@ def test_whoever_is_killed_is_named_and_any_number_goes_on(
 
 
 def test_whoever_stalls_is_named_when_the_groups_time_is_up(tmp_path: Path) -> None:
-    with calibrating(2, tmp_path, "layerwise", seconds=5) as processes:
+    with calibrating(2, tmp_path, "layerwise", seconds=5 * slowness()) as processes:
         os.kill(processes[1].pid or 0, signal.SIGSTOP)
-        said = told(tmp_path, 0)
+        said = told(tmp_path, 0, processes)
     assert said["kind"] == "RankLost"
     assert re.search(rf"^rank 0 of 2 has lost rank 1 {LAST_WORD} in .*[Tt]imed out", said["error"], re.DOTALL)
 
@@ -208,14 +205,16 @@ def test_under_torchrun_the_command_says_who_was_lost_and_goes_on(tiny_checkpoin
     def has_begun() -> bool:
         return process.poll() is not None or any(tmp_path.glob("out*checkpoint*/*.safetensors"))
 
-    process = subprocess.Popen([sys.executable, *together, *command], stderr=subprocess.PIPE, text=True, env=environment)
-    wait_for(has_begun)
+    process = subprocess.Popen(
+        [sys.executable, *together, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    wait_for(has_begun, [process.pid])
     os.kill(workers_of(process.pid)[0], signal.SIGKILL)  # not the one that would speak for all
-    _, said = process.communicate(timeout=HANG)
-    assert process.returncode != 0
-    assert re.search(rf"failed: rank 1 of 2 has lost rank 0 {LAST_WORD} in ", said), said
+    done = finish(process)
+    assert done.returncode != 0
+    assert re.search(rf"failed: rank 1 of 2 has lost rank 0 {LAST_WORD} in ", done.stderr), done.stderr
     assert not (tmp_path / "out").exists()
-    done = subprocess.run([sys.executable, *command, "--json"], capture_output=True, text=True, env=environment, check=False)
+    done = run([sys.executable, *command, "--json"], env=environment)
     assert done.returncode == 0, done.stderr
     assert {site["tokens"] for site in json.loads(done.stdout)["sites"]} == {120 * 128}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.txt", "out"]

@@ -36,6 +36,7 @@ from nullspace.parts import whole as whole_of
 from nullspace.sharded import bring_to_rest, input_of
 from nullspace.sites import find_targets, weight_shape
 from nullspace.sitewise import sample, weights_of
+from patience import slowness
 from processes import Checks
 from reference import relative_error
 from together import alone, assert_as_good, compute, refused, stream
@@ -226,7 +227,7 @@ def an_error_of_one_is_raised_by_all(rank: int, count: int, folder: Path) -> Non
 
 @check(2)
 def an_error_in_the_midst_of_a_forward_pass_is_raised_where_it_is(rank: int, count: int, folder: Path) -> None:
-    group = dist.new_group(list(range(count)), timeout=datetime.timedelta(seconds=4))
+    group = dist.new_group(list(range(count)), timeout=datetime.timedelta(seconds=4 * slowness()))
     model = fsdp(mesh=DeviceMesh.from_group(group, "cpu"))
     batches = random_batches(count, 2, 24)
     if rank == 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from models import tiny
 from nullspace import NullSpace, NullSpaces, Site, store
 from nullspace.sites import find_targets
+from patience import run
 
 # For a process of its own: what it does to itself (kill -9, a full disk) must not reach the tests. The children of a fork need not
 # import torch again.
@@ -44,7 +44,7 @@ def run_script(script: str, root: Path, first: NullSpaces, second: NullSpaces) -
     first.save(root / "first")
     second.save(root / "second")
     command = [sys.executable, "-c", CHILDREN + script, str(root)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = run(command)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from nullspace import Covariance, NullSpaces, Site, compute_null_spaces, stream_covariances
 from nullspace.distributed import Job
+from processes import GROUP_SECONDS
 from reference import excess_over
 
 
@@ -40,10 +41,10 @@ def assert_as_good(found: NullSpaces, model: nn.Module, loader: Any, **options: 
         assert excess_over(found[site.name].basis, expected[site.name].basis, total.matrix()) <= 1e-9
 
 
-def refused(kind: type[Exception], says: str, call: Callable[[], Any], *, seconds: float = 10.0) -> str:
-    """The error of `call`, which is to be of this kind on every rank, and soon."""
-    began = time.perf_counter()
+def refused(kind: type[Exception], says: str, call: Callable[[], Any]) -> str:
+    """The error of `call`, which is to be of this kind on every rank, before the group's time is up."""
+    began = time.monotonic()
     with pytest.raises(kind, match=says) as error:
         call()
-    assert time.perf_counter() - began < seconds
+    assert time.monotonic() - began < GROUP_SECONDS
     return str(error.value)
