@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import functools
+import importlib
 import inspect
 import itertools
 import os
@@ -278,8 +279,9 @@ def zero(family: str = "llama", *, engine: bool = True, persistent: int = 0) -> 
     """A tiny model partitioned by DeepSpeed, with an engine's hooks or without."""
     as_torchrun_does()
     import deepspeed
-    from deepspeed.comm import torch as backend
 
+    # Not `from deepspeed.comm import torch`, which may be PyTorch itself.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None  # compiles for half a minute what gloo does not need
     stage = {"stage": 3, "stage3_param_persistence_threshold": persistent}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage}
