@@ -29,7 +29,7 @@ from nullspace.distributed import Job
 from nullspace.parts import is_sharded, shape_of
 from nullspace.sharded import class_of
 from nullspace.shares import add_to_digest
-from nullspace.weights import execution_device, tensor_of
+from nullspace.weights import execution_device, restore_layout, tensor_of
 
 RUN = "run.json"
 
@@ -165,6 +165,7 @@ def _compare(path: Path, run: dict[str, Any]) -> None:
 def _hash_weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, module in model.named_modules():
+        restore_layout(module)
         for key, own in (*module._parameters.items(), *module._buffers.items()):
             if own is None or key in module._non_persistent_buffers_set:
                 continue

@@ -39,6 +39,17 @@ def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
     return value
 
 
+def restore_layout(module: nn.Module) -> None:
+    """Bring a 4-bit weight that bitsandbytes has repacked back into the layout that its functions read.
+
+    On a CPU with AVX512-BF16, the first forward pass of a `Linear4bit` in eval mode repacks the weight in place and rounds its
+    scales to bfloat16. `dequantize_4bit` reads other numbers from that layout. The layer's own `state_dict` undoes it.
+    """
+    quant_state = getattr(module._parameters.get("weight"), "quant_state", None)
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        module.state_dict()
+
+
 def execution_device(module: nn.Module) -> torch.device | None:
     """Where a module computes: where its weights are, or where accelerate would bring them; None if it has none."""
     for part in module.modules():

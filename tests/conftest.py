@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +34,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if (request.param == "cuda") != torch.cuda.is_available():
         pytest.skip("needs a GPU" if request.param == "cuda" else "with a GPU, nothing is interpreted")
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def one_layout_of_four_bits() -> Iterator[None]:
+    """With AVX512-BF16, bitsandbytes repacks 4-bit weights for the CPU in the first forward pass, and computes in bfloat16 then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

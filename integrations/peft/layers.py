@@ -27,6 +27,7 @@ from nullspace.parts import is_sharded, shape_of
 from nullspace.sites import find_targets, is_linear, weight_of, weight_shape
 from nullspace.sitewise import Weight, weights_of
 from nullspace.spaces import NullSpaces
+from nullspace.weights import restore_layout
 
 RESIDUAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Where the product that an adapter starts with is taken away again.
@@ -132,6 +133,7 @@ def _listed(methods: list[str]) -> str:
 
 def stored_weight(layer: nn.Module) -> torch.Tensor:
     """The weight as the layer stores it, (d_out, d_in) or the transpose of it (`Conv1D`); a quantised one as it computes."""
+    restore_layout(layer)
     weight: Any = weight_of(layer)
     # Not `dequantize_module_weight`, which puts a copy of an 8-bit weight on a CPU into the layer and loses the scales.
     return dequantize_bnb_weight(weight, state=getattr(layer, "state", None)).detach() if _is_bitsandbytes(layer) else weight

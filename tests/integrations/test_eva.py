@@ -548,6 +548,7 @@ def test_state_dicts_that_cannot_be_loaded() -> None:
         initialize_lora_eva_weights(model, eva_state_dict=state)
 
 
+@pytest.mark.usefixtures("one_layout_of_four_bits")
 @pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
 def test_quantised_bases(kind: str) -> None:
     bnb = pytest.importorskip("bitsandbytes")

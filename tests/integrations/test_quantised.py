@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from models import random_batches, tiny
 from nullspace import Covariances, NullSpaces, compute_null_spaces, store, stream_covariances
+from nullspace.checkpoint import _hash_weights
 from nullspace.cli import app
 from nullspace.integrations.peft import (
     METHODS,
@@ -32,12 +33,13 @@ from nullspace.integrations.peft import (
     save_init,
     write_init,
 )
+from nullspace.integrations.peft.layers import stored_weight
 from nullspace.integrations.peft.shell import without_weights
 from nullspace.sites import find_targets
 from nullspace.sitewise import weights_of
 from reference import recorded_inputs, second_moment
 
-pytest.importorskip("bitsandbytes")
+bitsandbytes = pytest.importorskip("bitsandbytes")
 
 RANK = 8
 IDS = torch.randint(3, 200, (2, 32), generator=torch.Generator().manual_seed(7))
@@ -56,7 +58,10 @@ KINDS: dict[str, Callable[..., transformers.BitsAndBytesConfig]] = {
 FORMS = ["nf4", "int8"]
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
-pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:Merge lora module")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:Merge lora module"),
+    pytest.mark.usefixtures("one_layout_of_four_bits"),
+]
 
 
 @pytest.fixture
@@ -168,6 +173,29 @@ def test_spaces_of_the_full_model_serve_its_quantised_one(base: Any, tiny_checkp
         assert torch.equal(logits(inject_adapters(model, LoraConfig(r=RANK), spaces, method="b-zero")), before)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "nf4-in-bfloat16"])
+def test_a_weight_that_bitsandbytes_has_repacked_is_read_as_it_was(kind: str, base: Any) -> None:
+    layer = base(kind).model.layers[0].self_attn.q_proj
+    expected = stored_weight(layer).clone()
+    packed, quant_state = bitsandbytes.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    layer.weight.data, layer.weight.quant_state = packed, quant_state
+    found = stored_weight(layer)
+    # Repacking rounds each block's scale to 8 bits of bfloat16; double quantisation then rounds it again, to one of 255 steps.
+    assert (found - expected).abs().max() <= (2**-8 if kind == "nf4" else 2**-6) * expected.abs().max()
+    assert found.dtype == expected.dtype
+
+
+def test_a_forward_pass_that_repacks_weights_does_not_make_another_model(base: Any) -> None:
+    model = base("nf4")
+    fingerprint = _hash_weights(model)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.weight.data, _ = bitsandbytes.functional._convert_weight_packed_for_cpu(
+                module.weight.data, module.weight.quant_state
+            )
+    assert _hash_weights(model) == fingerprint
+
+
 @every_kind
 @pytest.mark.parametrize("method", [*UNTOUCHING, "lora-null"])
 def test_methods_that_leave_the_base_alone_serve_it(
@@ -236,9 +264,10 @@ def test_in_16_bits_the_second_adapter_costs_no_more_than_computing_in_16_bits(k
 PLAIN = """
 import json, sys
 sys.modules["nullspace"] = None
-import torch, transformers
+import bitsandbytes, torch, transformers
 from peft import PeftModel
 from safetensors.torch import load_file
+bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 folder, jobs = sys.argv[1], json.loads(sys.argv[2])
 for name, bits in jobs.items():
     model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/{bits}").eval()
