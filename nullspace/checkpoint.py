@@ -4,6 +4,9 @@
 comes with another one is told what differs. A file is written under another name, synced, and renamed; what a crash leaves half
 done is called `.part` and is overwritten by the next run. Several processes write their own sites into one directory, and another
 number of them may go on with it.
+
+Every file carries SHA-256 digests of its facts and of each tensor, and `run.json` one of itself. A site whose file is damaged is
+computed again; without `run.json` nothing is known of the others, so that its damage is an error.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,11 +32,16 @@ from torch import nn
 from nullspace import store
 from nullspace.distributed import Job
 from nullspace.parts import is_sharded, shape_of
+from nullspace.schema import an_object, check_fields, list_of, map_of, text
 from nullspace.sharded import class_of
 from nullspace.shares import add_to_digest
+from nullspace.sites import weight_shape
 from nullspace.weights import execution_device, restore_layout, tensor_of
 
 RUN = "run.json"
+_FILE = re.compile(r"[0-9]{5,}")
+_RECORD_FIELDS = {"facts": an_object(), "tensors": map_of(text())}
+_FACTS_FIELDS = {"members": list_of(text(), least=1, distinct=True)}
 
 
 class Checkpoint:
@@ -52,25 +62,58 @@ class Checkpoint:
         self._run = dict(run)
         self._job = job or Job.alone()
         self._numbers: dict[str, int] = {}
-        self._begun = (self._directory / RUN).is_file()
+        self._begun = (self._directory / RUN).exists()
         if self._begun:
             _compare(self._directory / RUN, self._run)
         elif self._directory.is_dir() and any(not p.name.endswith(".part") for p in self._directory.iterdir()):
             raise FileExistsError(f"{self._directory} has files but no {RUN}: it is no checkpoint of nullspace")
 
-    def load(self) -> Iterator[tuple[dict[str, Any], Callable[..., dict[str, torch.Tensor]]]]:
+    def load(
+        self, check: Callable[[dict[str, Any], dict[str, torch.Tensor]], object] | None = None
+    ) -> Iterator[tuple[dict[str, Any], Callable[..., dict[str, torch.Tensor]]]]:
         """What was kept, in the order in which it was first kept: facts, and what reads the tensors (all, or those named).
 
-        To be drawn to its end before `keep`.
+        Every file is compared with its digests first, a share of them by each process. To be drawn to its end before `keep`.
+
+        Args:
+            check: of facts and tensors: raises `ValueError` for what cannot be this run's.
 
         Raises:
-            ValueError: naming the file, if it is damaged; of its tensors, when they are read.
+            ValueError: naming the file, by what reads its tensors, if it was damaged in the meantime.
+
+        Warns:
+            UserWarning: naming file and site, for every file that is damaged or refused by `check`. It is deleted, and its site
+                is to be computed again.
         """
-        for path in sorted(self._directory.glob("*.safetensors")):
-            with _naming(path), safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()["facts"])
-                self._numbers[facts["members"][0]] = int(path.stem)
+        paths = sorted(path for path in self._directory.glob("*.safetensors") if _FILE.fullmatch(path.stem))
+        own: dict[str, str] = {}
+        for path in paths[self._job.number :: self._job.count]:
+            try:
+                facts, tensors = _facts(path), _read(path)
+                if check is not None:
+                    check(facts, tensors)
+            except ValueError as error:
+                own[path.name] = str(error.__cause__ or error)
+        damaged = {name: reason for theirs in self._job.exchange(own) for name, reason in theirs.items()}
+        known: dict[str, Path] = {}
+        for path in paths:
+            facts = {} if path.name in damaged else _facts(path)
+            twice = next((member for member in facts.get("members", ()) if member in known), None)
+            if twice is not None:
+                damaged[path.name] = f"{twice!r} is in {known[twice].name} already"
+            if path.name in damaged:
+                self._give_up(path, damaged[path.name])
+                continue
+            known.update(dict.fromkeys(facts["members"], path))
+            self._numbers[facts["members"][0]] = int(path.stem)
             yield facts, functools.partial(_read, path)
+
+    def _give_up(self, path: Path, reason: str) -> None:
+        if not self._job.first:
+            return
+        warnings.warn(f"{path} is damaged: its site is computed again. {_likely_site(path)}{reason}", stacklevel=4)
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
 
     def reader(self, site: str) -> Callable[..., dict[str, torch.Tensor]]:
         """What reads the tensors (all, or those named) of a site that was kept, by whichever process (`numbers`)."""
@@ -89,12 +132,14 @@ class Checkpoint:
         """
         if not self._begun:
             self._begin()
-        if site not in self._numbers:  # the lowest that is free, as a damaged file may have been deleted, and no other process's
+        if site not in self._numbers:  # the lowest that is free, as damaged files were deleted, and no other process's
             taken = set(self._numbers.values())
-            self._numbers[site] = next(n for n in itertools.count(self._job.number, self._job.count) if n not in taken)
+            free = (n for n in itertools.count(self._job.number, self._job.count) if n not in taken)
+            self._numbers[site] = next(n for n in free if not self._path(n).is_dir())
         path = self._path(self._numbers[site])
         part = path.with_name(path.name + ".part")
-        store.write_tensors(part, tensors, metadata={"facts": json.dumps(facts)})
+        record = json.dumps({"facts": facts, "tensors": {name: _digest(tensor) for name, tensor in tensors.items()}})
+        store.write_tensors(part, tensors, metadata={"record": record, "sha256": hashlib.sha256(record.encode()).hexdigest()})
         _make_real(part, path)
 
     def _path(self, number: int) -> Path:
@@ -103,22 +148,66 @@ class Checkpoint:
     def _begin(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         part = self._directory / (f"{RUN}.{self._job.number}.part" if self._job.count > 1 else f"{RUN}.part")
-        part.write_text(json.dumps(self._run, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        part.write_text(store.sealed(self._run), encoding="utf-8")
         _make_real(part, self._directory / RUN)
         self._begun = True
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A file that was kept, and its record of facts and digests. Whatever is wrong with it is a `ValueError` that names it."""
+    store.check_regular(path)
     try:
-        yield
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); without it, its site is computed again") from error
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            if hashlib.sha256(metadata["record"].encode()).hexdigest() != metadata["sha256"]:
+                raise ValueError("its SHA-256 does not fit its facts")
+            record = json.loads(metadata["record"])
+            check_fields(record, _RECORD_FIELDS, "its record")
+            check_fields(record["facts"], _FACTS_FIELDS, "its facts")
+            yield file, record
+    except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    with _opened(path) as (_, record):
+        return dict(record["facts"])
 
 
 def _read(path: Path, *names: str) -> dict[str, torch.Tensor]:
-    with _naming(path), safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in names or file.keys()}
+    found = {}
+    with _opened(path) as (file, record):
+        for name in names or record["tensors"]:
+            found[name] = file.get_tensor(name)
+            if _digest(found[name]) != record["tensors"][name]:
+                raise ValueError(f"the SHA-256 of the tensor {name!r} does not fit")
+    return found
+
+
+def _likely_site(path: Path) -> str:
+    """Which site a damaged file says it holds, if it can still be read."""
+    try:
+        store.check_regular(path)
+        with safe_open(path, framework="pt") as file:
+            return f"It held {json.loads(file.metadata()['record'])['facts']['members'][0]!r}. "
+    except Exception:  # whatever the damage: it was reported already
+        return ""
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() > 0:
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_site(facts: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
+    """Raise `ValueError` if what was kept is of layers that are none of these, or of another width."""
+    for member in facts["members"]:
+        if member not in modules or weight_shape(modules[member])[1] != facts["d_in"]:
+            raise ValueError(f"{member!r} with inputs of width {facts['d_in']} is no layer of this run")
 
 
 def fingerprint_of_run(
@@ -151,13 +240,15 @@ def fingerprint_of_run(
 
 def _compare(path: Path, run: dict[str, Any]) -> None:
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        known = store.read_sealed(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Without it, nothing in {path.parent} can be used: delete that, or give another directory"
+        ) from error
     ours = json.loads(json.dumps(run))
     if known == ours:
         return
-    keys = [key for key in {**known, **ours} if known.get(key) != ours.get(key)] if isinstance(known, dict) else []
+    keys = [key for key in {**known, **ours} if known.get(key) != ours.get(key)]
     lines = "".join(f"\n  {key}: {known.get(key)!r} there, {ours.get(key)!r} now" for key in keys)
     raise ValueError(f"{path.parent} is the checkpoint of another run; delete it, or give another directory. It differs in:{lines}")
 

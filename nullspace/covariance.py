@@ -24,12 +24,17 @@ from typing import Any
 import torch
 
 import nullspace.csrc_triton as csrc_triton
+from nullspace.schema import an_object, check_fields, check_tensor, finite, whole
 from nullspace.sums import GramSums, Sums, TokenMask, nonfinite
 from nullspace.sums_qr import QrSums
 from nullspace.sums_torch import TorchSums
 from nullspace.sums_triton import TritonSums
 
 PRECISIONS = ("auto", "mixed", "fp64", "qr")
+# What a file says of a covariance, beside its tensors; `sums` is checked when it is known what the tensors are.
+FIELDS = {"d_in": whole(1), "tokens": whole(), "mass": finite(0), "outliers": whole(), "sums": an_object()}
+# Of the one large tensor in a file.
+DTYPES = (torch.float64, torch.float32)
 
 
 class Covariance:
@@ -174,7 +179,12 @@ class Covariance:
             facts, tensors: what `state` gave.
             device: where its sums are to live.
             precision: for what may be added to it. `"qr"` for a root, whatever is given here.
+
+        Raises:
+            ValueError: naming the fact or the tensor, if these cannot be sums: values of a wrong type, shape or sign. The tensors'
+                sizes are compared with `d_in` before anything of that size is allocated.
         """
+        check_state(facts, tensors)
         found = cls(facts["d_in"], device=device, precision="qr" if "root" in tensors else precision)
         found._sums.load_state(facts["sums"], tensors)
         found._sums.outliers = facts["outliers"]
@@ -268,6 +278,20 @@ class Covariance:
     def _flushed(self) -> Sums:
         self._sums.flush()
         return self._sums
+
+
+def check_state(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `ValueError` unless facts and tensors are those of a covariance."""
+    where = "the facts of a covariance"
+    check_fields(facts, FIELDS, where)
+    kind, name = (QrSums, "root") if "root" in tensors else (GramSums, "triangle")
+    check_fields(facts["sums"], dict.fromkeys(kind.LOSSES, finite(0)), f"{where}, 'sums'")
+    d = facts["d_in"]
+    large = check_tensor(tensors, name, (d * (d + 1) // 2,), DTYPES, "a covariance")
+    check_tensor(tensors, "total", (d,), (torch.float64,), "a covariance")
+    diagonal = large[torch.arange(1, d + 1).cumsum(0) - 1]
+    if name == "triangle" and bool((diagonal < 0).any()):
+        raise ValueError("a covariance: the diagonal of its triangle holds sums of squares, and one is negative")
 
 
 def find_nonfinite(covariances: Sequence[Covariance]) -> tuple[Covariance, str] | None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from nullspace.checkpoint import Checkpoint, fingerprint_of_run, hash_data
-from nullspace.covariance import Covariance
+from nullspace.checkpoint import Checkpoint, check_site, fingerprint_of_run, hash_data
+from nullspace.covariance import DTYPES, FIELDS, Covariance, check_state
 from nullspace.distributed import Job
 from nullspace.progress import Progress, reporter
+from nullspace.schema import Field, an_object, list_of, optional
 from nullspace.sharded import prepare
 from nullspace.shards import Shards, joined, what_is_missing
 from nullspace.shares import part_of
@@ -25,8 +26,6 @@ from nullspace.sites import Site, find_targets
 from nullspace.sitewise import Entry, Sitewise, Weights, weights_of, write_sites
 from nullspace.store import check_free, new_directory, same_fingerprint
 from nullspace.stream import check_options, resolve_strategy, stream_covariances
-
-DTYPES = (torch.float64, torch.float32)
 
 
 class Covariances(Sitewise[Covariance]):
@@ -40,7 +39,8 @@ class Covariances(Sitewise[Covariance]):
         shards: of which shards of which data they are the sum, where data were split (`compute_covariances(shard=…)`); else empty.
     """
 
-    KIND, WHAT = "covariances", "covariance"
+    KIND, WHAT, FIELDS = "covariances", "covariance", FIELDS
+    MORE_FIELDS: ClassVar[Mapping[str, Field]] = {"shards": optional(list_of(an_object()))}
     _dtype = torch.float64
 
     def __init__(self, pairs: Iterable[tuple[Site, Covariance]], weights: Weights | None = None) -> None:
@@ -221,10 +221,14 @@ def compute_covariances(
         The covariances, to be read from `out` when they are asked for.
 
     Raises:
-        ValueError: as `nullspace.stream_covariances`; for a checkpoint of another run; and for a shard that does not exist, or has
-            no batch, or is asked for with a loader that can be read only once or is a share already.
+        ValueError: as `nullspace.stream_covariances`; for a checkpoint of another run, or whose `run.json` is damaged; and for a
+            shard that does not exist, or has no batch, or is asked for with a loader that can be read only once or is a share
+            already.
         FileExistsError: if `out` is in the way.
         OSError: if it cannot be written; then nothing is left behind.
+
+    Warns:
+        UserWarning: naming file and site, for a damaged file of the checkpoint: its site is computed again.
     """
     job = job or Job()
     with job.telling():
@@ -256,9 +260,13 @@ def compute_covariances(
             job.exchange(None)
         known = weights_of(modules)
 
+        def check(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+            check_state(facts, tensors)
+            check_site(facts, modules)
+
         def sites() -> Iterator[tuple[Site, Mapping[str, Any], Mapping[str, torch.Tensor], Weights]]:
             done: set[str] = set()
-            for number, (facts, read) in enumerate(kept.load() if kept is not None else ()):
+            for number, (facts, read) in enumerate(kept.load(check) if kept is not None else ()):
                 site = Site(tuple(facts["members"]), facts["d_in"])
                 done.update(site.members)
                 if number % job.count == job.number:

@@ -6,9 +6,15 @@ grouping they are merged; a sum in which one is missing, or counted twice, looks
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from nullspace.schema import check_fields, list_of, shown, text, whole
+
+# What a manifest says of some shards.
+FIELDS = {"content": text(), "batches": whole(1), "of": whole(1), "numbers": list_of(whole(1), least=1, distinct=True)}
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,14 @@ class Shards:
     numbers: tuple[int, ...]
 
     @property
-    def missing(self) -> tuple[int, ...]:
-        """Those that are not here."""
-        return tuple(sorted(set(range(1, self.count + 1)) - set(self.numbers)))
+    def missing(self) -> int:
+        """How many are not here."""
+        return self.count - len(self.numbers)
+
+    def first_missing(self, most: int) -> list[int]:
+        """The first ones that are not here, at most so many."""
+        here = set(self.numbers)
+        return list(itertools.islice((n for n in range(1, self.count + 1) if n not in here), most))
 
     def as_json(self) -> dict[str, Any]:
         """For a manifest; the inverse is `from_json`."""
@@ -36,7 +47,15 @@ class Shards:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Shards:
-        """What `as_json` gave."""
+        """What `as_json` gave.
+
+        Raises:
+            ValueError: naming the field, for anything else.
+        """
+        check_fields(entry, FIELDS, "the account of shards")
+        numbers = entry["numbers"]
+        if numbers != sorted(numbers) or numbers[-1] > entry["of"]:
+            raise ValueError(f"the account of shards: {shown(numbers)} are not shards from 1 to {entry['of']}, ascending")
         return cls((entry["content"], entry["batches"]), entry["of"], tuple(entry["numbers"]))
 
 
@@ -64,13 +83,12 @@ def joined(runs: Sequence[Iterable[Shards]]) -> tuple[Shards, ...]:
 
 def what_is_missing(parts: Iterable[Shards]) -> str | None:
     """The shards that are missing, to be read by people; None if there are none."""
-    found = [(part, part.missing) for part in parts if part.missing]
-    several = len(found) > 1
+    lacking = [part for part in parts if part.missing]
     return (
         "; ".join(
-            f"{'shards' if len(missing) > 1 else 'shard'} {_few(missing)} of {part.count}"
-            + (f" (data {part.data[0]})" if several else "")
-            for part, missing in found
+            f"{'shards' if part.missing > 1 else 'shard'} {_few(part)} of {part.count}"
+            + (f" (data {part.data[0]})" if len(lacking) > 1 else "")
+            for part in lacking
         )
         or None
     )
@@ -88,6 +106,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _few(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8]))
-    return f"{shown} and {len(numbers) - 8} more" if len(numbers) > 8 else shown
+def _few(part: Shards) -> str:
+    first = part.first_missing(8)
+    listed = ", ".join(map(str, first))
+    return f"{listed} and {part.missing - len(first)} more" if part.missing > len(first) else listed

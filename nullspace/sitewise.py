@@ -21,6 +21,7 @@ from torch import nn
 from nullspace import store
 from nullspace.distributed import Job
 from nullspace.parts import is_sharded
+from nullspace.schema import Field, an_object, check_fields, check_tensor, file_name, list_of, map_of, text, whole
 from nullspace.sites import Site, weight_of, weight_shape
 from nullspace.weights import tensor_of
 
@@ -32,6 +33,14 @@ T = TypeVar("T")
 Weight: TypeAlias = tuple[tuple[int, int], torch.Tensor | None]
 Weights: TypeAlias = Mapping[str, Weight]
 FINGERPRINT = "fingerprint."
+
+# What a manifest says of every site, beside the facts of its value.
+_SITE_FIELDS = {
+    "file": file_name(),
+    "members": list_of(text(), least=1, distinct=True),
+    "d_in": whole(1),
+    "weight_shapes": map_of(list_of(whole(1), least=2, most=2)),
+}
 
 
 class Entry(abc.ABC, Generic[T]):
@@ -75,25 +84,28 @@ class _Stored(Entry[T]):
         self._directory, self._entry, self._manifest, self._unpack = directory, entry, manifest, unpack
         self._read_before: weakref.ref[Any] | None = None
 
-    def _read(self) -> dict[str, torch.Tensor]:
-        return store.read_tensors(self._directory, self._entry["file"], self._manifest)
-
     def value(self) -> T:
         value = None if self._read_before is None else self._read_before()
         if value is None:
-            value = self._unpack(self._entry, self._read())
+            tensors = store.read_tensors(self._directory, self._entry["file"], self._manifest)
+            try:
+                value = self._unpack(self._entry, tensors)
+            except ValueError as error:
+                raise ValueError(f"{self._directory / self._entry['file']}: {error}") from error
             self._read_before = weakref.ref(value)
         return value
 
     def weights(self) -> Weights:
         shapes: Mapping[str, list[int]] = self._entry["weight_shapes"]
-        # Not through `_read`, which takes in the whole file: what is compared here was checked when the directory was opened.
+        # Not by `read_tensors`, which takes in the whole file: what is compared here was checked when the directory was opened.
         path = self._directory / self._entry["file"]
         try:
             with safe_open(path, framework="pt") as file:
                 prints = {key: file.get_tensor(key) for key in file.keys() if key.startswith(FINGERPRINT)}  # noqa: SIM118
         except (SafetensorError, FileNotFoundError) as error:
             raise ValueError(f"{path} is missing or was altered since it was opened: {error}") from error
+        for key, found in prints.items():
+            check_tensor(prints, key, (min(len(found.reshape(-1)), store.FINGERPRINT_ENTRIES),), (torch.float32,), path)
         return {name: ((shape[0], shape[1]), prints.get(FINGERPRINT + name)) for name, shape in shapes.items()}
 
 
@@ -132,6 +144,10 @@ class Sitewise(Mapping[str, T], Generic[T]):
     """Of its directories (`nullspace.store`)."""
     WHAT: ClassVar[str]
     """For messages: "there is no … for this layer"."""
+    FIELDS: ClassVar[Mapping[str, Field]]
+    """Of the facts of a value, as they stand in the manifest."""
+    MORE_FIELDS: ClassVar[Mapping[str, Field]] = {}
+    """Of the manifest, beside the sites."""
 
     def __init__(self, values: Iterable[tuple[Site, T]], weights: Weights | None = None) -> None:
         self._set_entries(_AtHand(site, value, weights or {}) for site, value in values)
@@ -232,16 +248,40 @@ class Sitewise(Mapping[str, T], Generic[T]):
     @classmethod
     def _open(cls, directory: str | os.PathLike[str], *, check: bool) -> Self:
         """`load`; without the check, every file is only checked when it is read."""
-        manifest = store.read_manifest(directory, cls.KIND)
+        manifest = store.read_manifest(directory, cls.KIND, {"sites": list_of(an_object()), **cls.MORE_FIELDS})
+        _check_sites(manifest, cls.FIELDS, Path(directory) / store.MANIFEST)
         for entry in manifest["sites"] if check else ():
             store.check_file(directory, entry["file"], manifest)
         found = cls(())
         found._set_entries(_Stored(Path(directory), entry, manifest, cls._unpack) for entry in manifest["sites"])
-        found._take_note(manifest)
+        try:
+            found._take_note(manifest)
+        except ValueError as error:
+            raise ValueError(f"{Path(directory) / store.MANIFEST}: {error}") from error
         return found
 
     def _take_note(self, manifest: Mapping[str, Any]) -> None:
-        """Of what a subclass keeps in the manifest beside the sites."""
+        """Of what a subclass keeps in the manifest beside the sites. `ValueError` if it is not what it should be."""
+
+
+def _check_sites(manifest: Mapping[str, Any], fields: Mapping[str, Field], path: Path) -> None:
+    """Raise `ValueError`, naming the file and the site, if the manifest says what no run could have written."""
+    known: dict[str, int] = {}
+    files: dict[str, int] = {}
+    for number, entry in enumerate(manifest["sites"]):
+        where = f"{path}, site {number}"
+        check_fields(entry, _SITE_FIELDS, where)
+        check_fields(entry, fields, where)
+        for name, shape in entry["weight_shapes"].items():
+            if name not in entry["members"] or shape[1] != entry["d_in"]:
+                raise ValueError(f"{where}: the weight {shape} of {name!r} is not of a layer with inputs of width {entry['d_in']}")
+        twice = next((member for member in entry["members"] if member in known), None)
+        if twice is not None:
+            raise ValueError(f"{where}: {twice!r} belongs to site {known[twice]} already")
+        if entry["file"] in files:
+            raise ValueError(f"{where}: {entry['file']!r} is the file of site {files[entry['file']]} already")
+        known.update(dict.fromkeys(entry["members"], number))
+        files[entry["file"]] = number
 
 
 def write_sites(

@@ -17,7 +17,7 @@ from torch import nn
 
 from nullspace import plan, solvers, tables
 from nullspace.batches import example_of, length
-from nullspace.checkpoint import Checkpoint, fingerprint_of_run
+from nullspace.checkpoint import Checkpoint, check_site, fingerprint_of_run
 from nullspace.checks import Range, check_integer, check_real
 from nullspace.covariance import Covariance
 from nullspace.covariances import Covariances
@@ -25,6 +25,7 @@ from nullspace.decompose import decompose
 from nullspace.distributed import Job
 from nullspace.listening import precision_of
 from nullspace.progress import Progress, reporter
+from nullspace.schema import check_fields, check_tensor, finite, list_of, one_of, optional, or_none, text, whole
 from nullspace.sharded import bring_to_rest, prepare
 from nullspace.sites import Site, find_targets, weight_shape
 from nullspace.sitewise import Fetched, Sitewise, Weights, weights_of
@@ -43,6 +44,29 @@ NO_LEAK = 1e-8
 QUIET = 1e-7
 # And what `excess_estimate` makes of that, as a leak: at most 2e-7 where measured, and from 5e-5 on for sums kept in float32.
 FLOAT64_NOISE = 1e-6
+
+# What a file says of a null space, beside its tensors.
+FIELDS = {
+    "members": list_of(text(), least=1, distinct=True),
+    "d_in": whole(1),
+    "rank": whole(1),
+    "tokens": whole(),
+    "trace": finite(0),
+    "gap": finite(-1e-9, 1),
+    "outliers": whole(),
+    "nullity": whole(),
+    "precision": one_of("mixed", "fp64", "qr"),
+    "excess_estimate": finite(-1e-9),
+    "excess_bound": finite(-1e-9),
+    "effective_rank": or_none(finite(0)),
+    "excluded": optional(whole()),  # files of the first versions do not have it
+}
+# Relative to tr C: an eigenvalue further below zero is not rounding's.
+INDEFINITE = 1e-6
+# ‖UᵀU − I‖ of a basis that was written is some 1e-13: eigenvectors of float64 solvers.
+ORTHONORMAL = 1e-8
+# Relative to tr C: what rounding may do to the order of eigenvalues, and to their sum.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +159,14 @@ class NullSpace:
             root = covariance.root()
             whole = torch.linalg.svdvals(root).square() if spectrum and avoid is not None else None
             known, vectors = solvers.bottom_right_singular(root if avoid is None else _made_loud_root(root, avoid.to(root)), rank)
+        error, trace = covariance.error_norm, covariance.trace
+        if trace > 0 and float(known[0]) < -max(10 * error, INDEFINITE * trace):
+            where = f" of {site.name!r}" if site is not None else ""
+            raise ValueError(
+                f"the second moment{where} is none: it has the eigenvalue {float(known[0]):.3g}, and its trace is {trace:.3g}"
+            )
         known = known.clamp(min=0).cpu()
         values, behind = known[:rank], float(known[rank])
-        error, trace = covariance.error_norm, covariance.trace
         return cls(
             basis=vectors.cpu().contiguous(),
             eigenvalues=values.clone(),
@@ -174,7 +203,14 @@ class NullSpace:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> NullSpace:
-        """A space of what `facts` gave and its two tensors, `basis` and `eigenvalues`."""
+        """A space of what `facts` gave and its two tensors, `basis` and `eigenvalues`; the basis may be on the meta device.
+
+        Raises:
+            ValueError: naming the fact or the tensor, if this is no null space: values of a wrong type, shape or sign, a basis
+                that is not orthonormal, or eigenvalues that do not ascend from 0 or exceed the trace.
+        """
+        check_fields(facts, FIELDS, "the facts of a null space")
+        _check_tensors(facts, tensors)
         names = ("trace", "tokens", "gap", "outliers", "nullity", "precision", "excess_estimate", "excess_bound", "effective_rank")
         return cls(
             basis=tensors["basis"],
@@ -183,6 +219,25 @@ class NullSpace:
             avoided=facts.get("excluded", 0),
             **{name: facts[name] for name in names},
         )
+
+
+def _check_tensors(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `ValueError` unless these are the orthonormal basis and the eigenvalues that the facts speak of."""
+    where = f"the null space of {facts['members'][0]!r}"
+    d_in, rank = facts["d_in"], facts["rank"]
+    basis = check_tensor(tensors, "basis", (d_in, rank), (torch.float64,), where)
+    values = check_tensor(tensors, "eigenvalues", (rank,), (torch.float64,), where)
+    if rank >= d_in:
+        raise ValueError(f"{where}: the rank {rank} should be below d_in = {d_in}")
+    rounding = ROUNDING * facts["trace"]
+    if bool((values.diff() < -rounding).any()) or float(values[0]) < 0:
+        raise ValueError(f"{where}: its eigenvalues should ascend from 0 or more")
+    if float(values.sum()) > facts["trace"] + rounding:
+        raise ValueError(f"{where}: its eigenvalues should not exceed the trace, {facts['trace']:g}")
+    if not basis.is_meta:
+        distance = float((basis.mT @ basis - torch.eye(rank, dtype=basis.dtype)).abs().max())
+        if distance > ORTHONORMAL:
+            raise ValueError(f"{where}: the columns of its basis are not orthonormal: they are off by {distance:.1e}")
 
 
 def _made_loud(c: torch.Tensor, e_dm: torch.Tensor) -> torch.Tensor:
@@ -267,7 +322,7 @@ class NullSpaces(Sitewise[NullSpace]):
             known again.
     """
 
-    KIND, WHAT = "spaces", "null space"
+    KIND, WHAT, FIELDS = "spaces", "null space", FIELDS
 
     def __init__(self, spaces: Iterable[NullSpace], weights: Weights | None = None) -> None:
         super().__init__(((space.site, space) for space in spaces), weights)
@@ -450,13 +505,13 @@ def compute_null_spaces(
 
     Raises:
         ValueError: see `stream_covariances`; before the forward pass if the rank does not fit a layer, or if the checkpoint is
-            that of another run (another model, data, or setting: which ones is said), damaged, or asked for with a loader that
-            can be read only once; after it, naming the site, if the rank does not fit beside what members that turn out to share
-            an input avoid between them.
+            that of another run (another model, data, or setting: which ones is said), has a damaged `run.json`, or is asked for
+            with a loader that can be read only once; after it, naming the site, if the rank does not fit beside what members that
+            turn out to share an input avoid between them.
 
     Warns:
-        UserWarning: naming the sites that saw fewer than d_in + rank tokens; and those that a second pass should sum again, if
-            the loader can be read only once.
+        UserWarning: naming the sites that saw fewer than d_in + rank tokens; those that a second pass should sum again, if the
+            loader can be read only once; and file and site of a damaged file of the checkpoint, whose site is computed again.
 
     Out of memory, PyTorch's error comes with what the run was going to take, and the cheapest setting that fits
     (`nullspace.plan`).
@@ -496,7 +551,14 @@ def compute_null_spaces(
             run = fingerprint_of_run(model, loader, modules, settings, job)
             job.check_same(**run)
             kept = Checkpoint(checkpoint, run, job)
-        found_before = kept.load() if kept is not None else ()
+
+        def check(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+            space = NullSpace.from_facts(facts, tensors)
+            check_site(facts, modules)
+            if space.rank != rank:
+                raise ValueError(f"its rank is {space.rank}, not {rank}")
+
+        found_before = kept.load(check) if kept is not None else ()
         spaces = [NullSpace.from_facts(f, read() if job.count == 1 else _without_basis(f, read)) for f, read in found_before]
         done = {name for space in spaces for name in space.site.members}
 

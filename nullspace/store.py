@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nullspace.parts import entries, is_sharded, shape_of
+from nullspace.schema import Field, an_object, check_fields, is_plain_name, text, whole
 
 MANIFEST = "nullspace.json"
 FORMAT_VERSION = 1
@@ -44,6 +45,10 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+# What every manifest says.
+_MANIFEST_FIELDS = {"kind": text(), "format_version": whole(), "files": an_object()}
+_FILE_FIELDS = {"bytes": whole(), "sha256": text()}
 
 # A fingerprint is this many entries of a weight, evenly spaced.
 FINGERPRINT_ENTRIES = 64
@@ -182,44 +187,102 @@ def write_manifest(
         **content,
         "files": {name: known[name] for name in sorted(known)},
     }
-    text = json.dumps({**body, "digest": _digest(body)}, indent=1, ensure_ascii=False)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    (directory / MANIFEST).write_text(sealed(body), encoding="utf-8")
 
 
-def read_manifest(directory: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+def sealed(body: Mapping[str, Any]) -> str:
+    """A JSON document with a digest of itself, by which `read_sealed` notices any change."""
+    return json.dumps({**body, "digest": _digest(body)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What was `sealed`, without its digest.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming it, if it is damaged, was altered, or never had a digest.
+    """
+    body = read_json(path)
+    if not isinstance(body, dict) or "digest" not in body:
+        raise ValueError(f"{path} was not written by nullspace")
+    if body.pop("digest") != _digest(body):
+        raise ValueError(f"{path} was altered: its digest does not fit")
+    return body
+
+
+def read_json(path: Path) -> Any:
+    """The value that a file of JSON holds.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming it, if it is no regular file (reading a pipe may never end), not UTF-8, not JSON, nested too deeply, or
+            has two fields of one name, half of a surrogate pair, or an integer of thousands of digits.
+    """
+    check_regular(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return value
+
+
+def check_regular(path: Path) -> None:
+    """Raise `FileNotFoundError` if there is no such file, `ValueError` for a directory, a pipe or a device in its place."""
+    if not path.is_file():
+        if path.exists():
+            raise ValueError(f"{path} is {'a directory' if path.is_dir() else 'a pipe or a device'}, not a file")
+        raise FileNotFoundError(f"{path} is missing")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has two fields {next(name for name in names if names.count(name) > 1)!r}")
+    return found
+
+
+def read_manifest(directory: str | os.PathLike[str], kind: str, fields: Mapping[str, Field] | None = None) -> dict[str, Any]:
     """The checked content of a directory's `nullspace.json`.
+
+    Args:
+        directory: which was written by `write_manifest`.
+        kind: that it must be of.
+        fields: what else the manifest of this kind has to say (`nullspace.schema`).
 
     Raises:
         FileNotFoundError: if there is no such directory.
-        ValueError: naming the file, if it is missing, not ours, of another kind or version, or altered.
+        ValueError: naming the file, if it is missing, not ours, of another kind or version, altered, or says what it cannot say.
     """
     directory = Path(directory)
     path = directory / MANIFEST
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory")
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path} is missing: {directory} was not written by nullspace, or not completely copied")
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(body, dict) or "kind" not in body or "digest" not in body:
-        raise ValueError(f"{path} was not written by nullspace")
-    if body.pop("digest") != _digest(body):
-        raise ValueError(f"{path} was altered: its digest does not fit")
+    body = read_sealed(path)
+    check_fields(body, _MANIFEST_FIELDS, path)
     if body["kind"] != kind:
         raise ValueError(f"{path} describes {body['kind']!r}, not {kind!r}")
     if body["format_version"] != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {body['format_version']}; this nullspace reads {FORMAT_VERSION}")
+    for name, look in body["files"].items():
+        if not is_plain_name(name):
+            raise ValueError(f"{path}: {name!r} in 'files' is not the plain name of a file")
+        check_fields(look, _FILE_FIELDS, f"{path}: {name!r} in 'files'")
+    check_fields(body, fields or {}, path)
     return body
 
 
 def kind_of(directory: str | os.PathLike[str]) -> str | None:
     """What a directory says it is, unchecked; None if it says nothing."""
     try:
-        return json.loads((Path(directory) / MANIFEST).read_text(encoding="utf-8"))["kind"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError):
+        body = read_json(Path(directory) / MANIFEST)
+    except (OSError, ValueError):
         return None
+    kind = body.get("kind") if isinstance(body, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def check_file(directory: str | os.PathLike[str], name: str, manifest: Mapping[str, Any]) -> Path:
@@ -255,10 +318,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming it, if it is truncated or something else.
+        ValueError: naming it, if it is truncated or something else, a directory or a pipe.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+    check_regular(path)
     try:
         return load_file(path)
     except SafetensorError as error:

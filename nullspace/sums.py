@@ -117,6 +117,8 @@ class Sums(abc.ABC):
 class GramSums(Sums):
     """Sums that form the products: the lower triangle of Σ x xᵀ, and an account of what rounding may have done to it."""
 
+    LOSSES = ("mixed_energy", "independent_loss", "common_loss", "storage_loss")
+
     def __init__(self, d_in: int, device: torch.device) -> None:
         super().__init__(d_in, device)
         self.triangle = LowerTriangle(d_in, device=device)
@@ -171,8 +173,7 @@ class GramSums(Sums):
         beside = self.triangle.expand()
         self.total.copy_(beside[: self.d_in])
         numbers: list[float] = beside[self.d_in : self.d_in + 4 + count].tolist()
-        names = ("mixed_energy", "independent_loss", "common_loss", "storage_loss")
-        self._load_losses(dict(zip(names, numbers[:4], strict=True)))
+        self._load_losses(dict(zip(self.LOSSES, numbers[:4], strict=True)))
         return numbers[4:]
 
     def merge(self, other: Sums) -> None:

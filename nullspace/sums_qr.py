@@ -25,6 +25,8 @@ class QrSums(Sums):
         device: where R lives; inputs are moved there.
     """
 
+    LOSSES = ("storage_loss",)
+
     def __init__(self, d_in: int, device: torch.device) -> None:
         super().__init__(d_in, device)
         self.root = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from models import random_batches, tiny
 from nullspace import NullSpaces, compute_null_spaces
+from nullspace import spaces as spaces_module
 from nullspace.checkpoint import Checkpoint
 
 STRATEGIES = ("resident", "layerwise")
@@ -67,14 +71,12 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(tmp_path: Path, strategy
 
 
 def test_finished_blocks_are_not_summed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nullspace import spaces
-
     model = tiny("llama")
     with pytest.raises(Cut):
         compute(model, tmp_path / "kept", strategy="layerwise", progress=cut_after(5))
     asked: list[Any] = []
-    stream = spaces.stream_covariances
-    monkeypatch.setattr(spaces, "stream_covariances", lambda *a, **k: asked.append(k["targets"]) or stream(*a, **k))
+    stream = spaces_module.stream_covariances
+    monkeypatch.setattr(spaces_module, "stream_covariances", lambda *a, **k: asked.append(k["targets"]) or stream(*a, **k))
     compute(model, tmp_path / "kept", strategy="layerwise")
     assert not any(name.startswith("model.layers.0.") for name in asked[0])
     assert "model.layers.1.self_attn.o_proj" in asked[0]
@@ -170,13 +172,109 @@ def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "run"])
-def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
-    compute(tiny("llama"), tmp_path)
-    path = tmp_path / ("run.json" if damage == "run" else "00002.safetensors")
-    path.write_bytes(path.read_bytes()[:-7] if damage != "text" else b"hello")
-    with pytest.raises(ValueError, match=path.name):
-        compute(tiny("llama"), tmp_path)
+SITE = "model.layers.0.mlp.gate_proj"  # which 00002 holds
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, NullSpaces]:
+    directory = tmp_path_factory.mktemp("finished") / "kept"
+    return directory, compute(tiny("llama"), directory)
+
+
+def rewritten(path: Path, change: Any) -> None:
+    """A file with other facts or tensors, and digests that fit."""
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["record"])["facts"]
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(facts, tensors)
+    kept = Checkpoint(path.parent / "other", {})
+    kept.keep("site", facts, tensors)
+    (path.parent / "other" / "00000.safetensors").replace(path)
+    shutil.rmtree(path.parent / "other")
+
+
+def flipped(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def swapped(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    tensors["basis"] = torch.cat([tensors["basis"][:, :3], 2 * tensors["basis"][:, 3:]], dim=1)
+
+
+DAMAGE: dict[str, Any] = {
+    "truncated": lambda p: p.write_bytes(p.read_bytes()[:-7]),
+    "text": lambda p: p.write_bytes(b"hello"),
+    "empty": lambda p: p.write_bytes(b""),
+    "a bit of the basis": lambda p: flipped(p, 8 * p.stat().st_size - 2),
+    "a bit of the facts": lambda p: flipped(p, 8 * p.read_bytes().index(b"trace") + 90),
+    "a bit of a digest": lambda p: flipped(p, 8 * p.read_bytes().index(b"sha256") + 100),
+    "another site's file": lambda p: shutil.copy(p.with_name("00004.safetensors"), p),
+    "a pipe": lambda p: (p.unlink(), os.mkfifo(p)),
+    "a directory": lambda p: (p.unlink(), p.mkdir()),
+    "not orthonormal": lambda p: rewritten(p, swapped),
+    "another rank": lambda p: rewritten(p, lambda facts, tensors: facts.update(rank=3)),
+    "another model's": lambda p: rewritten(p, lambda facts, tensors: facts.update(members=["../../x"])),
+    "markup": lambda p: rewritten(p, lambda facts, tensors: facts.update(members=["[/bold]"])),
+    "facts that are none": lambda p: rewritten(p, lambda facts, tensors: facts.update(trace="much")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_named_and_its_site_computed_again(
+    damage: str, tmp_path: Path, finished: tuple[Path, NullSpaces], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept"
+    shutil.copytree(finished[0], kept)
+    DAMAGE[damage](kept / "00002.safetensors")
+    model, asked = tiny("llama"), []
+    stream = spaces_module.stream_covariances
+    monkeypatch.setattr(spaces_module, "stream_covariances", lambda *a, **k: asked.append(k["targets"]) or stream(*a, **k))
+    name = "00004" if damage == "another site's file" else "00002"
+    with pytest.warns(UserWarning, match=rf"kept/{name}\.safetensors is damaged: its site is computed again") as caught:
+        found = compute(model, kept)
+    if damage in ("a bit of the basis", "not orthonormal", "another rank"):
+        assert SITE in str(caught[0].message)
+    expected = finished[1]
+    assert {s.members for s in found.sites} == {s.members for s in expected.sites}
+    for site in expected.sites:
+        assert torch.equal(found[site.name].basis, expected[site.name].basis)
+        assert found[site.name].facts() == expected[site.name].facts()
+    assert all(SITE in targets or damage == "another site's file" for targets in asked)
+    assert len(asked) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
+        if damage != "a directory":
+            compute(model, kept)  # what was damaged is whole again
+
+
+@pytest.mark.parametrize("harm", ["truncated", "a bit", "a pipe", "deep", "foreign"])
+def test_a_damaged_record_of_the_run_is_an_error_that_names_it(
+    harm: str, tmp_path: Path, finished: tuple[Path, NullSpaces]
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "kept")
+    path = tmp_path / "kept" / "run.json"
+    if harm == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        text = path.read_text()
+        new = {"truncated": text[:-7], "a bit": text.replace('"rank": 4', '"rank": 5'), "deep": "[" * 10**5, "foreign": "{}"}[harm]
+        path.write_text(new)
+    with pytest.raises(ValueError, match=r"kept/run\.json .*delete"):
+        compute(tiny("llama"), tmp_path / "kept")
+
+
+def test_files_of_other_names_are_none_of_the_checkpoint(tmp_path: Path, finished: tuple[Path, NullSpaces]) -> None:
+    kept = tmp_path / "kept"
+    shutil.copytree(finished[0], kept)
+    (kept / "notes.safetensors").write_bytes(b"mine")
+    model = tiny("llama")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
+    assert_equal(compute(model, kept), finished[1])
+    assert (kept / "notes.safetensors").read_bytes() == b"mine"
 
 
 def test_what_a_crash_left_half_written_is_ignored(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def random_spaces(seed: int, sites: int) -> NullSpaces:
     generator = torch.Generator().manual_seed(seed)
     return NullSpaces(
         NullSpace(
-            basis=torch.randn(64, 8, dtype=torch.float64, generator=generator),
+            basis=torch.linalg.qr(torch.randn(64, 8, dtype=torch.float64, generator=generator)).Q,
             eigenvalues=torch.arange(8, dtype=torch.float64),
             trace=1e3,
             tokens=99,
