@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from nullspace.blocks import is_encoder_decoder
+from nullspace.padding import Padding, PaddingReader, looks_like_mask, warn_of_positions
 from nullspace.parts import device_of
 from nullspace.sites import output_head
 
@@ -24,15 +26,13 @@ class Call(NamedTuple):
         number: of the batch, from 1.
         args: positional arguments of the model.
         kwargs: keyword arguments of the model, without labels (a loss is not wanted).
-        mask: which entries of (batch, tokens) count, or None if all do.
-        tokens: how many count.
+        padding: which of its tokens count.
     """
 
     number: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    mask: Any
-    tokens: int
+    padding: Padding
 
 
 def calls(model: nn.Module, share: Share, device: torch.device | None = None) -> Iterator[Call]:
@@ -45,12 +45,21 @@ def calls(model: nn.Module, share: Share, device: torch.device | None = None) ->
 
     Raises:
         TypeError: for a batch that is none of these.
-        ValueError: at the end, if there were fewer batches than the loader announced.
+        ValueError: for a tuple that holds a mask which the model's `forward` does not name; at the end, if there were fewer
+            batches than the loader announced.
+
+    Warns:
+        UserWarning: once, for tokens that look like padding and are counted, and for padding that moves the tokens behind it.
     """
+    reader, looked = PaddingReader(model), False
     for number, batch in share:
-        args, kwargs = _arguments(batch, number, device or input_device(model), model)
-        mask = _decoder_padding(kwargs) if is_encoder_decoder(model) else None
-        yield Call(number, args, kwargs, kwargs.get("attention_mask") if mask is None else mask, _count_tokens(args, kwargs))
+        named, by_name = _named(batch, number, model)
+        padding = reader.read(number, named)
+        args, kwargs = _arguments(named, by_name, device or input_device(model), model)
+        if not looked and by_name and padding.mask is not None and bool((~padding.mask[:, 0] & padding.mask.any(dim=1)).any()):
+            looked = True
+            warn_of_positions(model, kwargs, padding.mask)
+        yield Call(number, args, kwargs, padding)
 
 
 @contextlib.contextmanager
@@ -77,23 +86,55 @@ def forward_options(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str
     return options
 
 
-def _arguments(batch: Any, number: int, device: torch.device | None, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, torch.Tensor) and device is not None else value
+def padded_batch(model: nn.Module, loader: Iterable[Any]) -> int | None:
+    """The number of a loader's first batch with padding, where a look at all of them costs nothing; else None."""
+    if not isinstance(loader, Sequence):
+        return None
+    reader = PaddingReader(model)
+    return next((n for n, batch in enumerate(loader, 1) if reader.padding_of(_named(batch, n, model)[0]).hides), None)
 
+
+def _arguments(
+    named: Mapping[str, Any], by_name: bool, device: torch.device | None, model: nn.Module
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    moved = {
+        name: value.to(device) if isinstance(value, torch.Tensor) and device is not None else value for name, value in named.items()
+    }
+    if not by_name:
+        return tuple(moved.values()), {}
+    if hasattr(model, "config") and not is_encoder_decoder(model):
+        moved.pop("labels", None)  # no loss is wanted; encoder–decoder models make their decoder's inputs of them
+    return (), moved
+
+
+def _named(batch: Any, number: int, model: nn.Module) -> tuple[dict[str, Any], bool]:
+    """A batch as argument name → value, and whether the model is to be called with names."""
     if isinstance(batch, Mapping):
-        kwargs = {str(key): move(value) for key, value in batch.items()}
-        if hasattr(model, "config") and not is_encoder_decoder(model):
-            kwargs.pop("labels", None)  # no loss is wanted; encoder–decoder models make their decoder's inputs of them
-        return (), kwargs
-    if isinstance(batch, torch.Tensor):
-        return (move(batch),), {}
-    if isinstance(batch, (tuple, list)) and batch and all(isinstance(value, torch.Tensor) for value in batch):
-        names = list(inspect.signature(model.forward).parameters)[: len(batch)]
-        if "attention_mask" in names:  # by its name, or its padding would be counted
-            return _arguments(dict(zip(names, batch, strict=True)), number, device, model)
-        return tuple(move(value) for value in batch), {}
-    raise TypeError(f"batch {number} is {type(batch).__name__}; expected a mapping, a tensor or a tuple of tensors")
+        return {str(key): value for key, value in batch.items()}, True
+    values = (batch,) if isinstance(batch, torch.Tensor) else batch
+    if not isinstance(values, (tuple, list)) or not values or not all(isinstance(value, torch.Tensor) for value in values):
+        raise TypeError(f"batch {number} is {type(batch).__name__}; expected a mapping, a tensor or a tuple of tensors")
+    names, own = parameter_names(model, len(values))
+    if len(names) < len(values):
+        if any(looks_like_mask(value, values[0]) for value in values[max(1, len(names)) :]):
+            raise ValueError(
+                f"batch {number}: one of its {len(values)} tensors looks like an attention_mask, but the forward of "
+                f"{type(model).__name__} does not name its arguments: give batches as mappings with 'attention_mask'"
+            )
+        names += [f"argument {index}" for index in range(len(names), len(values))]
+    return dict(zip(names, values, strict=False)), own and "attention_mask" in names and isinstance(batch, (tuple, list))
+
+
+def parameter_names(model: nn.Module, count: int) -> tuple[list[str], bool]:
+    """The names of the first arguments, and whether they are the model's own: a wrapper passes on what it does not name."""
+    module, own = model, True
+    while True:
+        parameters = inspect.signature(module.forward).parameters.values()
+        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:count]
+        children = list(module.children())
+        if named or len(children) != 1 or not any(p.kind == p.VAR_POSITIONAL for p in parameters):
+            return named, own
+        module, own = children[0], False
 
 
 def length(loader: Iterable[Any]) -> int | None:
@@ -108,13 +149,6 @@ def example_of(loader: Iterable[Any]) -> Any:
     return loader[0] if isinstance(loader, Sequence) and len(loader) else None
 
 
-def _decoder_padding(kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The mask of the decoder's tokens, if some of them are padding: its inputs may come from the labels."""
-    mask, labels = kwargs.get("decoder_attention_mask"), kwargs.get("labels")
-    masks = (mask, labels != -100 if isinstance(labels, torch.Tensor) else None)
-    return next((m for m in masks if isinstance(m, torch.Tensor) and not bool(m.all())), None)
-
-
 def input_device(model: nn.Module) -> torch.device | None:
     """Where a model's embeddings are."""
     get = getattr(model, "get_input_embeddings", None)
@@ -124,18 +158,3 @@ def input_device(model: nn.Module) -> torch.device | None:
         if isinstance(weight, torch.Tensor) and weight.device.type != "meta":
             return device_of(weight)
     return next((device_of(p) for p in model.parameters() if p.device.type != "meta"), None)
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the model has two inputs, of which one is generated."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        return int((mask != 0).sum())
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    if not isinstance(ids, torch.Tensor):
-        return 0
-    return ids.shape[:-1].numel() if ids.is_floating_point() else ids.numel()

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from nullspace.batches import is_encoder_decoder
 from nullspace.sites import is_linear
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has two inputs, of which one is generated."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:

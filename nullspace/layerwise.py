@@ -12,6 +12,7 @@ anywhere else among its arguments; what a block really returns must look like wh
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,12 +22,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from nullspace.batches import Call, calls, evaluating, forward_options
+from nullspace.batches import Call, calls, evaluating, forward_options, padded_batch
 from nullspace.blocks import refuse_chain
 from nullspace.covariance import Covariance
 from nullspace.distributed import Job, Totals
 from nullspace.hidden import Arguments, Shelf, choose_place
 from nullspace.listening import Listener, listening, refuse_silent
+from nullspace.padding import Padding, TokenRows
 from nullspace.progress import Progress
 from nullspace.sharded import aside, is_spread
 from nullspace.sites import Site, output_head
@@ -60,11 +62,14 @@ def stream_by_block(
     """
     chain = _Chain(model, blocks, device)
     outside, inside = _divide(targets, blocks)
-    ahead = Listener(outside, precision)
+    paddings: dict[int, Padding] = {}
+    later = functools.cache(lambda: padded_batch(model, loader))
+    rows = TokenRows(model, lambda: next((n for n, each in paddings.items() if each.hides), None) or later())
+    ahead = Listener(outside, precision, rows)
     shelf: Shelf | None = None
     arguments: Arguments | None = None  # None if all batches are other processes'
     job = job or Job.alone()
-    masks, tokens = {}, 0
+    tokens = 0
     head = output_head(model)
     options = forward_options(model, dict(targets))
     unused = tuple(chain.blocks) + (() if head is None or any(m is head for m in outside.values()) else (head,))
@@ -88,7 +93,7 @@ def stream_by_block(
             torch.no_grad(),
         ):
             for call in calls(model, share, device):
-                ahead.begin_batch(call.number, call.mask, encoder_decoder=False)
+                ahead.begin_batch(call.number, call.padding)
                 leaves = chain.prepare(call, options, first)
                 ahead.end_batch()
                 if shelf is None or arguments is None:
@@ -96,20 +101,20 @@ def stream_by_block(
                     shelf = Shelf(place, folder)
                     arguments = Arguments(shelf)
                 arguments.keep(call.number, leaves.blocks, leaves.hidden)
-                masks[call.number] = call.mask
-                tokens += call.tokens
+                paddings[call.number] = call.padding
+                tokens += call.padding.tokens
                 del leaves
         job.check_share(share)
         behind = job.silent(ahead)
         totals = Totals(job)
         yield from totals.add(ahead)
         needed = len(chain.blocks) if behind else 1 + max((i for i, own in enumerate(inside) if own), default=-1)
-        steps = needed * len(masks)
+        steps = needed * len(paddings)
         report("forward", 0, steps, 0)
         for index in range(needed):
             began = time.perf_counter()
             job.at(f"the forward pass of {chain.names[index]!r}")
-            sums = Listener(inside[index], precision)
+            sums = Listener(inside[index], precision, rows)
             loaded = ready or Loaded(chain.blocks[index], chain.device_of(index), within=model)
             ready = Loaded(chain.blocks[index + 1], chain.device_of(index + 1), within=model) if index + 1 < needed else None
             if spread:
@@ -123,12 +128,12 @@ def stream_by_block(
                 torch.inference_mode(False),
                 torch.no_grad(),
             ):
-                for done, (number, mask) in enumerate(masks.items(), start=1):
+                for done, (number, padding) in enumerate(paddings.items(), start=1):
                     assert arguments is not None
-                    sums.begin_batch(number, mask, encoder_decoder=False)
+                    sums.begin_batch(number, padding)
                     chain.advance(index, number, arguments)
                     sums.end_batch()
-                    step = index * len(masks) + done
+                    step = index * len(paddings) + done
                     report("forward", step, steps, tokens * step // steps)
             refuse_silent(job.silent(sums))
             _log(chain.names[index], time.perf_counter() - began, tokens, chain.device_of(index))
@@ -140,7 +145,7 @@ def stream_by_block(
             if spread:
                 job.exchange(None)
             with contextlib.closing(around):
-                yield from _tail(model, chain, arguments, masks, options, behind, heard, around, precision, job, totals)
+                yield from _tail(model, chain, arguments, paddings, options, behind, heard, around, precision, rows, job, totals)
         yield from totals.rest()
     finally:
         if ready is not None:
@@ -153,17 +158,18 @@ def _tail(
     model: nn.Module,
     chain: _Chain,
     arguments: Arguments | None,
-    masks: Mapping[int, Any],
+    paddings: Mapping[int, Padding],
     options: Mapping[str, Any],
     behind: Mapping[str, nn.Module],
     heard: Mapping[str, nn.Module],
     weights: Loaded,
     precision: str | Mapping[str, str],
+    rows: TokenRows,
     job: Job,
     totals: Totals,
 ) -> Iterator[tuple[Site, Covariance]]:
     """What the model does behind its blocks, for the targets that were not called ahead of them."""
-    sums = Listener(behind, precision)
+    sums = Listener(behind, precision, rows)
 
     def trip(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -178,9 +184,9 @@ def _tail(
         managers = (listening(behind, sums), evaluating(model), torch.inference_mode(False), torch.no_grad())
         for manager in (weights, aside(model), *managers):
             stack.enter_context(manager)
-        for number, mask in masks.items():
+        for number, padding in paddings.items():
             assert arguments is not None
-            sums.begin_batch(number, mask, encoder_decoder=False)
+            sums.begin_batch(number, padding)
             chain.finish(number, arguments, options)
             sums.end_batch()
     refuse_silent(job.silent(sums))

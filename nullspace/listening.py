@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from nullspace.covariance import Covariance, find_nonfinite
+from nullspace.padding import Padding, TokenRows
 from nullspace.parts import is_sharded
 from nullspace.sharded import input_of
 from nullspace.sites import Site, weight_of, weight_shape
@@ -68,10 +69,11 @@ class Listener:
     Args:
         targets: module name → linear layer.
         precision: as in `stream_covariances`.
+        rows: which rows of an input count; by default all.
         weigh: (name of the first member, input) → what is summed in the input's place.
 
     Attributes:
-        deaf: True while what the targets are called with does not count.
+        deaf: True while what the targets are called with does not count: between two batches.
     """
 
     MASKED = "everything is masked as padding"
@@ -80,35 +82,29 @@ class Listener:
         self,
         targets: Mapping[str, nn.Module],
         precision: str | Mapping[str, str],
+        rows: TokenRows | None = None,
         *,
         weigh: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        self.deaf = False
+        self.deaf = True
+        self._rows = rows
         self._targets = targets
         self._precision = precision
         self._weigh = weigh
         self._sums: list[_Sum] = []
         self._of: dict[str, _Sum] = {}
         self._batch = 0
-        self._mask: torch.Tensor | None = None
-        # What the mask says of one vector a token, and of one vector a sequence: looked at once a batch, not once a layer.
-        self._tokens: TokenMask | None = None
-        self._sequences: TokenMask | None = None
-        self._encoder_decoder = False
 
     @property
     def silent(self) -> dict[str, nn.Module]:
         """The targets that have not been called so far."""
         return {name: module for name, module in self._targets.items() if name not in self._of}
 
-    def begin_batch(self, batch: int, mask: torch.Tensor | None, *, encoder_decoder: bool) -> None:
-        """From here on, inputs are those of another batch, with this mask (batch, tokens)."""
-        self._batch = batch
-        self._encoder_decoder = encoder_decoder
-        self._mask = mask if isinstance(mask, torch.Tensor) and not bool((mask != 0).all()) else None
-        self._tokens = self._sequences = None
-        if mask is not None and not isinstance(mask, torch.Tensor):
-            raise ValueError(f"batch {batch}: attention_mask is {type(mask).__name__}, not a tensor (batch, tokens)")
+    def begin_batch(self, batch: int, padding: Padding) -> None:
+        """From here on, inputs are those of another batch, with this padding."""
+        self._batch, self.deaf = batch, False
+        if self._rows is not None:
+            self._rows.begin(batch, padding)
 
     def hear(self, name: str, x: torch.Tensor) -> None:
         """A target is about to be called with x."""
@@ -133,6 +129,7 @@ class Listener:
 
     def end_batch(self) -> None:
         """Whether every member was handed its site's input, and no input held NaN or Inf: `ValueError` otherwise."""
+        self.deaf = True
         for each in self._sums:
             self._end_input(each)
         found = find_nonfinite([each.covariance for each in self._sums])
@@ -179,9 +176,10 @@ class Listener:
         return Covariance(weight_shape(self._targets[name])[1], device=device, precision=precision_of(name, self._precision))
 
     def _begin_input(self, each: _Sum, name: str, x: torch.Tensor) -> None:
+        mask = None if self._rows is None else self._rows.of(name, x)
         try:
             summed = x if self._weigh is None else self._weigh(each.members[0], x)
-            each.begin_input(name, x, summed, self._rows_that_count(x))
+            each.begin_input(name, x, summed, mask)
         except ValueError as error:
             raise ValueError(f"{name}, batch {self._batch}: {error}") from error
 
@@ -193,25 +191,6 @@ class Listener:
                 f"{missing!r} shared its input with {other!r} in the batch in which they were first called, but not in batch "
                 f"{self._batch}: one sum cannot serve both. Calibrate them in separate runs (targets=[{missing!r}], …)."
             )
-
-    def _rows_that_count(self, x: torch.Tensor) -> TokenMask | None:
-        mask = self._mask
-        if mask is None:
-            return None
-        if self._encoder_decoder or mask.ndim != 2:
-            what = "an encoder–decoder model" if self._encoder_decoder else f"an attention_mask of shape {tuple(mask.shape)}"
-            raise ValueError(f"cannot tell padding from tokens with {what}: give batches without padding")
-        tokens = x.shape[:-1]
-        if tokens == mask.shape or tokens == (mask.numel(),) or tokens == (1, mask.numel()):
-            self._tokens = self._tokens or TokenMask(mask)
-            return self._tokens
-        if tokens == mask.shape[:1]:  # one vector a sequence, such as a pooler's input
-            self._sequences = self._sequences or TokenMask(mask.any(dim=1))
-            return self._sequences
-        raise ValueError(
-            f"its input {tuple(x.shape)} cannot be lined up with the attention_mask {tuple(mask.shape)}, which has padding: "
-            "give batches without padding (packed, or one sample each)"
-        )
 
 
 def _version(x: torch.Tensor) -> int | None:

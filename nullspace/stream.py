@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from nullspace.batches import Call, calls, evaluating, example_of, forward_options, input_device, is_encoder_decoder, length
+from nullspace.batches import Call, calls, evaluating, example_of, forward_options, input_device, length, padded_batch
 from nullspace.blocks import find_blocks
 from nullspace.checks import check_device
 from nullspace.covariance import PRECISIONS, Covariance
@@ -23,6 +23,7 @@ from nullspace.distributed import Job, Totals
 from nullspace.hidden import PLACES
 from nullspace.layerwise import stream_by_block
 from nullspace.listening import Listener, listening, refuse_silent
+from nullspace.padding import TokenRows
 from nullspace.plan import choose_strategy
 from nullspace.progress import Progress, reporter
 from nullspace.sharded import gathers, is_spread, prepare, strategy_of
@@ -55,7 +56,8 @@ def stream_covariances(
         model: any module; it is run in eval mode, without gradients, and left as it was found.
         loader: an iterable of mappings that the model takes as keyword arguments (`input_ids`, `attention_mask`, …), or of tensors
             or tuples of tensors that it takes as positional ones. Where `attention_mask` (batch, tokens) is zero, a token is
-            padding and is not counted. Of several processes, process k takes batches k, k + n, … of a loader that all have alike;
+            padding and is not counted; of one over pairs of tokens, (batch, 1, tokens, tokens), or a mapping to such, a token that
+            none of them sees. Which rows of a layer's input that concerns: `nullspace.padding`. Of several processes, process k takes batches k, k + n, … of a loader that all have alike;
             of a `DataLoader` that is a share already, all. What PyTorch's `DistributedSampler` and accelerate's
             `BatchSamplerShard` repeat to make shares even is left out; what another such sampler repeats counts twice.
         targets: which linear layers: see `nullspace.sites.find_targets`.
@@ -183,8 +185,9 @@ def _resident(
     report: Progress,
     job: Job,
 ) -> Iterator[tuple[Site, Covariance]]:
-    sums = Listener(targets, precision)
-    options, two_inputs = forward_options(model, targets), is_encoder_decoder(model)
+    rows = TokenRows(model, functools.cache(lambda: padded_batch(model, loader)))
+    sums = Listener(targets, precision, rows)
+    options = forward_options(model, targets)
     share = job.share(loader)
     total, tokens = share.length, 0
     job.at("the forward pass")
@@ -194,20 +197,19 @@ def _resident(
     own = calls(model, share)
 
     def begin(call: Call) -> None:
-        sums.begin_batch(call.number, call.mask, encoder_decoder=two_inputs)
+        sums.begin_batch(call.number, call.padding)
 
     steps = _in_step(model, own, begin, job) if in_step else _one_by_one(own, begin)
     # Inference mode, if the caller is in it, would hide writes to an input and tie the sums to that mode.
     with listening(targets, sums, later=later), evaluating(model), torch.inference_mode(False), torch.no_grad():
         for call, counts in steps:
-            sums.deaf = not counts
             with job.untold("a forward pass that gathers weights from all ranks") if in_step else contextlib.nullcontext():
                 model(*call.args, **{**options, **call.kwargs})
             for error in later or ():  # the others are at their next exchange by now, or on their way to it
                 raise error
             if counts:
                 sums.end_batch()
-                tokens += call.tokens
+                tokens += call.padding.tokens
                 report("forward", share.read, total, tokens)
     job.check_share(share)
     refuse_silent(job.silent(sums))

@@ -25,12 +25,13 @@ from peft import LoraConfig
 from torch import nn
 
 from nullspace import solvers
-from nullspace.batches import evaluating, is_encoder_decoder
+from nullspace.batches import evaluating, parameter_names
 from nullspace.covariance import Covariance
 from nullspace.decompose import decompose
 from nullspace.factors import CORDA_MODES, DAMPING, ZERO
 from nullspace.integrations.peft.layers import RESIDUAL_DTYPES, check_scaling, chosen_layers, rank_of
 from nullspace.listening import Listener, listening, refuse_silent
+from nullspace.padding import Padding, PaddingReader, TokenRows
 from nullspace.progress import reporter
 from nullspace.sites import Site, is_conv1d, is_linear, weight_of, weight_shape
 
@@ -184,9 +185,10 @@ def _run(
         calls[name] = calls.get(name, 0) + 1
         return x.double() / x.max().abs()  # in float32 the quotient's rounding would be what the sum loses most by
 
-    sums = Listener({name: modules[name] for name in targets}, "mixed", weigh=weigh if parity else None)
-    with torch.inference_mode(False), evaluating(hooked), listening({n: modules[n] for n in targets}, sums):
-        with _batches(hooked, sums, masked=not parity):
+    layers = {name: modules[name] for name in targets}
+    sums = Listener(layers, "mixed", None if parity else TokenRows(hooked), weigh=weigh if parity else None)
+    with torch.inference_mode(False), evaluating(hooked), listening(layers, sums):
+        with _batches(hooked, sums):
             run_model()
         sums.end_batch()
     refuse_silent(sums.silent)
@@ -198,17 +200,20 @@ def _run(
 
 
 @contextlib.contextmanager
-def _batches(model: nn.Module, sums: Listener, *, masked: bool) -> Iterator[None]:
-    """Every call of the whole model is a batch, with its own `attention_mask`."""
-    number, two_inputs = 0, is_encoder_decoder(model)
+def _batches(model: nn.Module, sums: Listener) -> Iterator[None]:
+    """Every call of the whole model is a batch, with its own padding; calls of its parts alone have none."""
+    number, reader = 0, PaddingReader(model)
+    sums.begin_batch(number, Padding())
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal number
         number += 1
-        sums.begin_batch(number, kwargs.get("attention_mask") if masked else None, encoder_decoder=two_inputs)
+        names, _ = parameter_names(model, len(args))
+        sums.begin_batch(number, reader.read(number, {**dict(zip(names, args, strict=False)), **kwargs}))
 
     def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         sums.end_batch()
+        sums.begin_batch(number, Padding())
 
     handles = [model.register_forward_pre_hook(begin, with_kwargs=True), model.register_forward_hook(end)]
     try:

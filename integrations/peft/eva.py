@@ -33,10 +33,11 @@ from peft.tuners.lora.eva import (
 from torch import nn
 
 from nullspace import factors, solvers
-from nullspace.batches import evaluating, is_encoder_decoder, length
+from nullspace.batches import evaluating, length
 from nullspace.covariance import Covariance
 from nullspace.integrations.peft.layers import check_scaling, chosen_layers, rank_of
 from nullspace.listening import Listener, listening, refuse_silent
+from nullspace.padding import Padding, PaddingReader, TokenRows
 from nullspace.progress import Progress, reporter
 from nullspace.sites import Site, is_linear
 
@@ -109,7 +110,7 @@ def get_eva_state_dict(
         prepare_model_inputs_fn is prepare_model_inputs_fn_language_modeling
         and prepare_layer_inputs_fn is prepare_layer_inputs_fn_language_modeling
     ):
-        sums: _Tokens | _PreparedRows = _Tokens(layers, precision, eva, encoder_decoder=is_encoder_decoder(model))
+        sums: _Tokens | _PreparedRows = _Tokens(layers, precision, eva, model)
     else:
         sums = _PreparedRows(layers, precision, config, prepare_model_inputs_fn, prepare_layer_inputs_fn)
     distributed = dist.is_available() and dist.is_initialized()
@@ -217,9 +218,9 @@ class _Tokens(Listener):
 
     MASKED = "every token is masked, as padding or by its label: EvaConfig(use_label_mask=False) counts the latter"
 
-    def __init__(self, layers: Mapping[str, nn.Module], precision: str, eva: EvaConfig, *, encoder_decoder: bool) -> None:
-        super().__init__(layers, precision)
-        self._eva, self._two_inputs = eva, encoder_decoder
+    def __init__(self, layers: Mapping[str, nn.Module], precision: str, eva: EvaConfig, model: nn.Module) -> None:
+        super().__init__(layers, precision, TokenRows(model))
+        self._eva, self._reader = eva, PaddingReader(model)
 
     def begin(self, number: int, inputs: Any) -> None:
         if not isinstance(inputs, Mapping):
@@ -227,17 +228,17 @@ class _Tokens(Listener):
                 f"batch {number} is {type(inputs).__name__}, not a mapping, in which the default functions would look for "
                 "attention_mask and labels: give prepare_model_inputs_fn and prepare_layer_inputs_fn"
             )
-        mask = inputs.get("attention_mask")
+        padding = self._reader.read(number, inputs)
         labels = inputs.get("labels") if self._eva.use_label_mask else None
         if labels is not None:
             labelled = labels != self._eva.label_mask_value
-            if mask is not None and mask.shape != labelled.shape:
+            if padding.shape != labelled.shape:
                 raise ValueError(
-                    f"batch {number}: labels {tuple(labelled.shape)} cannot be lined up with the attention_mask "
-                    f"{tuple(mask.shape)}: use EvaConfig(use_label_mask=False)"
+                    f"batch {number}: labels {tuple(labelled.shape)} cannot be lined up with the tokens {padding.shape}: use "
+                    "EvaConfig(use_label_mask=False)"
                 )
-            mask = labelled if mask is None else (mask != 0) & labelled
-        self.begin_batch(number, mask, encoder_decoder=self._two_inputs)
+            padding = padding.keep(labelled)
+        self.begin_batch(number, padding)
 
 
 class _PreparedRows(Listener):
@@ -269,7 +270,7 @@ class _PreparedRows(Listener):
     def begin(self, number: int, inputs: Any) -> None:
         prepare = self._prepare_model_inputs
         self._model_inputs = copy.deepcopy(inputs) if prepare is None else prepare(inputs, self._config)
-        self.begin_batch(number, None, encoder_decoder=False)
+        self.begin_batch(number, Padding())
 
     def hear(self, name: str, x: torch.Tensor) -> None:
         rows = self._functions[name]((x,), self._model_inputs, name)
