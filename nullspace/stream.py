@@ -57,7 +57,8 @@ def stream_covariances(
         loader: an iterable of mappings that the model takes as keyword arguments (`input_ids`, `attention_mask`, …), or of tensors
             or tuples of tensors that it takes as positional ones. Where `attention_mask` (batch, tokens) is zero, a token is
             padding and is not counted; of one over pairs of tokens, (batch, 1, tokens, tokens), or a mapping to such, a token that
-            none of them sees. Which rows of a layer's input that concerns: `nullspace.padding`. Of several processes, process k takes batches k, k + n, … of a loader that all have alike;
+            none of them sees. Which rows of a layer's input that concerns: `nullspace.padding`.
+            Of several processes, process k takes batches k, k + n, … of a loader that all have alike;
             of a `DataLoader` that is a share already, all. What PyTorch's `DistributedSampler` and accelerate's
             `BatchSamplerShard` repeat to make shares even is left out; what another such sampler repeats counts twice.
         targets: which linear layers: see `nullspace.sites.find_targets`.
