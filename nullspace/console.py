@@ -24,6 +24,8 @@ from tqdm.std import tqdm
 
 stdout, stderr = Console(), Console(stderr=True)
 BAR_WIDTH = 20
+# transformers imports them where they are installed, needed or not, and they warn of the hardware that they find.
+TALKATIVE = ("DeepSpeed", "bitsandbytes")
 _adopted: list[tuple[logging.Logger, logging.Handler, logging.Handler]] = []
 
 
@@ -117,6 +119,10 @@ def _without_bars() -> Iterator[None]:
 class _Lines(logging.Handler):
     """Log records as lines of `say`."""
 
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.addFilter(_is_wanted)
+
     def emit(self, record: logging.LogRecord) -> None:
         say(record.levelname.lower(), self.format(record))
 
@@ -124,8 +130,8 @@ class _Lines(logging.Handler):
 @contextlib.contextmanager
 def _records() -> Iterator[None]:
     """Inside, what is logged comes through `say`."""
-    # Which hardware it has found: transformers imports it where it is installed, whether it is needed or not.
-    logging.getLogger("DeepSpeed").addFilter(_is_error)
+    for name in TALKATIVE:
+        logging.getLogger(name).addFilter(_is_wanted)
     lines = _Lines(logging.WARNING)
     logging.root.addHandler(lines)
     _adopt_handlers()
@@ -150,5 +156,5 @@ def _adopt_handlers() -> None:
             _adopted.append((logger, handler, ours))
 
 
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or record.name.partition(".")[0] not in TALKATIVE
