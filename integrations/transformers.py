@@ -108,6 +108,23 @@ def empty_model(name: str | os.PathLike[str], *, dtype: torch.dtype | str = "aut
     return model.eval()
 
 
+def positions(config: Any) -> int | None:
+    """How many tokens a sequence may have by a model's configuration; None if that names no limit.
+
+    Beyond it, learned positions have no embedding, and rotary embeddings turn by angles that the model has not been trained on.
+    The number is `max_position_embeddings` (or what the model calls it) of the text model. Where scaled rotary embeddings
+    (`rope_parameters`) reach further, factor · `original_max_position_embeddings` counts. ALiBi has no limit.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1 or getattr(text, "alibi", False):
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]  # one a kind of attention, or one
+    scaled = ((kind.get("factor") or 1) * (kind.get("original_max_position_embeddings") or limit) for kind in kinds)
+    return max(limit, *(int(each) for each in scaled))
+
+
 def offload_map(model: nn.Module, device: torch.device | str) -> dict[str, str]:
     """A `device_map` with which no more of a model than a block has to be in memory at once.
 

@@ -63,6 +63,20 @@ def calls(model: nn.Module, share: Share, device: torch.device | None = None) ->
 
 
 @contextlib.contextmanager
+def naming_batch(call: Call) -> Iterator[None]:
+    """Turns the `IndexError` of an embedding into a `ValueError` that names the batch, and how long its sequences are."""
+    try:
+        yield
+    except IndexError as error:
+        ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
+        shape = f" {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else ""
+        raise ValueError(
+            f"batch {call.number}{shape}: the model has no embedding for one of its token ids or positions ({error}): use shorter "
+            "sequences, or the model's own tokenizer"
+        ) from error
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module is in the mode that it was in."""
     training = [m for m in model.modules() if m.training]

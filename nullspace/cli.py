@@ -317,7 +317,8 @@ def init(
     preserved = None if preserve is None else Covariances.load(preserve, partial=partial)
     found = None if spaces is None else NullSpaces.load(spaces)
     with _bars(quiet) as progress:
-        loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, rank, progress)
+        longest = None if data is None else length
+        loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, rank, longest, progress)
         peft.check_servable(loaded, chosen, method, offloaded=True)
         if data is not None:
             batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
@@ -422,7 +423,7 @@ def compute(
             found = NullSpaces.from_covariances(kept, rank=rank, spectrum=spectrum, avoid=avoided, progress=progress)
         else:
             assert model is not None
-            loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, rank, progress)
+            loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, rank, length, progress)
             batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
             run = _Run(list(chosen), strategy, hidden_states, precision)
             found = _compute(loaded, batches, run, rank, spectrum, avoided, out, fresh, progress)
@@ -469,7 +470,7 @@ def covariances(
     store.check_free(out, overwrite=overwrite)
     part = None if shard is None else parse_shard(shard)
     with _bars(quiet) as progress:
-        loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, None, progress)
+        loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, None, length, progress)
         batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
         run = _Run(list(chosen), strategy, hidden_states, precision)
         found = _accumulate(loaded, batches, run, keep, out, out, fresh, overwrite, progress, shard=part)
@@ -651,6 +652,7 @@ def plan(
     from nullspace.spaces import check_rank
 
     empty = empty_model(model, dtype=dtype)
+    _check_length(empty.config, model, length)
     check_rank(find_targets(empty, parse_targets(targets)), rank)
     limits = tuple(planning.parse_size(text) if text else None for text in (device_memory, host_memory))
     workload = planning.Workload(
@@ -703,16 +705,41 @@ def _sources_line(sources: dict[str, Any]) -> str:
 
 
 def _open_model(
-    name: str, dtype: str, device: str | None, offload: bool, targets: str, rank: int | None, progress: Callable[..., None]
+    name: str,
+    dtype: str,
+    device: str | None,
+    offload: bool,
+    targets: str,
+    rank: int | None,
+    length: int | None,
+    progress: Callable[..., None],
 ) -> tuple[Any, Any, dict[str, Any]]:
+    from transformers import AutoConfig
+
     from nullspace.sites import find_targets
     from nullspace.spaces import check_rank
 
+    is_gguf = Path(name).suffix == ".gguf"  # whose configuration takes as long to read as its weights
+    if length is not None and not is_gguf:
+        _check_length(AutoConfig.from_pretrained(name), name, length)
     model, tokenizer = _load(name, dtype, device, offload, progress)
+    if length is not None and is_gguf:
+        _check_length(model.config, name, length)
     chosen = find_targets(model, parse_targets(targets))
     if rank is not None:
         check_rank(chosen, rank)
     return model, tokenizer, chosen
+
+
+def _check_length(config: Any, name: str, length: int) -> None:
+    from nullspace.integrations.transformers import positions
+
+    limit = positions(config)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"--length {length} is more than the {limit} positions that {name} has: give at most {limit}, or scale its rotary "
+            "embeddings in its config.json if it has any"
+        )
 
 
 def _load(name: str, dtype: str, device: str | None, offload: bool, progress: Callable[..., None]) -> tuple[Any, Any]:

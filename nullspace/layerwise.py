@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from nullspace.batches import Call, calls, evaluating, forward_options, padded_batch
+from nullspace.batches import Call, calls, evaluating, forward_options, naming_batch, padded_batch
 from nullspace.blocks import refuse_chain
 from nullspace.covariance import Covariance
 from nullspace.distributed import Job, Totals
@@ -275,7 +275,7 @@ class _Chain:
             poison = _poison(leaves[place])
             return self._wrap(poison)
 
-        with self._standing_in(stand_in), contextlib.suppress(_Arrived):
+        with self._standing_in(stand_in), contextlib.suppress(_Arrived), naming_batch(call):
             self._model(*call.args, **{**options, **call.kwargs})
         if len(found.blocks) < len(self.blocks):
             missing = self.names[len(found.blocks)]

@@ -144,6 +144,12 @@ def _ending(values: Values) -> str:
     return Path(values.get("data") or "").suffix.lower()
 
 
+def _check_file(name: str, data: str) -> None:
+    path = Path(data)
+    if path.suffix.lower() in FILE_ENDINGS and not path.is_file():
+        raise FileNotFoundError(f"{name}: {data} is not a file")
+
+
 def _computes_spaces(values: Values) -> bool:
     """Whether `init` computes null spaces."""
     return "spaces" in METHODS[values["method"]].needs and values["spaces"] is None
@@ -182,7 +188,7 @@ LOADING = {
     "offload": ALWAYS,
 }
 RUN = {
-    "data": ALWAYS,
+    "data": Option(_check_file),
     "field": Option(needs=ROWS),
     "split": Option(needs=HUB),
     "samples": Option(check_integer, DATA),

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from nullspace.batches import Call, calls, evaluating, example_of, forward_options, input_device, length, padded_batch
+from nullspace.batches import Call, calls, evaluating, example_of, forward_options, input_device, length, naming_batch, padded_batch
 from nullspace.blocks import find_blocks
 from nullspace.checks import check_device
 from nullspace.covariance import PRECISIONS, Covariance
@@ -204,7 +204,8 @@ def _resident(
     # Inference mode, if the caller is in it, would hide writes to an input and tie the sums to that mode.
     with listening(targets, sums, later=later), evaluating(model), torch.inference_mode(False), torch.no_grad():
         for call, counts in steps:
-            with job.untold("a forward pass that gathers weights from all ranks") if in_step else contextlib.nullcontext():
+            gathering = job.untold("a forward pass that gathers weights from all ranks") if in_step else contextlib.nullcontext()
+            with gathering, naming_batch(call):
                 model(*call.args, **{**options, **call.kwargs})
             for error in later or ():  # the others are at their next exchange by now, or on their way to it
                 raise error

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from nullspace.cli import app
+from nullspace.integrations.transformers import positions
 from nullspace.options import COMMANDS, flag
 
 INSTALLED: Any = get_command(app)
@@ -61,6 +65,17 @@ VALUES = {
 OF_PLAN = {"weights": "host"}
 
 
+def exit_code(command: str, *arguments: str) -> int:
+    """As `CliRunner` does, which looks at the signatures of all commands every time."""
+    installed = INSTALLED.commands[command]
+    try:
+        with installed.make_context(command, list(arguments)) as context:
+            installed.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
+
+
 def parameters(command: str) -> dict[str, Any]:
     return {each.name: each for each in INSTALLED.commands[command].params if each.name not in ("help", "debug")}
 
@@ -82,9 +97,12 @@ def test_every_command_has_a_source_here() -> None:
 
 @pytest.mark.parametrize(("command", "source"), SOURCES)
 def test_every_option_has_an_effect_or_is_refused(
-    command: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    files = {part for part in (*source.split(), "a.txt") if part.startswith("a.")}
+    for file in files:
+        Path(file).touch()
     ran: list[str] = []
 
     @contextlib.contextmanager
@@ -102,15 +120,16 @@ def test_every_option_has_an_effect_or_is_refused(
             option.append({**VALUES, **(OF_PLAN if command == "plan" else {})}.get(name) or str(each.default))
         out = [] if name == "out" or command in ("inspect", "plan") else ["--out", "o"]
         ran.clear()
-        result = CliRunner().invoke(app, [command, *given, *option, *out])
+        code = exit_code(command, *given, *option, *out)
+        said = capsys.readouterr().err
         if name in SOURCES[command, source]:
-            assert result.exit_code == 2, (option, result.output)
-            assert f"error: {flag(name)} belongs to " in result.stderr
+            assert code == 2, (option, said)
+            assert f"error: {flag(name)} belongs to " in said
             assert not ran
         else:
-            assert result.exit_code == 0, (option, result.output)
+            assert code == 0, (option, said)
             assert ran
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == files
 
 
 @pytest.mark.parametrize(
@@ -136,6 +155,7 @@ def test_every_option_has_an_effect_or_is_refused(
         ("plan m --device tpu", "--device must be cuda or cpu"),
         ("plan m --weights moon", "--weights must be device, host or disk"),
         ("init m --method banana", "--method must be lora-null, b-zero"),
+        ("init m --data none.jsonl", "--data: none.jsonl is not a file"),
         ("demo --rank 0", "--rank must be at least 1"),
     ],
 )
@@ -143,9 +163,60 @@ def test_a_bad_value_is_refused_by_the_options_name(
     command: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("a.txt").touch()
     out = [] if command.startswith("plan") else ["--out", "o"]
     result = CliRunner().invoke(app, [*command.split(), *out])
     assert result.exit_code == 2, result.output
     assert f"error: {words}" in result.stderr
     assert result.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+POSITIONS = 32
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2", "n_positions": POSITIONS},
+    "opt": {"model_type": "opt", "max_position_embeddings": POSITIONS},
+    "llama": {"model_type": "llama", "max_position_embeddings": POSITIONS},
+    "gemma3": {"model_type": "gemma3_text", "max_position_embeddings": POSITIONS},
+    "llama, scaled": {
+        "model_type": "llama",
+        "max_position_embeddings": 8,
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 8},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [*(("covariances", kind) for kind in CONFIGURATIONS), *((c, "gpt2") for c in ("init", "compute", "plan"))]
+)
+def test_sequences_longer_than_the_models_positions_are_refused_before_weights_are_looked_for(
+    command: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps(CONFIGURATIONS[kind]))
+    Path("a.txt").write_text("text")
+    of_data = [] if command == "plan" else ["--data", "a.txt", "--out", "o"]
+    lengths = [POSITIONS + 1] if command == "plan" else [POSITIONS + 1, POSITIONS]
+    for length in lengths:
+        said = length > POSITIONS
+        result = CliRunner().invoke(app, [command, "model", *of_data, "--length", str(length)])
+        assert (f"--length {length} is more than the {POSITIONS} positions that model has" in result.stderr) == said
+        if said:
+            assert result.exit_code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "model"]
+
+
+def test_models_without_a_limit_have_none() -> None:
+    unlimited = [
+        transformers.T5Config(),
+        transformers.BloomConfig(),
+        transformers.MambaConfig(),
+        transformers.FalconConfig(alibi=True),
+        transformers.XLNetConfig(),
+    ]
+    assert [positions(config) for config in unlimited] == [None] * len(unlimited)
+    assert positions(transformers.BartConfig(max_position_embeddings=12)) == 12
+    extended = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+    extended["original_max_position_embeddings"] = 8192
+    assert positions(transformers.LlamaConfig(max_position_embeddings=131072, rope_parameters=extended)) == 131072

@@ -669,3 +669,14 @@ def test_silence_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     compute_null_spaces(tiny("llama"), random_batches(1), rank=4, progress=False)
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+@pytest.mark.parametrize("strategy", ["resident", "layerwise"])
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_sequence_beyond_the_positions_names_the_batch_and_its_length(family: str, strategy: str) -> None:
+    batches = [*random_batches(1, length=64), *random_batches(1, batch_size=2, length=300)]
+    with pytest.raises(ValueError, match=r"batch 2 \(2, 300\): the model has no embedding for one of its token ids or positions"):
+        list(stream_covariances(tiny(family), batches, strategy=strategy, progress=False))
+    batches[1] = {"input_ids": torch.tensor([[5, 10**6]])}
+    with pytest.raises(ValueError, match=r"batch 2 \(1, 2\): the model has no embedding"):
+        list(stream_covariances(tiny(family), batches, strategy=strategy, progress=False))
