@@ -14,6 +14,7 @@ from nullspace.blocks import is_encoder_decoder
 from nullspace.padding import Padding, PaddingReader, looks_like_mask, warn_of_positions
 from nullspace.parts import device_of
 from nullspace.sites import output_head
+from nullspace.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from nullspace.shares import Share
@@ -78,14 +79,35 @@ def naming_batch(call: Call) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode that it was in."""
+    """Eval mode inside, without key-value caches, compiled graphs and wrappers; afterwards all is as it was.
+
+    A model may take `use_cache` only through `**kwargs`, or not at all, and then does as its configurations say.
+    """
     training = [m for m in model.modules() if m.training]
+    caching = [config for config in _configurations(model) if getattr(config, "use_cache", None) is True]
     model.eval()
+    for config in caching:
+        config.use_cache = False
     try:
-        yield
+        with unwrapped(model):
+            yield
     finally:
         for module in training:
             module.training = True
+        for config in caching:
+            config.use_cache = True
+
+
+def _configurations(model: nn.Module) -> list[Any]:
+    """Those of a model and its parts, and the ones inside of these, such as a text model's."""
+    left = [config for module in model.modules() if (config := module.__dict__.get("config")) is not None]
+    found: dict[int, Any] = {}
+    while left:
+        config = left.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            left += [value for value in getattr(config, "__dict__", {}).values() if hasattr(value, "use_cache")]
+    return list(found.values())
 
 
 def forward_options(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, Any]:

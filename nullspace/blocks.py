@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from nullspace.sites import is_linear
+from nullspace.wrappers import unwrapped
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -27,7 +28,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """
     if is_encoder_decoder(model):
         raise ValueError(_refusal(model, "is an encoder–decoder model, whose decoder hears the encoder at every block"))
-    outer = marked_blocks(model) or _equal_lists(model)
+    with unwrapped(model):
+        outer = marked_blocks(model) or _equal_lists(model)
     if not outer:
         raise ValueError(_refusal(model, "has no list of blocks"))
     chains = list(dict.fromkeys(name.rpartition(".")[0] for name in outer))
@@ -38,7 +40,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def marked_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost modules that descend from transformers' `GradientCheckpointingLayer`, one chain or not; maybe none."""
-    marked = {name: m for name, m in model.named_modules() if _is_marked(m)}
+    with unwrapped(model):
+        marked = {name: m for name, m in model.named_modules() if _is_marked(m)}
     return {name: m for name, m in marked.items() if not any(name.startswith(f"{other}.") for other in marked)}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from nullspace.memory import free_on_device, free_on_host
+from nullspace.parts import version_of
 
 PLACES = ("auto", "device", "host", "disk")
 # "auto" fills at most this part of the memory that is free.
@@ -40,6 +41,7 @@ class Shelf:
     def __init__(self, place: str, folder: str | None = None) -> None:
         self.place = place
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
+        self._versions: dict[tuple[int, int], int | None] = {}  # of tensors that are not copies
         self._files: dict[tuple[int, int], tuple[torch.dtype, torch.Size, torch.device]] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="nullspace-", dir=folder)) if place == "disk" else None
         self.bytes = 0
@@ -61,6 +63,7 @@ class Shelf:
             self._kept[key] = pinned
         else:
             self._kept[key] = tensor
+            self._versions[key] = version_of(tensor)
 
     def get(self, batch: int, slot: int, device: torch.device) -> torch.Tensor:
         """What a slot holds, on a device."""
@@ -72,6 +75,10 @@ class Shelf:
         if count == 0:
             return torch.empty(shape, dtype=dtype, device=device)
         return torch.from_numpy(np.fromfile(self._path(key), dtype=np.uint8)).view(dtype).view(shape).to(device)
+
+    def find_rewritten(self) -> int | None:
+        """The first batch with a tensor that is not as it was put away, because somebody has written to it since."""
+        return next((key[0] for key, version in self._versions.items() if version_of(self._kept[key]) != version), None)
 
     def close(self) -> None:
         """Forget everything."""

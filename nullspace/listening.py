@@ -17,7 +17,7 @@ from torch import nn
 
 from nullspace.covariance import Covariance, find_nonfinite
 from nullspace.padding import Padding, TokenRows
-from nullspace.parts import is_sharded
+from nullspace.parts import is_sharded, version_of
 from nullspace.sharded import input_of
 from nullspace.sites import Site, weight_of, weight_shape
 from nullspace.sums import TokenMask
@@ -43,12 +43,12 @@ class _Sum:
 
     def hears(self, x: torch.Tensor) -> bool:
         """Whether x is the input at hand: the same object, and not written to since."""
-        return self._input is not None and self._input() is x and self._version == _version(x)
+        return self._input is not None and self._input() is x and self._version == version_of(x)
 
     def begin_input(self, name: str, x: torch.Tensor, summed: torch.Tensor, mask: TokenMask | None) -> None:
         self.covariance.update(summed, mask)
         # A weak reference holds no memory, and answers None (not another tensor at the same address) when x is gone.
-        self._input, self._version, self._heard = weakref.ref(x), _version(x), {name}
+        self._input, self._version, self._heard = weakref.ref(x), version_of(x), {name}
 
     def hear(self, name: str) -> None:
         self._heard.add(name)
@@ -191,10 +191,6 @@ class Listener:
                 f"{missing!r} shared its input with {other!r} in the batch in which they were first called, but not in batch "
                 f"{self._batch}: one sum cannot serve both. Calibrate them in separate runs (targets=[{missing!r}], …)."
             )
-
-
-def _version(x: torch.Tensor) -> int | None:
-    return None if x.is_inference() else x._version
 
 
 def refuse_silent(silent: Mapping[str, nn.Module]) -> None:

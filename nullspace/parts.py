@@ -32,6 +32,11 @@ def device_of(tensor: torch.Tensor) -> torch.device:
     return tensor.device
 
 
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How often a tensor, or a view of it, has been written to in place; None where PyTorch does not count that."""
+    return None if tensor.is_inference() else tensor._version
+
+
 @torch.no_grad()
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor, not to be written to. Of a sharded one a collective of the ranks that share it."""
