@@ -424,7 +424,7 @@ class Chain:
             f"hands {self.names[index]!r} more than what {self.names[index - 1]!r} returned (argument {number} depends on hidden "
             "states too)"
             if index
-            else f"hands {self.names[index]!r} something else when it is called again with the same batch (argument {number})",
+            else f"hands {self.names[index]!r} something else when it runs again on the same batch (argument {number})",
         )
 
     def _refuse_writing(self, index: int) -> ValueError:
