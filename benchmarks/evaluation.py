@@ -54,7 +54,9 @@ def _answers(given: Any) -> tuple[str, ...]:
         given = [given.get("value"), *given.get("aliases", [])]
     if isinstance(given, str):
         given = [given]
-    return tuple(dict.fromkeys(str(answer) for answer in given or () if answer))
+    if not isinstance(given, (list, tuple)):
+        return ()
+    return tuple(dict.fromkeys(answer for answer in given if isinstance(answer, str) and answer))
 
 
 def tokenized(tokenizer: Any, prompt: str, response: str, *, first: bool = True) -> dict[str, list[int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -23,18 +22,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from nullspace.blocks import marked_blocks
 from nullspace.checks import check_device, check_integer
+from nullspace.integrations.rows import KNOWN_FIELDS, TEXTS, as_text, check_is_there, fields_of, paragraphs, rows_of, text_of
 from nullspace.sites import is_linear
-
-# Pairs of fields that are joined into one text where `field` is not given; the first of them that all are present wins.
-KNOWN_FIELDS = (
-    ("text",),
-    ("question", "answer"),
-    ("instruction", "input", "output"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("problem", "solution"),
-    ("content",),
-)
 
 
 def load_model(
@@ -297,24 +286,26 @@ def load_texts(
     """Texts from a file or a hub data set.
 
     Args:
-        data: `.txt` or `.md` (paragraphs, divided at blank lines), `.jsonl`, `.json`, `.parquet` or `.csv` (through `datasets`), or
-            the name of a hub data set, with `name:configuration` for one of its configurations.
+        data: `.txt` or `.md` (paragraphs, divided at blank lines), `.jsonl`, `.json`, `.parquet` or `.csv`, or the name of a hub
+            data set, with `name:configuration` for one of its configurations.
         field: which field is the text; several, joined by line breaks, behind commas: `"question,answer"`. By default `text`, or
             the first known pair (question/answer, instruction/input/output, prompt/completion, …). Of a list of answers, the
-            first counts.
+            first counts. Chat data (lists of messages) are not supported.
         split: of a hub data set.
         limit: read at most this many rows.
 
     Raises:
         FileNotFoundError: if a path with a known ending does not exist.
-        ValueError: naming the file, if it is not what its ending says, is empty, or lacks the field (the fields there are
-            are listed).
+        ValueError: naming the file, if it is not what its ending says, or is empty; naming the row too, if it lacks the field
+            (the fields there are are listed), or if the field holds anything but text: numbers are not written out.
     """
     path = Path(data)
-    kind = path.suffix.lower()
-    _check_is_there(path)
+    check_is_there(path)
     texts: Iterable[str]
-    texts = _paragraphs(path) if kind in (".txt", ".md") else (_row_text(row, field, str(data)) for row in _rows(data, split))
+    if path.suffix.lower() in TEXTS:
+        texts = paragraphs(path)
+    else:
+        texts = (text_of(row, field, f"{data}, row {number}") for number, row in enumerate(rows_of(data, split), start=1))
     found = []
     for text in texts:
         if text.strip():
@@ -339,11 +330,10 @@ def load_rows(data: str | os.PathLike[str], *, split: str = "train", limit: int 
         ValueError: naming the file, if it is a text, not what its ending says, or empty.
     """
     path = Path(data)
-    kind = path.suffix.lower()
-    if kind in (".txt", ".md"):
+    if path.suffix.lower() in TEXTS:
         raise ValueError(f"{path} is a text, which has no rows: JSON Lines, JSON, CSV or Parquet is needed")
-    _check_is_there(path)
-    found = list(itertools.islice(_rows(data, split), limit))
+    check_is_there(path)
+    found = list(itertools.islice(rows_of(data, split), limit))
     if not found:
         raise ValueError(f"{data} is empty")
     return found
@@ -356,50 +346,69 @@ def prompt_and_response(row: Mapping[str, Any]) -> tuple[str, str]:
     of a list its first entry; the others, joined by line breaks, are the prompt.
 
     Raises:
-        ValueError: listing the row's fields, if none of them are known or one is empty.
+        ValueError: listing the row's fields, if none of them are known or one is empty; naming the field, if it holds anything but
+            text.
     """
     pairs = [names for names in KNOWN_FIELDS if len(names) > 1]
     more = [("query", "response"), ("text", "code"), ("prompt", "canonical_solution")]
     names = next((known for known in [*pairs, *more] if all(name in row for name in known)), ())
-    parts = [_first(row[name]) for name in names]
+    parts = [as_text(row, name, "a row") for name in names]
     if len(parts) < 2 or not parts[0].strip() or not parts[-1].strip():
-        raise ValueError(f"a row has no known prompt and response; its fields are {', '.join(map(str, row))}")
+        raise ValueError(f"a row has no known prompt and response; its fields are {fields_of(row)}")
     return "\n".join(part for part in parts[:-1] if part), parts[-1]
 
 
 class PackedBatches(Sequence[dict[str, torch.Tensor]]):
-    """Batches of token ids, all of one length: texts laid end to end, an end-of-text token between them.
+    """Batches of token ids, all of one length: texts laid end to end, behind what the tokenizer puts at the start.
+
+    Every sample begins with the special tokens that the tokenizer puts before a text (`<bos>`, `[CLS]`; none with GPT-2's): a model
+    in use has them at position 0, where many models have their massive activations, and the packed texts come behind them.
+    Within a sample, texts are divided by what the tokenizer puts behind a text (`[SEP]`), or else by its end-of-text token.
 
     Args:
         texts: in the order in which they are to be used.
         tokenizer: transformers'.
         samples: at most this many sequences (the paper takes 256).
-        length: tokens a sequence (the paper: 1024).
+        length: tokens a sequence (the paper: 1024), special tokens included.
         batch_size: sequences a batch.
+        special_tokens: False packs the texts alone, an end-of-text token between them: for a model that is used without special
+            tokens.
+
+    Attributes:
+        tokens: in all samples, special tokens included, padding left out.
 
     A last sequence that the texts do not fill is padded on the right and masked.
 
     Raises:
-        ValueError: if a size is smaller than 1 or the texts hold no token.
+        ValueError: if a size is smaller than 1, `length` leaves no room behind the special tokens, or the texts hold no token.
 
     Warns:
         UserWarning: if the texts fill fewer than `samples` sequences.
     """
 
     def __init__(
-        self, texts: Iterable[str], tokenizer: Any, *, samples: int = 256, length: int = 1024, batch_size: int = 4
+        self,
+        texts: Iterable[str],
+        tokenizer: Any,
+        *,
+        samples: int = 256,
+        length: int = 1024,
+        batch_size: int = 4,
+        special_tokens: bool = True,
     ) -> None:
         for name, value in (("samples", samples), ("length", length), ("batch_size", batch_size)):
             check_integer(name, value)
-        ids = _token_stream(texts, tokenizer, samples * length)
+        start, ids = _token_stream(texts, tokenizer, samples, length, special_tokens)
         if not ids:
             raise ValueError("the texts hold no token")
-        rows = -(-len(ids) // length)
+        room = length - len(start)
+        rows = -(-len(ids) // room)
         if rows < samples:
             warnings.warn(f"the texts fill {rows} of {samples} samples of {length} tokens", stacklevel=2)
-        pad = -len(ids) % length
-        self.tokens = len(ids)
-        self._ids = torch.tensor(ids + [ids[-1]] * pad).reshape(rows, length)
+        pad = -len(ids) % room
+        self.tokens = len(ids) + rows * len(start)
+        packed = torch.tensor(ids + [ids[-1]] * pad).reshape(rows, room)
+        self._ids = torch.cat([torch.tensor(start, dtype=packed.dtype).expand(rows, -1), packed], dim=1)
         self._mask = torch.ones_like(self._ids)
         if pad:
             self._mask[-1, -pad:] = 0
@@ -423,79 +432,34 @@ def _model_class(config: Any) -> Any:
     return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
 
 
-def _token_stream(texts: Iterable[str], tokenizer: Any, wanted: int) -> list[int]:
+def _token_stream(texts: Iterable[str], tokenizer: Any, samples: int, length: int, special: bool) -> tuple[list[int], list[int]]:
+    """What begins every sample, and what the samples are to be filled with, as far as it is needed."""
     ids: list[int] = []
-    between = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    start: list[int] = []
+    between = next(([i] for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), [])
+    known = not special
     for text in texts:
-        # A text longer than the model's window is cut into samples below: the tokenizer's warning about it is beside the point.
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if between is not None:
-            ids.append(between)
-        if len(ids) >= wanted:
+        # A text longer than the model's window is cut into samples: the tokenizer's warning about it is beside the point.
+        own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not own:
+            continue
+        if not known:
+            start, end = _around(own, tokenizer(text, verbose=False)["input_ids"])
+            between, known = end or between, True
+            if len(start) >= length:
+                raise ValueError(f"length must exceed the {len(start)} special tokens that begin a sample, not {length}")
+        ids += own + between
+        if len(ids) >= samples * (length - len(start)):
             break
-    return ids[:wanted]
+    return start, ids[: samples * (length - len(start))]
 
 
-def _check_is_there(path: Path) -> None:
-    if path.suffix.lower() in (".txt", ".md", ".jsonl", ".json", ".parquet", ".csv") and not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
-
-
-def _paragraphs(path: Path) -> Iterator[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    return iter(text.replace("\r\n", "\n").split("\n\n"))
-
-
-def _rows(data: str | os.PathLike[str], split: str) -> Iterator[Mapping[str, Any]]:
-    path = Path(data)
-    kind = path.suffix.lower()
-    if kind == ".jsonl":
-        yield from _json_lines(path)
-        return
-    import datasets
-
-    if kind in (".json", ".parquet", ".csv"):
-        try:
-            yield from datasets.load_dataset(kind[1:], data_files=str(path), split="train", streaming=True)
-        except Exception as error:
-            # `datasets` wraps what its readers raise in exceptions of several libraries; the file's name is what helps.
-            raise ValueError(f"{path} cannot be read as {kind[1:]}: {error}") from error
-        return
-    name, _, configuration = str(data).partition(":")
-    yield from datasets.load_dataset(name, configuration or None, split=split, streaming=True)
-
-
-def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-            yield row
-
-
-def _row_text(row: Mapping[str, Any], field: str | None, source: str) -> str:
-    if field is not None:
-        names: tuple[str, ...] = tuple(name.strip() for name in field.split(","))
-    else:
-        names = next((known for known in KNOWN_FIELDS if all(name in row for name in known)), ())
-    missing = next((name for name in names if name not in row), None)
-    if not names or missing is not None:
-        what = f"no field {missing!r}" if missing else "no field that is known to be text"
-        raise ValueError(f"{source} has {what}; its fields are {', '.join(map(str, row))} (choose with field / --field)")
-    parts = [_first(row[name]) for name in names]
-    return "\n".join(part for part in parts if part)
-
-
-def _first(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        value = value[0] if value else ""
-    return "" if value is None else str(value)
+def _around(own: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
+    """What a tokenizer has put before and behind a text's own tokens."""
+    for begin in range(len(whole) - len(own) + 1):
+        if whole[begin : begin + len(own)] == own:
+            return whole[:begin], whole[begin + len(own) :]
+    raise ValueError(
+        "the tokenizer gives a text other tokens with special tokens than without, so it cannot be seen which are special: pack "
+        "without them (special_tokens=False)"
+    )

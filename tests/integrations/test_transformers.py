@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -41,6 +42,9 @@ def test_every_kind_of_file_gives_the_same_texts(kind: str, tmp_path: Path) -> N
 
 def test_csv_and_plain_text(tmp_path: Path) -> None:
     assert load_texts(write(tmp_path / "a.csv", [{"prompt": "p", "completion": "c"}])) == ["p\nc"]
+    (tmp_path / "b.csv").write_bytes('\ufefftext,n\r\n"one, ""two""\nthree",007\r\n\r\nnull,1\r\n'.encode())
+    assert load_texts(tmp_path / "b.csv") == ['one, "two"\nthree', "null"]
+    assert load_texts(tmp_path / "b.csv", field="n") == ["007", "1"]  # text, as it stands there
     (tmp_path / "a.txt").write_bytes("First.\r\n\r\n  \n\nSecond,\nhere: é.\n".encode())
     assert load_texts(tmp_path / "a.txt") == ["First.", "Second,\nhere: é.\n"]
 
@@ -69,6 +73,13 @@ def test_known_pairs_are_joined(row: dict[str, Any], text: str, tmp_path: Path) 
         ("a.jsonl", b"", None, "holds no text"),
         ("a.txt", b"\n\n \n", None, "holds no text"),
         ("a.txt", b"\xff\xfe\x00", None, "a.txt is not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', None, "a.jsonl is not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 10**5, None, "a.jsonl, line 2: not JSON"),
+        ("a.json", b"\xff\xfe", None, "a.json cannot be read as json"),
+        ("a.csv", b'text,n\nx,1\n"y,2\n', None, "a.csv cannot be read as csv, row 2"),
+        ("a.csv", b"text\nx\ny,2\n", None, "a.csv cannot be read as csv, row 2: it has more values"),
+        ("a.csv", b"text\n\x1f\x8b\xff\n", None, "a.csv cannot be read as csv"),
+        ("a.jsonl.gz", b"\x1f\x8b", None, r"a.jsonl.gz: data are read from files that end in \.txt"),
         ("a.parquet", b"PAR1 but not really", None, "a.parquet cannot be read as parquet"),
     ],
 )
@@ -76,6 +87,69 @@ def test_bad_data_is_an_error_that_names_the_file(name: str, content: bytes, fie
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
         load_texts(tmp_path / name, field=field)
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('[{"text": "a"}, {"text": "b"}]', ["a", "b"]),
+        ('\n\n[\n{"text": "a"}\n, null,\n{"other": "b"}]\n', ["a"]),
+        ('{"text": "a"}\n\n{"text": "b"}', ["a", "b"]),
+        ('{\n"text": "a"}\n{\n"text": "b"}\n ', ["a", "b"]),
+        ('{"text": "a", "other": {"b": [null]}}', ["a"]),
+        ('{"text": ["a", "b"]}', ["a"]),
+        ('["a", "b"]', ["a", "b"]),
+        ('\ufeff[{"text": "a"}]', ["a"]),
+    ],
+)
+def test_every_form_of_json(content: str, texts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert load_texts(tmp_path / "a.json") == texts
+
+
+@pytest.mark.parametrize(
+    "value", ["null", '"text"', "1", "true", "[1]", "[[1]]", "NaN", '{"text": "a"} null', "[" * 10**5, "9" * 5000, "{"]
+)
+def test_json_that_is_no_rows_is_named(value: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(value)
+    with pytest.raises(ValueError, match=r"a\.json"):
+        load_texts(tmp_path / "a.json")
+
+
+MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello you"}]
+SHARED = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello you"}]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("field", [None, "messages"])
+@pytest.mark.parametrize("messages", [MESSAGES, SHARED], ids=["role", "from"])
+def test_chat_is_refused_by_name(kind: str, field: str | None, messages: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / f"a.{kind}", [{"messages": messages}])
+    with pytest.raises(
+        ValueError, match=rf"a\.{kind}, row 1.*'messages' holds chat messages, which are not supported yet.*--field"
+    ):
+        load_texts(path, field=field)
+    with pytest.raises(ValueError, match="'messages' holds chat messages"):
+        prompt_and_response({"messages": messages})
+
+
+@pytest.mark.parametrize("value", [42, 4.5, True, {"a": "b"}, [[1]], [7, 8], MESSAGES])
+def test_only_text_is_text(value: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}, {"question": "q", "answer": value}])
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 2: the field 'answer' holds"):
+        load_texts(path)
+    with pytest.raises(ValueError, match="the field 'answer' holds"):
+        prompt_and_response({"question": "q", "answer": value})
+    assert load_rows(path)[1]["answer"] == value
+    with pytest.raises(ValueError, match="the field 'completion' holds chat messages"):
+        prompt_and_response({"prompt": "p", "completion": MESSAGES})
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_half_a_surrogate_pair_is_no_text(kind: str, tmp_path: Path) -> None:
+    (tmp_path / f"a.{kind}").write_text('{"text": "fine"}\n{"text": "\\ud800"}\n')
+    with pytest.raises(ValueError, match=rf"a\.{kind}, row 2: the field 'text' is no valid Unicode"):
+        load_texts(tmp_path / f"a.{kind}")
 
 
 def test_a_missing_file_is_not_looked_for_elsewhere(tmp_path: Path) -> None:
@@ -102,6 +176,53 @@ def test_packing_lays_texts_end_to_end_and_masks_only_what_they_do_not_fill(toke
     assert ids[mask.bool()].tolist() == joined
     assert batches.tokens == len(joined) == int(mask.sum())
     assert mask[:-1].all()
+
+
+ENDS = {"none": ([], []), "bos": ([2], []), "bos and eos": ([2], [0]), "eos": ([], [0]), "bert": ([2, 4], [5])}
+
+
+def with_special_tokens(kind: str) -> Any:
+    """A tokenizer of bytes that puts special tokens around a text."""
+    special = ["<eos>", "<pad>", "<bos>", "<sep>", "[CLS]", "[SEP]"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    before, behind = ([special[i] for i in part] for part in ENDS[kind])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[*before, "$A", *behind], special_tokens=[(token, vocabulary[token]) for token in special]
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<pad>", bos_token="<bos>")
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_every_sample_begins_as_the_tokenizer_begins_a_text(kind: str) -> None:
+    tokenizer, (before, behind) = with_special_tokens(kind), ENDS[kind]
+    texts = ["", "abcdefghijk", "lm", "nopqrstu", ""]
+    assert tokenizer("ab")["input_ids"] == before + tokenizer("ab", add_special_tokens=False)["input_ids"] + behind
+    own = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts if text]
+    stream = [i for ids in own for i in ids + (behind or [0])]
+    room = 8 - len(before)
+    with pytest.warns(UserWarning, match="samples of 8 tokens"):
+        batches = PackedBatches(texts, tokenizer, samples=9, length=8, batch_size=2)
+    ids, mask = (torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "attention_mask"))
+    assert ids.shape == mask.shape == (-(-len(stream) // room), 8)
+    assert ids[:, : len(before)].tolist() == [before] * len(ids)
+    assert mask[:, : len(before) + 1].all()
+    assert ids[:, len(before) :][mask[:, len(before) :].bool()].tolist() == stream
+    assert batches.tokens == int(mask.sum())
+    few = PackedBatches(texts, tokenizer, samples=2, length=8)  # an exact fill, of the same tokens
+    assert torch.equal(few[0]["input_ids"], ids[:2])
+    assert few.tokens == 16
+    bare = PackedBatches(texts, tokenizer, samples=2, length=8, special_tokens=False)
+    assert bare[0]["input_ids"].reshape(-1).tolist() == [i for ids in own for i in [*ids, 0]][:16]
+
+
+def test_special_tokens_leave_room_for_text() -> None:
+    with pytest.raises(ValueError, match="length must exceed the 2 special tokens that begin a sample, not 2"):
+        PackedBatches(["abc"], with_special_tokens("bert"), length=2)
+    assert PackedBatches(["abc"], with_special_tokens("bert"), samples=3, length=3)[0]["input_ids"].tolist() == [
+        [2, 4, i] for i in with_special_tokens("none")("abc")["input_ids"]
+    ]
 
 
 def test_packing_stops_at_the_samples_asked_for(tokenizer: Any) -> None:

@@ -1,0 +1,208 @@
+"""Rows of data files and hub data sets, and texts of rows. What cannot be read is a `ValueError` naming file and row."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nullspace.schema import shown
+
+Row = Mapping[str, Any]
+TEXTS = (".txt", ".md")
+# Pairs of fields that are joined into one text where `field` is not given; the first of them that all are present wins.
+KNOWN_FIELDS = (
+    ("text",),
+    ("question", "answer"),
+    ("instruction", "input", "output"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("problem", "solution"),
+    ("content",),
+)
+# Of chat messages, and of their older form.
+_MESSAGE_FIELDS = (("role", "content"), ("from", "value"))
+NO_CHAT = "chat messages, which are not supported yet: give a field that holds plain text (field / --field)"
+
+
+def check_is_there(path: Path) -> None:
+    """Raise `FileNotFoundError` if a path with a known ending is no regular file, `ValueError` for a file with another ending."""
+    kind = path.suffix.lower()
+    if kind in (*TEXTS, *_READERS):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file")
+    elif path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: data are read from files that end in {', '.join((*TEXTS, *_READERS))}")
+
+
+def rows_of(data: str | os.PathLike[str], split: str) -> Iterator[Row]:
+    """The rows of a file, or of a hub data set (`name` or `name:configuration`)."""
+    path = Path(data)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is not None:
+        yield from reader(path)
+        return
+    import datasets
+
+    name, _, configuration = str(data).partition(":")
+    yield from datasets.load_dataset(name, configuration or None, split=split, streaming=True)
+
+
+def paragraphs(path: Path) -> Iterator[str]:
+    """The parts of a text, which blank lines divide."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    return iter(text.replace("\r\n", "\n").split("\n\n"))
+
+
+def text_of(row: Row, field: str | None, where: str) -> str:
+    """The text of a row: one field, or several, joined by line breaks.
+
+    Args:
+        row: its fields hold text, or lists of texts, of which the first counts. None is no text.
+        field: names with commas between them; by default the first of `KNOWN_FIELDS` that are all there.
+        where: the row's place, for messages.
+
+    Raises:
+        ValueError: listing the fields, if one is missing; naming it, if it holds anything but text.
+    """
+    if field is not None:
+        names: tuple[str, ...] = tuple(name.strip() for name in field.split(","))
+    else:
+        names = next((known for known in KNOWN_FIELDS if all(name in row for name in known)), ())
+    missing = next((name for name in names if name not in row), None)
+    if not names or missing is not None:
+        what = f"no field {missing!r}" if missing else "no field that is known to be text"
+        raise ValueError(f"{where} has {what}; its fields are {fields_of(row)} (choose with field / --field)")
+    return "\n".join(part for part in (as_text(row, name, where) for name in names) if part)
+
+
+def as_text(row: Row, name: str, where: str) -> str:
+    """What one field says: text, the first of a list of texts, or nothing.
+
+    Raises:
+        ValueError: naming it, if it holds something else: numbers, objects and messages are not written out as text.
+    """
+    value = row[name]
+    if _is_chat(value):
+        raise ValueError(f"{where}: the field {name!r} holds {NO_CHAT}")
+    first = value
+    if isinstance(value, (list, tuple)):
+        first = value[0] if value else ""
+    if first is None:
+        return ""
+    if not isinstance(first, str):
+        kind = "a list of" if first is not value else "a value of type"
+        raise ValueError(
+            f"{where}: the field {name!r} holds {kind} {type(first).__name__} ({shown(value)}), which is no text: "
+            "write it as a string, or choose another field (field / --field)"
+        )
+    try:
+        first.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: the field {name!r} is no valid Unicode: {error}") from error
+    return first
+
+
+def fields_of(row: Row) -> str:
+    """The names of a row's fields, for messages, and which of them hold chat."""
+    chat = next((name for name, value in row.items() if _is_chat(value)), None)
+    return ", ".join(map(str, row)) + (f"; {chat!r} holds {NO_CHAT}" if chat is not None else "")
+
+
+def _is_chat(value: Any) -> bool:
+    """Whether this is a message or a list of messages: objects with role and content (or from and value)."""
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    return isinstance(first, Mapping) and any(all(name in first for name in names) for names in _MESSAGE_FIELDS)
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+                yield row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text, behind line {number}: {error}") from error
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """A list of objects (or of texts), one object, or several objects: one a line, or one behind the other."""
+    if _begins_with_an_object(path):
+        yield from _json_lines(path)
+        return
+    try:
+        found = _values(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as json: {error}") from error
+    if len(found) == 1 and isinstance(found[0], list):
+        found = [{"text": row} if isinstance(row, str) else row for row in found[0] if row is not None]
+    odd = [row for row in found if not isinstance(row, dict)]
+    if odd:
+        raise ValueError(f"{path} holds {shown(odd[0])}: a list of objects, or one object a line, is needed")
+    names = dict.fromkeys(name for row in found for name in row)
+    yield from ({name: row.get(name) for name in names} for row in found)
+
+
+def _begins_with_an_object(path: Path) -> bool:
+    """Whether the first line that is not blank is a whole JSON object: then every line is one, and they are read one by one."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            first = next((line for line in file if line.strip()), "")
+            return first.lstrip().startswith("{") and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _values(text: str) -> list[Any]:
+    """The JSON values that stand one behind the other in a text."""
+    found, decoder, blank = [], json.JSONDecoder(), re.compile(r"\s*")
+    at = blank.match(text).end()  # type: ignore[union-attr]
+    while at < len(text):
+        value, at = decoder.raw_decode(text, at)
+        at = blank.match(text, at).end()  # type: ignore[union-attr]
+        found.append(value)
+    return found
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    """Every value is text, as it stands in the file."""
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than the 128 KiB that are allowed by default
+    number = 1
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for row in csv.DictReader(file, strict=True):
+                if None in row:
+                    raise ValueError("it has more values than the first line has names")
+                yield row
+                number += 1
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as csv, row {number}: {error}") from error
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except Exception as error:  # pyarrow raises exceptions of many kinds for damaged files, and none of them names the file
+        raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet, ".csv": _csv}
