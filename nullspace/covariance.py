@@ -136,6 +136,7 @@ class Covariance:
         rows = torch.cat([matrix[i, : i + 1] for i in range(len(matrix))])
         assert isinstance(found._sums, GramSums)
         found._sums.triangle.set_rows(rows)
+        found._sums.count_rounding(matrix.dtype)
         found._tokens, found._mass = tokens, float(tokens)
         return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from nullspace import factors
 from nullspace.checks import FRACTION, NOT_NEGATIVE, POSITIVE, Range, check_integer, check_real
 from nullspace.covariance import Covariance
 from nullspace.covariances import Covariances
+from nullspace.directions import Directions
 from nullspace.factors import LowRank
 from nullspace.sites import weight_shape
 from nullspace.sitewise import Sitewise
@@ -37,6 +38,7 @@ class Sources:
         beta: see `nullspace.factors.sc_lora`.
         damping: see `nullspace.factors.corda`.
         seed: of random numbers (`"orthogonal"`), at least 0.
+        directions: takes note of layers whose data span too few of them.
     """
 
     spaces: NullSpaces | None = None
@@ -46,6 +48,7 @@ class Sources:
     beta: float = 0.5
     damping: float = factors.DAMPING
     seed: int = 0
+    directions: Directions = field(default_factory=Directions, compare=False)
 
     def of_model(self) -> Iterator[Sitewise]:
         """All that was computed for a certain model."""
@@ -114,13 +117,27 @@ def _b_zero(layer: Layer, given: Sources) -> LowRank:
     return factors.b_zero(_basis(layer, given), layer.d_out, rank=layer.rank)
 
 
+def _moment(layer: Layer, given: Sources, known: Covariances | None, *, mode: str = "ipm") -> tuple[Covariance, torch.Tensor]:
+    """A layer's covariance and its matrix, whose directions are counted."""
+    covariance = _covariance(layer, known)
+    c = covariance.matrix()
+    given.directions.look_at(layer.name, covariance, layer.rank, c, spared=spared(mode, layer.d_out, layer.d_in, layer.rank))
+    return covariance, c
+
+
+def spared(mode: str, d_out: int, d_in: int, rank: int) -> int | None:
+    """How many directions CorDA's data may lack: `"kpm"` leaves r of the min(d_out, d_in) that a weight has to the adapter."""
+    return d_in - (min(d_out, d_in) - rank) if mode == "kpm" else None
+
+
 def _corda(layer: Layer, given: Sources, mode: str) -> LowRank:
-    c = _covariance(layer, given.covariances).matrix()
+    _, c = _moment(layer, given, given.covariances, mode=mode)
     return factors.corda(_weight(layer), c, rank=layer.rank, mode=mode, damping=given.damping)
 
 
 def _corda_exact(layer: Layer, given: Sources) -> LowRank:
-    return factors.corda_exact(_weight(layer), _covariance(layer, given.covariances).matrix(), rank=layer.rank)
+    _, c = _moment(layer, given, given.covariances, mode="kpm")
+    return factors.corda_exact(_weight(layer), c, rank=layer.rank)
 
 
 def _milora(layer: Layer, given: Sources) -> LowRank:
@@ -133,12 +150,14 @@ def _pissa(layer: Layer, given: Sources) -> LowRank:
 
 def _eva(layer: Layer, given: Sources) -> LowRank:
     covariance = _covariance(layer, given.covariances)
-    return factors.eva(covariance.matrix(), covariance.mean(), covariance.mass, layer.d_out, rank=layer.rank)
+    c, mean = covariance.matrix(), covariance.mean()
+    given.directions.look_at(layer.name, covariance, layer.rank, factors.centred(c, mean, covariance.mass))
+    return factors.eva(c, mean, covariance.mass, layer.d_out, rank=layer.rank)
 
 
 def _sc_lora(layer: Layer, given: Sources) -> LowRank:
-    plus, minus = _covariance(layer, given.covariances), _covariance(layer, given.preserve)
-    per_token = plus.matrix() / plus.mass, minus.matrix() / minus.mass
+    moments = [_moment(layer, given, known) for known in (given.covariances, given.preserve)]
+    per_token = [c / covariance.mass for covariance, c in moments]
     return factors.sc_lora(_weight(layer), *per_token, rank=layer.rank, beta=given.beta)
 
 

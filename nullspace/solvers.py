@@ -58,6 +58,8 @@ POLISHES = 4
 PAIR_TOLERANCE = 1e-13
 # Singular values from squares: how far apart the wanted ones may lie, and how near to singular a matrix may be that is inverted.
 SQUARE_LIMIT, NEARLY_SINGULAR = 1e5, 1e12
+# What rounding leaves of an eigenvalue that is zero, relative to the trace.
+ZERO_EIGENVALUE = 16 * torch.finfo(torch.float64).eps
 # Columns and steps of the search for what was missed.
 PROBES, PROBE_STEPS = 8, 4
 
@@ -243,6 +245,32 @@ def spectrum(c: torch.Tensor) -> torch.Tensor:
     """
     _check_symmetric(c)
     return torch.linalg.eigvalsh(c.to(torch.float64))
+
+
+def numerical_rank(c: torch.Tensor, noise: float = 0.0) -> tuple[int, int]:
+    """How many eigenvalues of a symmetric positive semi-definite matrix are certainly not zero, and how many may not be.
+
+    Args:
+        c: (d, d); taken in float64.
+        noise: ‖E‖ of what is not known of C.
+
+    Returns:
+        How many exceed the noise, and how many exceed what rounding in float64 leaves of zeros.
+
+    Cost: d³ / 3 flops if all do, a Cholesky decomposition; 4/3 · d³ more otherwise. 8 · d² bytes.
+
+    Raises:
+        ValueError: if `c` is not square or holds NaN or Inf.
+    """
+    d = _check_symmetric(c)
+    c = c.to(torch.float64)
+    least = ZERO_EIGENVALUE * float(c.diagonal().sum())
+    shifted = c.clone()
+    shifted.diagonal().sub_(max(noise, least))
+    if not int(torch.linalg.cholesky_ex(shifted).info):
+        return d, d
+    values = torch.linalg.eigvalsh(c)
+    return int((values > max(noise, least)).sum()), int((values > least).sum())
 
 
 def effective_rank(singular_values: torch.Tensor | np.ndarray) -> float:

@@ -22,6 +22,7 @@ from nullspace.checks import Range, check_integer, check_real
 from nullspace.covariance import Covariance
 from nullspace.covariances import Covariances
 from nullspace.decompose import decompose
+from nullspace.directions import Directions
 from nullspace.distributed import Job
 from nullspace.listening import precision_of
 from nullspace.progress import Progress, reporter
@@ -377,8 +378,8 @@ class NullSpaces(Sitewise[NullSpace]):
             ValueError: naming the site, if the rank does not fit it.
 
         Warns:
-            UserWarning: naming the sites that saw fewer than d_in + rank tokens, and those whose sums rounding has made too coarse
-                for their bases.
+            UserWarning: naming the sites that saw fewer than d_in + rank tokens, or whose tokens span fewer than d_in − rank
+                directions, and those whose sums rounding has made too coarse for their bases.
         """
         rank = check_integer("rank", rank, least=None)
         report_progress = reporter(progress)
@@ -405,7 +406,7 @@ class NullSpaces(Sitewise[NullSpace]):
                 'precision="fp64" or "qr", and keep them in float64.',
                 stacklevel=2,
             )
-        _warn_of_few_tokens(found)
+        _warn_of_few_directions(found)
         return cls(found, {name: weight for entry in covariances._entries for name, weight in entry.weights().items()})
 
 
@@ -632,7 +633,7 @@ def compute_null_spaces(
                 stacklevel=2,
             )
         if job.first:
-            _warn_of_few_tokens(spaces)
+            _warn_of_few_directions(spaces)
         if spread:
             bring_to_rest(model)
             job.exchange(None)
@@ -700,16 +701,28 @@ def check_rank(modules: Mapping[str, nn.Module], rank: int) -> None:
             )
 
 
-def _warn_of_few_tokens(spaces: list[NullSpace]) -> None:
+def _warn_of_few_directions(spaces: list[NullSpace]) -> None:
+    """One warning for sites with too few tokens, and for those whose tokens, however many, leave more than the basis untouched."""
     short = [s for s in spaces if s.tokens < s.site.d_in + s.rank]
+    directions = Directions()
+    for s in spaces:
+        # Of the eigenvalues maybe only the bottom is known: there may be still fewer directions. Where the sum is too coarse to
+        # tell zeros from small numbers, nothing is said.
+        is_exact = (1 + s.excess_estimate) * NO_LEAK <= FLOAT64_NOISE
+        is_zero = float(s.eigenvalues[-1]) <= solvers.ZERO_EIGENVALUE * s.trace
+        lacks = s.tokens >= s.site.d_in + s.rank and is_exact and is_zero
+        directions.add(s.site.name, s.site.d_in - (s.nullity if lacks else 0), s.site.d_in - s.rank, s.site.d_in)
+    texts = [directions.text("a null space")]
     if short:
         needed = max(s.site.d_in + s.rank for s in short)
-        warnings.warn(
+        texts.insert(
+            0,
             f"{len(short)} of {len(spaces)} sites saw fewer tokens ({min(s.tokens for s in short)}) than d_in + rank ({needed} at "
             f"most): {_few_names(short)}. Part of their null space is only what these data did not show: use at least {needed} "
             "tokens.",
-            stacklevel=3,
         )
+    if any(texts):
+        warnings.warn(" ".join(filter(None, texts)), stacklevel=3)
 
 
 def _few_names(spaces: list[NullSpace]) -> str:

@@ -137,6 +137,11 @@ class GramSums(Sums):
         self._common_loss *= weight
         self._storage_loss *= weight
 
+    def count_rounding(self, dtype: torch.dtype) -> None:
+        """Take note that what is summed so far was kept in a dtype narrower than float64."""
+        if dtype != torch.float64:
+            self._storage_loss += torch.finfo(dtype).eps * self.triangle.norm()
+
     def state(self, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         rows = self.triangle.rows()
         narrow, lost = narrowed(rows, dtype)

@@ -28,9 +28,11 @@ from nullspace import solvers
 from nullspace.batches import evaluating, parameter_names
 from nullspace.covariance import Covariance
 from nullspace.decompose import decompose
+from nullspace.directions import Directions
 from nullspace.factors import CORDA_MODES, DAMPING, ZERO
 from nullspace.integrations.peft.layers import RESIDUAL_DTYPES, check_scaling, chosen_layers, rank_of
 from nullspace.listening import Listener, listening, refuse_silent
+from nullspace.methods import spared
 from nullspace.padding import Padding, PaddingReader, TokenRows
 from nullspace.progress import reporter
 from nullspace.sites import Site, is_conv1d, is_linear, weight_of, weight_shape
@@ -88,6 +90,9 @@ def preprocess_corda(
         ValueError: naming the layer or file: without a `corda_config`, for targets that match nothing, a rank that a weight does
             not have, weights that are quantised or not at hand, no `run_model` and no file, layers that were never called, NaN or
             Inf, and files that are damaged, or of other layers.
+
+    Warns:
+        UserWarning: naming layers whose data span too few directions.
     """
     options = lora_config.corda_config
     if options is None:
@@ -117,7 +122,7 @@ def preprocess_corda(
         if from_file and sums is not None
         else _run(targets, lora_config, run_model, model if hooked_model is None else hooked_model, parity)
     )
-    done = 0
+    done, directions = 0, Directions()
     kept: dict[str, torch.Tensor] = {}
     report("corda", 0, len(targets), 0)
 
@@ -127,6 +132,9 @@ def preprocess_corda(
             c /= covariance.tokens
         wanted = (not from_file and sums is not None) or not options.prune_temporary_fields
         as_found = c.float() if wanted else None
+        for name in site.members:
+            rest = spared(mode, *weight_shape(targets[name]), ranks[name])
+            directions.look_at(name, covariance, ranks[name], c, spared=rest)
         c.diagonal().add_(DAMPING * c.diagonal().mean())
         return {name: _eigens(targets[name], c, ranks[name], mode) for name in site.members}, as_found
 
@@ -138,6 +146,7 @@ def preprocess_corda(
                 kept[name] = as_found
         done += len(found)
         report("corda", done, len(targets), 0)
+    directions.warn(f"corda_method={mode!r}", stacklevel=3)
     if not options.prune_temporary_fields:
         for name, layer in targets.items():
             fields: Any = layer
@@ -275,7 +284,10 @@ def _read_covariances(path: Path, targets: Mapping[str, nn.Module]) -> Iterator[
         by_storage.setdefault((found[name].data_ptr(), d_in), []).append(name)
     for (_, d_in), names in by_storage.items():
         device = weight_of(targets[names[0]]).device
-        yield Site(tuple(names), d_in), Covariance.from_matrix(found[names[0]].to(device))
+        yield (
+            Site(tuple(names), d_in),
+            Covariance.from_matrix(found[names[0]].to(device), tokens=d_in),
+        )  # how many, the file does not say
 
 
 def _read_cache(path: Path, targets: Mapping[str, nn.Module], ranks: Mapping[str, int]) -> dict[str, CordaEigens]:

@@ -35,6 +35,7 @@ from torch import nn
 from nullspace import factors, solvers
 from nullspace.batches import evaluating, length
 from nullspace.covariance import Covariance
+from nullspace.directions import Directions, noise_of
 from nullspace.integrations.peft.layers import check_scaling, chosen_layers, rank_of
 from nullspace.listening import Listener, listening, refuse_silent
 from nullspace.padding import Padding, PaddingReader, TokenRows
@@ -99,6 +100,9 @@ def get_eva_state_dict(
             padding that cannot be located; after it, for an empty dataloader, and naming the layer, if it was never called, if
             all its tokens are masked, if it had too few tokens for its components, and if its inputs do not vary.
         TypeError: with the defaults, for a batch that is no mapping.
+
+    Warns:
+        UserWarning: naming layers that get more components than their data have.
     """
     config, eva = _config_of(model, peft_config, adapter_name)
     check_scaling(config)
@@ -124,6 +128,10 @@ def get_eva_state_dict(
         _check_same_everywhere([site for site, _ in sites])
     of = _components_of_layers(sites, ranks, eva, gather)
     given = _distribute(of, ranks)
+    directions = Directions()
+    for name, components in of.items():
+        directions.add(name, components.varying, given[name], components.vectors.shape[1])
+    directions.warn("EVA", stacklevel=3)
     return {name: _factor(name, of[name], given[name], whiten=eva.whiten, device=device) for name in layers}
 
 
@@ -304,6 +312,8 @@ class _Components(NamedTuple):
     """(k,), descending."""
     shares: torch.Tensor
     """(k,), of the whole variance."""
+    varying: int
+    """How many of them vary by more than rounding."""
 
 
 class _Settled:
@@ -369,10 +379,11 @@ def _components_of(site: Site, covariance: Covariance, wanted: int, gather: bool
     variance = c_centred.trace()
     if not bool(variance > NO_VARIANCE[covariance.products] * c.trace()):
         raise ValueError(f"the inputs of {site.name!r} are all the same: there is no variance to explain")
+    noise = max(noise_of(covariance), solvers.ZERO_EIGENVALUE * float(c.trace()))
     del c
     values, vectors = solvers.top_eigenpairs(c_centred, k)
     values = values.clamp(min=0)
-    return _Components(vectors.mT, values, values / variance)
+    return _Components(vectors.mT, values, values / variance, int((values > noise).sum()))
 
 
 def _distribute(components: Mapping[str, _Components], ranks: Mapping[str, int]) -> dict[str, int]:

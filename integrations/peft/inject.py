@@ -110,6 +110,9 @@ def inject_adapters(
             is out of reach, or a weight that cannot be read or changed (and which method or `residual` would do). The model is then
             as it was. Of several processes all raise what is wrong on one. For a model that is split by tensor parallelism.
         TypeError: if the config is not a `LoraConfig`, or the model already is a `PeftModel`.
+
+    Warns:
+        UserWarning: naming layers whose data (`covariances`, `preserve`) span fewer directions than the method needs.
     """
     job = Job() if is_spread(model) else Job.alone()
     with job.telling():
@@ -166,6 +169,8 @@ def _inject(
     if freeze_a:
         freeze_layers(layers, adapter_name)
     peft_model.nullspace_residual = place
+    if job.first:
+        given.directions.warn(f"method {method!r}", stacklevel=3)
     return peft_model
 
 

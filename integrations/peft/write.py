@@ -175,6 +175,7 @@ def _write(
                 tokenizer.save_pretrained(part / "base")
             store.write_manifest(part, "init", {"model": original, **record})
         report("adapters", done, len(layers), 0)
+    given.directions.warn(f"method {method!r}", stacklevel=3)
     job.exchange(None)
     return out
 
