@@ -27,21 +27,18 @@ def _silent(stage: str, done: int, total: int | None, tokens: int) -> None:
 
 
 class _Bars:
-    """One tqdm bar a stage; a stage ends when the next one begins or its last step is done."""
+    """One tqdm bar a stage, closed with its last step. Stages that take turns share a line until one of them is done."""
 
     def __init__(self) -> None:
-        self._bar: tqdm | None = None
-        self._stage = ""
+        self._open: dict[str, tqdm] = {}
 
     def __call__(self, stage: str, done: int, total: int | None, tokens: int) -> None:
-        if stage != self._stage or self._bar is None:
-            if self._bar is not None:
-                self._bar.close()
-            self._stage, self._bar = stage, tqdm(total=total, desc=stage)
-        self._bar.update(done - self._bar.n)
-        seconds = self._bar.format_dict["elapsed"]
+        if stage not in self._open:
+            self._open[stage] = tqdm(total=total, desc=stage, position=0)
+        bar = self._open[stage]
+        bar.update(done - bar.n)
+        seconds = bar.format_dict["elapsed"]
         if tokens and seconds > 0:
-            self._bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s")
+            bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s")
         if done == total:
-            self._bar.close()
-            self._bar, self._stage = None, ""
+            self._open.pop(stage).close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
 import time
 import warnings
@@ -16,7 +17,8 @@ from terminal import COLUMNS, terminal
 from tqdm import tqdm
 from typer.testing import CliRunner
 
-from nullspace import demo
+from models import random_batches, tiny
+from nullspace import compute_null_spaces, demo
 from nullspace.cli import app
 from nullspace.integrations import transformers as loading
 
@@ -116,6 +118,14 @@ def test_what_the_demo_says_stands_between_its_bars(tmp_path: Path, monkeypatch:
     assert lines[3] == "30 layers have 16 inputs."
     assert lines[4].startswith("saving ")
     assert lines[5:] == ["The adapter trains little.", answer[:COLUMNS], answer[COLUMNS:]]
+
+
+@pytest.mark.parametrize("strategy", ["resident", "layerwise"])
+def test_the_bars_of_python_are_one_a_stage(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as screen:
+        compute_null_spaces(tiny("llama"), random_batches(), rank=4, strategy=strategy)
+        print("done")
+    assert [re.sub(r": 100%.*", "", line) for line in screen.lines if line] == ["forward", "null spaces", "done"]
 
 
 def test_an_error_stands_below_the_bars(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
