@@ -7,8 +7,6 @@ import functools
 import itertools
 import logging
 import os
-import shutil
-import tempfile
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from nullspace.blocks import marked_blocks
 from nullspace.checks import check_device, check_integer
 from nullspace.integrations.rows import KNOWN_FIELDS, TEXTS, as_text, check_is_there, fields_of, paragraphs, rows_of, text_of
+from nullspace.locks import TemporaryFolder
 from nullspace.sites import is_linear
 
 
@@ -184,18 +183,20 @@ def _load_offloaded(
         raise ValueError(f"{name} is quantised, and its weights are unpacked while it is loaded: load it whole")
     model_class = _model_class(config)
     placed = offload_map(empty_model(name, dtype=dtype), device)
-    temporary = tempfile.mkdtemp(prefix="nullspace-") if folder is None else None
+    temporary = TemporaryFolder() if folder is None else None
     try:
         with _one_file_at_a_time(), _without_chatter():
-            model = model_class.from_pretrained(name, dtype=dtype, device_map=placed, offload_folder=str(temporary or folder))
+            model = model_class.from_pretrained(
+                name, dtype=dtype, device_map=placed, offload_folder=str(temporary.path if temporary else folder)
+            )
     except BaseException:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.delete()
         raise
-    if temporary is not None and not os.listdir(temporary):
-        os.rmdir(temporary)
+    if temporary is not None and not os.listdir(temporary.path):
+        temporary.delete()
     elif temporary is not None:
-        weakref.finalize(model, shutil.rmtree, temporary, ignore_errors=True)
+        weakref.finalize(model, temporary.delete)
     return model.eval(), AutoTokenizer.from_pretrained(name)
 
 

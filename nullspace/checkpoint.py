@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from nullspace import store
+from nullspace import locks, store
 from nullspace.distributed import Job
 from nullspace.parts import is_sharded, shape_of
 from nullspace.schema import an_object, check_fields, list_of, map_of, text
@@ -42,6 +42,8 @@ RUN = "run.json"
 _FILE = re.compile(r"[0-9]{5,}")
 _RECORD_FIELDS = {"facts": an_object(), "tensors": map_of(text())}
 _FACTS_FIELDS = {"members": list_of(text(), least=1, distinct=True)}
+COVARIANCES = "covariances"  # where the command line's `init` keeps them until its adapter is written
+_OWN = re.compile(r"run\.json(\.[0-9]+)?(\.part)?|[0-9]{5,}\.safetensors(\.part)?")
 
 
 class Checkpoint:
@@ -58,22 +60,24 @@ class Checkpoint:
     """
 
     def __init__(self, directory: str | os.PathLike[str], run: Mapping[str, Any], job: Job | None = None) -> None:
-        self._directory = Path(directory)
+        self._directory = Path(directory).absolute()
         self._run = dict(run)
         self._job = job or Job.alone()
         self._numbers: dict[str, int] = {}
+        self._lock, self._held = contextlib.ExitStack(), False
         self._begun = (self._directory / RUN).exists()
         if self._begun:
             _compare(self._directory / RUN, self._run)
-        elif self._directory.is_dir() and any(not p.name.endswith(".part") for p in self._directory.iterdir()):
-            raise FileExistsError(f"{self._directory} has files but no {RUN}: it is no checkpoint of nullspace")
+        else:
+            check_place(self._directory)
 
     def load(
         self, check: Callable[[dict[str, Any], dict[str, torch.Tensor]], object] | None = None
     ) -> Iterator[tuple[dict[str, Any], Callable[..., dict[str, torch.Tensor]]]]:
         """What was kept, in the order in which it was first kept: facts, and what reads the tensors (all, or those named).
 
-        Every file is compared with its digests first, a share of them by each process. To be drawn to its end before `keep`.
+        Every file is compared with its digests first, a share of them by each process. To be drawn to its end
+        before `hold` and `keep`.
 
         Args:
             check: of facts and tensors: raises `ValueError` for what cannot be this run's.
@@ -124,6 +128,25 @@ class Checkpoint:
         """Site → number of its file, as far as this process knows. Processes tell each other, by `update`, what they have kept."""
         return self._numbers
 
+    def hold(self) -> None:
+        """Lock the directory, until `close`: before sites are computed that are to be kept. Several processes share the lock.
+
+        Raises:
+            FileExistsError: naming it, if another run writes to it, or has since `load`.
+        """
+        if self._held:
+            return
+        self._lock.enter_context(self._job.locked(self._directory))
+        self._held = True
+        there = {int(path.stem) for path in self._directory.glob("*.safetensors") if _FILE.fullmatch(path.stem) and path.is_file()}
+        if self._job.first and there != set(self._numbers.values()):
+            raise locks.Busy(f"another run has written to {self._directory} in the meantime; start again, to go on behind it")
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.close()
+        self._held = False
+
     def keep(self, site: str, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Write one site, in the place of what there was of it.
 
@@ -151,6 +174,38 @@ class Checkpoint:
         part.write_text(store.sealed(self._run), encoding="utf-8")
         _make_real(part, self._directory / RUN)
         self._begun = True
+
+
+def check_place(directory: Path) -> None:
+    """Whether a directory is a run's checkpoint, or can become one since it is empty or does not exist.
+
+    Raises:
+        FileExistsError: if it is something else.
+        ValueError: if its `run.json` is damaged, or not ours.
+    """
+    if os.path.lexists(directory / RUN):
+        _read_run(directory / RUN)
+    elif os.path.lexists(directory) and not (
+        directory.is_dir() and all(path.name.endswith((".part", locks.SUFFIX)) for path in directory.iterdir())
+    ):
+        raise FileExistsError(f"{directory} is in the way: it is no checkpoint of nullspace (it has no {RUN}); move it")
+
+
+def sites_in(directory: Path) -> int:
+    """How many finished sites a checkpoint holds; 0 if there is none."""
+    return len(list(directory.glob("*.safetensors"))) if (directory / RUN).is_file() else 0
+
+
+def delete(directory: Path) -> None:
+    """Delete what runs have kept in a checkpoint. Files of other origin stay, and the directory with them."""
+    if not directory.is_dir():
+        return
+    store.delete_directory(directory / COVARIANCES)
+    own = [path for path in directory.iterdir() if _OWN.fullmatch(path.name) and path.is_file()]
+    for path in sorted(own, key=lambda path: path.name == RUN):  # by which it is known, last
+        path.unlink()
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 @contextlib.contextmanager
@@ -238,13 +293,17 @@ def fingerprint_of_run(
     }
 
 
-def _compare(path: Path, run: dict[str, Any]) -> None:
+def _read_run(path: Path) -> dict[str, Any]:
     try:
-        known = store.read_sealed(path)
+        return store.read_sealed(path)
     except ValueError as error:
         raise ValueError(
             f"{error}. Without it, nothing in {path.parent} can be used: delete that, or give another directory"
         ) from error
+
+
+def _compare(path: Path, run: dict[str, Any]) -> None:
+    known = _read_run(path)
     ours = json.loads(json.dumps(run))
     if known == ours:
         return

@@ -1,7 +1,7 @@
 """The command line: `nullspace init | compute | covariances | merge | inspect | report | export | plan | demo`.
 
 What a person reads goes to standard output as tables, or with `--json` as one JSON document; progress and warnings go to standard
-error. Exit codes: 0 done, 1 the machine failed (disk, memory), 2 the input was wrong, 130 interrupted.
+error. Exit codes: 0 done, 1 the machine failed (disk, memory), 2 the input was wrong, 130 interrupted, 143 ended by SIGTERM.
 
 Under `torchrun`, `init`, `compute` and `covariances` calibrate together; the first process prints and writes what is one thing.
 """
@@ -15,7 +15,6 @@ import inspect as inspection
 import json
 import os
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -31,8 +30,9 @@ try:
 except ImportError as error:
     raise SystemExit(f"the command line needs more packages: pip install 'nullspace-lora[cli]' ({error})") from None
 
-from nullspace import console, failures, options, store, tables
+from nullspace import checkpoint, console, failures, options, store, tables
 from nullspace.console import Bars, stderr, stdout
+from nullspace.interrupts import Ended, signals_as_exceptions
 from nullspace.options import parse_adapters, parse_targets, parse_weights
 from nullspace.shards import parse_shard, what_is_missing
 
@@ -50,6 +50,8 @@ app = typer.Typer(
 )
 MINUTES = 30.0  # that one process waits for the others: of an eigenproblem that only one of them has, for instance
 _documents: list[str] = []  # what `--json` is to print
+_reservations = contextlib.ExitStack()  # what the command holds until it ends
+_kept: list[Path] = []  # the checkpoint of the calibration that is under way
 
 Model = Annotated[str, typer.Argument(help="Hub name, folder, or .gguf file.")]
 Data = Annotated[
@@ -124,16 +126,18 @@ def _exits(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(context: typer.Context, debug: bool, **values: Any) -> None:
         stdout.quiet = stderr.quiet = _is_one_of_several() and not _is_rank_zero()
-        reported = functools.partial(_reported, failures.debugging(debug or bool(context.obj)))
-        with console.captured():
+        reported = functools.partial(_reported, failures.debugging(debug or bool(context.obj)), bool(values.get("fresh")))
+        with console.captured(), signals_as_exceptions():
             with reported():
                 options.check(command.__name__, values, [name for name in values if _was_given(context, name)])
             with _joined(command.__name__, values.get("timeout", MINUTES)) as takes_part, reported():
                 if not takes_part:
                     return
                 _documents.clear()
+                _kept.clear()
                 # Whatever other libraries print (DeepSpeed's log, on import) is no part of the document.
-                with contextlib.redirect_stdout(sys.stderr) if values.get("as_json") else contextlib.nullcontext():
+                elsewhere = contextlib.redirect_stdout(sys.stderr) if values.get("as_json") else contextlib.nullcontext()
+                with elsewhere, _reservations:
                     command(**values)
                 while _documents:
                     typer.echo(_documents.pop(0))
@@ -156,13 +160,14 @@ def _was_given(context: typer.Context, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _reported(debug: bool) -> Iterator[None]:
+def _reported(debug: bool, fresh: bool) -> Iterator[None]:
     """Turn what is raised inside into a line and an exit code; with `debug`, print the traceback first."""
     try:
         yield
-    except KeyboardInterrupt:
-        stderr.print("interrupted; the same command goes on where this one was")
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, Ended) as ended:
+        how, code = (f"ended by {ended.name}", ended.exit_code) if isinstance(ended, Ended) else ("interrupted", 130)
+        stderr.print(how + _what_is_kept(fresh), soft_wrap=True)
+        raise typer.Exit(code) from None
     except typer.Exit:
         raise
     except Exception as error:
@@ -171,6 +176,15 @@ def _reported(debug: bool) -> Iterator[None]:
         verdict = failures.judge(error)
         _say(error, verdict)
         raise typer.Exit(verdict.exit_code) from None
+
+
+def _what_is_kept(fresh: bool) -> str:
+    """What the message of an interruption says of the checkpoint; nothing if this command has none."""
+    sites = sum(checkpoint.sites_in(directory) for directory in _kept)
+    if not sites:
+        return ""
+    command = "the same command without --fresh" if fresh else "the same command"
+    return f"; {_kept[0]} has {sites} finished sites, and {command} goes on behind them"
 
 
 TOGETHER = ("init", "compute", "covariances")
@@ -206,6 +220,11 @@ def _linger(*_: Any) -> None:
     """`torchrun` ends everybody as soon as one is lost: stay long enough to say who, and where that was."""
 
     def end(*_: Any) -> None:
+        signal.signal(signal.SIGALRM, die)  # if what it waits for then does not end
+        signal.alarm(LINGERING)
+        raise Ended(signal.SIGTERM)
+
+    def die(*_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -311,7 +330,7 @@ def init(
         raise ValueError(f"{method!r} needs --preserve")
     if data is None and not _is_first():
         return
-    store.check_free(out, overwrite=overwrite)
+    _reserve(out, overwrite, calibrates=data is not None)
     avoided = _row_spaces(avoid)
     kept = None if covariances is None else Covariances.load(covariances, partial=partial)
     preserved = None if preserve is None else Covariances.load(preserve, partial=partial)
@@ -326,7 +345,7 @@ def init(
             if "spaces" in needs:
                 found = _compute(loaded, batches, run, rank, spectrum, avoided, out, fresh, progress)
             else:
-                kept = _accumulate(loaded, batches, run, "float64", _beside(out, "covariances"), out, fresh, True, progress)
+                kept = _accumulate(loaded, batches, run, "float64", None, out, fresh, True, progress)
             if not _is_first():
                 return
         elif "spaces" in needs and found is None:
@@ -372,8 +391,7 @@ def init(
     if not (as_json or quiet):
         stdout.print(_next_steps(out, model, residual=METHODS[method].changes_base), highlight=False, soft_wrap=True)
     if data is not None:  # until now, several processes' null spaces were read from there
-        for what in ("checkpoint", "covariances"):
-            shutil.rmtree(_beside(out, what), ignore_errors=True)
+        checkpoint.delete(_checkpoint_of(out))
 
 
 @app.command()
@@ -415,7 +433,7 @@ def compute(
         raise ValueError("--covariances needs neither MODEL nor --data: leave them out")
     if data is None and not _is_first():
         return
-    store.check_free(out, overwrite=overwrite)
+    _reserve(out, overwrite, calibrates=covariances is None)
     avoided = _row_spaces(avoid)
     with _bars(quiet) as progress:
         if covariances is not None:
@@ -433,7 +451,7 @@ def compute(
     source = str(covariances) if covariances is not None else data
     _show(found, as_json, quiet, {"out": str(out), "model": model, "data": source, "seconds": time.perf_counter() - began})
     if covariances is None:
-        shutil.rmtree(_beside(out, "checkpoint"), ignore_errors=True)
+        checkpoint.delete(_checkpoint_of(out))
 
 
 @app.command()
@@ -467,7 +485,7 @@ def covariances(
 ) -> None:
     """Keep the second moments themselves, for any method and rank later, or to be merged with those of other data."""
     began = time.perf_counter()
-    store.check_free(out, overwrite=overwrite)
+    _reserve(out, overwrite, calibrates=True)
     part = None if shard is None else parse_shard(shard)
     with _bars(quiet) as progress:
         loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, None, length, progress)
@@ -476,7 +494,7 @@ def covariances(
         found = _accumulate(loaded, batches, run, keep, out, out, fresh, overwrite, progress, shard=part)
     if not _is_first():
         return
-    shutil.rmtree(_beside(out, "checkpoint"), ignore_errors=True)
+    checkpoint.delete(_checkpoint_of(out))
     facts = {"out": str(out), "model": model, "data": data, "seconds": time.perf_counter() - began}
     _show_covariances(found, as_json, quiet, facts)
 
@@ -503,7 +521,7 @@ def merge(
 
     from nullspace import Covariances
 
-    store.check_free(out, overwrite=overwrite)
+    _reserve(out, overwrite)
     factors = None if weights is None else parse_weights(weights)
     loaded = [Covariances.load(run, partial=True) for run in runs]
     found = Covariances.merge(loaded, weights=factors, normalise=normalise, partial=partial)
@@ -561,7 +579,7 @@ def report(
     layers = covariances is not None or spaces is not None or bool(adapter)
     if not layers and study is None:
         raise ValueError("give at least one of --covariances, --spaces, --adapter and --study")
-    pages.check_free(out, overwrite=overwrite)
+    _reservations.enter_context(store.reserved(out, pages.is_page, overwrite=overwrite))
     studied = None if study is None else fronts.read_study(study / fronts.RESULTS if study.is_dir() else study)
     parts = [] if studied is None else pages.study_sections(studied)
     named = parse_adapters(adapter or [])
@@ -613,6 +631,7 @@ def export(
     """A trained adapter as a plain LoRA for the untouched base: rank r where A was frozen, 2r otherwise."""
     from nullspace.integrations.peft import export_lora
 
+    _reserve(out, overwrite)
     export_lora(trained, initial, out, base=base, overwrite=overwrite)
     found = store.read_manifest(out, "export")
     facts = {"base": found["model"], **{name: found[name] for name in ("rank", "alpha", "max_lora_rank", "holds")}}
@@ -694,6 +713,7 @@ def demo(
     """The whole walk on a real language model, without a network: SmolLM2-135M, calibrated on Python's own documentation."""
     from nullspace.demo import run
 
+    _reserve(out, overwrite)
     with _bars() as progress:
         run(out, rank=rank, overwrite=overwrite, say=progress.say, progress=progress)
 
@@ -779,10 +799,35 @@ class _Run(NamedTuple):
     precision: str
 
 
-def _beside(out: Path, what: str) -> Path:
+def _checkpoint_of(out: Path) -> Path:
     """Where a run keeps what it has finished, beside what it is going to write."""
     out = Path(os.path.abspath(out))
-    return out.with_name(f"{out.name}.{what}")
+    return out.with_name(f"{out.name}.checkpoint")
+
+
+def _reserve(out: Path, overwrite: bool, *, calibrates: bool = False) -> None:
+    """Until the command ends, no other run writes to OUT: what is in the way of OUT and of its checkpoint is known before any work.
+
+    Of several processes that calibrate together, the first one holds OUT; what it finds is raised by all.
+    """
+    from nullspace.distributed import Job
+
+    job = Job() if calibrates else Job.alone()
+    with job.telling():
+        if job.first:
+            _reservations.enter_context(store.reserved(out, overwrite=overwrite))
+            if calibrates:
+                checkpoint.check_place(_checkpoint_of(out))
+    job.exchange(None)
+
+
+def _begin_checkpoint(out: Path, fresh: bool) -> Path:
+    """The checkpoint for the calibration that begins now, without what an earlier run has kept if it is to be fresh."""
+    directory = _checkpoint_of(out)
+    if fresh and _is_first():
+        checkpoint.delete(directory)
+    _kept.append(directory)
+    return directory
 
 
 def _row_spaces(adapters: list[Path] | None) -> dict[str, Any] | None:
@@ -806,9 +851,7 @@ def _compute(
 ) -> NullSpaces:
     from nullspace import compute_null_spaces
 
-    kept = _beside(out, "checkpoint")
-    if fresh:
-        shutil.rmtree(kept, ignore_errors=True)
+    kept = _begin_checkpoint(out, fresh)
     if avoid is not None:  # an earlier adapter may have been on more layers
         avoid = {name: rows for name, rows in avoid.items() if name in run.targets}
     return compute_null_spaces(
@@ -821,7 +864,7 @@ def _accumulate(
     batches: Any,
     run: _Run,
     keep: str,
-    into: Path,
+    into: Path | None,
     out: Path,
     fresh: bool,
     overwrite: bool,
@@ -833,13 +876,11 @@ def _accumulate(
 
     from nullspace import compute_covariances
 
-    kept = _beside(out, "checkpoint")
-    if fresh:
-        shutil.rmtree(kept, ignore_errors=True)
+    kept = _begin_checkpoint(out, fresh)
     return compute_covariances(
         model,
         batches,
-        into,
+        into or kept / checkpoint.COVARIANCES,
         **run._asdict(),
         dtype=getattr(torch, keep),
         shard=shard,

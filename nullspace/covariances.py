@@ -6,6 +6,7 @@ data later, other machines and other corpora are a sum.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 
 from nullspace.checkpoint import Checkpoint, check_site, fingerprint_of_run, hash_data
 from nullspace.covariance import DTYPES, FIELDS, Covariance, check_state
-from nullspace.distributed import Job
+from nullspace.distributed import Job, written_once
 from nullspace.progress import Progress, reporter
 from nullspace.schema import Field, an_object, list_of, optional
 from nullspace.sharded import prepare
@@ -24,7 +25,7 @@ from nullspace.shards import Shards, joined, what_is_missing
 from nullspace.shares import part_of
 from nullspace.sites import Site, find_targets
 from nullspace.sitewise import Entry, Sitewise, Weights, weights_of, write_sites
-from nullspace.store import check_free, new_directory, same_fingerprint
+from nullspace.store import new_directory, reserved, resolved, same_fingerprint
 from nullspace.stream import check_options, resolve_strategy, stream_covariances
 
 
@@ -82,6 +83,8 @@ class Covariances(Sitewise[Covariance]):
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False, dtype: torch.dtype = torch.float64) -> None:
         """Write a directory: `nullspace.json` and one safetensors file a site, of its lower triangle. Whole or not at all.
 
+        In a process group, one process may call this, or all of them: then one writes, and the others return when it has.
+
         Args:
             directory: must not exist yet, or be empty.
             overwrite: replace an earlier directory of ours.
@@ -90,13 +93,17 @@ class Covariances(Sitewise[Covariance]):
 
         Raises:
             ValueError: for another dtype, or one that the sums do not fit.
-            FileExistsError: if the directory is in the way.
-            OSError: if it cannot be written; then nothing is left behind.
+            FileExistsError: if the directory is in the way, or another run is writing to it.
+            OSError: if it cannot be written; then nothing is left behind. All errors of one process are raised by all that call.
         """
         check_dtype(dtype)
-        with new_directory(directory, overwrite=overwrite) as part:
-            sites = ((each.site, *each.value().state(dtype), each.weights()) for each in self._entries)
-            write_sites(part, self.KIND, sites, content=_account(self.shards))
+
+        def write() -> None:
+            with new_directory(directory, overwrite=overwrite) as part:
+                sites = ((each.site, *each.value().state(dtype), each.weights()) for each in self._entries)
+                write_sites(part, self.KIND, sites, content=_account(self.shards))
+
+        written_once(directory, write)
 
     @classmethod
     def merge(
@@ -224,16 +231,18 @@ def compute_covariances(
         ValueError: as `nullspace.stream_covariances`; for a checkpoint of another run, or whose `run.json` is damaged; and for a
             shard that does not exist, or has no batch, or is asked for with a loader that can be read only once or is a share
             already.
-        FileExistsError: if `out` is in the way.
+        FileExistsError: if `out` is in the way, or another run is writing to it or to `checkpoint`.
         OSError: if it cannot be written; then nothing is left behind.
 
     Warns:
         UserWarning: naming file and site, for a damaged file of the checkpoint: its site is computed again.
     """
     job = job or Job()
-    with job.telling():
+    with job.telling(), contextlib.ExitStack() as held:
         check_dtype(dtype)
-        check_free(out, overwrite=overwrite)
+        out = resolved(out)
+        if job.first:
+            held.enter_context(reserved(out, overwrite=overwrite))
         if not isinstance(targets, str):
             targets = list(targets)
         check_options(strategy, precision, hidden_states, device)
@@ -255,6 +264,7 @@ def compute_covariances(
             run = fingerprint_of_run(model, loader, modules, settings, job)
             job.check_same(**run)
             kept = Checkpoint(checkpoint, run, job)
+            held.callback(kept.close)
         report = reporter(progress, bars=job.first)
         if spread:
             job.exchange(None)
@@ -274,6 +284,8 @@ def compute_covariances(
             left = [name for name in modules if name not in done]
             if not left:
                 return
+            if kept is not None:
+                kept.hold()
             stream = stream_covariances(
                 model,
                 loader,

@@ -12,11 +12,11 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nullspace.locks import temporary_folder
 from nullspace.progress import Progress
 
 QUESTION = "What is the capital of France? Answer in one sentence."
@@ -90,7 +90,7 @@ def run(
     say(f"{out}/adapter trains {trainable:,} of {total:,} parameters; {out}/base is the residual model.")
 
     say("A fresh process with transformers and PEFT, and without nullspace, loads both:")
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         reference = os.path.join(folder, "reference.safetensors")
         save_file({"input_ids": probe.cpu(), "logits": logits.cpu().contiguous()}, reference)
         done = subprocess.run(

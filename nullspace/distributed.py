@@ -25,9 +25,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
+import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +40,7 @@ from torch import nn
 from nullspace import store
 from nullspace.covariance import Covariance
 from nullspace.listening import Listener
+from nullspace.locks import Busy, locked
 from nullspace.shares import Share
 from nullspace.sites import Site
 
@@ -54,6 +57,8 @@ KINDS: tuple[type[Exception], ...] = (
     RuntimeError,
 )
 EMPTY = "the loader is empty: there is nothing to calibrate on"
+# Seconds in which a process that has acquired a lock says so to its group, and in which all machines see what one has written.
+HANDOVER = 5.0
 # How long whoever has lost the others waits for them to answer the roll.
 ROLL_CALL = datetime.timedelta(seconds=5)
 
@@ -312,20 +317,19 @@ class Job:
     @contextlib.contextmanager
     def new_directory(self, out: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
         """`nullspace.store.new_directory`, of which every process writes a part, on a file system that all of them see."""
-        if self.count == 1:
-            with store.new_directory(out, overwrite=overwrite) as part:
-                yield part
-            return
         if self.first:
             with store.new_directory(out, overwrite=overwrite) as part:
-                self.exchange(None)
+                self.exchange(part)
                 yield part
                 self.exchange(None)
         else:
-            self.exchange(None)
-            yield store.part_of(out)
+            yield self.exchange(Path())[0]
             self.exchange(None)
         self.exchange(None)  # it has its name
+
+    def locked(self, place: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
+        """`nullspace.locks.locked`, by the first process for all."""
+        return locked(place) if self.first else contextlib.nullcontext()
 
     # ---- places
 
@@ -456,6 +460,65 @@ class Totals:
             self._job.wait(each)
             if each.own is not None:
                 self._here.append(each)
+
+
+_saves: dict[Path, int] = {}  # place → how often this process was asked to write it
+
+
+def written_once(out: str | os.PathLike[str], write: Callable[[], object]) -> None:
+    """Call what writes `out`, in one process of the default group if several call this.
+
+    All of them may call it, or any one. None waits for others to call it: the first to come holds the lock of `out` and writes;
+    those that come while it writes, or afterwards, return when it is done, or raise its error, with its rank. A process's n-th call
+    for one `out` is the n-th of every other process too. If the writing process dies, the next one writes.
+
+    Args:
+        out: the place.
+        write: writes it whole or not at all.
+
+    Raises:
+        FileExistsError: if a run outside of this group is writing there.
+        OSError: if a process of another machine has written, and `out` is not there on this one.
+    """
+    shared = _default_store() if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
+    if shared is None:
+        write()
+        return
+    place = store.resolved(out)
+    number = _saves[place] = _saves.get(place, 0) + 1
+    at_work, done = f"nullspace/writing/{place}", f"nullspace/written/{place}/{number}"
+    until = time.monotonic() + HANDOVER
+    while not shared.check([done]):
+        try:
+            with locked(place):
+                if not shared.check([done]):
+                    shared.set(at_work, "yes")
+                    shared.set(done, json.dumps(_outcome(write)))
+                    shared.set(at_work, "no")
+        except Busy:  # one of this group, if it says so; it may not have come to that yet
+            if shared.check([at_work]) and shared.get(at_work) == b"yes":
+                until = time.monotonic() + HANDOVER
+            elif time.monotonic() > until:
+                raise
+            time.sleep(0.02)
+    rank, host, kind, text = json.loads(shared.get(done))
+    if kind is not None:
+        raise _marked(KINDS[kind](f"rank {rank}: {text}"))
+    until = time.monotonic() + HANDOVER  # network file systems show what is new after a while
+    while host != socket.gethostname() and not place.exists():
+        if time.monotonic() > until:
+            raise OSError(f"{out} was written by rank {rank} on {host} and is not here: choose a place that all processes see")
+        time.sleep(0.1)
+
+
+def _outcome(write: Callable[[], object]) -> tuple[int, str, int | None, str]:
+    """Rank, host, and the kind and text of the error, if there was one."""
+    rank, host = dist.get_rank(), socket.gethostname()
+    try:
+        write()
+    except Exception as error:
+        return rank, host, _kind_of(error), str(error) or type(error).__name__
+    return rank, host, None, ""
 
 
 def deal(widths: Sequence[int], count: int, loads: Sequence[float] = ()) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from nullspace.locks import TemporaryFolder
 from nullspace.memory import free_on_device, free_on_host
 from nullspace.parts import version_of
 
@@ -43,7 +42,7 @@ class Shelf:
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
         self._versions: dict[tuple[int, int], int | None] = {}  # of tensors that are not copies
         self._files: dict[tuple[int, int], tuple[torch.dtype, torch.Size, torch.device]] = {}
-        self._folder = Path(tempfile.mkdtemp(prefix="nullspace-", dir=folder)) if place == "disk" else None
+        self._folder = TemporaryFolder(folder) if place == "disk" else None
         self.bytes = 0
 
     def put(self, batch: int, slot: int, tensor: torch.Tensor) -> None:
@@ -85,11 +84,11 @@ class Shelf:
         self._kept.clear()
         self._files.clear()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.delete()
 
     def _path(self, key: tuple[int, int]) -> Path:
         assert self._folder is not None
-        return self._folder / f"{key[0]}-{key[1]}.bin"
+        return self._folder.path / f"{key[0]}-{key[1]}.bin"
 
 
 class Arguments:

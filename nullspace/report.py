@@ -19,6 +19,7 @@ import scipy.stats
 
 from nullspace import analysis, figures, fronts, store
 from nullspace.analysis import INITIAL, Analysis, Row
+from nullspace.distributed import written_once
 
 # By which a page of ours is known.
 GENERATOR = '<meta name="generator" content="nullspace">'
@@ -399,14 +400,13 @@ SECTIONS: tuple[Callable[[Analysis], Section], ...] = (effective_ranks, spectra,
 
 
 def check_free(out: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Raise `FileExistsError` if `write` would: to be asked before the work, not after."""
-    out = Path(out)
-    if not out.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{out} exists; choose another name or ask for it to be overwritten")
-    if not out.is_file() or GENERATOR.encode() not in out.read_bytes()[:1000]:
-        raise FileExistsError(f"{out} was not written by nullspace and is not overwritten")
+    """Raise what `write` would raise of `out`: to be asked before the work, not after."""
+    store.check_free(out, is_page, overwrite=overwrite)
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of ours."""
+    return path.is_file() and GENERATOR.encode() in path.read_bytes()[:1000]
 
 
 def write(out: str | os.PathLike[str], title: str, intro: str, parts: Iterable[Section], *, overwrite: bool = False) -> Path:
@@ -420,22 +420,16 @@ def write(out: str | os.PathLike[str], title: str, intro: str, parts: Iterable[S
         overwrite: replace an earlier page of ours.
 
     Raises:
-        FileExistsError: if `out` is in the way.
+        FileExistsError: if `out` is in the way, or another run is writing it.
         OSError: if it cannot be written; then nothing is left behind.
     """
     out = Path(os.path.abspath(out))
-    check_free(out, overwrite=overwrite)
-    text = page(title, intro, parts)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        store.sync(part)
-        part.replace(out)
-        store.sync(out.parent)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+
+    def write_page() -> None:
+        with store.new_file(out, overwritable=is_page, overwrite=overwrite) as part:
+            part.write_text(page(title, intro, parts), encoding="utf-8")
+
+    written_once(out, write_page)
     return out
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nullspace import store
-from nullspace.distributed import Job
+from nullspace.distributed import Job, written_once
 from nullspace.parts import is_sharded
 from nullspace.schema import Field, an_object, check_fields, check_tensor, file_name, list_of, map_of, text, whole
 from nullspace.sites import Site, weight_of, weight_shape
@@ -220,16 +220,22 @@ class Sitewise(Mapping[str, T], Generic[T]):
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a directory: `nullspace.json` and one safetensors file a site. Whole or not at all.
 
+        In a process group, one process may call this, or all of them: then one writes, and the others return when it has.
+
         Args:
             directory: must not exist yet, or be empty.
             overwrite: replace an earlier directory of ours.
 
         Raises:
-            FileExistsError: if the directory is in the way.
-            OSError: if it cannot be written; then nothing is left behind.
+            FileExistsError: if the directory is in the way, or another run is writing to it.
+            OSError: if it cannot be written; then nothing is left behind. All errors of one process are raised by all that call.
         """
-        with store.new_directory(directory, overwrite=overwrite) as part:
-            self.write(part)
+
+        def write() -> None:
+            with store.new_directory(directory, overwrite=overwrite) as part:
+                self.write(part)
+
+        written_once(directory, write)
 
     def write(self, directory: Path) -> None:
         """The content of `save`, into a directory that somebody else makes and renames."""
@@ -248,16 +254,17 @@ class Sitewise(Mapping[str, T], Generic[T]):
     @classmethod
     def _open(cls, directory: str | os.PathLike[str], *, check: bool) -> Self:
         """`load`; without the check, every file is only checked when it is read."""
+        directory = Path(directory).absolute()  # files are read later, from whichever directory is the working one then
         manifest = store.read_manifest(directory, cls.KIND, {"sites": list_of(an_object()), **cls.MORE_FIELDS})
-        _check_sites(manifest, cls.FIELDS, Path(directory) / store.MANIFEST)
+        _check_sites(manifest, cls.FIELDS, directory / store.MANIFEST)
         for entry in manifest["sites"] if check else ():
             store.check_file(directory, entry["file"], manifest)
         found = cls(())
-        found._set_entries(_Stored(Path(directory), entry, manifest, cls._unpack) for entry in manifest["sites"])
+        found._set_entries(_Stored(directory, entry, manifest, cls._unpack) for entry in manifest["sites"])
         try:
             found._take_note(manifest)
         except ValueError as error:
-            raise ValueError(f"{Path(directory) / store.MANIFEST}: {error}") from error
+            raise ValueError(f"{directory / store.MANIFEST}: {error}") from error
         return found
 
     def _take_note(self, manifest: Mapping[str, Any]) -> None:

@@ -518,7 +518,7 @@ def compute_null_spaces(
     (`nullspace.plan`).
     """
     job = job or Job()
-    with job.telling():
+    with job.telling(), contextlib.ExitStack() as held:
         if not isinstance(targets, str):
             targets = list(targets)
         rank = check_integer("rank", rank)
@@ -552,6 +552,7 @@ def compute_null_spaces(
             run = fingerprint_of_run(model, loader, modules, settings, job)
             job.check_same(**run)
             kept = Checkpoint(checkpoint, run, job)
+            held.callback(kept.close)
 
         def check(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
             space = NullSpace.from_facts(facts, tensors)
@@ -580,6 +581,8 @@ def compute_null_spaces(
             def renamed(stage: str, done: int, total: int | None, tokens: int) -> None:
                 report_progress(forward if stage == "forward" else stage, done, total, tokens)
 
+            if kept is not None:
+                kept.hold()
             found: list[NullSpace] = []
             # A caller in inference mode would otherwise get bases that no later training step may touch.
             # A forecast runs the model; of a sharded one all processes would have to.

@@ -24,7 +24,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from nullspace import solvers
+from nullspace import solvers, store
 from nullspace.batches import evaluating, parameter_names
 from nullspace.covariance import Covariance
 from nullspace.decompose import decompose
@@ -32,6 +32,7 @@ from nullspace.directions import Directions
 from nullspace.factors import CORDA_MODES, DAMPING, ZERO
 from nullspace.integrations.peft.layers import RESIDUAL_DTYPES, check_scaling, chosen_layers, rank_of
 from nullspace.listening import Listener, listening, refuse_silent
+from nullspace.locks import locked
 from nullspace.methods import spared
 from nullspace.padding import Padding, PaddingReader, TokenRows
 from nullspace.progress import reporter
@@ -314,11 +315,8 @@ def _read_cache(path: Path, targets: Mapping[str, nn.Module], ranks: Mapping[str
 
 
 def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """`torch.save`, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        torch.save(dict(tensors), part)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    """`torch.save`, whole or not at all; what another process has written in the meantime is left alone."""
+    with locked(path, wait=True):
+        if not _is_there(path):
+            with store.new_file(path, overwritable=lambda _: False) as part:
+                torch.save(dict(tensors), part)

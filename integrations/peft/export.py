@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from peft import PeftModel
 
 from nullspace import store
+from nullspace.distributed import written_once
 from nullspace.integrations.peft.checkpoints import what_differs
 from nullspace.integrations.peft.files import (
     ADAPTER_CONFIG,
@@ -26,6 +26,7 @@ from nullspace.integrations.peft.files import (
     save_adapter,
     scaling_of,
 )
+from nullspace.locks import temporary_folder
 
 # ‖B A‖ over ‖B‖ ‖A‖, below which an adapter that starts so has left its base alone.
 ORTHOGONAL = 1e-6
@@ -50,6 +51,8 @@ def export_lora(
     (llama.cpp, older vLLM) apply what PEFT does. Layers of a smaller rank are padded with zeros to the largest. The factors have
     the trained adapter's dtype where it holds them exactly, else at least float32.
 
+    In a process group, one process may call this, or all of them: then one writes, and the others return when it has.
+
     Args:
         trained: the trained model, or the directory of its adapter.
         initial: what `save_init` or `write_init` wrote, or the adapter directory in it.
@@ -66,15 +69,14 @@ def export_lora(
         ValueError: naming the file, if it is damaged, the two adapters do not belong together, or they have DoRA's magnitudes
             and a residual base, for which there is no LoRA on the untouched one; naming the tensor, if it holds NaN or Inf, or if
             the untouched base lacks it or has another one; if the untouched base is not known.
-        FileExistsError: if `out` is in the way.
+        FileExistsError: if `out` is in the way, or another run is writing to it.
 
     Warns:
         UserWarning: naming them, if the adapter holds more than A and B (DoRA's magnitudes, whole modules, tokens, biases).
     """
-    store.check_free(out, overwrite=overwrite)
     if isinstance(trained, PeftModel):
-        with tempfile.TemporaryDirectory() as folder:
-            save_adapter(trained, trained.active_adapter, Path(folder))
+        with temporary_folder() as folder:
+            save_adapter(trained, trained.active_adapter, folder)
             return export_lora(folder, initial, out, base=base, overwrite=overwrite)
     now, start = read_adapter(Path(trained)), read_adapter(adapter_in(Path(initial)))
     _check_pair(now, start)
@@ -101,10 +103,14 @@ def export_lora(
         alpha_pattern={},
     )
     facts = {"model": base, "rank": rank, "alpha": rank, "max_lora_rank": vllm_rank(rank), "holds": holds}
-    with store.new_directory(out, overwrite=overwrite) as part:
-        (part / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        store.write_tensors(part / ADAPTER_WEIGHTS, _plain_tensors(now, start, layers, rank))
-        store.write_manifest(part, "export", facts, files=(ADAPTER_WEIGHTS,))
+
+    def write() -> None:
+        with store.new_directory(out, overwrite=overwrite) as part:
+            (part / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            store.write_tensors(part / ADAPTER_WEIGHTS, _plain_tensors(now, start, layers, rank))
+            store.write_manifest(part, "export", facts, files=(ADAPTER_WEIGHTS,))
+
+    written_once(out, write)
     if holds:
         warnings.warn(f"{out} is not a plain LoRA: it also holds {described(holds)}; {NOT_SERVED}", UserWarning, stacklevel=2)
     return Path(out)

@@ -17,7 +17,7 @@ from torch import nn
 
 from nullspace import store
 from nullspace.covariances import Covariances
-from nullspace.distributed import Job
+from nullspace.distributed import Job, written_once
 from nullspace.factors import DAMPING
 from nullspace.integrations.peft.files import save_adapter
 from nullspace.integrations.peft.layers import (
@@ -224,6 +224,8 @@ def save_init(
     spaces, if there are any, `OUT/nullspace.json` the record. Where the base was left alone there is no `OUT/base`, and the adapter
     names the original model; a second adapter that takes the first one's product away is in `OUT/subtracted`.
 
+    In a process group, one process may call this, or all of them: then one writes, and the others return when it has.
+
     Args:
         out: must not exist yet, or be empty.
         peft_model: fresh from `inject_adapters`. Not changed, but that its adapter's configuration names `OUT/base` from now on,
@@ -235,8 +237,8 @@ def save_init(
 
     Raises:
         ValueError: if the model does not come from `inject_adapters`; if its base is spread over several ranks.
-        FileExistsError: if `out` is in the way.
-        OSError: if it cannot be written; then nothing is left behind.
+        FileExistsError: if `out` is in the way, or another run is writing to it.
+        OSError: if it cannot be written; then nothing is left behind. All errors of one process are raised by all that call.
     """
     out = Path(out)
     place = getattr(peft_model, "nullspace_residual", None)
@@ -249,22 +251,26 @@ def save_init(
     adapter = peft_model.active_adapter
     config = peft_model.peft_config[adapter]
     original = config.base_model_name_or_path
-    with store.new_directory(out, overwrite=overwrite) as part:
-        if spaces is not None:
-            spaces.write(part / "spaces")
-        if residual:
-            config.base_model_name_or_path = str(out / "base")
-        try:
-            save_adapter(peft_model, adapter, part / "adapter")
-        finally:
-            config.base_model_name_or_path = original
-        if place == "adapter":
-            save_adapter(peft_model, SUBTRACTED.format(adapter), part / "subtracted")
-        if residual:
-            base.save_pretrained(part / "base", state_dict=_base_state(base))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(part / "base")
-        store.write_manifest(part, "init", {"model": getattr(base, "name_or_path", None) or None, **(record or {})})
+
+    def write() -> None:
+        with store.new_directory(out, overwrite=overwrite) as part:
+            if spaces is not None:
+                spaces.write(part / "spaces")
+            if residual:
+                config.base_model_name_or_path = str(out / "base")
+            try:
+                save_adapter(peft_model, adapter, part / "adapter")
+            finally:
+                config.base_model_name_or_path = original
+            if place == "adapter":
+                save_adapter(peft_model, SUBTRACTED.format(adapter), part / "subtracted")
+            if residual:
+                base.save_pretrained(part / "base", state_dict=_base_state(base))
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(part / "base")
+            store.write_manifest(part, "init", {"model": getattr(base, "name_or_path", None) or None, **(record or {})})
+
+    written_once(out, write)
     if residual:
         config.base_model_name_or_path = str(out / "base")
     return out

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from nullspace import store
 from nullspace.checks import check_integer, check_real
 from nullspace.distributed import Job
 from nullspace.integrations.peft.shell import on_disk, plan_base, without_weights
+from nullspace.locks import temporary_folder
 from nullspace.methods import METHODS, Layer, Sources, check_rank
 from nullspace.parts import is_sharded, shape_of
 from nullspace.sites import find_targets, is_linear, weight_of, weight_shape
@@ -74,8 +73,8 @@ def check_servable(
     obstacle = _obstacle(model, layers, offloaded)
     if obstacle is None:
         if offloaded and on_disk(model):
-            with tempfile.TemporaryDirectory() as folder:
-                plan_base(without_weights(model), Path(folder))
+            with temporary_folder() as folder:
+                plan_base(without_weights(model), folder)
         return "base"
     if residual == "auto":
         return "zero" if freeze_a else "adapter"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from torch import nn
 
 from nullspace import store
 from nullspace.covariances import Covariances
-from nullspace.distributed import Job
+from nullspace.distributed import Job, written_once
 from nullspace.factors import DAMPING
 from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, save_adapter
 from nullspace.integrations.peft.layers import (
@@ -32,6 +32,7 @@ from nullspace.integrations.peft.layers import (
     with_spaces,
 )
 from nullspace.integrations.peft.shell import BASE_WEIGHTS, BasePlan, on_disk, plan_base, without_weights
+from nullspace.locks import temporary_folder
 from nullspace.methods import METHODS, Sources, check_method, check_sources
 from nullspace.progress import Progress, reporter
 from nullspace.sharded import is_spread, prepare_to_gather
@@ -85,13 +86,21 @@ def write_init(
             checkpoint holds weights in another form than the model does (fused experts): load it whole; or if the configuration
             makes PEFT save more than A and B: use `inject_adapters` and `save_init`.
         TypeError: as `inject_adapters`; and if the model has no `save_pretrained`.
-        FileExistsError: if `out` is in the way.
+        FileExistsError: if `out` is in the way, or another run is writing to it.
         OSError: if it cannot be written; then nothing is left behind.
     """
     job = Job() if is_spread(model) else Job.alone()
     with job.telling():
         given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, seed=random_seed(method))
-        return _write(Path(out), model, config, given, method, tokenizer, record or {}, overwrite, max_shard_bytes, progress, job)
+
+        def write() -> None:
+            _write(Path(out), model, config, given, method, tokenizer, record or {}, overwrite, max_shard_bytes, progress, job)
+
+        if job.count == 1:
+            written_once(out, write)
+        else:
+            write()
+    return Path(out)
 
 
 def _write(
@@ -106,16 +115,16 @@ def _write(
     max_shard_bytes: int,
     progress: bool | Progress,
     job: Job,
-) -> Path:
+) -> None:
     check_method(method, given)
     check_sources(method, given)
     config = own_config(config, model, given)
-    store.check_free(out, overwrite=overwrite)
+    resolved = store.resolved(out)
     spread = prepare_to_gather(model, job)
     residual = METHODS[method].changes_base
     report = reporter(progress, bars=job.first)
-    with tempfile.TemporaryDirectory() as folder:
-        plans = Path(folder)
+    reserved = store.reserved(resolved, overwrite=overwrite) if job.first else contextlib.nullcontext()
+    with reserved, temporary_folder() as plans:
         with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that nobody will see
             peft_model = get_peft_model(without_weights(model), config)
         adapter = peft_model.active_adapter
@@ -157,8 +166,8 @@ def _write(
                     for key in keys:
                         fetch(base.names[key])
             job.exchange(None)
-            return out
-        with store.new_directory(out, overwrite=overwrite) as part:
+            return
+        with store.new_directory(resolved, overwrite=overwrite) as part:
             if given.spaces is not None:
                 given.spaces.write(part / "spaces")
             shutil.copytree(plans, part, dirs_exist_ok=True)
@@ -177,7 +186,6 @@ def _write(
         report("adapters", done, len(layers), 0)
     given.directions.warn(f"method {method!r}", stacklevel=3)
     job.exchange(None)
-    return out
 
 
 class _AdapterPlan(NamedTuple):
