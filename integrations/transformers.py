@@ -23,6 +23,7 @@ from nullspace.checks import check_device, check_integer
 from nullspace.integrations.rows import KNOWN_FIELDS, TEXTS, as_text, check_is_there, fields_of, paragraphs, rows_of, text_of
 from nullspace.locks import TemporaryFolder
 from nullspace.sites import is_linear
+from nullspace.store import read_json
 
 
 def load_model(
@@ -67,7 +68,7 @@ def load_model(
         model.config._name_or_path = model.name_or_path = str(path)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     else:
-        config = AutoConfig.from_pretrained(name)
+        config = _config(name)
         model = _model_class(config).from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     module: nn.Module = model
@@ -84,7 +85,7 @@ def empty_model(name: str | os.PathLike[str], *, dtype: torch.dtype | str = "aut
     Raises:
         OSError: if there is no such configuration.
     """
-    config = AutoConfig.from_pretrained(name)
+    config = _config(name)
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
     if isinstance(dtype, str):
@@ -178,7 +179,7 @@ def _load_offloaded(
 ) -> tuple[nn.Module, Any]:
     if Path(name).suffix == ".gguf":
         raise ValueError(f"{name} is dequantised while it is loaded, so its weights cannot stay on the disk: load it whole")
-    config = AutoConfig.from_pretrained(name)
+    config = _config(name)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name} is quantised, and its weights are unpacked while it is loaded: load it whole")
     model_class = _model_class(config)
@@ -423,6 +424,19 @@ class PackedBatches(Sequence[dict[str, torch.Tensor]]):
             raise IndexError(index)
         rows = slice(index * self._batch_size, (index + 1) * self._batch_size)
         return {"input_ids": self._ids[rows], "attention_mask": self._mask[rows]}
+
+
+def _config(name: str | os.PathLike[str]) -> Any:
+    """The configuration of a model. What is wrong with a local one is a `ValueError` that names its file."""
+    path = Path(name, "config.json")
+    if not path.exists():
+        return AutoConfig.from_pretrained(name)
+    if not isinstance(read_json(path), dict):
+        raise ValueError(f"{path} is no configuration of a model: it should hold an object")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:  # of many kinds, as classes of configurations check themselves
+        raise ValueError(f"{path} is no configuration of a model that transformers knows: {error}") from error
 
 
 def _model_class(config: Any) -> Any:

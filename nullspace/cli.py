@@ -27,6 +27,7 @@ try:
     import typer
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:
     raise SystemExit(f"the command line needs more packages: pip install 'nullspace-lora[cli]' ({error})") from None
 
@@ -389,7 +390,7 @@ def init(
     elif as_json:
         _print_json({**facts, "layers": len(chosen)})
     if not (as_json or quiet):
-        stdout.print(_next_steps(out, model, residual=METHODS[method].changes_base), highlight=False, soft_wrap=True)
+        stdout.print(_next_steps(out, model, residual=METHODS[method].changes_base), highlight=False, soft_wrap=True, markup=False)
     if data is not None:  # until now, several processes' null spaces were read from there
         checkpoint.delete(_checkpoint_of(out))
 
@@ -614,7 +615,8 @@ def report(
         _print_json({**facts, **told._asdict(), "effective_ranks": ranks, "adapter_summary": adapters})
     elif not quiet:
         shown = sum(bool(part.pictures) for part in parts)
-        stdout.print(f"{out}: {shown} of {len(parts)} sections, {out.stat().st_size / 1e6:.1f} MB", soft_wrap=True, highlight=False)
+        line = f"{out}: {shown} of {len(parts)} sections, {out.stat().st_size / 1e6:.1f} MB"
+        stdout.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -695,7 +697,10 @@ def plan(
         return
     _show_table([planning.cells(p, fits=not p.missing(*limits)) for p in plans])
     stdout.print(
-        f"\nThe fastest that fits: {planning.describe(chosen)}" if chosen else f"\n{lack}", soft_wrap=True, highlight=False
+        f"\nThe fastest that fits: {planning.describe(chosen)}" if chosen else f"\n{lack}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
     )
     if plans[0].estimated_rates:
         stdout.print("Times rest on estimated throughputs: they rank the plans, and promise nothing.", soft_wrap=True)
@@ -898,7 +903,7 @@ def _show_covariances(covariances: Covariances, as_json: bool, quiet: bool, fact
     elif not quiet:
         _show_table([tables.covariance_cells(row) for row in rows])
         if missing:
-            stdout.print(f"\nThe sums of a part of the data: {missing} missing.", soft_wrap=True, highlight=False)
+            stdout.print(f"\nThe sums of a part of the data: {missing} missing.", soft_wrap=True, highlight=False, markup=False)
 
 
 def _show(spaces: NullSpaces, as_json: bool, quiet: bool, facts: dict[str, Any]) -> None:
@@ -914,7 +919,7 @@ def _show_table(shown: list[dict[str, str]]) -> None:
     for index, title in enumerate(shown[0]):
         table.add_column(title, justify="right" if index else "left", no_wrap=True)
     for row in shown:
-        table.add_row(*row.values())
+        table.add_row(*map(Text, row.values()))  # not as markup: names come from files
     # Numbers are never cut: in a window that is too narrow, the lines wrap.
     needed = stdout.measure(table, options=stdout.options.update(width=1000)).maximum
     Console(width=max(needed, stdout.width)).print(table)

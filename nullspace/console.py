@@ -68,7 +68,7 @@ class Bars:
     def say(self, text: str) -> None:
         """Print a line on standard output, below the bars."""
         self.close()
-        stdout.print(text, soft_wrap=True)
+        stdout.print(text, soft_wrap=True, markup=False)
 
 
 def _columns() -> tuple[Any, ...]:

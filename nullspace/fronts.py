@@ -28,9 +28,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nullspace.schema import an_object, check_fields, finite, map_of, optional, or_none, shown, text, whole
+from nullspace.store import check_regular
+
 # What the file is called in a study's directory.
 RESULTS = "results.jsonl"
 Record = dict[str, Any]
+
+_LARGEST = 1e9  # nats: no loss of a model comes near
+_SHARE = finite(0, 1)
+_TASK_FIELDS = {"loss": finite(0, _LARGEST), "token_accuracy": _SHARE, "exact_match": optional(_SHARE)}
+_KNOWLEDGE_FIELDS = {"log_likelihood": finite(-_LARGEST, _LARGEST), "exact_match": optional(_SHARE)}
+_TEXT_FIELDS = {"perplexity": finite(0.5, 1e100)}
+_RECORD_FIELDS = {
+    "study": {"settings": an_object()},
+    "base": {"scores": an_object()},
+    "start": {"variant": text(), "scores": an_object()},
+    "dropped": {"variant": text(), "scores": an_object()},
+    "run": {
+        "variant": text(),
+        "learning_rate": finite(0, 1e9),
+        "seed": whole(),
+        "scores": an_object(),
+        "layers": optional(or_none(map_of(finite(-1e100, 1e100)))),
+    },
+}
 
 
 class Study(NamedTuple):
@@ -72,15 +94,17 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         ValueError: naming file and line, for any other line that is not an object with a `kind`.
     """
     found: list[Record] = []
-    text = Path(path).read_text(encoding="utf-8")
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
+    check_regular(Path(path))
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    for number, line in enumerate(content.split("\n")[:-1], start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(record, dict) or "kind" not in record:
+        if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
             raise ValueError(f"{path}, line {number}: not a record of a preservation study")
         found.append(record)
     return found
@@ -91,9 +115,18 @@ def read_study(path: str | os.PathLike[str]) -> Study:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming it, if it is not of a study.
+        ValueError: naming it and the record, if it is not of a study, or a record lacks what its kind has or says what it cannot.
     """
     records = read_records(path)
+    base = next((record for record in records if record["kind"] == "base"), None)
+    for number, record in enumerate(records, start=1):
+        where = f"{path}, record {number} ({shown(record['kind'])})"
+        fields = _RECORD_FIELDS.get(record["kind"], {})
+        check_fields(record, fields, where)
+        if "scores" in fields:
+            _check_scores(record["scores"], where)
+            if base is not None and _data_sets(record) != _data_sets(base):
+                raise ValueError(f"{where}: its scores are of {_data_sets(record)}, and the base's of {_data_sets(base)}")
     settings = next((record["settings"] for record in records if record["kind"] == "study"), None)
     if settings is None:
         raise ValueError(f"{path} does not begin with the settings of a preservation study")
@@ -104,6 +137,21 @@ def read_study(path: str | os.PathLike[str]) -> Study:
         {record["variant"]: record["scores"] for record in records if record["kind"] == "dropped"},
         [record for record in records if record["kind"] == "run"],
     )
+
+
+def _check_scores(scores: Mapping[str, Any], where: str) -> None:
+    check_fields(scores, {"knowledge": an_object(), "text": an_object(), "task": an_object()}, f"{where}, scores")
+    check_fields(scores["task"], _TASK_FIELDS, f"{where}, scores, task")
+    for group, fields in (("knowledge", _KNOWLEDGE_FIELDS), ("text", _TEXT_FIELDS)):
+        for name, found in scores[group].items():
+            check_fields(found, fields, f"{where}, scores, {group}, {name!r}")
+
+
+def _data_sets(record: Record) -> list[str]:
+    scores = record["scores"]
+    if not isinstance(scores, dict) or not all(isinstance(scores.get(group), dict) for group in ("knowledge", "text")):
+        return []
+    return sorted([*scores["knowledge"], *scores["text"]])
 
 
 def knowledge_lost(scores: Mapping[str, Any], base: Mapping[str, Any]) -> float:

@@ -43,6 +43,11 @@ def text() -> Field:
     return Field(lambda v: isinstance(v, str), "a string")
 
 
+def flag() -> Field:
+    """True or False."""
+    return Field(lambda v: isinstance(v, bool), "true or false")
+
+
 def one_of(*values: str) -> Field:
     """One of some strings."""
     return Field(lambda v: isinstance(v, str) and v in values, f"one of {', '.join(map(repr, values))}")

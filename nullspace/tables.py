@@ -35,10 +35,15 @@ def rows(spaces: NullSpaces) -> list[Row]:
     ]
 
 
+def _printable(name: str) -> str:
+    """A name without characters that move a terminal's cursor or change its colours: they are written out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 def cells(row: Row) -> dict[str, str]:
     """A row as it is shown: column title → text."""
     shown = {
-        "site": row["site"] + (f" +{len(row['members']) - 1}" if len(row["members"]) > 1 else ""),
+        "site": _printable(row["site"]) + (f" +{len(row['members']) - 1}" if len(row["members"]) > 1 else ""),
         "d_in": str(row["d_in"]),
         "tokens": f"{row['tokens']:,}",
         "rank": str(row["rank"]),
@@ -74,7 +79,7 @@ def covariance_rows(covariances: Covariances) -> list[Row]:
 def covariance_cells(row: Row) -> dict[str, str]:
     """A row of second moments as it is shown."""
     return {
-        "site": row["site"] + (f" +{len(row['members']) - 1}" if len(row["members"]) > 1 else ""),
+        "site": _printable(row["site"]) + (f" +{len(row['members']) - 1}" if len(row["members"]) > 1 else ""),
         "d_in": str(row["d_in"]),
         "tokens": f"{row['tokens']:,}",
         "trace": f"{row['trace']:.3e}",

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +35,11 @@ from nullspace.methods import spared
 from nullspace.padding import Padding, PaddingReader, TokenRows
 from nullspace.progress import reporter
 from nullspace.sites import Site, is_conv1d, is_linear, weight_of, weight_shape
+
+# What a tensor in one of the two files may be.
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Relative to the largest entry: what a covariance that was summed in 16 bits may be off by from being symmetric.
+ASYMMETRY = 2e-2
 
 
 @dataclass
@@ -255,36 +258,48 @@ def _path(name: str | os.PathLike[str] | None) -> Path | None:
 
 
 def _is_there(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
+    if path.exists():
+        store.check_regular(path)
+    return path.exists() and path.stat().st_size > 0
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path} is damaged, or holds something else than tensors: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of many kinds, of the archive's reader and of the unpickler
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged, or holds something else than tensors: {reason}") from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise ValueError(f"{path} does not hold a dictionary of tensors")
     return found
 
 
+def _check_values(tensor: torch.Tensor, what: str) -> None:
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{what} is {tensor.dtype}, not one of {', '.join(map(str, FLOATS))}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{what} holds NaN or Inf")
+
+
 def _read_covariances(path: Path, targets: Mapping[str, nn.Module]) -> Iterator[tuple[Site, Covariance]]:
     """PEFT's `covariance_file`: module name → (d_in, d_in)."""
     found = _load(path)
-    by_storage: dict[tuple[int, int], list[str]] = {}
+    by_storage: dict[tuple[int, ...], list[str]] = {}
     for name, layer in targets.items():
         d_in = weight_shape(layer)[1]
         if name not in found:
             raise ValueError(f"{path} has no covariance of {name!r}; it was made for other target_modules")
         if found[name].shape != (d_in, d_in):
             raise ValueError(f"{path}: the covariance of {name!r} is {tuple(found[name].shape)}, not ({d_in}, {d_in})")
-        if not bool(torch.isfinite(found[name]).all()):
-            raise ValueError(f"{path}: the covariance of {name!r} holds NaN or Inf")
-        if not bool(found[name].diagonal().float().mean() > 0):
+        c = found[name]
+        _check_values(c, f"{path}: the covariance of {name!r}")
+        if not bool((c.diagonal() >= 0).all()) or not bool(c.diagonal().float().mean() > 0):
             raise ValueError(f"{path}: the covariance of {name!r} is zero or negative")
-        by_storage.setdefault((found[name].data_ptr(), d_in), []).append(name)
-    for (_, d_in), names in by_storage.items():
-        device = weight_of(targets[names[0]]).device
+        if float((c - c.mT).abs().max()) > ASYMMETRY * float(c.abs().max()):
+            raise ValueError(f"{path}: the covariance of {name!r} is not symmetric")
+        by_storage.setdefault((c.data_ptr(), *c.stride()), []).append(name)
+    for names in by_storage.values():
+        d_in, device = len(found[names[0]]), weight_of(targets[names[0]]).device
         yield (
             Site(tuple(names), d_in),
             Covariance.from_matrix(found[names[0]].to(device), tokens=d_in),
@@ -307,8 +322,9 @@ def _read_cache(path: Path, targets: Mapping[str, nn.Module], ranks: Mapping[str
                 raise ValueError(
                     f"{path}: {key!r} is {tuple(found[key].shape)}, not {shape}: it was made for another rank or model"
                 )
-            if not bool(torch.isfinite(found[key]).all()):
-                raise ValueError(f"{path}: {key!r} holds NaN or Inf")
+            _check_values(found[key], f"{path}: {key!r}")
+            if field == "S_WC" and bool((found[key] < 0).any()):
+                raise ValueError(f"{path}: {key!r} holds singular values, and one is negative")
             parts.append(found[key].to(weight_of(layer).device, copy=True))
         eigens[name] = CordaEigens(*parts)
     return eigens

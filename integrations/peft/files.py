@@ -17,9 +17,20 @@ from peft.utils.other import get_pattern_key
 from nullspace import store
 from nullspace.analysis import Course, State
 from nullspace.factors import LowRank
+from nullspace.schema import check_fields, finite, flag, map_of, optional, or_none, text, whole
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What of its configuration is used here.
+_CONFIG_FIELDS = {
+    "r": whole(1),
+    "lora_alpha": finite(),
+    "rank_pattern": optional(or_none(map_of(whole(1)))),
+    "alpha_pattern": optional(or_none(map_of(finite()))),
+    "use_rslora": optional(or_none(flag())),
+    "use_dora": optional(or_none(flag())),
+    "base_model_name_or_path": optional(or_none(text())),
+}
 # What transformers' Trainer calls what it saves on the way.
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -53,19 +64,35 @@ def read_adapter(directory: Path) -> Adapter:
         ValueError: naming the file, if it is damaged or no LoRA adapter; naming the tensor, if it holds NaN or Inf.
     """
     path = directory / ADAPTER_CONFIG
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} is missing: {directory} is not a PEFT adapter")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    config = store.read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{path} does not describe a LoRA adapter")
+    check_fields(config, _CONFIG_FIELDS, path)
+    for pattern in (*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{path}: {pattern!r} in a pattern is no regular expression: {error}") from error
     tensors = store.load_tensors(directory / ADAPTER_WEIGHTS)
-    for key, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{directory / ADAPTER_WEIGHTS} holds NaN or Inf in {key!r}")
+    _check_tensors(tensors, directory / ADAPTER_WEIGHTS)
     return Adapter(directory, config, tensors)
+
+
+def _check_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raise `ValueError`, naming the tensor, for NaN or Inf, a factor of no floating dtype, and an A and a B that do not fit."""
+    for key, tensor in tensors.items():
+        values = tensor.float() if tensor.element_size() == 1 else tensor  # PyTorch does not look for NaN in 8 bits
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{path} holds NaN or Inf in {key!r}")
+        factor = (".lora_A." in key or ".lora_B." in key) and not key.endswith(".bias")
+        if factor and not (tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() > 0):
+            raise ValueError(f"{path}: {key!r} is {tuple(tensor.shape)} {tensor.dtype}, which is no factor of an adapter")
+        b = tensors.get(key.replace(".lora_A.", ".lora_B."), tensor)
+        if ".lora_A." in key and b is not tensor and (b.ndim != tensor.ndim or b.shape[1] != len(tensor)):
+            shapes = f"the A {tuple(tensor.shape)} of {layer_of(key)!r}: its B is {tuple(b.shape)}"
+            raise ValueError(f"{path} has no B that fits {shapes}")
 
 
 def scaling_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
@@ -94,7 +121,7 @@ def init_around(directory: Path) -> dict[str, Any] | None:
         ValueError: naming the file, if it is damaged.
     """
     parent = Path(os.path.abspath(directory)).parent
-    return store.read_manifest(parent, "init") if store.kind_of(parent) == "init" else None
+    return store.read_manifest(parent, "init", {"model": optional(or_none(text()))}) if store.kind_of(parent) == "init" else None
 
 
 def located(name: str | None) -> str | None:
@@ -123,7 +150,11 @@ def row_spaces(*adapters: str | os.PathLike[str] | PeftModel) -> dict[str, torch
             tensors = {k: v for k, v in read_adapter(Path(adapter)).tensors.items() if ".lora_A." in k}
         for key, rows in tensors.items():
             name = layer_of(key)
-            found.setdefault(name, []).append(rows.to("cpu", torch.float32))
+            known = found.setdefault(name, [])
+            if rows.ndim != 2 or (known and rows.shape[1] != known[0].shape[1]):
+                width = known[0].shape[1] if known else "d_in"
+                raise ValueError(f"{adapter}: the A of {name!r} should be (rank, {width}), not {tuple(rows.shape)}")
+            known.append(rows.to("cpu", torch.float32))
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 
