@@ -50,8 +50,9 @@ def load_model(
         `(model, tokenizer)`. The class is the one that the checkpoint names, a causal language model where it names none.
 
     Raises:
-        OSError: if there is no such model.
-        ValueError: if this machine has no such device; with `offload`, if the model is quantised, a GGUF file, or has no blocks.
+        FileNotFoundError: if there is no such model.
+        ValueError: naming the model, if it cannot be loaded; if this machine has no such device; with `offload`, if the model is
+            quantised, a GGUF file, or has no blocks.
     """
     path = Path(name)
     if device is None:
@@ -63,14 +64,16 @@ def load_model(
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file")
         folder, options = str(path.parent), {"gguf_file": path.name}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if dtype == "auto" else dtype, **options)
+        with _naming(name):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if dtype == "auto" else dtype, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         drop_quantizer(model)
         model.config._name_or_path = model.name_or_path = str(path)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     else:
-        config = _config(name)
-        model = _model_class(config).from_pretrained(name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = read_config(name)
+        with _naming(name):
+            model = _model_class(config).from_pretrained(name, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(name)
     module: nn.Module = model
     return module.to(device).eval(), tokenizer
 
@@ -83,18 +86,59 @@ def empty_model(name: str | os.PathLike[str], *, dtype: torch.dtype | str = "aut
         dtype: of the weights; `"auto"` takes the configuration's own, float32 where it names none.
 
     Raises:
-        OSError: if there is no such configuration.
+        FileNotFoundError, ValueError: naming the model, if there is no such configuration, or nothing can be built of it.
     """
-    config = _config(name)
+    config = read_config(name)
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     build = _model_class(config)
-    with torch.device("meta"):
+    with _naming(name), torch.device("meta"):
         # A class is told by `_from_config`, the Auto classes by `from_config`, and neither takes the other's.
         model: nn.Module = (build.from_config if hasattr(build, "from_config") else build._from_config)(config, dtype=dtype)
     return model.eval()
+
+
+def read_config(name: str | os.PathLike[str]) -> Any:
+    """transformers' configuration of a model.
+
+    Raises:
+        FileNotFoundError: naming the model, if there is none.
+        ValueError: naming the model, or its file if it is a local one, for what is no configuration.
+    """
+    path = Path(name, "config.json")
+    if not path.exists():
+        with _naming(name):
+            return AutoConfig.from_pretrained(name)
+    if not isinstance(read_json(path), dict):
+        raise ValueError(f"{path} is no configuration of a model: it should hold an object")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:  # of many kinds, as classes of configurations check themselves
+        raise ValueError(f"{path} is no configuration of a model that transformers knows: {_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _naming(name: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of loading that name the model: transformers, and what reads files for it, raise many kinds, and few name a file."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        text = _line(error)
+        if getattr(error, "errno", None) is not None or "out of memory" in text or "can't allocate memory" in text:
+            raise
+        if isinstance(error, OSError) and not Path(name).exists():
+            raise FileNotFoundError(f"{name} is neither a folder nor a model that the hub gives: {text}") from error
+        raise ValueError(f"{name} cannot be loaded: {text}") from error
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line, with its kind where that is not plain."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
 def positions(config: Any) -> int | None:
@@ -179,14 +223,14 @@ def _load_offloaded(
 ) -> tuple[nn.Module, Any]:
     if Path(name).suffix == ".gguf":
         raise ValueError(f"{name} is dequantised while it is loaded, so its weights cannot stay on the disk: load it whole")
-    config = _config(name)
+    config = read_config(name)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name} is quantised, and its weights are unpacked while it is loaded: load it whole")
     model_class = _model_class(config)
     placed = offload_map(empty_model(name, dtype=dtype), device)
     temporary = TemporaryFolder() if folder is None else None
     try:
-        with _one_file_at_a_time(), _without_chatter():
+        with _naming(name), _one_file_at_a_time(), _without_chatter():
             model = model_class.from_pretrained(
                 name, dtype=dtype, device_map=placed, offload_folder=str(temporary.path if temporary else folder)
             )
@@ -198,7 +242,8 @@ def _load_offloaded(
         temporary.delete()
     elif temporary is not None:
         weakref.finalize(model, temporary.delete)
-    return model.eval(), AutoTokenizer.from_pretrained(name)
+    with _naming(name):
+        return model.eval(), AutoTokenizer.from_pretrained(name)
 
 
 @contextlib.contextmanager
@@ -424,19 +469,6 @@ class PackedBatches(Sequence[dict[str, torch.Tensor]]):
             raise IndexError(index)
         rows = slice(index * self._batch_size, (index + 1) * self._batch_size)
         return {"input_ids": self._ids[rows], "attention_mask": self._mask[rows]}
-
-
-def _config(name: str | os.PathLike[str]) -> Any:
-    """The configuration of a model. What is wrong with a local one is a `ValueError` that names its file."""
-    path = Path(name, "config.json")
-    if not path.exists():
-        return AutoConfig.from_pretrained(name)
-    if not isinstance(read_json(path), dict):
-        raise ValueError(f"{path} is no configuration of a model: it should hold an object")
-    try:
-        return AutoConfig.from_pretrained(name)
-    except Exception as error:  # of many kinds, as classes of configurations check themselves
-        raise ValueError(f"{path} is no configuration of a model that transformers knows: {error}") from error
 
 
 def _model_class(config: Any) -> Any:

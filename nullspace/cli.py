@@ -739,14 +739,13 @@ def _open_model(
     length: int | None,
     progress: Callable[..., None],
 ) -> tuple[Any, Any, dict[str, Any]]:
-    from transformers import AutoConfig
-
+    from nullspace.integrations.transformers import read_config
     from nullspace.sites import find_targets
     from nullspace.spaces import check_rank
 
     is_gguf = Path(name).suffix == ".gguf"  # whose configuration takes as long to read as its weights
     if length is not None and not is_gguf:
-        _check_length(AutoConfig.from_pretrained(name), name, length)
+        _check_length(read_config(name), name, length)
     model, tokenizer = _load(name, dtype, device, offload, progress)
     if length is not None and is_gguf:
         _check_length(model.config, name, length)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 import transformers
 
 from models import FAMILIES, random_batches, tiny
-from nullspace.integrations.transformers import PackedBatches, load_model, load_rows, load_texts, prompt_and_response
+from nullspace.integrations.transformers import PackedBatches, empty_model, load_model, load_rows, load_texts, prompt_and_response
 
 ROWS = [{"question": f"What is {i}?", "answer": [f"It is {i}.", "other"], "text": f"text {i}"} for i in range(5)]
 
@@ -371,3 +373,36 @@ def test_what_is_asked_and_what_is_to_be_answered(row: dict[str, Any], wanted: t
 def test_rows_without_a_prompt_and_a_response(row: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"no known prompt and response; its fields are {', '.join(row)}"):
         prompt_and_response(row)
+
+
+def _damage(folder: Path, what: str) -> None:
+    if what == "weights cut off":
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:5000])
+    elif what == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif what == "no heads":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 0}))
+    else:
+        (folder / what).write_text("{")
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["whole", "offload"])
+@pytest.mark.parametrize("what", ["weights cut off", "no weights", "no heads", "config.json", "tokenizer.json"])
+def test_a_damaged_model_is_named_in_one_line(what: str, offload: bool, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_checkpoint, folder)
+    _damage(folder, what)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(folder))}(/config.json is| cannot be loaded: )[^\n]+$"):
+        load_model(folder, offload=offload, offload_folder=tmp_path / "offloaded")
+    if what in ("no heads", "config.json"):
+        with pytest.raises(ValueError, match=r"/damaged(/config.json is| cannot be loaded: )"):
+            empty_model(folder)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "no/such/model", "/no/such"])
+def test_a_model_that_is_nowhere_is_not_found(name: str) -> None:
+    for load in (load_model, empty_model):
+        with pytest.raises(FileNotFoundError, match=rf"^{re.escape(name)} is neither a folder nor a model that the hub gives"):
+            load(name)
