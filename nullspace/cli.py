@@ -534,17 +534,42 @@ def merge(
 @app.command()
 @_exits
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="What `nullspace compute`, `init`, `covariances` or `merge` wrote.")],
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            help="What `nullspace compute`, `init`, `export`, `covariances` or `merge` wrote, or a folder in it; an adapter in "
+            "or after training; a model."
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Write into the adapter's configuration and card that its base is this folder or hub name, now."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show null spaces (leak, gap, tokens and outliers of every site) or covariances."""
+    """Show null spaces (leak, gap, tokens and outliers of every site), covariances, or which base an adapter needs."""
     from nullspace import Covariances, NullSpaces
 
-    if store.kind_of(directory) == "covariances":
+    if base is not None:
+        from nullspace.integrations.peft import set_base
+
+        set_base(directory, base)
+    kind = store.kind_of(directory)
+    if kind == "covariances":
         _show_covariances(Covariances.load(directory, partial=True), as_json, False, {"directory": str(directory)})
         return
-    inner = directory / "spaces"
-    _show(NullSpaces.load(inner if inner.is_dir() else directory), as_json, False, {"directory": str(directory)})
+    if kind == "spaces":
+        _show(NullSpaces.load(directory), as_json, False, {"directory": str(directory)})
+        return
+    from nullspace.integrations.peft import describe
+
+    facts = describe(directory)
+    if not as_json:
+        _show_facts(facts)
+    if (directory / "spaces").is_dir():
+        _show(NullSpaces.load(directory / "spaces"), as_json, False, facts)
+    elif as_json:
+        _print_json(facts)
 
 
 @app.command()
@@ -911,6 +936,20 @@ def _show(spaces: NullSpaces, as_json: bool, quiet: bool, facts: dict[str, Any])
         _print_json({**facts, "sites": rows})
     elif not quiet:
         _show_table([tables.cells(row) for row in rows])
+
+
+def _show_facts(facts: dict[str, Any]) -> None:
+    """What is known of a folder, a line a fact, and sentences on what to do with it."""
+    leak = facts.get("leak")
+    shown = {**facts, "leak": leak and f"{leak['median']:.2e} (median), {leak['worst']:.2e} (worst, {leak['worst_site']})"}
+    for name, value in shown.items():
+        if name not in ("notes", "holds") and value not in (None, False):
+            stdout.print(
+                f"{name.replace('_', ' '):12} {' '.join(str(value).split())}", markup=False, highlight=False, soft_wrap=True
+            )
+    for note in facts["notes"]:
+        stdout.print(f"\n{note}", markup=False, highlight=False, soft_wrap=True)
+    stdout.print()
 
 
 def _show_table(shown: list[dict[str, str]]) -> None:

@@ -244,7 +244,7 @@ COMMANDS: Mapping[str, Mapping[str, Option]] = {
         "keep": KEEP,
         **SHOWN,
     },
-    "inspect": {"directory": ALWAYS, "as_json": ALWAYS},
+    "inspect": {"directory": ALWAYS, "base": ALWAYS, "as_json": ALWAYS},
     "report": {
         **RESULT,
         "covariances": ALWAYS,

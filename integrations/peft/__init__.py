@@ -7,6 +7,7 @@ loads in a process that has never heard of nullspace.
 - `preprocess_corda` (`corda.py`): PEFT's function of this name.
 - `get_eva_state_dict` and `initialize_lora_eva_weights` (`eva.py`): PEFT's two functions for EVA, from exact second moments.
 - `export_lora` (`export.py`): a trained adapter as a plain LoRA for the untouched base.
+- `describe` and `set_base` (`folders.py`): what a folder holds, and which base an adapter needs.
 - `read_course` (`files.py`): an adapter from its start through training, for `nullspace.analysis`.
 """
 
@@ -14,6 +15,7 @@ from nullspace.integrations.peft.corda import preprocess_corda
 from nullspace.integrations.peft.eva import get_eva_state_dict, initialize_lora_eva_weights
 from nullspace.integrations.peft.export import export_lora
 from nullspace.integrations.peft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_course, read_factors, row_spaces
+from nullspace.integrations.peft.folders import describe, set_base
 from nullspace.integrations.peft.inject import attach_subtracted, freeze_a, inject_adapters, save_init
 from nullspace.integrations.peft.layers import check_servable, lora_layers
 from nullspace.integrations.peft.write import write_init
@@ -25,6 +27,7 @@ __all__ = [
     "METHODS",
     "attach_subtracted",
     "check_servable",
+    "describe",
     "export_lora",
     "freeze_a",
     "get_eva_state_dict",
@@ -36,5 +39,6 @@ __all__ = [
     "read_factors",
     "row_spaces",
     "save_init",
+    "set_base",
     "write_init",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def what_differs(residual: Path, base: str, *, adapted: Collection[str], saved: 
     ours, theirs = _shapes(residual), {} if folder is None else _shapes(folder)
     if folder is None or not ours or not theirs:
         return []
-    tied = _config(folder).get("tie_word_embeddings", False)
+    tied = read_config(folder).get("tie_word_embeddings", False)
     found = []
     for top in dict.fromkeys(name.split(".")[0] for name in ours):
         names = [name for name in ours if name.split(".")[0] == top]
@@ -64,12 +63,34 @@ def local_folder(name: str) -> Path | None:
     return Path(path).parent if isinstance(path, str) else None
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's `config.json`; empty if there is none that can be read."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = store.read_json(folder / "config.json")
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def mark_of(folder: Path) -> dict[str, Any] | None:
+    """What a model's configuration says of being a residual base; None if it says nothing, or if it no longer is one.
+
+    The mark shows a few entries of a weight. After the adapter was merged into the model these are others, and the mark is void.
+    """
+    mark: Any = read_config(folder).get("nullspace")
+    mark = mark.get("residual") if isinstance(mark, dict) else None
+    if not isinstance(mark, dict):
+        return None
+    name = f"{mark.get('layer')}.weight"
+    for file in _files(folder):
+        if name in file.keys():  # noqa: SIM118
+            weight = file.get_tensor(name).reshape(-1)
+            try:
+                shown = torch.tensor(mark["values"], dtype=torch.float32)
+                return mark if store.same_fingerprint(shown, weight[torch.tensor(mark["at"])].float()) else None
+            except (KeyError, TypeError, ValueError, IndexError, RuntimeError):
+                return None
+    return mark
 
 
 def _files(folder: Path) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from peft import PeftModel
 
 from nullspace import store
 from nullspace.distributed import written_once
+from nullspace.integrations.peft.cards import write_card
 from nullspace.integrations.peft.checkpoints import what_differs
 from nullspace.integrations.peft.files import (
     ADAPTER_CONFIG,
@@ -102,12 +103,15 @@ def export_lora(
         rank_pattern={},
         alpha_pattern={},
     )
-    facts = {"model": base, "rank": rank, "alpha": rank, "max_lora_rank": vllm_rank(rank), "holds": holds}
+    init = init_around(start.path) or {}
+    facts = {name: init[name] for name in ("architecture", "method", "data") if init.get(name) is not None}
+    facts |= {"model": base, "rank": rank, "alpha": rank, "max_lora_rank": vllm_rank(rank), "holds": holds}
 
     def write() -> None:
         with store.new_directory(out, overwrite=overwrite) as part:
             (part / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             store.write_tensors(part / ADAPTER_WEIGHTS, _plain_tensors(now, start, layers, rank))
+            write_card(part, "export", facts, base)
             store.write_manifest(part, "export", facts, files=(ADAPTER_WEIGHTS,))
 
     written_once(out, write)

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.utils.other import get_pattern_key
+from torch import nn
 
 from nullspace import store
 from nullspace.analysis import Course, State
 from nullspace.factors import LowRank
-from nullspace.schema import check_fields, finite, flag, map_of, optional, or_none, text, whole
+from nullspace.schema import an_object, check_fields, finite, flag, map_of, optional, or_none, text, whole
+from nullspace.spaces import NullSpaces
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -31,6 +33,10 @@ _CONFIG_FIELDS = {
     "use_dora": optional(or_none(flag())),
     "base_model_name_or_path": optional(or_none(text())),
 }
+# What of the record of an init is used here.
+_INIT_FIELDS = {name: optional(or_none(text())) for name in ("model", "method", "residual", "architecture")}
+_INIT_FIELDS["leak"] = optional(or_none(an_object()))
+_LEAK_FIELDS = {"median": finite(0), "worst": finite(0), "worst_site": text()}
 # What transformers' Trainer calls what it saves on the way.
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -108,6 +114,41 @@ def scaling_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
+def init_record(
+    model: nn.Module,
+    original: str | None,
+    method: str,
+    config: LoraConfig,
+    place: str,
+    spaces: NullSpaces | None,
+    record: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What the manifest of an init says.
+
+    Args:
+        model: the base model.
+        original: its name, before it became a residual.
+        method: of `inject_adapters`.
+        config: of the adapter.
+        place: where the residual is, as `check_servable` says.
+        spaces: what the adapter is made of, if there are any.
+        record: what the caller adds, or knows better.
+    """
+    leaks = [] if spaces is None else sorted((spaces[site.name].leak, site.name) for site in spaces.sites)
+    facts = {
+        "model": original,
+        "architecture": type(model).__name__,
+        "method": method,
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
+        "residual": place,
+        "leak": {"median": leaks[len(leaks) // 2][0], "worst": leaks[-1][0], "worst_site": leaks[-1][1]} if leaks else None,
+        **(record or {}),
+    }
+    return {**facts, "model": located(facts["model"] or original)}
+
+
 def adapter_in(directory: Path) -> Path:
     """The adapter's directory in what `save_init` wrote, or the directory itself."""
     inner = directory / "adapter"
@@ -121,7 +162,19 @@ def init_around(directory: Path) -> dict[str, Any] | None:
         ValueError: naming the file, if it is damaged.
     """
     parent = Path(os.path.abspath(directory)).parent
-    return store.read_manifest(parent, "init", {"model": optional(or_none(text()))}) if store.kind_of(parent) == "init" else None
+    return read_init(parent) if store.kind_of(parent) == "init" else None
+
+
+def read_init(directory: Path) -> dict[str, Any]:
+    """The record of what `save_init` wrote.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+    """
+    init = store.read_manifest(directory, "init", _INIT_FIELDS)
+    if init.get("leak") is not None:
+        check_fields(init["leak"], _LEAK_FIELDS, f"{directory / store.MANIFEST}: leak")
+    return init
 
 
 def located(name: str | None) -> str | None:

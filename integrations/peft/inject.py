@@ -19,7 +19,8 @@ from nullspace import store
 from nullspace.covariances import Covariances
 from nullspace.distributed import Job, written_once
 from nullspace.factors import DAMPING
-from nullspace.integrations.peft.files import save_adapter
+from nullspace.integrations.peft.cards import CARD, name_base, write_card, write_cards
+from nullspace.integrations.peft.files import init_record, located, save_adapter
 from nullspace.integrations.peft.layers import (
     SUBTRACTED,
     check_layers,
@@ -38,6 +39,8 @@ from nullspace.sharded import is_spread, is_tensor_parallel, prepare_to_gather, 
 from nullspace.sites import weight_of
 from nullspace.spaces import NullSpaces
 
+# In the place of the base's name, as nothing that could be loaded.
+UNSAVED = "(residual of {}: call save_init)"
 # Names in the state of a model with adapters, modules_to_save and trainable_token_indices.
 _ADDED = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
 _WRAPPER = re.compile(r"(\.token_adapter)?\.(base_layer|original_module)\.")
@@ -168,7 +171,12 @@ def _inject(
         _subtract(peft_model, config, layers, adapter_name)
     if freeze_a:
         freeze_layers(layers, adapter_name)
-    peft_model.nullspace_residual = place
+    peft_model.nullspace_residual, peft_model.nullspace_method = place, method
+    config = peft_model.peft_config[adapter_name]
+    original = located(config.base_model_name_or_path)
+    # A residual base has no name before save_init gives it one, and must not go by that of the model that it was.
+    config.base_model_name_or_path = UNSAVED.format(original or "a model without a name") if place == "base" else original
+    _keep_card(peft_model, init_record(model, original, method, config, place, given.spaces, None), config.base_model_name_or_path)
     if job.first:
         given.directions.warn(f"method {method!r}", stacklevel=3)
     return peft_model
@@ -221,15 +229,17 @@ def save_init(
     """Write what `inject_adapters` made, before it is trained: whole or not at all.
 
     `OUT/adapter` is a plain PEFT adapter, `OUT/base` the residual model as a plain transformers checkpoint, `OUT/spaces` the null
-    spaces, if there are any, `OUT/nullspace.json` the record. Where the base was left alone there is no `OUT/base`, and the adapter
-    names the original model; a second adapter that takes the first one's product away is in `OUT/subtracted`.
+    spaces, if there are any, `OUT/nullspace.json` the record. Each model folder has a card. Where the base was left alone there is
+    no `OUT/base`, and the adapter names the original model; a second adapter that takes the first one's product away is in
+    `OUT/subtracted`.
 
     In a process group, one process may call this, or all of them: then one writes, and the others return when it has.
 
     Args:
         out: must not exist yet, or be empty.
         peft_model: fresh from `inject_adapters`. Not changed, but that its adapter's configuration names `OUT/base` from now on,
-            so that whatever saves the adapter after training names the base it belongs to.
+            by its absolute path, and so do the cards that it writes: whatever saves the adapter after training names the base it
+            belongs to.
         spaces: what it was made of, to be kept beside it.
         tokenizer: saved beside the base, if given.
         record: JSON-able facts to keep in `nullspace.json`: the model's name, the data, …
@@ -250,14 +260,15 @@ def save_init(
     base: Any = peft_model.get_base_model()
     adapter = peft_model.active_adapter
     config = peft_model.peft_config[adapter]
-    original = config.base_model_name_or_path
+    original = located(config.base_model_name_or_path)
+    place_of_base = os.path.abspath(out / "base") if residual else original
+    facts = init_record(base, getattr(base, "name_or_path", None), peft_model.nullspace_method, config, place, spaces, record)
 
     def write() -> None:
         with store.new_directory(out, overwrite=overwrite) as part:
             if spaces is not None:
                 spaces.write(part / "spaces")
-            if residual:
-                config.base_model_name_or_path = str(out / "base")
+            config.base_model_name_or_path = place_of_base
             try:
                 save_adapter(peft_model, adapter, part / "adapter")
             finally:
@@ -268,12 +279,29 @@ def save_init(
                 base.save_pretrained(part / "base", state_dict=_base_state(base))
                 if tokenizer is not None:
                     tokenizer.save_pretrained(part / "base")
-            store.write_manifest(part, "init", {"model": getattr(base, "name_or_path", None) or None, **(record or {})})
+            write_cards(part, facts)
+            store.write_manifest(part, "init", facts)
 
     written_once(out, write)
-    if residual:
-        config.base_model_name_or_path = str(out / "base")
+    config.base_model_name_or_path = place_of_base
+    _keep_card(peft_model, facts, place_of_base)
     return out
+
+
+def _keep_card(peft_model: PeftModel, facts: Mapping[str, Any], base: str | None) -> None:
+    """Let whatever saves the adapter from now on write a card that names its base, and says what that is."""
+    write = functools.partial(_card_in_training, peft_model, facts, base)
+    peft_model.create_or_update_model_card = write  # type: ignore[method-assign]
+
+
+def _card_in_training(peft_model: PeftModel, facts: Mapping[str, Any], base: str | None, output_dir: str) -> None:
+    """`PeftModel.create_or_update_model_card`, which would name the model that the base was made of."""
+    if (Path(output_dir) / CARD).exists():
+        type(peft_model).create_or_update_model_card(peft_model, output_dir)
+        if base is not None:
+            name_base(Path(output_dir), facts, base)
+    else:
+        write_card(Path(output_dir), "trained", facts, base)
 
 
 @contextlib.contextmanager

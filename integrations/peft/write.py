@@ -21,7 +21,8 @@ from nullspace import store
 from nullspace.covariances import Covariances
 from nullspace.distributed import Job, written_once
 from nullspace.factors import DAMPING
-from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, save_adapter
+from nullspace.integrations.peft.cards import write_cards
+from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, init_record, located, save_adapter
 from nullspace.integrations.peft.layers import (
     check_layers,
     check_servable,
@@ -140,8 +141,8 @@ def _write(
         if base is not None:
             _check_base(model, base, layers)
         original = config.base_model_name_or_path
-        if residual:
-            config.base_model_name_or_path = str(out / "base")
+        place_of_base = os.path.abspath(out / "base") if residual else located(original)
+        config.base_model_name_or_path = place_of_base
         of_adapter = _plan_adapter(peft_model, adapter, layers, plans / "adapter")
         done = 0
 
@@ -182,7 +183,9 @@ def _write(
                     _write_base(part / "base", base, {f"{name}.weight": name for name in layers}, adapt, fetch, max_shard_bytes)
             if residual and tokenizer is not None:
                 tokenizer.save_pretrained(part / "base")
-            store.write_manifest(part, "init", {"model": original, **record})
+            facts = init_record(model, original, method, config, place, given.spaces, record)
+            write_cards(part, facts)
+            store.write_manifest(part, "init", facts)
         report("adapters", done, len(layers), 0)
     given.directions.warn(f"method {method!r}", stacklevel=3)
     job.exchange(None)

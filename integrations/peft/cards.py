@@ -1,0 +1,183 @@
+"""Model cards: the `README.md` of the folders that are written here, and what they add to one that PEFT or a person has written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+CARD = "README.md"
+# Heading of the section that every card of an adapter for a residual base has.
+RESIDUAL = "## Its base is a residual model"
+# A residual base, from the adapter beside it.
+BESIDE = "../base"
+ADAPTERS = ("adapter", "trained", "subtracted", "export")
+TITLES = {
+    "adapter": "LoRA adapter before training ({method})",
+    "trained": "Trained LoRA adapter ({method})",
+    "subtracted": "Frozen LoRA adapter that takes away what another one starts with",
+    "base": "Residual base model ({method})",
+    "export": "LoRA adapter for the untouched base",
+}
+
+
+def write_card(directory: Path, kind: str, facts: Mapping[str, Any], base: str | None) -> None:
+    """`README.md` of a folder. It does not name the folder's own place, so that it stays right when that is moved.
+
+    Args:
+        directory: where to write it.
+        kind: one of `TITLES`.
+        facts: the manifest of an init or an export: model (the untouched one), method, rank, alpha, leak, …; any may be missing.
+        base: name or path of the model that the folder's content is for or, for a base, made of.
+    """
+    title = TITLES[kind].format(method=facts.get("method") or "unknown method")
+    parts = [f"# {title}", _table(kind, facts, base), *_sections(kind, facts, base)]
+    card = ModelCard(f"---\n{_metadata(kind, facts, base).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    card.save(directory / CARD)
+
+
+def write_cards(part: Path, facts: Mapping[str, Any]) -> None:
+    """The cards of what an init wrote.
+
+    Args:
+        part: where the folders are now.
+        facts: the init's manifest.
+    """
+    model = facts.get("model")
+    for kind, base in (("adapter", BESIDE if facts.get("residual") == "base" else model), ("subtracted", model), ("base", model)):
+        if (part / kind).is_dir():
+            write_card(part / kind, kind, facts, base)
+
+
+def name_base(directory: Path, facts: Mapping[str, Any] | None, base: str) -> None:
+    """Let an adapter's card name another base; one that is not ours keeps its text and gets what must be known of a residual base.
+
+    Args:
+        directory: of the adapter.
+        facts: of the init whose residual the base is; None if the base is untouched.
+        base: hub name or absolute path.
+    """
+    path = directory / CARD
+    if not path.exists():
+        write_card(directory, "trained", facts or {}, base)
+        return
+    try:
+        card = ModelCard.load(path)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no model card: {error}") from error
+    before, tags = card.data.base_model, card.data.tags
+    card.data.base_model = base
+    if isinstance(tags, list):  # PEFT's own names the base once more
+        card.data.tags = [tag for tag in tags if not str(tag).startswith("base_model:")]
+    if isinstance(before, str) and (before == BESIDE or os.path.isabs(before)):
+        card.text = card.text.replace(before, base)
+    notice = _notice(facts or {})
+    if notice and notice.partition("\n")[0] not in card.text:
+        card.text = f"{card.text.rstrip()}\n\n{notice}\n"
+    card.save(path)
+
+
+def says_residual(directory: Path) -> bool:
+    """Whether the card of an adapter says that its base is a residual model."""
+    try:
+        return RESIDUAL in (directory / CARD).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _metadata(kind: str, facts: Mapping[str, Any], base: str | None) -> ModelCardData:
+    method = facts.get("method")
+    return ModelCardData(
+        base_model=base,
+        library_name="peft" if kind in ADAPTERS else "transformers",
+        pipeline_tag="text-generation" if str(facts.get("architecture")).endswith("ForCausalLM") else None,
+        tags=[*(["lora"] if kind in ADAPTERS else []), "nullspace", *([str(method)] if method else [])],
+    )
+
+
+def _table(kind: str, facts: Mapping[str, Any], base: str | None) -> str:
+    leak = facts.get("leak")
+    rows = {
+        "made of" if kind == "base" else "base": base,
+        "untouched model": facts.get("model") if base != facts.get("model") else None,
+        "method": facts.get("method"),
+        "data": facts.get("data"),
+        "rank": facts.get("rank"),
+        "alpha": facts.get("alpha"),
+        "rsLoRA": "yes" if facts.get("use_rslora") else None,
+        "leak": f"{leak['median']:.2e} (median), {leak['worst']:.2e} (worst, {leak['worst_site']})" if leak else None,
+        "also holds": ", ".join(facts.get("holds") or ()) or None,
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {code(value)} |" for name, value in rows.items() if value is not None)])
+
+
+def code(value: Any) -> str:
+    """A value as a code span that no name can break out of."""
+    text = " ".join(str(value).replace("`", "'").replace("|", "¦").split())
+    return f"`{text}`" if text else ""
+
+
+def _sections(kind: str, facts: Mapping[str, Any], base: str | None) -> list[str]:
+    if kind == "base":
+        return [
+            "The weights are W₀ − s·BA: the model is complete only with its adapter (`adapter` beside this folder, or what that "
+            f"was trained to), and then starts as {code(facts.get('model') or 'the untouched model')}. Do not use it alone, and do "
+            "not train another adapter on it alone.",
+            f"## Load\n\n{_example(facts, '.', '../adapter')}",
+        ]
+    if kind == "subtracted":
+        return [
+            "Load it beside the adapter that it belongs to, on the untouched model, and keep both active:\n\n"
+            "```python\nfrom nullspace.integrations.peft import attach_subtracted\n\n"
+            "attach_subtracted(model, '.')  # in this folder\n```"
+        ]
+    example = f"## Load\n\n{_example(facts, base)}"
+    if kind != "export":
+        return [example, *filter(None, [_notice(facts)])]
+    limit = facts.get("max_lora_rank")
+    serve = [
+        "α is the rank and all layers have one rank, so that the scaling is 1 wherever it is read.",
+        f"vLLM: `--max-lora-rank {limit}`." if limit else "vLLM serves no rank as large as this.",
+        "PEFT loads what it also holds; servers such as vLLM and llama.cpp do not." if facts.get("holds") else "",
+    ]
+    return [example, "## Serve\n\n" + " ".join(serve).strip()]
+
+
+def _example(facts: Mapping[str, Any], base: str | None, adapter: str = ".") -> str:
+    architecture = str(facts.get("architecture") or "")
+    if architecture.endswith("ForCausalLM") or not hasattr(transformers, architecture or "-"):
+        architecture = "AutoModelForCausalLM" if architecture.endswith("ForCausalLM") else "AutoModel"
+    return (
+        "In this folder (from elsewhere, with its path or hub name):\n\n```python\nfrom peft import PeftModel\n"
+        f"from transformers import {architecture}\n\n"
+        f"base = {architecture}.from_pretrained({base or 'the untouched model'!r})\n"
+        f"model = PeftModel.from_pretrained(base, {adapter!r})  # is_trainable=True to train it\n```"
+    )
+
+
+def _notice(facts: Mapping[str, Any]) -> str:
+    """What the user of an adapter must know of its base; empty where it is an ordinary one."""
+    model = code(facts.get("model") or "the untouched model")
+    if facts.get("residual") == "adapter":
+        return (
+            f"## It comes in two\n\nThe frozen adapter in `subtracted`, in the folder in which this one started, takes away what "
+            f"it starts with. On {model} without that one, outputs are wrong and nothing fails. `attach_subtracted` of "
+            "`nullspace.integrations.peft` loads it; `nullspace export` makes one plain adapter of both."
+        )
+    if facts.get("residual") != "base":
+        return ""
+    return (
+        f"{RESIDUAL}\n\nIt is not {model}, but {model} less what the adapter starts with: W₀ − s·BA. Adapter and base belong "
+        "together.\n\n"
+        f"- Do not load the adapter on {model}, nor on another residual base: outputs are wrong, and nothing fails. For the "
+        "untouched model: `nullspace export TRAINED --initial INIT --out EXPORTED`.\n"
+        "- `disable_adapter()` leaves the residual model, which is no reference model.\n"
+        "- Do not train a second plain adapter on the residual base alone.\n"
+        "- PEFT reads the base's place from `adapter_config.json`. After folders were moved or uploaded, "
+        "`nullspace inspect ADAPTER` says whether it is still right, and `--base FOLDER_OR_NAME` writes it."
+    )

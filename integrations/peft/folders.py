@@ -1,0 +1,245 @@
+"""What a folder holds and which base it needs: init, adapter, residual base, trained adapter, export."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nullspace import store
+from nullspace.integrations.peft import cards
+from nullspace.integrations.peft.checkpoints import mark_of
+from nullspace.integrations.peft.export import A_WEIGHT, contents, described, vllm_rank
+from nullspace.integrations.peft.files import (
+    ADAPTER_CONFIG,
+    Adapter,
+    adapter_in,
+    init_around,
+    layer_of,
+    located,
+    read_adapter,
+    read_init,
+    scaling_of,
+)
+
+MODEL_CONFIG = "config.json"
+# What an init record says of the method.
+METHOD_FACTS = ("model", "method", "data", "leak", "architecture")
+
+
+class Base(NamedTuple):
+    """The base model that an adapter is for."""
+
+    named: str | None
+    """As the adapter's configuration has it."""
+    place: Path | None
+    """Where it is on this machine, as far as can be seen."""
+    residual: bool | None
+    """Whether it is a residual model; None if its files are not at hand."""
+    init: Mapping[str, Any] | None
+    """The record of the init that the adapter or its base comes from."""
+
+
+def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a folder holds, as JSON takes it.
+
+    Args:
+        directory: what `save_init`, `write_init` or `export_lora` wrote, a folder in it, a PEFT LoRA adapter in or after training,
+            or a transformers checkpoint.
+
+    Returns:
+        `kind` (`"init"`, `"adapter"`, `"export"`, `"residual base"` or `"model"`), `notes` (sentences on what to do and what not)
+        and what is known: of adapters `base` (as their configuration names it), `base_kind` (`"residual"`, `"untouched"` or
+        `"unknown"`), `base_found` (its folder here), `rank`, `alpha`, `scaling`, `layers`, `method`, `model`, `data`, `leak`, ….
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: naming the file, if one is damaged, or if the folder holds nothing of these kinds.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory")
+    if store.kind_of(directory) == "init":
+        init = read_init(directory)
+        facts = _adapter(directory / "adapter")
+        return {
+            **facts,
+            "directory": str(directory),
+            "kind": "init",
+            "adapter": str(directory / "adapter"),
+            "residual": init.get("residual"),
+        }
+    if (directory / ADAPTER_CONFIG).is_file():
+        return _adapter(directory)
+    if (directory / MODEL_CONFIG).is_file():
+        return _model(directory)
+    raise ValueError(
+        f"{directory} holds nothing that is known here: neither {store.MANIFEST}, {ADAPTER_CONFIG} nor {MODEL_CONFIG} is in it"
+    )
+
+
+def set_base(directory: str | os.PathLike[str], base: str) -> None:
+    """Write into an adapter's configuration and card which base it needs, after one of them was moved or uploaded.
+
+    Args:
+        directory: of the adapter, or what `save_init` wrote.
+        base: a folder, which is written as an absolute path, or a hub name.
+
+    Raises:
+        FileNotFoundError: if there is no adapter.
+        ValueError: if the adapter needs a residual base and the folder holds none, or holds no model.
+    """
+    adapter = read_adapter(adapter_in(Path(directory)))
+    old = base_of(adapter)
+    named = located(base)
+    assert named is not None
+    init = old.init
+    # What is called so and is not here may well be what save_init wrote.
+    needs_residual = old.residual or (old.residual is None and Path(old.named or "").name == "base")
+    if Path(named).is_dir():
+        if not (Path(named) / MODEL_CONFIG).is_file():
+            raise ValueError(f"{named} holds no model: {MODEL_CONFIG} is missing")
+        if needs_residual and not is_residual(Path(named)):
+            raise ValueError(
+                f"{adapter.path} needs the residual base that it was made with ({old.named}), and {named} is none: for an "
+                "untouched model, use nullspace export"
+            )
+        init = _init_of(Path(named)) if is_residual(Path(named)) else init
+    cards.name_base(adapter.path, init, named)
+    path = adapter.path / ADAPTER_CONFIG
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps({**adapter.config, "base_model_name_or_path": named}, indent=2, sort_keys=True), encoding="utf-8")
+    store.sync(part)
+    part.replace(path)
+
+
+def is_residual(base: Path) -> bool:
+    """Whether a folder holds a residual model, by the record beside it or by a mark in its configuration that still holds."""
+    init = init_around(base)
+    return (init is not None and base.name == "base") or mark_of(base) is not None
+
+
+def _init_of(base: Path) -> Mapping[str, Any]:
+    return {
+        "residual": "base",
+        **{name: (mark_of(base) or {}).get(name) for name in ("model", "method")},
+        **(init_around(base) or {}),
+    }
+
+
+def base_of(adapter: Adapter) -> Base:
+    """The base of an adapter: the one beside it, if both are in one init, else the one that its configuration names."""
+    named = adapter.config.get("base_model_name_or_path")
+    folder = Path(os.path.abspath(adapter.path))
+    if store.kind_of(folder) == "export":
+        return Base(named, _folder(named), False, None)
+    init = init_around(folder)
+    beside = folder.parent / "base"
+    place = _folder(named)
+    if init is not None and (folder.name in ("adapter", "subtracted") or place is None):
+        if beside.is_dir():
+            return Base(named, beside, True, init)
+        return Base(named, place, init.get("residual") == "base", init)
+    if place is None:
+        return Base(named, None, True if cards.says_residual(folder) else None, None)
+    return Base(named, place, True, _init_of(place)) if is_residual(place) else Base(named, place, False, None)
+
+
+def _is_at(name: str, place: Path) -> bool:
+    """Whether a name leads to a folder from every working directory."""
+    return os.path.isabs(name) and os.path.exists(name) and os.path.samefile(name, place)
+
+
+def _folder(name: str | None) -> Path | None:
+    return Path(os.path.abspath(name)) if name and os.path.isdir(name) else None
+
+
+def _adapter(directory: Path) -> dict[str, Any]:
+    adapter = read_adapter(directory)
+    base = base_of(adapter)
+    ranks = {layer_of(key): len(t) for key, t in adapter.tensors.items() if key.endswith(A_WEIGHT)}
+    scalings = {scaling_of(adapter.config, layer, rank) for layer, rank in ranks.items()}
+    rank, holds = max(ranks.values(), default=None), contents(adapter.tensors)
+    init = base.init or {}
+    return {
+        "directory": str(directory),
+        "kind": "export" if store.kind_of(directory) == "export" else "adapter",
+        "base": base.named,
+        "base_kind": {True: "residual", False: "untouched", None: "unknown"}[base.residual],
+        "base_found": None if base.place is None else str(base.place),
+        **{name: init.get(name) for name in METHOD_FACTS},
+        "layers": len(ranks),
+        "rank": rank,
+        "alpha": adapter.config.get("lora_alpha"),
+        "scaling": scalings.pop() if len(scalings) == 1 else sorted(scalings),
+        "use_rslora": bool(adapter.config.get("use_rslora")),
+        "use_dora": bool(adapter.config.get("use_dora")),
+        "holds": holds,
+        "notes": [*_base_notes(adapter, base), *_serving_notes(adapter, base, ranks, holds)],
+    }
+
+
+def _base_notes(adapter: Adapter, base: Base) -> list[str]:
+    original = (base.init or {}).get("model") or "the untouched model"
+    notes = []
+    if base.residual:
+        where = base.place or f"that it was made with, which is missing: {base.named}"
+        notes.append(
+            f"It needs the residual base {where}. On {original} it is silently wrong: for that one, nullspace export TRAINED "
+            "--initial INIT --out EXPORTED"
+        )
+    elif base.residual is False:
+        notes.append(f"It is for the untouched base {base.named or original}.")
+    else:
+        notes.append(
+            f"Its base {base.named!r} is not a folder on this machine. If it is a residual base, nothing but that one will do: "
+            "the adapter is silently wrong on the untouched model."
+        )
+    if (base.init or {}).get("residual") == "adapter" and adapter.path.name != "subtracted":
+        notes.append("The frozen adapter in 'subtracted' must be active beside it (attach_subtracted): alone it is silently wrong.")
+    if base.named and base.place is not None and not _is_at(base.named, base.place):
+        notes.append(
+            f"{ADAPTER_CONFIG} names {base.named!r}, but the base is in {base.place}: nullspace inspect {adapter.path} --base "
+            f"{base.place} writes that"
+        )
+    elif base.place is None and base.residual is not False:
+        notes.append(f"Where the base is elsewhere: nullspace inspect {adapter.path} --base FOLDER_OR_NAME")
+    return notes
+
+
+def _serving_notes(adapter: Adapter, base: Base, ranks: Mapping[str, int], holds: dict[str, list[str]]) -> list[str]:
+    notes = []
+    odd = [name for name in ("use_rslora", "rank_pattern", "alpha_pattern") if adapter.config.get(name)]
+    if odd:
+        notes.append(
+            f"{', '.join(odd)}: servers that read only r and lora_alpha apply another scaling; nullspace export folds it in."
+        )
+    if holds:
+        notes.append(f"It also holds {described(holds)}: PEFT loads them, servers such as vLLM and llama.cpp do not.")
+    if base.residual is False and ranks and not odd:
+        limit = vllm_rank(max(ranks.values()))
+        notes.append(f"vLLM needs --max-lora-rank {limit}." if limit else "vLLM serves no rank as large as this.")
+    return notes
+
+
+def _model(directory: Path) -> dict[str, Any]:
+    directory = Path(os.path.abspath(directory))
+    if not is_residual(directory):
+        note = "A transformers checkpoint that nothing marks as a residual base."
+        return {"directory": str(directory), "kind": "model", "notes": [note]}
+    init = _init_of(directory)
+    beside = directory.parent / "adapter"
+    adapter = str(beside) if beside.is_dir() else None
+    note = (
+        f"A residual base, W₀ − s·BA of {init.get('model') or 'the untouched model'}: for {adapter or 'its adapter'} and what that "
+        "is trained to. Do not use it alone, nor for another adapter."
+    )
+    return {
+        "directory": str(directory),
+        "kind": "residual base",
+        **{name: init.get(name) for name in (*METHOD_FACTS, "rank", "alpha")},
+        "adapter": adapter,
+        "notes": [note],
+    }
