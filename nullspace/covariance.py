@@ -17,6 +17,7 @@ Who takes the products: the Triton kernels on a CUDA device (`nullspace.sums_tri
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 import nullspace.csrc_triton as csrc_triton
-from nullspace.schema import an_object, check_fields, check_tensor, finite, whole
+from nullspace.schema import an_object, check_fields, check_tensor, finite, list_of, optional, whole
 from nullspace.sums import GramSums, Sums, TokenMask, nonfinite
 from nullspace.sums_qr import QrSums
 from nullspace.sums_torch import TorchSums
@@ -32,7 +33,14 @@ from nullspace.sums_triton import TritonSums
 
 PRECISIONS = ("auto", "mixed", "fp64", "qr")
 # What a file says of a covariance, beside its tensors; `sums` is checked when it is known what the tensors are.
-FIELDS = {"d_in": whole(1), "tokens": whole(), "mass": finite(0), "outliers": whole(), "sums": an_object()}
+FIELDS = {
+    "d_in": whole(1),
+    "tokens": whole(),
+    "mass": finite(0),
+    "outliers": whole(),
+    "sums": an_object(),
+    "samples": optional(list_of(finite(0), least=2, most=2)),  # earlier versions did not keep them
+}
 # Of the one large tensor in a file.
 DTYPES = (torch.float64, torch.float32)
 
@@ -77,6 +85,7 @@ class Covariance:
         self._sums = _new_sums(d_in, self.device, precision)
         self._tokens = 0
         self._mass = 0.0
+        self._samples = _Samples(self._sums.device)
 
     @torch.no_grad()
     def update(self, x: torch.Tensor, mask: torch.Tensor | TokenMask | None = None) -> None:
@@ -106,6 +115,7 @@ class Covariance:
         count = len(rows) if mask is None else mask.count
         if count > 0:
             self._sums.add(rows, mask)
+            self._samples.add(x.detach(), mask)
             self._tokens += count
             self._mass += count
 
@@ -121,6 +131,7 @@ class Covariance:
                 f"into one of width {self.d_in} and precision {self.precision!r}"
             )
         self._sums.merge(other._sums)
+        self._samples.sums += other._samples.sums.to(self._samples.sums.device)
         self._tokens += other._tokens
         self._mass += other._mass
 
@@ -149,6 +160,7 @@ class Covariance:
         if not 0.0 < weight < float("inf"):
             raise ValueError(f"a weight must be a positive number, not {weight}")
         self._sums.scale(weight)
+        self._samples.sums *= weight
         self._mass *= weight
 
     def state(self, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -163,7 +175,7 @@ class Covariance:
         sums = self._flushed()
         numbers, tensors = sums.state(dtype)
         facts = {"d_in": self.d_in, "tokens": self._tokens, "mass": self._mass, "outliers": sums.outliers, "sums": numbers}
-        return facts, tensors
+        return {**facts, "samples": self._samples.numbers()}, tensors
 
     @classmethod
     def from_state(
@@ -190,6 +202,7 @@ class Covariance:
         found._sums.load_state(facts["sums"], tensors)
         found._sums.outliers = facts["outliers"]
         found._tokens, found._mass = facts["tokens"], facts["mass"]
+        found._samples.sums.copy_(torch.tensor(facts.get("samples", [0.0, 0.0]), dtype=torch.float64))
         return found
 
     def compress(self) -> torch.Tensor:
@@ -198,7 +211,7 @@ class Covariance:
         Until `expand`, which goes on with what the vector holds by then, nothing else is to be asked of this covariance.
 
         Returns:
-            (d (d + 1) / 2 + d + 7,) float64. Counts of tokens are exact up to 2⁵³.
+            (d (d + 1) / 2 + d + 9,) float64. Counts of tokens are exact up to 2⁵³.
 
         Raises:
             ValueError: for a root (`precision="qr"`): roots cannot be added.
@@ -206,13 +219,14 @@ class Covariance:
         sums = self._flushed()
         if not isinstance(sums, GramSums):
             raise ValueError(f"no sum under precision={self.precision!r}: roots cannot be added")
-        return sums.compress([self._tokens, self._mass, sums.outliers])
+        return sums.compress([self._tokens, self._mass, sums.outliers, *self._samples.numbers()])
 
     def expand(self) -> None:
         """Undo `compress`."""
         assert isinstance(self._sums, GramSums)
-        tokens, self._mass, outliers = self._sums.expand(3)
+        tokens, self._mass, outliers, *samples = self._sums.expand(5)
         self._tokens, self._sums.outliers = int(tokens), int(outliers)
+        self._samples.sums.copy_(torch.tensor(samples, dtype=torch.float64))
 
     def flush(self) -> None:
         """Sum what is still on its way, as whatever reads the sums does first.
@@ -263,6 +277,17 @@ class Covariance:
         return self._flushed().trace
 
     @property
+    def peft_trace(self) -> float | None:
+        """The trace that this second moment has in PEFT's CorDA: the mean of ‖X‖²_F / (max X)² over samples.
+
+        A sample is one entry of the first axis of what `update` was given, or all of it if there are no more than two axes. None
+        where that is not known: for sums that somebody else has made, or that were kept by earlier versions.
+        """
+        self._flushed()
+        energy, count = self._samples.numbers()
+        return energy / count if energy > 0 and count > 0 else None
+
+    @property
     def products(self) -> str:
         """`"mixed"` if float32 chains took part in the sum, `"fp64"` if every product was taken in float64, or `"qr"`."""
         return self._flushed().products
@@ -279,6 +304,37 @@ class Covariance:
     def _flushed(self) -> Sums:
         self._sums.flush()
         return self._sums
+
+
+class _Samples:
+    """Σ ‖X‖²_F / (max X)² over samples, and their number: what PEFT's CorDA divides a sample by, and the sum by, is in them.
+
+    Attributes:
+        sums: (2,) float64.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, x: torch.Tensor, mask: TokenMask | None) -> None:
+        """Add an input (…, d_in) with at least one row that counts, without waiting for the device."""
+        samples = len(x) if x.ndim > 2 else 1
+        rows = x.reshape(samples, -1, x.shape[-1])
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        rows = rows.to(wide) if x.dtype.itemsize == 1 else rows
+        norms, peaks = torch.linalg.vector_norm(rows, dim=-1, dtype=wide), rows.amax(dim=-1).to(wide)
+        if mask is not None:
+            padding = ~mask.keep(x.device).view(norms.shape)
+            norms, peaks = norms.masked_fill(padding, 0.0), peaks.masked_fill(padding, -math.inf)
+        peak = peaks.amax(dim=1).abs()
+        counts = (peak > 0) & (peak < math.inf)
+        energy = torch.where(counts, (norms / peak[:, None]).square().sum(dim=1), 0.0)
+        self.sums += torch.stack([energy.sum(), counts.sum().to(wide)]).to(self.sums.device).double()
+
+    def numbers(self) -> list[float]:
+        """Both as numbers, and zeros where they are beyond the range of float32."""
+        found: list[float] = self.sums.tolist()
+        return found if all(map(math.isfinite, found)) else [0.0, 0.0]
 
 
 def check_state(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -122,11 +122,19 @@ def milora(weight: torch.Tensor, *, rank: int) -> LowRank:
 
 
 @torch.no_grad()
-def corda(weight: torch.Tensor, c: torch.Tensor, *, rank: int, mode: str = "kpm", damping: float = DAMPING) -> LowRank:
+def corda(
+    weight: torch.Tensor,
+    c: torch.Tensor,
+    *,
+    rank: int,
+    mode: str = "kpm",
+    damping: float = DAMPING,
+    trace: float | None = None,
+) -> LowRank:
     """CorDA's start (arXiv 2406.05223, eq. 2–5): SVD(W₀ C) = U Σ Vᵀ, and r triples of it: B = U_r √Σ_r, A = √Σ_r V_rᵀ C⁻¹.
 
-    As U_rᵀ W₀ C = Σ_r V_rᵀ, A is Σ_r^-½ U_rᵀ W₀ and B A = U_r U_rᵀ W₀: C⁻¹ is never formed. C is divided by the mean of its
-    diagonal, on which the balance between A and B would depend otherwise; B A does not.
+    As U_rᵀ W₀ C = Σ_r V_rᵀ, A is Σ_r^-½ U_rᵀ W₀ and B A = U_r U_rᵀ W₀: C⁻¹ is never formed. The scale of C does not change B A, but
+    how it is divided: B grows with its square root, and A shrinks.
 
     This minimises ‖(W₀ − W₀′) C‖ over the W₀′ of the residual's rank (kpm), and not ‖(W₀ − W₀′) X‖, which the paper sets out from:
     for that see `corda_exact`.
@@ -138,6 +146,7 @@ def corda(weight: torch.Tensor, c: torch.Tensor, *, rank: int, mode: str = "kpm"
         mode: `"kpm"` (knowledge-preserved: the last r triples, of data that must not be forgotten) or `"ipm"`
             (instruction-previewed: the first r, of the task's data).
         damping: added to the diagonal of C, relative to its mean. 0 leaves C as it is; it may be singular.
+        trace: that C is brought to, `Covariance.peft_trace` for PEFT's division of B A; by default d_in, a mean diagonal of 1.
 
     Returns:
         As `pissa`: singular values descending.
@@ -148,8 +157,11 @@ def corda(weight: torch.Tensor, c: torch.Tensor, *, rank: int, mode: str = "kpm"
     _check_mode(mode)
     check_real("damping", damping, NOT_NEGATIVE)
     weight, (c,) = _with_moments(weight, c)
-    c = c / _mean_diagonal(c)
-    c.diagonal().add_(damping)
+    if trace is not None and not 0.0 < trace < float("inf"):
+        raise ValueError(f"trace must be a positive number, not {trace}")
+    mean = 1.0 if trace is None else trace / len(c)
+    c = c * (mean / _mean_diagonal(c))
+    c.diagonal().add_(damping * mean)
     product = weight @ c
     sigma, u = _left(product, rank, "bottom" if mode == "kpm" else "top")
     return _projected(weight, u, torch.where(sigma > ZERO * torch.linalg.matrix_norm(product), sigma, 0.0))

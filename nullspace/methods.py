@@ -131,8 +131,8 @@ def spared(mode: str, d_out: int, d_in: int, rank: int) -> int | None:
 
 
 def _corda(layer: Layer, given: Sources, mode: str) -> LowRank:
-    _, c = _moment(layer, given, given.covariances, mode=mode)
-    return factors.corda(_weight(layer), c, rank=layer.rank, mode=mode, damping=given.damping)
+    covariance, c = _moment(layer, given, given.covariances, mode=mode)
+    return factors.corda(_weight(layer), c, rank=layer.rank, mode=mode, damping=given.damping, trace=covariance.peft_trace)
 
 
 def _corda_exact(layer: Layer, given: Sources) -> LowRank:

@@ -23,7 +23,7 @@ from nullspace.survey import Survey
 from nullspace.triangle import PANEL_ROWS
 
 # Beside the triangle and Σ x: tokens, their mass, outlier tokens, and four sums that account for rounding (`GramSums.state`).
-COUNTS = 7
+COUNTS = 9
 # Exchanges of a run: who has which batches (before and after), whether the arguments and the models are the same, which layers were
 # silent, which sites there are, what was found. Layerwise, the last two but one are asked again after every block.
 EXCHANGES, EXCHANGES_A_BLOCK = 7, 2

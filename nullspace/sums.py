@@ -39,6 +39,10 @@ class TokenMask:
             self._indices = self._indices.to(device)
         return self._indices
 
+    def keep(self, device: torch.device) -> torch.Tensor:
+        """(rows,) bool: which rows count."""
+        return torch.zeros(self.rows, dtype=torch.bool, device=device).index_fill_(0, self.indices(device), True)
+
 
 class Sums(abc.ABC):
     """Σ x xᵀ and Σ x of the tokens added so far.

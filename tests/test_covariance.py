@@ -688,3 +688,47 @@ def test_mixed_stays_with_float32_chains_where_auto_does_not() -> None:
 def test_an_unknown_precision_is_refused(precision: str) -> None:
     with pytest.raises(ValueError, match="precision must be one of 'auto', 'mixed', 'fp64', 'qr'"):
         Covariance(3, precision=precision)
+
+
+# ---- the trace that PEFT's CorDA has
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_trace_of_samples_divided_by_their_largest_entries(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 9, 5).mul(torch.tensor([1.0, 100.0, 1e-3, 1e3])[:, None, None]).to(dtype)
+    x[2] = -x[2].abs()  # PEFT divides by the magnitude of the largest entry, not by the largest magnitude
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    mask[0, :4], mask[1, 8:], mask[3] = False, False, False
+    samples = [each[keep].double() for each, keep in zip(x, mask, strict=True) if keep.any()]
+    wanted = sum(float(each.square().sum() / each.max() ** 2) for each in samples) / 3
+    whole, parts, other = Covariance(5), Covariance(5), Covariance(5, precision="auto")
+    x[~mask] = float("nan")
+    whole.update(x, mask)
+    for each in samples[:2]:
+        parts.update(each)
+    other.update(samples[2][None])
+    parts.merge(other)
+    for found in (whole, parts):
+        assert found.peft_trace == pytest.approx(wanted, rel=1e-5)
+        again = Covariance.from_state(*found.state())
+        assert again.peft_trace == found.peft_trace
+        again.scale(0.25)
+        assert again.peft_trace == pytest.approx(wanted, rel=1e-5)
+    total = whole.compress().clone()
+    whole._sums.triangle._memory[: len(total)] = total * 2  # type: ignore[attr-defined]  # what two such processes add up to
+    whole.expand()
+    assert whole.peft_trace == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_trace_of_samples_is_not_known_of_older_files_nor_of_what_has_none() -> None:
+    covariance = covariance_of(torch.randn(40, 5))
+    facts, tensors = covariance.state()
+    del facts["samples"]
+    assert Covariance.from_state(facts, tensors).peft_trace is None
+    assert Covariance.from_matrix(torch.eye(5)).peft_trace is None
+    assert covariance_of(torch.zeros(4, 5)).peft_trace is None
+    beyond = covariance_of(torch.randn(4, 5, dtype=torch.float32) * 1e30)
+    assert beyond.peft_trace is None
+    assert Covariance.from_state(*beyond.state()).peft_trace is None
+    with pytest.raises(ValueError, match="'samples' should be"):
+        Covariance.from_state({**facts, "samples": [1.0, -1.0]}, tensors)

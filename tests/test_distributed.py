@@ -193,7 +193,7 @@ def a_site_is_reduced_once_and_only_its_triangle(rank: int, count: int, folder: 
         assert {name for name, _ in called if name != "all_gather"} == {"reduce"}  # exchanges gather small objects
         vectors = [vector for name, vector in called if name == "reduce"]
         assert {v.dtype for v in vectors} == {torch.float64}
-        assert [v.nbytes for v in vectors] == [8 * (s.d_in * (s.d_in + 1) // 2 + s.d_in + 7) for s in sites]
+        assert [v.nbytes for v in vectors] == [8 * (s.d_in * (s.d_in + 1) // 2 + s.d_in + 9) for s in sites]
         assert 0 < len(owned) < len(sites)
 
 

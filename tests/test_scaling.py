@@ -41,7 +41,7 @@ def test_bytes_of_a_site_are_those_of_its_vector(d: int, precision: str) -> None
     covariance = Covariance(d, precision=precision)
     covariance.update(torch.randn(5, d))
     assert covariance.compress().nbytes == site_bytes(d)
-    assert site_bytes(d) - 8 * d * (d + 1) // 2 == 8 * (d + 7)
+    assert site_bytes(d) - 8 * d * (d + 1) // 2 == 8 * (d + 9)
 
 
 def check_bytes(rank: int, count: int, folder: Path) -> None:

@@ -75,6 +75,8 @@ def preprocess_corda(
     - Every token counts once. PEFT divides each call's input by the absolute value of its largest entry, so that a sample counts
       more the smaller its extremes are; it counts padding; and it takes one sample a call. Here padding is left out where
       the model is given an `attention_mask`, and samples may come in batches. `parity=True` weighs and counts as PEFT does.
+    - C has the trace that it has in PEFT (`Covariance.peft_trace`), on which it depends how BA is divided between A and B, and
+      with it what a learning rate comes to.
     - Layers that are handed the same tensor share one sum: short float32 chains into float64, outlier tokens in float64 (precision
       `"mixed"` of `nullspace.Covariance`; under `parity` every product is in float64). `use_float16_for_covariance` is ignored. The
       damping is never doubled: PEFT does so when its float32 inverse fails.
@@ -132,13 +134,15 @@ def preprocess_corda(
 
     def solve(site: Site, covariance: Covariance) -> tuple[dict[str, CordaEigens], torch.Tensor | None]:
         c = covariance.matrix()
-        if not from_file:
-            c /= covariance.tokens
-        wanted = (not from_file and sums is not None) or not options.prune_temporary_fields
-        as_found = c.float() if wanted else None
         for name in site.members:
             rest = spared(mode, *weight_shape(targets[name]), ranks[name])
             directions.look_at(name, covariance, ranks[name], c, spared=rest)
+        if not from_file:
+            c /= covariance.tokens
+        if not from_file and not parity and covariance.peft_trace is not None:
+            c *= covariance.peft_trace / c.diagonal().sum()
+        wanted = (not from_file and sums is not None) or not options.prune_temporary_fields
+        as_found = c.float() if wanted else None
         c.diagonal().add_(DAMPING * c.diagonal().mean())
         return {name: _eigens(targets[name], c, ranks[name], mode) for name in site.members}, as_found
 

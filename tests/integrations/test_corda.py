@@ -14,7 +14,8 @@ from peft.tuners.lora.corda import preprocess_corda as theirs
 from torch import nn
 
 from models import random_batches, tiny
-from nullspace.integrations.peft import preprocess_corda
+from nullspace import Covariances, stream_covariances
+from nullspace.integrations.peft import inject_adapters, preprocess_corda
 from nullspace.sites import find_targets
 from reference import recorded_inputs
 
@@ -92,6 +93,29 @@ def test_in_parity_the_adapter_is_pefts_and_that_of_the_definition(family: str, 
         assert (b @ a - peft_b @ peft_a).norm() <= PEFT_ROUNDING * wanted.norm() / 2, name  # s = 2
         assert (a.abs() - peft_a.abs()).norm() <= PEFT_ROUNDING * a.norm(), name
         assert (b.abs() - peft_b.abs()).norm() <= PEFT_ROUNDING * b.norm(), name
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_product_is_divided_between_a_and_b_as_peft_does(family: str, mode: str) -> None:
+    """By default too, and from covariances: random texts are so much alike that how each is weighed moves BA by some percent."""
+    found: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+    for which, function in (("theirs", theirs), ("ours", preprocess_corda)):
+        model = tiny(family)
+        function(model, config(family, mode), run_model=runner(model))
+        found[which] = factors(get_peft_model(model, config(family, mode)))
+    model, names = tiny(family), list(found["theirs"])
+    together = [{"input_ids": torch.cat([b["input_ids"] for b in SAMPLES[i : i + 4]])} for i in (0, 4, 8)]
+    covariances = Covariances(stream_covariances(model, together, targets=names, precision="fp64", progress=False))
+    plain = LoraConfig(r=R, lora_alpha=2 * R, target_modules=names)
+    found["from covariances"] = factors(inject_adapters(model, plain, covariances=covariances, method=f"corda-{mode}"))
+    for which in ("ours", "from covariances"):
+        for name, (peft_a, peft_b) in found["theirs"].items():
+            a, b = found[which][name]
+            for ours, peft, dim in ((a, peft_a, 1), (b, peft_b, 0)):
+                assert abs(float(ours.norm() / peft.norm()) - 1) < 0.06, (which, name)
+                ratio = ours.norm(dim=dim) / peft.norm(dim=dim)  # of every direction
+                assert 0.8 < float(ratio.min()) <= float(ratio.max()) < 1.25, (which, name)
 
 
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
