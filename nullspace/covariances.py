@@ -27,6 +27,8 @@ from nullspace.sites import Site, find_targets
 from nullspace.sitewise import Entry, Sitewise, Weights, weights_of, write_sites
 from nullspace.store import new_directory, reserved, resolved, same_fingerprint
 from nullspace.stream import check_options, resolve_strategy, stream_covariances
+from nullspace.weights import refuse_meta
+from nullspace.wrappers import unwrap
 
 
 class Covariances(Sitewise[Covariance]):
@@ -246,7 +248,9 @@ def compute_covariances(
         if not isinstance(targets, str):
             targets = list(targets)
         check_options(strategy, precision, hidden_states, device)
+        model = unwrap(model)
         modules = find_targets(model, targets)
+        refuse_meta(model)
         spread = prepare(model, modules, job, strategy)
         shards: tuple[Shards, ...] = ()
         if shard is not None:

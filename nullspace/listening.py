@@ -204,14 +204,20 @@ def refuse_silent(silent: Mapping[str, nn.Module]) -> None:
 
 
 @contextlib.contextmanager
-def listening(targets: Mapping[str, nn.Module], sums: Listener, *, later: list[Exception] | None = None) -> Iterator[None]:
+def listening(
+    model: nn.Module, targets: Mapping[str, nn.Module], sums: Listener, *, later: list[Exception] | None = None
+) -> Iterator[None]:
     """Inside, the listener hears whatever the targets are called with.
 
     Args:
+        model: that the targets are parts of.
         targets: module name → linear layer.
         sums: the listener.
         later: takes the first exception that the listener raises, from which on it hears nothing: for a forward pass that must not
             end in the midst (`nullspace.sharded`).
+
+    Raises:
+        ValueError: at the end, naming the layer, if the model has removed its hook or put something else in its place.
     """
 
     def listener(name: str) -> Any:
@@ -235,19 +241,31 @@ def listening(targets: Mapping[str, nn.Module], sums: Listener, *, later: list[E
 
         return before, after
 
-    handles = []
+    handles: list[tuple[str, nn.Module, Any]] = []
     for name, module in targets.items():
         if is_sharded(weight_of(module)):  # whose input may come through hooks of others
             before, hook = listeners(name)
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            handles.append((name, module, module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)))
         else:
             hook = listener(name)
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append((name, module, module.register_forward_pre_hook(hook, with_kwargs=True)))
     try:
         yield
+        _check_standing(model, handles)
     finally:
-        for handle in handles:
+        for _, _, handle in handles:
             handle.remove()
+
+
+def _check_standing(model: nn.Module, handles: list[tuple[str, nn.Module, Any]]) -> None:
+    there = {id(module) for module in model.modules()}
+    for name, module, handle in handles:
+        if handle.id not in module._forward_pre_hooks or id(module) not in there:
+            what = "was replaced" if id(module) not in there else "lost the hook that reads its inputs"
+            raise ValueError(
+                f"{name!r} {what} while the model ran: not all of its inputs were summed. Something in the model's forward pass "
+                "does that: switch it off, or leave the layer out of targets."
+            )
 
 
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

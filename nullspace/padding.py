@@ -31,6 +31,7 @@ from torch import nn
 from nullspace.blocks import is_encoder_decoder, marked_blocks
 from nullspace.parts import is_sharded
 from nullspace.sums import TokenMask
+from nullspace.wrappers import named_modules
 
 # Of additive masks: an entry below this hides a token whatever its score is; one between it and zero is a bias.
 HIDDEN_BELOW = -1e3
@@ -434,7 +435,7 @@ class _Parts:
         self._beside = {block[: common + 1] for block, common in shared.items() if common < depth}
         self._lists = {
             tuple(name.split("."))
-            for name, module in model.named_modules()
+            for name, module in named_modules(model).items()
             if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1
         }
 
@@ -470,6 +471,6 @@ def _embedding_name(model: nn.Module) -> tuple[str, ...]:
         named = get() if callable(get) else None
     except NotImplementedError:
         named = None
-    found = {name: m for name, m in model.named_modules() if m is named or isinstance(m, nn.Embedding)}
+    found = {name: m for name, m in named_modules(model).items() if m is named or isinstance(m, nn.Embedding)}
     name = max(found, key=lambda n: (found[n] is named, getattr(found[n], "num_embeddings", 0)), default="")
     return tuple(name.split(".")) if name else ()

@@ -28,6 +28,7 @@ from nullspace.sites import find_targets, is_linear, weight_shape
 from nullspace.sums import STAGE_TOKENS
 from nullspace.survey import SiteShape, Survey, batch_shape
 from nullspace.weights import _offloaded, execution_device, size_in_bytes
+from nullspace.wrappers import unwrap
 
 PLACES = ("device", "host", "disk")
 # What a plan may take of the memory there is. The rest is for fragments that the allocator cannot use, and on a GPU for the CUDA
@@ -400,6 +401,7 @@ def choose_strategy(
     Warns:
         UserWarning: if no plan fits.
     """
+    model = unwrap(model)
     where = torch.device(device) if device is not None else execution_device(model) or torch.device("cpu")
     kind = "cuda" if where.type == "cuda" else "cpu"
     weights, on_device, on_host = _whereabouts(model, where)

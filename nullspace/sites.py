@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from nullspace.parts import shape_of
+from nullspace.wrappers import named_modules, unwrap
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
     """The linear layers (`nn.Linear` and its subclasses, transformers' `Conv1D`) that `targets` names.
 
     Args:
-        model: any module.
+        model: any module; wrappers are left out, of it and of its parts (`nullspace.wrappers`).
         targets: `"all-linear"`: every linear layer but the output head. Another string: a regular expression that must match
             a whole module name. A list: names, or endings of names behind a dot (`"q_proj"`), as PEFT's `target_modules`.
 
@@ -53,7 +54,8 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
         ValueError: if an entry, or the expression, matches nothing or a module that is not linear, if one layer is
             registered under two names, or if the model carries a LoRA adapter.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))  # a layer's second name is no typing error
+    model = unwrap(model)
+    modules = named_modules(model)  # a layer's second name is no typing error
     adapter = next((name for name in modules if {"lora_A", "lora_B"} & set(name.split("."))), None)
     if adapter is not None:
         raise ValueError(f"the model already carries a LoRA adapter ({adapter!r}); merge or unload it first")
@@ -141,7 +143,7 @@ def _match_endings(modules: dict[str, nn.Module], endings: list[str]) -> dict[st
 
 def _refuse_repeated(model: nn.Module, found: dict[str, nn.Module]) -> None:
     first = {id(module): name for name, module in reversed(found.items())}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model).items():
         if first.get(id(module), name) != name:
             raise ValueError(
                 f"{first[id(module)]!r} and {name!r} are the same layer registered twice: an adapter would replace only one of "

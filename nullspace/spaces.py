@@ -31,6 +31,8 @@ from nullspace.sharded import bring_to_rest, prepare
 from nullspace.sites import Site, find_targets, weight_shape
 from nullspace.sitewise import Fetched, Sitewise, Weights, weights_of
 from nullspace.stream import check_options, resolve_strategy, stream_covariances
+from nullspace.weights import refuse_meta
+from nullspace.wrappers import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -524,7 +526,9 @@ def compute_null_spaces(
         rank = check_integer("rank", rank)
         check_real("tolerance", tolerance, ANY_TOLERANCE)
         check_options(strategy, precision, hidden_states, device)
+        model = unwrap(model)
         modules = find_targets(model, targets)
+        refuse_meta(model)
         spread = prepare(model, modules, job, strategy)
         check_rank(modules, rank)
         avoided = check_avoid(avoid, modules)

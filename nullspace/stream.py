@@ -30,6 +30,8 @@ from nullspace.sharded import gathers, is_spread, prepare, strategy_of
 from nullspace.shares import digest_of
 from nullspace.sites import Site, find_targets
 from nullspace.sitewise import weights_of
+from nullspace.weights import refuse_meta
+from nullspace.wrappers import unwrap
 
 STRATEGIES = ("auto", "resident", "layerwise")
 
@@ -101,7 +103,9 @@ def stream_covariances(
         check_options(strategy, precision, hidden_states, device)
         if not isinstance(targets, str):
             targets = list(targets)
+        model = unwrap(model)
         chosen = find_targets(model, targets)
+        refuse_meta(model)
         spread = prepare(model, chosen, job, strategy)
         if strategy == "auto":
             strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states, job=job)
@@ -202,7 +206,7 @@ def _resident(
 
     steps = _in_step(model, own, begin, job) if in_step else _one_by_one(own, begin)
     # Inference mode, if the caller is in it, would hide writes to an input and tie the sums to that mode.
-    with listening(targets, sums, later=later), evaluating(model), torch.inference_mode(False), torch.no_grad():
+    with listening(model, targets, sums, later=later), evaluating(model), torch.inference_mode(False), torch.no_grad():
         for call, counts in steps:
             gathering = job.untold("a forward pass that gathers weights from all ranks") if in_step else contextlib.nullcontext()
             with gathering, naming_batch(call):

@@ -20,6 +20,7 @@ from nullspace.sums_torch import CHAIN_TOKENS
 from nullspace.sums_triton import LAUNCH_TOKENS
 from nullspace.triangle import LowerTriangle
 from nullspace.weights import size_in_bytes
+from nullspace.wrappers import unwrap
 
 
 class SiteShape(NamedTuple):
@@ -72,6 +73,7 @@ class Survey:
         device: str = "cuda",
         batch: Any = None,
     ) -> None:
+        model = unwrap(model)
         chosen = find_targets(model, targets)
         example = _example(batch, batch_size, length)
         self._device = device

@@ -7,7 +7,7 @@ runs any number of batches, and puts the modules' own tensors back. Nothing is w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -70,6 +70,28 @@ def size_in_bytes(module: nn.Module) -> int:
 def is_loaded(module: nn.Module) -> bool:
     """Whether nothing of a module is on the meta device."""
     return all(t.device.type != "meta" for _, _, t in _tensors(module))
+
+
+def refuse_meta(model: nn.Module, skip: Iterable[nn.Module] = ()) -> None:
+    """Raise `ValueError`, naming the first, if there are weights without values that nobody brings when the model runs.
+
+    Args:
+        model: any; what accelerate's hooks or sharding bring is at hand.
+        skip: modules that do not count, with all that is in them.
+    """
+    served = {id(part) for module in skip for part in module.modules()}
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if _offloaded(module) is not None:
+            brings_all = any(getattr(each, "place_submodules", False) for each in getattr(hook, "hooks", (hook,)))
+            served |= {id(part) for part in (module.modules() if brings_all else (module,))}
+    for name, module in model.named_modules():
+        for key, tensor in _own_tensors(module).items():
+            if tensor.device.type == "meta" and not is_sharded(tensor) and id(module) not in served:
+                raise ValueError(
+                    f"{f'{name}.{key}'.lstrip('.')!r} is on the meta device: its values were never loaded. Load the model with its "
+                    "weights, or with a device_map."
+                )
 
 
 class Loaded:

@@ -7,9 +7,11 @@ names of layers.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -53,6 +55,11 @@ def unwrapped(model: nn.Module) -> Iterator[None]:
         for of, key, child, inner in children:
             if of.get(key) is inner:  # nobody has put something else in its place
                 of[key] = child
+
+
+def without_graphs() -> contextlib.AbstractContextManager[Any]:
+    """A context in which what `torch.compile` has made runs as it was written: for a call that is somebody else's."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -35,6 +35,8 @@ from nullspace.methods import spared
 from nullspace.padding import Padding, PaddingReader, TokenRows
 from nullspace.progress import reporter
 from nullspace.sites import Site, is_conv1d, is_linear, weight_of, weight_shape
+from nullspace.weights import refuse_meta
+from nullspace.wrappers import named_modules, unwrap, without_graphs
 
 # What a tensor in one of the two files may be.
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -100,6 +102,7 @@ def preprocess_corda(
     Warns:
         UserWarning: naming layers whose data span too few directions.
     """
+    model, hooked = unwrap(model), unwrap(model if hooked_model is None else hooked_model)
     options = lora_config.corda_config
     if options is None:
         raise ValueError("lora_config.corda_config is None: give LoraConfig(corda_config=CordaConfig(corda_method='kpm'))")
@@ -126,7 +129,7 @@ def preprocess_corda(
     moments = (
         _read_covariances(sums, targets)
         if from_file and sums is not None
-        else _run(targets, lora_config, run_model, model if hooked_model is None else hooked_model, parity)
+        else _run(targets, lora_config, run_model, hooked, parity)
     )
     done, directions = 0, Directions()
     kept: dict[str, torch.Tensor] = {}
@@ -192,7 +195,8 @@ def _run(
 ) -> Iterator[tuple[Site, Covariance]]:
     """Second moments of what the targets hear while `run_model` runs."""
     assert run_model is not None
-    modules = dict(hooked.named_modules())
+    refuse_meta(hooked)
+    modules = named_modules(hooked)
     missing = next((name for name in targets if name not in modules or not is_linear(modules[name])), None)
     if missing is not None:
         raise ValueError(f"hooked_model has no linear layer {missing!r}, which is a target in model")
@@ -204,8 +208,8 @@ def _run(
 
     layers = {name: modules[name] for name in targets}
     sums = Listener(layers, "mixed", None if parity else TokenRows(hooked), weigh=weigh if parity else None)
-    with torch.inference_mode(False), evaluating(hooked), listening(layers, sums):
-        with _batches(hooked, sums):
+    with torch.inference_mode(False), evaluating(hooked), listening(hooked, layers, sums):
+        with _batches(hooked, sums), without_graphs():  # it may run a compiled model
             run_model()
         sums.end_batch()
     refuse_silent(sums.silent)

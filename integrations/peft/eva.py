@@ -41,6 +41,8 @@ from nullspace.listening import Listener, listening, refuse_silent
 from nullspace.padding import Padding, PaddingReader, TokenRows
 from nullspace.progress import Progress, reporter
 from nullspace.sites import Site, is_linear
+from nullspace.weights import refuse_meta
+from nullspace.wrappers import unwrap
 
 # What a `PeftModel` has in front of the names of its base.
 PREFIX = "base_model.model."
@@ -104,8 +106,11 @@ def get_eva_state_dict(
     Warns:
         UserWarning: naming layers that get more components than their data have.
     """
+    model = unwrap(model)
     config, eva = _config_of(model, peft_config, adapter_name)
     check_scaling(config)
+    adapters = [m for m in model.modules() if isinstance(m, LoraLayer)]  # on the meta device, under low_cpu_mem_usage
+    refuse_meta(model, [getattr(m, name) for m in adapters for name in m.adapter_layer_names])
     layers = _layers_of(model, config, adapter_name)
     device = peft_eva.get_device_with_meta_params(model)
     # On a CPU float64 costs little beside the forward pass, on many a GPU it would cost hours.
@@ -169,6 +174,7 @@ def initialize_lora_eva_weights(
             `init_lora_weights="eva"`, neither data nor state dict, a state dict of another model, or an adapter that cannot be
             changed without another one; and as `get_eva_state_dict`. The model's weights are then as they were.
     """
+    model = unwrap(model)
     if not isinstance(model, PeftModel):
         raise ValueError("model must be a PeftModel")
     if len(model.active_adapters) > 1:
@@ -207,7 +213,7 @@ def _run(
 ) -> None:
     number, total = 0, length(dataloader)
     adapters_off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
-    with adapters_off, listening(layers, sums), evaluating(model), torch.inference_mode(False), torch.no_grad():
+    with adapters_off, listening(model, layers, sums), evaluating(model), torch.inference_mode(False), torch.no_grad():
         for number, batch in enumerate(dataloader, start=1):
             inputs = batch if device is None else peft_eva.move_inputs_to_device(batch, device)
             sums.begin(number, inputs)

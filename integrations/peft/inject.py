@@ -38,6 +38,7 @@ from nullspace.parts import is_sharded, whole, write
 from nullspace.sharded import is_spread, is_tensor_parallel, prepare_to_gather, shown_whole
 from nullspace.sites import weight_of
 from nullspace.spaces import NullSpaces
+from nullspace.wrappers import unwrap, unwrapped
 
 # In the place of the base's name, as nothing that could be loaded.
 UNSAVED = "(residual of {}: call save_init)"
@@ -117,8 +118,9 @@ def inject_adapters(
     Warns:
         UserWarning: naming layers whose data (`covariances`, `preserve`) span fewer directions than the method needs.
     """
+    model = unwrap(model)
     job = Job() if is_spread(model) else Job.alone()
-    with job.telling():
+    with job.telling(), unwrapped(model):
         return _inject(
             model,
             config,

@@ -27,6 +27,7 @@ from nullspace.sites import find_targets, is_linear, weight_of, weight_shape
 from nullspace.sitewise import Weight, weights_of
 from nullspace.spaces import NullSpaces
 from nullspace.weights import restore_layout
+from nullspace.wrappers import unwrapped
 
 RESIDUAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Where the product that an adapter starts with is taken away again.
@@ -182,8 +183,9 @@ def chosen_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         own.target_modules = LoraModel.target_module_mapping.get(getattr(getattr(model, "config", None), "model_type", ""))
     if own.target_modules is None:
         raise ValueError("the configuration names no target_modules, and PEFT knows none for this kind of model")
-    own = _maybe_include_all_linear_layers(own, model)
-    found = {name: module for name, module in model.named_modules() if is_linear(module) and check_target_module_exists(own, name)}
+    with unwrapped(model):
+        own = _maybe_include_all_linear_layers(own, model)
+        found = {name: m for name, m in model.named_modules() if is_linear(m) and check_target_module_exists(own, name)}
     if not found:
         raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}")
     return found

@@ -40,6 +40,7 @@ from nullspace.sharded import is_spread, prepare_to_gather
 from nullspace.sites import weight_of
 from nullspace.spaces import NullSpaces
 from nullspace.weights import execution_device, tensor_of
+from nullspace.wrappers import unwrap, unwrapped
 
 # What `save_pretrained` puts into one file at the most, by default.
 SHARD_BYTES = 50 * 10**9
@@ -90,8 +91,9 @@ def write_init(
         FileExistsError: if `out` is in the way, or another run is writing to it.
         OSError: if it cannot be written; then nothing is left behind.
     """
+    model = unwrap(model)
     job = Job() if is_spread(model) else Job.alone()
-    with job.telling():
+    with job.telling(), unwrapped(model):
         given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, seed=random_seed(method))
 
         def write() -> None:
