@@ -69,8 +69,8 @@ def stream_covariances(
         strategy: `"resident"`: one ordinary forward pass a batch, all sums in memory at once (4 · d_in² bytes a site; on a
             GPU up to as much again for tokens on their way).
             `"layerwise"`: block by block: the weights and the sums of one block at a time, whatever the depth; the loader is read
-            once. For models whose blocks are one chain (`nullspace.blocks.find_blocks`, `nullspace.chain`): anything else is refused
-            by name before the first site. That takes three forward passes of the first batch.
+            once. For models whose blocks are one chain (`nullspace.blocks.find_blocks`, `nullspace.chain`): anything else is
+            refused by name before the first site. That takes two more forward passes of the first batch.
             `"auto"`: layerwise for a model that is not whole where it computes, or that leaves no room there for all sums
             (`nullspace.plan.choose_strategy`); resident otherwise.
             Of weights that FSDP2 or ZeRO-3 spread over the processes, a layerwise run gathers a block at a time, once; a resident
@@ -93,11 +93,12 @@ def stream_covariances(
         several processes, each yields its own sites: layerwise, not before all have been given about as much as one block has.
 
     Raises:
-        ValueError: before the forward pass for a bad argument, or a weight on the meta device; during it, naming the layer and the batch, for NaN or Inf, an input
-            that is shared in one batch and not in the next, or padding that cannot be located in a layer's input; after it
-            for a target that was never called, whose hook was removed or that was replaced, and for a loader that is empty, ends early or holds padding only. What goes wrong
-            in one process is raised in all, naming its rank; so are models, arguments or loaders that are not the same in all, and
-            an input that is shared in one process and not in the other.
+        ValueError: before the forward pass for a bad argument, or a weight on the meta device; during it, naming the layer and the
+            batch, for NaN or Inf, an input that is shared in one batch and not in the next, or padding that cannot be located in a
+            layer's input; after it for a target that was never called, or was replaced or lost our hook meanwhile, and for a loader
+            that is empty, ends early or holds padding only. What goes wrong in one process is raised in all, naming its rank; so
+            are models, arguments or loaders that are not the same in all, and an input that is shared in one process and not in
+            the other.
         RuntimeError: if a process has died, or the group's time has run out; where weights are gathered in the forward pass, also
             after an error in the midst of one of them, which only that process can name.
     """
