@@ -17,15 +17,16 @@ from torch import nn
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of all wrappers around it; what is no wrapper is returned as it is."""
-    while True:
+def unwrap(model: Any) -> Any:
+    """The model inside of all wrappers around it. What is no wrapper, or no module, is returned as it is."""
+    while isinstance(model, nn.Module):
         if isinstance(model, _PARALLEL):
             model = model.module
         elif "_orig_mod" in model._modules:  # torch.compile(model)
-            model = model._orig_mod  # type: ignore[assignment]
+            model = model._orig_mod
         else:
-            return model
+            break
+    return model
 
 
 @contextlib.contextmanager

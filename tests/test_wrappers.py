@@ -15,7 +15,15 @@ from torch import nn
 
 from models import random_batches, tiny
 from nullspace import compute_covariances, compute_null_spaces, plan, stream_covariances
-from nullspace.integrations.peft import get_eva_state_dict, inject_adapters, preprocess_corda, write_init
+from nullspace.integrations.peft import (
+    freeze_a,
+    get_eva_state_dict,
+    inject_adapters,
+    preprocess_corda,
+    row_spaces,
+    save_init,
+    write_init,
+)
 from nullspace.plan import Workload
 from nullspace.wrappers import unwrap
 
@@ -145,7 +153,12 @@ def test_every_door_takes_the_model_inside(how: str, tmp_path: Path) -> None:
     expected = plain(**BATCHES[0]).logits
     injected = inject_adapters(model, config, found)
     assert sorted(name.replace("_orig_mod.", "") for name, _ in injected.named_parameters()) == names
-    torch.testing.assert_close(injected(**BATCHES[0]).logits, expected, rtol=1e-4, atol=1e-4)
+    with torch.compiler.set_stance("force_eager"):  # nothing is asked of the compiler here
+        torch.testing.assert_close(injected(**BATCHES[0]).logits, expected, rtol=1e-4, atol=1e-4)
+    again = WRAPPERS["torch.compile(model)"](injected)
+    freeze_a(again)
+    save_init(tmp_path / "saved", again)
+    assert row_spaces(again).keys() == row_spaces(tmp_path / "saved" / "adapter").keys() == set(spaces)
 
 
 @pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()", "DataParallel"])

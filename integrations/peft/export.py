@@ -28,6 +28,7 @@ from nullspace.integrations.peft.files import (
     scaling_of,
 )
 from nullspace.locks import temporary_folder
+from nullspace.wrappers import unwrap, unwrapped
 
 # ‖B A‖ over ‖B‖ ‖A‖, below which an adapter that starts so has left its base alone.
 ORTHOGONAL = 1e-6
@@ -75,8 +76,9 @@ def export_lora(
     Warns:
         UserWarning: naming them, if the adapter holds more than A and B (DoRA's magnitudes, whole modules, tokens, biases).
     """
+    trained = unwrap(trained)
     if isinstance(trained, PeftModel):
-        with temporary_folder() as folder:
+        with temporary_folder() as folder, unwrapped(trained):
             save_adapter(trained, trained.active_adapter, folder)
             return export_lora(folder, initial, out, base=base, overwrite=overwrite)
     now, start = read_adapter(Path(trained)), read_adapter(adapter_in(Path(initial)))

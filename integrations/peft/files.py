@@ -20,6 +20,7 @@ from nullspace.analysis import Course, State
 from nullspace.factors import LowRank
 from nullspace.schema import an_object, check_fields, finite, flag, map_of, optional, or_none, text, whole
 from nullspace.spaces import NullSpaces
+from nullspace.wrappers import unwrap, unwrapped
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -196,9 +197,10 @@ def row_spaces(*adapters: str | os.PathLike[str] | PeftModel) -> dict[str, torch
         ValueError: naming it, if it is damaged or no LoRA adapter.
     """
     found: dict[str, list[torch.Tensor]] = {}
-    for adapter in adapters:
+    for adapter in map(unwrap, adapters):
         if isinstance(adapter, PeftModel):
-            tensors = {k: v.detach() for k, v in adapter.get_base_model().state_dict().items() if ".lora_A." in k}
+            with unwrapped(adapter):
+                tensors = {k: v.detach() for k, v in adapter.get_base_model().state_dict().items() if ".lora_A." in k}
         else:
             tensors = {k: v for k, v in read_adapter(Path(adapter)).tensors.items() if ".lora_A." in k}
         for key, rows in tensors.items():

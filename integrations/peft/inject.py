@@ -197,6 +197,7 @@ def attach_subtracted(peft_model: PeftModel, directory: str | os.PathLike[str], 
     Raises:
         ValueError: if the model has no LoRA layer with an adapter of that name.
     """
+    peft_model = unwrap(peft_model)
     layers = lora_layers(peft_model, adapter_name)
     if not layers:
         raise ValueError(f"the model has no LoRA adapter named {adapter_name!r}")
@@ -213,7 +214,7 @@ def freeze_a(peft_model: PeftModel, adapter_name: str = "default") -> None:
     Raises:
         ValueError: if the model has no LoRA layer with an adapter of that name.
     """
-    layers = lora_layers(peft_model, adapter_name)
+    layers = lora_layers(unwrap(peft_model), adapter_name)
     if not layers:
         raise ValueError(f"the model has no LoRA adapter named {adapter_name!r}")
     freeze_layers(layers, adapter_name)
@@ -252,7 +253,7 @@ def save_init(
         FileExistsError: if `out` is in the way, or another run is writing to it.
         OSError: if it cannot be written; then nothing is left behind. All errors of one process are raised by all that call.
     """
-    out = Path(out)
+    out, peft_model = Path(out), unwrap(peft_model)
     place = getattr(peft_model, "nullspace_residual", None)
     if is_spread(peft_model):
         raise ValueError("the base is spread over several ranks: call write_init on it instead, before it gets its adapters")
@@ -267,7 +268,7 @@ def save_init(
     facts = init_record(base, getattr(base, "name_or_path", None), peft_model.nullspace_method, config, place, spaces, record)
 
     def write() -> None:
-        with store.new_directory(out, overwrite=overwrite) as part:
+        with store.new_directory(out, overwrite=overwrite) as part, unwrapped(peft_model):
             if spaces is not None:
                 spaces.write(part / "spaces")
             config.base_model_name_or_path = place_of_base
