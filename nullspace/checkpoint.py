@@ -171,8 +171,9 @@ class Checkpoint:
     def _begin(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         part = self._directory / (f"{RUN}.{self._job.number}.part" if self._job.count > 1 else f"{RUN}.part")
-        part.write_text(store.sealed(self._run), encoding="utf-8")
-        _make_real(part, self._directory / RUN)
+        with store.writing(part):
+            part.write_text(store.sealed(self._run), encoding="utf-8")
+            _make_real(part, self._directory / RUN)
         self._begun = True
 
 

@@ -193,10 +193,22 @@ def _part(place: Path) -> Iterator[Path]:
         part.mkdir()
     try:
         about = {"nullspace": "part", "out": str(place), "process": os.getpid(), "host": socket.gethostname()}
-        (part / PART).write_text(json.dumps(about), encoding="utf-8")
-        yield part
+        with writing(place):
+            (part / PART).write_text(json.dumps(about), encoding="utf-8")
+            yield part
     finally:
         _remove_part(place, part)
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Context manager: an `OSError` inside that names no file names this one. A write to an open file names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(place)) from error
 
 
 def _part_of(place: Path) -> Path:

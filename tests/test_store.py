@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
+import re
+import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -548,3 +552,38 @@ def test_tensor_file_takes_what_was_announced_and_all_of_it(tmp_path: Path) -> N
             file.write("a", wrong)
     with pytest.raises(ValueError, match=r"'c' is torch\.complex64"):
         store.TensorFile(tmp_path / "file", {"c": torch.zeros(1, dtype=torch.complex64)})
+
+
+@contextlib.contextmanager
+def files_of(size: int) -> Iterator[None]:
+    """Inside, no file can be larger: a write to an open file fails as on a full disk, without the file's name."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_write_that_fails_names_the_place(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(5000)}
+
+    def write_tensors_one_by_one(part: Path) -> None:
+        with store.TensorFile(part / "a.safetensors", tensors) as file:
+            file.write("a", tensors["a"])
+
+    def write_bytes(part: Path) -> None:
+        (part / "a").write_bytes(bytes(10**5))
+
+    for number, write in enumerate((write_tensors_one_by_one, write_bytes)):
+        out = tmp_path / str(number)
+        with (
+            files_of(10**4),
+            pytest.raises(OSError, match=rf"too large: '{re.escape(str(out))}'"),
+            store.new_directory(out) as part,
+        ):
+            write(part)
+    page = tmp_path / "page.html"
+    with files_of(10**4), pytest.raises(OSError, match="page.html"), store.new_file(page, overwritable=Path.is_file) as part:
+        part.write_text("x" * 10**5)
+    assert not list(tmp_path.iterdir())
