@@ -317,7 +317,12 @@ def _mean_diagonal(c: torch.Tensor) -> torch.Tensor:
     if not bool(torch.isfinite(c).all()):
         raise ValueError("the second moment holds NaN or Inf")
     if not bool(mean > 0):
-        raise ValueError(f"the second moment is no such thing: the mean of its diagonal is {float(mean)}")
+        what = (
+            "its calibration inputs are all zero"
+            if not bool(c.any())
+            else f"its second moment has a negative trace ({float(mean)})"
+        )
+        raise ValueError(f"{what}: leave the layer out of the targets, or add data that reach it")
     return mean
 
 

@@ -98,6 +98,17 @@ def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
         tensor.copy_(value)
 
 
+def local_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The memory in which this rank keeps its part of a tensor: what is copied from there and back restores the part.
+
+    Of a ZeRO-3 parameter that is its partition, and the values themselves while it is gathered.
+    """
+    if is_zero(tensor):
+        gathered = [tensor.detach()] if tensor.numel() else []
+        return [tensor.ds_tensor.detach(), *gathered]  # type: ignore[attr-defined]
+    return [tensor.to_local().detach() if is_dtensor(tensor) else tensor.detach()]  # type: ignore[attr-defined]
+
+
 def is_dtensor(tensor: Any) -> bool:
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return kind is not None and isinstance(tensor, kind)

@@ -167,6 +167,12 @@ def is_spread(model: nn.Module) -> bool:
     return any(True for _ in _states(model)) or any(map(is_sharded, (*model.parameters(), *model.buffers())))
 
 
+def has_engine(model: nn.Module) -> bool:
+    """Whether `deepspeed.initialize` was called with the model: its engine has put hooks on it."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any((getattr(hook, "__module__", None) or "").startswith("deepspeed") for hook in hooks)
+
+
 def bring_to_rest(model: nn.Module) -> None:
     """Give up weights that FSDP2 still holds from the last forward pass: what is then a part is a part on all ranks."""
     for module, _ in _states(model):
@@ -358,8 +364,7 @@ def _refuse_cut_by_hand(model: nn.Module) -> None:
 def _refuse_without_hooks(model: nn.Module) -> None:
     if not any(is_zero(p) for p in model.parameters()):
         return
-    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
-    if not any((getattr(hook, "__module__", None) or "").startswith("deepspeed") for hook in hooks):
+    if not has_engine(model):
         raise ValueError(
             "the weights are partitioned (ZeRO-3), and without an engine nothing gathers them in a forward pass: call "
             "deepspeed.initialize and give engine.module, or use strategy='layerwise'"

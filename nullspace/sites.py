@@ -52,13 +52,13 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all-linear") 
 
     Raises:
         ValueError: if an entry, or the expression, matches nothing or a module that is not linear, if one layer is
-            registered under two names, or if the model carries a LoRA adapter.
+            registered under two names, or if the model carries an adapter of PEFT's.
     """
     model = unwrap(model)
     modules = named_modules(model)  # a layer's second name is no typing error
-    adapter = next((name for name in modules if {"lora_A", "lora_B"} & set(name.split("."))), None)
+    adapter = next((name for name, module in modules.items() if _carries_adapter(module)), None)
     if adapter is not None:
-        raise ValueError(f"the model already carries a LoRA adapter ({adapter!r}); merge or unload it first")
+        raise ValueError(f"the model already carries a LoRA adapter or another of PEFT's ({adapter!r}); merge or unload it first")
     if targets == "all-linear":
         head = output_head(model)
         found = {name: m for name, m in modules.items() if name and is_linear(m) and m is not head}
@@ -79,7 +79,16 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether the module is transformers' `Conv1D`, which stores its weight as (d_in, d_out)."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+    return _is_a(module, "Conv1D", "transformers.pytorch_utils")
+
+
+def _carries_adapter(module: nn.Module) -> bool:
+    return _is_a(module, "BaseTunerLayer", "peft.tuners.tuners_utils")
+
+
+def _is_a(module: nn.Module, name: str, defined_in: str) -> bool:
+    """Whether a module is of a class of another library, which is not imported for the question."""
+    return any(c.__name__ == name and c.__module__ == defined_in for c in type(module).__mro__)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:

@@ -211,7 +211,7 @@ def test_weights_that_are_tied_between_two_layers_are_two_targets() -> None:
 def test_a_model_that_carries_lora_layers_is_refused(targets: str | list[str]) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"], r=2))
-    with pytest.raises(ValueError, match=r"already carries a LoRA adapter \('.*q_proj\.lora_A'\)"):
+    with pytest.raises(ValueError, match=r"already carries a LoRA adapter .*\('.*q_proj'\)"):
         find_targets(model, targets)
     assert len(find_targets(model.unload(), ["q_proj"])) == 3
 

@@ -16,8 +16,10 @@ from nullspace.distributed import written_once
 from nullspace.integrations.peft.cards import write_card
 from nullspace.integrations.peft.checkpoints import what_differs
 from nullspace.integrations.peft.files import (
+    A_WEIGHT,
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    B_WEIGHT,
     Adapter,
     adapter_in,
     init_around,
@@ -56,7 +58,8 @@ def export_lora(
     In a process group, one process may call this, or all of them: then one writes, and the others return when it has.
 
     Args:
-        trained: the trained model, or the directory of its adapter.
+        trained: the trained model, or the directory of its adapter. If the model's weights are spread over several ranks (FSDP2,
+            ZeRO-3), all of these have to call this: the adapter is gathered.
         initial: what `save_init` or `write_init` wrote, or the adapter directory in it.
         out: directory of the new adapter; written whole or not at all.
         base: name or path of the untouched base, written into the adapter's configuration. By default that which `initial` was
@@ -122,7 +125,7 @@ def export_lora(
     return Path(out)
 
 
-A_WEIGHT, B_WEIGHT, B_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
+B_BIAS = ".lora_B.bias"
 PREFIX = "base_model.model."
 NOT_SERVED = "PEFT loads them, servers such as vLLM and llama.cpp do not"
 WHOLE = "whole tensors"

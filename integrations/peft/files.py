@@ -6,21 +6,26 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from nullspace import store
 from nullspace.analysis import Course, State
+from nullspace.distributed import Job
 from nullspace.factors import LowRank
+from nullspace.parts import whole as gathered
 from nullspace.schema import an_object, check_fields, finite, flag, map_of, optional, or_none, text, whole
+from nullspace.sharded import is_spread, prepare_to_gather
+from nullspace.sites import weight_of
 from nullspace.spaces import NullSpaces
-from nullspace.wrappers import unwrap, unwrapped
+from nullspace.wrappers import named_modules, unwrap
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -42,7 +47,22 @@ _LEAK_FIELDS = {"median": finite(0), "worst": finite(0), "worst_site": text()}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
+A_WEIGHT, B_WEIGHT = ".lora_A.weight", ".lora_B.weight"
+
+
 def save_adapter(peft_model: PeftModel, adapter: str, directory: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """Let PEFT save one adapter, into the directory itself.
+
+    Args:
+        peft_model: with the adapter. If its weights are spread over several ranks, those that are saved are gathered: all of these
+            have to call this.
+        adapter: its name.
+        directory: where to.
+        state_dict: what to save in place of the model's state.
+    """
+    if state_dict is None and is_spread(peft_model):
+        prepare_to_gather(peft_model, Job())
+        state_dict = _gathered(peft_model, adapter)
     peft_model.save_pretrained(str(directory), selected_adapters=[adapter], save_embedding_layers=False, state_dict=state_dict)
     if adapter != "default":  # to which alone PEFT gives no folder of its own
         for file in (directory / adapter).iterdir():
@@ -55,6 +75,17 @@ def save_adapter(peft_model: PeftModel, adapter: str, directory: Path, state_dic
         if isinstance(config.get(name), list):
             config[name] = sorted(config[name])
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _gathered(peft_model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    """The state of a model that is spread over ranks, whole where PEFT saves it and nowhere else."""
+    own: dict[str, torch.Tensor] = {
+        **dict(peft_model.named_parameters(remove_duplicate=False)),
+        **dict(peft_model.named_buffers(remove_duplicate=False)),
+    }
+    saved = get_peft_model_state_dict(peft_model, state_dict=own, adapter_name=adapter, save_embedding_layers=False)
+    chosen = {id(tensor) for tensor in saved.values()}
+    return {name: gathered(tensor).detach() if id(tensor) in chosen else tensor for name, tensor in own.items()}
 
 
 class Adapter(NamedTuple):
@@ -187,7 +218,8 @@ def row_spaces(*adapters: str | os.PathLike[str] | PeftModel) -> dict[str, torch
     """The A of adapters that were trained before, for `avoid=`: what a new one is not to read (O-LoRA, arXiv 2310.14152).
 
     Args:
-        adapters: directories of PEFT's LoRA adapters, or models with one (all of its adapters).
+        adapters: directories of PEFT's LoRA adapters, or models with one (all of its adapters). Of a model whose weights are spread
+            over several ranks they are gathered: all of these have to call this.
 
     Returns:
         Name of the layer in the base model → (m, d_in) float32, the rows of all A of this layer, one below the other.
@@ -198,19 +230,27 @@ def row_spaces(*adapters: str | os.PathLike[str] | PeftModel) -> dict[str, torch
     """
     found: dict[str, list[torch.Tensor]] = {}
     for adapter in map(unwrap, adapters):
-        if isinstance(adapter, PeftModel):
-            with unwrapped(adapter):
-                tensors = {k: v.detach() for k, v in adapter.get_base_model().state_dict().items() if ".lora_A." in k}
-        else:
-            tensors = {k: v for k, v in read_adapter(Path(adapter)).tensors.items() if ".lora_A." in k}
-        for key, rows in tensors.items():
-            name = layer_of(key)
+        for name, rows in _rows_of(adapter) if isinstance(adapter, PeftModel) else _rows_in(Path(adapter)):
             known = found.setdefault(name, [])
             if rows.ndim != 2 or (known and rows.shape[1] != known[0].shape[1]):
                 width = known[0].shape[1] if known else "d_in"
                 raise ValueError(f"{adapter}: the A of {name!r} should be (rank, {width}), not {tuple(rows.shape)}")
             known.append(rows.to("cpu", torch.float32))
     return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+def _rows_of(peft_model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+    prepare_to_gather(peft_model, Job() if is_spread(peft_model) else Job.alone())
+    for name, layer in named_modules(peft_model.get_base_model()).items():
+        if isinstance(layer, LoraLayer):
+            for factor in layer.lora_A.values():
+                yield name, gathered(weight_of(factor)).detach()
+
+
+def _rows_in(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for key, rows in read_adapter(directory).tensors.items():
+        if key.endswith(A_WEIGHT):
+            yield layer_of(key), rows
 
 
 def read_factors(directory: str | os.PathLike[str]) -> dict[str, LowRank]:
@@ -233,9 +273,9 @@ def read_factors(directory: str | os.PathLike[str]) -> dict[str, LowRank]:
         raise ValueError(f"{adapter.path} uses DoRA: what it adds to a weight is no product B A")
     found = {}
     for key, a in adapter.tensors.items():
-        if ".lora_A." not in key or a.ndim != 2:
+        if not key.endswith(A_WEIGHT) or a.ndim != 2:
             continue
-        name, b = layer_of(key), adapter.tensors.get(key.replace(".lora_A.", ".lora_B."))
+        name, b = layer_of(key), adapter.tensors.get(key.removesuffix(A_WEIGHT) + B_WEIGHT)
         if b is None or b.ndim != 2 or b.shape[1] != a.shape[0]:
             raise ValueError(f"{adapter.path / ADAPTER_WEIGHTS} has no B that fits the A {tuple(a.shape)} of {name!r}")
         found[name] = LowRank(a.to(torch.float64), scaling_of(adapter.config, name, len(a)) * b.to(torch.float64))

@@ -6,13 +6,15 @@ import contextlib
 import copy
 import functools
 import os
-import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from nullspace import store
@@ -22,6 +24,7 @@ from nullspace.factors import DAMPING
 from nullspace.integrations.peft.cards import CARD, name_base, write_card, write_cards
 from nullspace.integrations.peft.files import init_record, located, save_adapter
 from nullspace.integrations.peft.layers import (
+    ONE_AT_A_TIME,
     SUBTRACTED,
     check_layers,
     check_servable,
@@ -29,22 +32,23 @@ from nullspace.integrations.peft.layers import (
     lora_layers,
     own_config,
     random_seed,
+    residual_of,
     start_of,
     stored_weight,
     with_spaces,
 )
+from nullspace.memory import free_on_host
 from nullspace.methods import METHODS, Sources, check_method, check_sources
-from nullspace.parts import is_sharded, whole, write
-from nullspace.sharded import is_spread, is_tensor_parallel, prepare_to_gather, shown_whole
+from nullspace.parts import is_sharded, local_parts, whole, write
+from nullspace.sharded import has_engine, is_spread, is_tensor_parallel, prepare_to_gather, shown_whole
 from nullspace.sites import weight_of
 from nullspace.spaces import NullSpaces
 from nullspace.wrappers import unwrap, unwrapped
 
 # In the place of the base's name, as nothing that could be loaded.
 UNSAVED = "(residual of {}: call save_init)"
-# Names in the state of a model with adapters, modules_to_save and trainable_token_indices.
-_ADDED = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
-_WRAPPER = re.compile(r"(\.token_adapter)?\.(base_layer|original_module)\.")
+# Where PEFT's wrappers keep what they wrap.
+WRAPPED = ("base_layer", "original_module", "token_adapter")
 
 
 def inject_adapters(
@@ -111,9 +115,14 @@ def inject_adapters(
 
     Raises:
         ValueError: naming the layer, for a target that the spaces or covariances do not know, those of another model, a rank that
-            is out of reach, or a weight that cannot be read or changed (and which method or `residual` would do). The model is then
-            as it was. Of several processes all raise what is wrong on one. For a model that is split by tensor parallelism.
+            is out of reach, a weight that cannot be read or changed (and which method or `residual` would do) or holds NaN or Inf,
+            or inputs that give it no start. Of several processes all raise what is wrong on one. For a model that is split by
+            tensor parallelism, or in a DeepSpeed engine.
         TypeError: if the config is not a `LoraConfig`, or the model already is a `PeftModel`.
+        RuntimeError, MemoryError: naming the layer, if memory runs out.
+
+    On any error, and on `KeyboardInterrupt`, the model is as it was: all starts are computed and checked before the first weight
+    changes, and until the last one has changed, what they were is kept in host memory (where that has the room).
 
     Warns:
         UserWarning: naming layers whose data (`covariances`, `preserve`) span fewer directions than the method needs.
@@ -147,6 +156,11 @@ def _inject(
     check_method(method, given)
     check_sources(method, given)
     config = own_config(config, model, given)
+    if has_engine(model):
+        raise ValueError(
+            f"{type(model).__name__} is in a DeepSpeed engine, whose optimizer would not know the adapters: call inject_adapters "
+            "before deepspeed.initialize"
+        )
     if prepare_to_gather(model, job) and is_tensor_parallel(model):
         raise ValueError(
             f"{type(model).__name__} is split by tensor parallelism, and an adapter beside a part of a layer is not the layer's: "
@@ -155,8 +169,10 @@ def _inject(
     if config.use_dora and is_spread(model):
         raise ValueError("use_dora asks for the norms of weights that are spread over several ranks: load the model whole for it")
     with _as_it_was_on_error(model):
+        own = {id(p) for p in model.parameters()}
         with shown_whole(model):
             peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
+        _freeze_base(peft_model, own, config)
         layers = lora_layers(peft_model, adapter_name)
         given = with_spaces(method, given, layers, adapter_name)
         bases = {name: layer.get_base_layer() for name, layer in layers.items()}
@@ -166,21 +182,18 @@ def _inject(
             raise ValueError("DoRA's magnitudes do not add up over two adapters: use_dora needs a base that can be changed")
         if place == "adapter" and config.trainable_token_indices:
             raise ValueError("PEFT saves no second adapter beside trainable_token_indices: they need a base that can be changed")
+        for name, layer in layers.items():
+            _write_factors(name, layer, adapter_name, method, given, place, job)
+        if place == "adapter":
+            _subtract(peft_model, config, layers, adapter_name)
+        if freeze_a:
+            freeze_layers(layers, adapter_name)
+        _record(peft_model, model, adapter_name, method, place, given)
+        if job.first:
+            given.directions.warn(f"method {method!r}", stacklevel=3)
         job.exchange(None)  # what is wrong on one must be known while all can go back
-    for name, layer in layers.items():
-        _write_factors(name, layer, adapter_name, method, given, place, job)
-    if place == "adapter":
-        _subtract(peft_model, config, layers, adapter_name)
-    if freeze_a:
-        freeze_layers(layers, adapter_name)
-    peft_model.nullspace_residual, peft_model.nullspace_method = place, method
-    config = peft_model.peft_config[adapter_name]
-    original = located(config.base_model_name_or_path)
-    # A residual base has no name before save_init gives it one, and must not go by that of the model that it was.
-    config.base_model_name_or_path = UNSAVED.format(original or "a model without a name") if place == "base" else original
-    _keep_card(peft_model, init_record(model, original, method, config, place, given.spaces, None), config.base_model_name_or_path)
-    if job.first:
-        given.directions.warn(f"method {method!r}", stacklevel=3)
+        if place == "base":
+            _take_away(layers, adapter_name, job)
     return peft_model
 
 
@@ -212,11 +225,13 @@ def freeze_a(peft_model: PeftModel, adapter_name: str = "default") -> None:
     PEFT saves the weights but not which of them were frozen: call this after `PeftModel.from_pretrained(..., is_trainable=True)`.
 
     Raises:
-        ValueError: if the model has no LoRA layer with an adapter of that name.
+        ValueError: if the model has no LoRA layer with an adapter of that name, or is in a DeepSpeed engine that trains A.
     """
     layers = lora_layers(unwrap(peft_model), adapter_name)
     if not layers:
         raise ValueError(f"the model has no LoRA adapter named {adapter_name!r}")
+    if has_engine(peft_model) and any(layer.lora_A[adapter_name].weight.requires_grad for layer in layers.values()):
+        raise ValueError("A is a parameter of a DeepSpeed engine's optimizer already: call freeze_a before deepspeed.initialize")
     freeze_layers(layers, adapter_name)
 
 
@@ -291,6 +306,16 @@ def save_init(
     return out
 
 
+def _record(peft_model: Any, model: nn.Module, adapter: str, method: str, place: str, given: Sources) -> None:
+    """What was made of which model, for `save_init` and for whatever saves the adapter."""
+    peft_model.nullspace_residual, peft_model.nullspace_method = place, method
+    config = peft_model.peft_config[adapter]
+    original = located(config.base_model_name_or_path)
+    # A residual base has no name before save_init gives it one, and must not go by that of the model that it was.
+    config.base_model_name_or_path = UNSAVED.format(original or "a model without a name") if place == "base" else original
+    _keep_card(peft_model, init_record(model, original, method, config, place, given.spaces, None), config.base_model_name_or_path)
+
+
 def _keep_card(peft_model: PeftModel, facts: Mapping[str, Any], base: str | None) -> None:
     """Let whatever saves the adapter from now on write a card that names its base, and says what that is."""
     write = functools.partial(_card_in_training, peft_model, facts, base)
@@ -309,48 +334,126 @@ def _card_in_training(peft_model: PeftModel, facts: Mapping[str, Any], base: str
 
 @contextlib.contextmanager
 def _as_it_was_on_error(model: nn.Module) -> Iterator[None]:
-    """PEFT's `unload` is not enough: it leaves everything frozen, and copies in place of the modules to be saved whole."""
-    children = [(module, dict(module._modules)) for module in model.modules()]
+    """Put back modules, hooks, attributes, flags and the configuration on any error; weights are `_take_away`'s business.
+
+    PEFT's `unload` is not enough: it leaves everything frozen, and copies in place of the modules to be saved whole.
+    """
+    config = getattr(model, "config", None)
+    attributes = [vars(each) for each in (*model.modules(), *([] if config is None else [config]))]
+    before = [
+        {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in own.items()} for own in attributes
+    ]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
-        for module, own in children:
-            module._modules.update(own)
-        for parameter, was in trainable:
-            parameter.requires_grad = was
-        vars(model).pop("peft_config", None)
+        for own, was in zip(attributes, before, strict=True):
+            own.clear()
+            for name, (value, content) in was.items():
+                if content is not None:  # in place, since the handles of hooks refer to their dictionary
+                    value.clear()
+                    value.update(content)
+                own[name] = value
+        for parameter, flag in trainable:
+            parameter.requires_grad = flag
         raise
 
 
+def _freeze_base(peft_model: PeftModel, own: set[int], config: LoraConfig) -> None:
+    """PEFT freezes all that has no "lora_" in its name, which a module of the base may have."""
+    for name, parameter in peft_model.named_parameters():
+        if id(parameter) in own and parameter.requires_grad and (config.bias == "none" or not name.endswith("bias")):
+            parameter.requires_grad_(False)
+
+
 def _base_state(base: nn.Module) -> dict[str, torch.Tensor]:
-    """The base's weights under its own names: PEFT's own left out, and what it has wrapped unwrapped."""
-    state = base.state_dict()
-    return {_WRAPPER.sub(".", name): tensor for name, tensor in state.items() if not _ADDED.search(name)}
+    """The base's weights under its own names: what PEFT has added is left out, what it has wrapped is unwrapped."""
+    modules = dict(base.named_modules(remove_duplicate=False))
+    named = ((_own_name(key, modules), tensor) for key, tensor in base.state_dict().items())
+    return {name: tensor for name, tensor in named if name is not None}
+
+
+def _own_name(key: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The name of a tensor in the base without adapters; None for a tensor that PEFT has added."""
+    path, own = "", []
+    for part in key.split("."):
+        if not isinstance(modules.get(path), (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            own.append(part)
+        elif part not in WRAPPED:
+            return None
+        path = f"{path}.{part}" if path else part
+    return ".".join(own)
 
 
 @torch.no_grad()
 def _write_factors(name: str, layer: Any, adapter: str, method: str, given: Sources, place: str, job: Job) -> None:
-    base = layer.get_base_layer()
-    weight = weight_of(base)
-    stored = weight
+    """A and B into the adapter. The base stays as it is."""
+    stored = weight_of(layer.get_base_layer())
     if METHODS[method].changes_base:
-        job.exchange(None)  # before weights are gathered, whoever has failed must have told it
-        stored = whole(weight) if is_sharded(weight) else stored_weight(base)
-
-    def agree(factor: torch.Tensor) -> torch.Tensor:
-        """The first process's: what several have computed alike may differ by rounding, and what they train must not."""
-        return factor if job.count == 1 else job.broadcast(factor.contiguous(), 0).to(factor.device)
-
-    a, b, residual = start_of(name, layer, stored, adapter, method, given, place, agree=agree)
-    layer.lora_A[adapter].weight.copy_(a)
-    layer.lora_B[adapter].weight.copy_(b)
+        stored = _stored(layer, job)
+    a, b = start_of(name, layer, stored, adapter, method, given)
+    job.exchange(None)
+    for parameter, factor in ((layer.lora_A[adapter].weight, a), (layer.lora_B[adapter].weight, b)):
+        # The first process's: what several have computed alike may differ by rounding, and what they train must not.
+        parameter.copy_(factor if job.count == 1 else job.broadcast(factor.contiguous(), 0).to(factor.device))
     if place == "zero":
         layer.lora_B[adapter].weight.zero_()
-    if residual is not None and is_sharded(weight):
-        write(weight, residual)
-    elif residual is not None:
-        stored.copy_(residual)
+
+
+def _stored(layer: Any, job: Job) -> torch.Tensor:
+    """The base layer's weight as it stores it; of a sharded one it is gathered."""
+    base = layer.get_base_layer()
+    job.exchange(None)  # before weights are gathered, whoever has failed must have told it
+    return whole(weight_of(base)) if is_sharded(weight_of(base)) else stored_weight(base)
+
+
+@torch.no_grad()
+def _take_away(layers: Mapping[str, Any], adapter: str, job: Job) -> None:
+    """W₀ − s·BA in place of W₀ in every base layer, or in none."""
+    originals = _Originals([weight_of(layer.get_base_layer()) for layer in layers.values()])
+    try:
+        for name, layer in layers.items():
+            weight = weight_of(layer.get_base_layer())
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            residual = residual_of(name, layer, _stored(layer, job), adapter, a, b)
+            originals.keep(weight)
+            job.exchange(None)
+            write(weight, residual)
+        job.exchange(None)
+    except BaseException:
+        originals.put_back()
+        raise
+
+
+class _Originals:
+    """What weights were before they were changed, in host memory.
+
+    W₀ does not follow from W₀ − s·BA to the bit, so it has to be kept. Where the host has not twice the room for that, nothing is
+    kept, and `put_back` warns.
+
+    Args:
+        weights: those that are to be changed.
+    """
+
+    def __init__(self, weights: Iterable[torch.Tensor]) -> None:
+        room, needed = free_on_host(), sum(part.nbytes for weight in weights for part in local_parts(weight))
+        self._fits = room is None or 2 * needed <= room
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(self, weight: torch.Tensor) -> None:
+        """Before it is changed."""
+        for part in local_parts(weight):
+            self._kept.append((part, part.to("cpu", copy=True) if self._fits else part))
+
+    def put_back(self) -> None:
+        for part, was in self._kept:
+            part.copy_(was)
+        if self._kept and not self._fits:
+            warnings.warn(
+                f"{len(self._kept)} weights of the base are residuals now, and the host's memory was too small to keep what they "
+                f"were: load the model again (write_init needs less memory: {ONE_AT_A_TIME})",
+                stacklevel=2,
+            )
 
 
 def _subtract(peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, Any], adapter: str) -> None:

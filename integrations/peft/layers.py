@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +35,7 @@ RESIDUAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RESIDUALS = ("auto", "base", "adapter")
 # The second adapter, which does that where the base cannot.
 SUBTRACTED = "{}_subtracted"
+ONE_AT_A_TIME = "it holds one weight at a time, and the model may be offloaded"
 
 
 def check_servable(
@@ -244,17 +246,9 @@ def _check_layer(
 
 @torch.no_grad()
 def start_of(
-    name: str,
-    layer: Any,
-    stored: torch.Tensor,
-    adapter: str,
-    method: str,
-    given: Sources,
-    residual: str,
-    *,
-    agree: Callable[[torch.Tensor], torch.Tensor] = lambda factor: factor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What an adapter starts with, and what is left of the weight.
+    name: str, layer: Any, stored: torch.Tensor, adapter: str, method: str, given: Sources
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an adapter starts with.
 
     Args:
         name: of the layer, in the base model.
@@ -263,28 +257,71 @@ def start_of(
         adapter: PEFT's name for it.
         method: of `inject_adapters`.
         given: what it needs.
-        residual: what `check_servable` said.
-        agree: A or B, as found here → as all processes have it.
 
     Returns:
-        A (r, d_in) and B (d_out, r) in the adapter's dtypes, and the residual in the layout and dtype of `stored`, or None where
-        the base stays as it is.
+        A (r, d_in) and B (d_out, r) in the adapter's dtypes.
+
+    Raises:
+        ValueError, RuntimeError, MemoryError: naming the layer.
     """
     scaling = layer.scaling[adapter]
     dtype_a, dtype_b = (each[adapter].weight.dtype for each in (layer.lora_A, layer.lora_B))
-    changes = METHODS[method].changes_base
-    weight = (stored.T if layer.fan_in_fan_out else stored).to(torch.float64, copy=True) if changes else None
-    device = torch.device("cpu") if stored.device.type == "meta" else stored.device
-    target = Layer(name, weight, layer.out_features, layer.in_features, layer.r[adapter], device)
-    a, b = METHODS[method].start(target, given)
-    if weight is None:
-        return agree(a.to(dtype_a)), agree(b.to(dtype_b)), None
-    # s·BA is the product that counts, so each factor takes 1/√s; the residual is that of the factors as they are stored.
-    a, b = agree((a / math.sqrt(scaling)).to(dtype_a)), agree((b / math.sqrt(scaling)).to(dtype_b))
-    if residual != "base":
-        return a, b, None
-    rest = weight.addmm_(b.to(weight), a.to(weight), alpha=-scaling).to(stored.dtype)
-    return a, b, rest.T if layer.fan_in_fan_out else rest
+    with _naming(name):
+        weight = _exact(layer, stored) if METHODS[method].changes_base else None
+        if weight is not None and not bool(weight.isfinite().all()):
+            raise ValueError("the weight holds NaN or Inf: load an undamaged model, or leave the layer out of target_modules")
+        device = torch.device("cpu") if stored.device.type == "meta" else stored.device
+        target = Layer(name, weight, layer.out_features, layer.in_features, layer.r[adapter], device)
+        a, b = METHODS[method].start(target, given)
+        # s·BA is the product that counts, so where it is not zero each factor takes 1/√s.
+        root = 1.0 if weight is None else math.sqrt(scaling)
+        a, b = (a / root).to(dtype_a), (b / root).to(dtype_b)
+        if not bool(a.isfinite().all() and b.isfinite().all()):
+            raise ValueError(f"A or B holds NaN or Inf in {dtype_a}: check lora_alpha and sigma_scale")
+        return a, b
+
+
+@torch.no_grad()
+def residual_of(name: str, layer: Any, stored: torch.Tensor, adapter: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """W₀ − s·BA of the factors as they are stored, rounded once.
+
+    Args:
+        name: of the layer, in the base model.
+        layer: PEFT's; asked for scaling and layout.
+        stored: as in `start_of`.
+        adapter: PEFT's name for it.
+        a: (r, d_in), as `start_of` returned it.
+        b: (d_out, r), likewise.
+
+    Returns:
+        A new tensor in the layout and dtype of `stored`.
+
+    Raises:
+        ValueError, RuntimeError, MemoryError: naming the layer.
+    """
+    with _naming(name):
+        weight = _exact(layer, stored)
+        rest = weight.addmm_(b.to(weight), a.to(weight), alpha=-layer.scaling[adapter]).to(stored.dtype)
+        if not bool(rest.isfinite().all()):
+            raise ValueError(f"W₀ − s·BA is beyond the range of {stored.dtype}: load the model in another dtype")
+        return rest.T if layer.fan_in_fan_out else rest
+
+
+def _exact(layer: Any, stored: torch.Tensor) -> torch.Tensor:
+    """(d_out, d_in) float64, a copy."""
+    return (stored.T if layer.fan_in_fan_out else stored).to(torch.float64, copy=True)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors of what is computed for a layer name it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        more = "" if isinstance(error, torch.linalg.LinAlgError) else f" (write_init needs less memory: {ONE_AT_A_TIME})"
+        raise type(error)(f"layer {name!r}: {error}{more}") from error
 
 
 def freeze_layers(layers: Mapping[str, LoraLayer], adapter: str, names: tuple[str, ...] = ("lora_A",)) -> None:

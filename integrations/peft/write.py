@@ -29,6 +29,7 @@ from nullspace.integrations.peft.layers import (
     lora_layers,
     own_config,
     random_seed,
+    residual_of,
     start_of,
     with_spaces,
 )
@@ -157,11 +158,11 @@ def _write(
             nonlocal done
             report("adapters", done, len(layers), 0)
             stored = fetch(f"{name}.weight") if residual else weight_of(modules[name])
-            a, b, rest = start_of(name, layers[name], stored, adapter, method, given, place)
+            a, b = start_of(name, layers[name], stored, adapter, method, given)
             adapter_file.write(of_adapter.keys[name, "lora_A"], a)
             adapter_file.write(of_adapter.keys[name, "lora_B"], b)
             done += 1
-            return rest
+            return residual_of(name, layers[name], stored, adapter, a, b) if place == "base" else None
 
         if not job.first:  # one writes, and the others help to gather
             if base is not None:
