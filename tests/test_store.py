@@ -584,6 +584,6 @@ def test_a_write_that_fails_names_the_place(tmp_path: Path) -> None:
         ):
             write(part)
     page = tmp_path / "page.html"
-    with files_of(10**4), pytest.raises(OSError, match="page.html"), store.new_file(page, overwritable=Path.is_file) as part:
+    with files_of(10**4), pytest.raises(OSError, match=r"page\.html"), store.new_file(page, overwritable=Path.is_file) as part:
         part.write_text("x" * 10**5)
     assert not list(tmp_path.iterdir())
