@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +127,11 @@ def preprocess_corda(
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
     report = reporter(bool(options.verbose))
+    calls: Counter[str] = Counter()
     moments = (
         _read_covariances(sums, targets)
         if from_file and sums is not None
-        else _run(targets, lora_config, run_model, hooked, parity)
+        else _run(targets, lora_config, run_model, hooked, parity, calls)
     )
     done, directions = 0, Directions()
     kept: dict[str, torch.Tensor] = {}
@@ -162,6 +164,8 @@ def preprocess_corda(
         for name, layer in targets.items():
             fields: Any = layer
             fields.covariance_matrix, fields.rank, fields.corda_method = kept[name], ranks[name], mode
+            if not from_file:
+                fields.sample_count = calls[name]
     if sums is not None and not from_file:
         _save(sums, {name: kept[name] for name in targets})
     if cache is not None:
@@ -192,32 +196,44 @@ def _run(
     run_model: Callable[[], Any] | None,
     hooked: nn.Module,
     parity: bool,
+    calls: Counter[str],
 ) -> Iterator[tuple[Site, Covariance]]:
-    """Second moments of what the targets hear while `run_model` runs."""
+    """Second moments of the targets' inputs while `run_model` runs, whose calls of each target are counted in `calls`."""
     assert run_model is not None
     refuse_meta(hooked)
     modules = named_modules(hooked)
     missing = next((name for name in targets if name not in modules or not is_linear(modules[name])), None)
     if missing is not None:
         raise ValueError(f"hooked_model has no linear layer {missing!r}, which is a target in model")
-    calls: dict[str, int] = {}
 
     def weigh(name: str, x: torch.Tensor) -> torch.Tensor:
-        calls[name] = calls.get(name, 0) + 1
         return x.double() / x.max().abs()  # in float32 the quotient's rounding would be what the sum loses most by
 
     layers = {name: modules[name] for name in targets}
-    sums = Listener(layers, "mixed", None if parity else TokenRows(hooked), weigh=weigh if parity else None)
+    sums = _CountingListener(layers, "mixed", None if parity else TokenRows(hooked), weigh=weigh if parity else None)
     with torch.inference_mode(False), evaluating(hooked), listening(hooked, layers, sums):
         with _batches(hooked, sums), without_graphs():  # it may run a compiled model
             run_model()
         sums.end_batch()
     refuse_silent(sums.silent)
+    calls.update(sums.calls)
     for site, covariance in sums.release():
         if parity:
             covariance.scale(covariance.tokens / calls[site.name])  # divided by the tokens later: C over the calls
         yield site, covariance
         del covariance
+
+
+class _CountingListener(Listener):
+    """Counts the calls of every target, PEFT's `sample_count`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.calls: Counter[str] = Counter()
+
+    def hear(self, name: str, x: torch.Tensor) -> None:
+        super().hear(name, x)
+        self.calls[name] += 1
 
 
 @contextlib.contextmanager

@@ -30,6 +30,10 @@ from peft.tuners.lora.eva import (
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
+
+# By this name: where ours is put in the place of PEFT's, PEFT's own must still be found.
+from peft.tuners.lora.eva import initialize_lora_eva_weights as initialize_by_peft
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from nullspace import factors, solvers
@@ -44,6 +48,8 @@ from nullspace.sites import Site, is_linear
 from nullspace.weights import refuse_meta
 from nullspace.wrappers import unwrap
 
+# Layers that PEFT adapts and EVA does not start.
+NOT_STARTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What a `PeftModel` has in front of the names of its base.
 PREFIX = "base_model.model."
 # More of Σ‖x‖² than rounding leaves of equal inputs without their mean, by `Covariance.products`: below it nothing varies.
@@ -79,7 +85,8 @@ def get_eva_state_dict(
             tokens for every direction of every input, all components that are given out agree with those of half the data, to a
             cosine of `tau`.
         peft_config: of `LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(…))`; needed for a bare model. r,
-            `rank_pattern`, `target_modules` and `eva_config` count.
+            `rank_pattern`, `target_modules` and `eva_config` count. For a bare model, no `target_modules` means every linear
+            layer, the output head too, as in PEFT's function.
         forward_fn: called with the model and a batch; `model(**batch)` by default.
         prepare_model_inputs_fn: called with a batch and the configuration, once a batch, for the functions below.
         prepare_layer_inputs_fn: called with a tuple that holds the layer's input, with what the function above returned (a copy of
@@ -93,7 +100,8 @@ def get_eva_state_dict(
 
     Returns:
         Layer name → (rank, d_in) float32, orthonormal rows by descending variance, positive in the entry of largest magnitude, on
-        the model's device; divided by √σ = λ^¼ under `whiten`. No rows for a layer that gets no adapter. Names are those of
+        the model's device; divided by √σ = λ^¼ under `whiten`. No rows for a layer that gets no adapter. Nothing, without a pass,
+        if all targets are embeddings or convolutions, which EVA does not start. Names are those of
         `model.named_modules()`, with `base_model.model.` in front for a `PeftModel`.
 
     Raises:
@@ -112,6 +120,8 @@ def get_eva_state_dict(
     adapters = [m for m in model.modules() if isinstance(m, LoraLayer)]  # on the meta device, under low_cpu_mem_usage
     refuse_meta(model, [getattr(m, name) for m in adapters for name in m.adapter_layer_names])
     layers = _layers_of(model, config, adapter_name)
+    if not layers:
+        return {}
     device = peft_eva.get_device_with_meta_params(model)
     # On a CPU float64 costs little beside the forward pass, on many a GPU it would cost hours.
     precision = "auto" if any(p.device.type == "cuda" for p in model.parameters()) else "fp64"
@@ -164,8 +174,8 @@ def initialize_lora_eva_weights(
         model: from `get_peft_model`, with `low_cpu_mem_usage=True` or without; changed in place.
         dataloader: as of `get_eva_state_dict`; not needed with a state dict.
         eva_state_dict: what `get_eva_state_dict` returned, for the `PeftModel` or for its bare base; it is not changed. (PEFT finds
-            no layer under the bare names, and starts all of them as LoRA does.) A layer that is not in it starts as LoRA does, with
-            a warning of PEFT's.
+            no layer under the bare names, and starts all of them as LoRA does.) A layer that is not in it, such as an embedding,
+            starts as LoRA does, with a warning of PEFT's.
 
     The other arguments are those of `get_eva_state_dict`.
 
@@ -198,7 +208,7 @@ def initialize_lora_eva_weights(
     # A copy, as PEFT empties the dictionary that it is given.
     state = _with_names_of(model, eva_state_dict)
     _check_loadable(model, state, adapter_name)
-    peft_eva.initialize_lora_eva_weights(model, eva_state_dict=state, adapter_name=adapter_name)
+    initialize_by_peft(model, eva_state_dict=state, adapter_name=adapter_name)
 
 
 def _run(
@@ -423,7 +433,10 @@ def _config_of(model: nn.Module, config: LoraConfig | None, adapter_name: str) -
 
 
 def _layers_of(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, nn.Module]:
-    """Name → linear layer, in the model's order: those that have the adapter, or would get it."""
+    """Name → linear layer, in the model's order: those that have the adapter, or would get it.
+
+    Empty if the adapter is on embeddings and convolutions alone.
+    """
     found: dict[str, nn.Module]
     if isinstance(model, PeftModel):
         unsupported = (*peft_eva.UNSUPPORTED_LORA_MODULES, ParamWrapper)
@@ -432,7 +445,7 @@ def _layers_of(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[
             for name, module in model.named_modules()
             if isinstance(module, LoraLayer) and adapter_name in module.lora_A and not isinstance(module, unsupported)
         }
-        if not found:
+        if not found and not any(isinstance(module, peft_eva.UNSUPPORTED_LORA_MODULES) for module in model.modules()):
             raise ValueError(f"the model has no linear layer with an adapter named {adapter_name!r}")
         other = next((name for name, module in found.items() if not is_linear(module)), None)
         if other is not None:
@@ -440,6 +453,11 @@ def _layers_of(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[
                 f"{other!r} is a {type(found[other]).__name__}: only nn.Linear, its subclasses and Conv1D are supported"
             )
         return found
+    if config.target_modules is None:
+        return {name: module for name, module in model.named_modules() if is_linear(module)}
+    targets = [module for name, module in model.named_modules() if check_target_module_exists(config, name)]
+    if targets and all(isinstance(module, NOT_STARTED) for module in targets):
+        return {}
     return chosen_layers(model, config)
 
 
@@ -471,7 +489,7 @@ def _with_names_of(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[
 def _check_loadable(model: PeftModel, state: Mapping[str, torch.Tensor], adapter_name: str) -> None:
     """Raise `ValueError` for what PEFT's loader would trip over halfway, or do to other adapters."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    if not any(name in layers for name in state):
+    if state and not any(name in layers for name in state):
         raise ValueError(
             f"eva_state_dict has none of this model's layers, such as {next(iter(layers), None)!r}, but such as "
             f"{next(iter(state), None)!r}: name them as this model or its base does"

@@ -188,6 +188,32 @@ def test_rank_patterns_count_and_fields_stay_if_asked_for() -> None:
     assert {len(a) for name, (a, _) in adapted.items() if "down_proj" in name} == {6}
 
 
+@pytest.mark.parametrize("parity", [True, False])
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_the_fields_that_stay_are_those_of_peft(mode: str, parity: bool) -> None:
+    """The number of calls, the sum over them divided by it, and hooks of others, which are called as often as the model."""
+    torch.manual_seed(233)
+    data, heard = torch.rand(200, 100), []
+    chosen = LoraConfig(
+        init_lora_weights="corda",
+        target_modules=["0"],
+        corda_config=CordaConfig(corda_method=mode, prune_temporary_fields=False),  # type: ignore[arg-type]
+    )
+    models = [nn.Sequential(nn.Linear(100, 100)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        model[0].register_forward_hook(lambda *_: heard.append(1))
+    theirs(models[0], chosen, run_model=lambda: [models[0](data), models[0](data)])
+    preprocess_corda(models[1], chosen, run_model=lambda: [models[1](data), models[1](data)], parity=parity)
+    assert len(heard) == 4
+    expected, ours = models[0][0], models[1][0]
+    assert ours.sample_count == expected.sample_count == 2
+    torch.testing.assert_close(ours.covariance_matrix, expected.covariance_matrix, rtol=1e-5, atol=0)
+    assert (ours.rank, ours.corda_method) == (expected.rank, expected.corda_method)
+    models[1](data)
+    assert ours.sample_count == 2
+
+
 def test_another_model_may_be_run_in_the_place_of_the_one_that_is_adapted() -> None:
     model, run = tiny("llama"), tiny("llama")
     run.train()

@@ -335,10 +335,36 @@ def test_all_linear_on_a_bare_model(family: str) -> None:
     assert not any("lm_head" in name for name in bare)
 
 
-def test_without_target_modules_those_of_peft() -> None:
-    batches = random_batches(2)
-    bare, adapted = state_dict(tiny("llama"), batches, config(targets=None)), state_dict(wrapped(targets=None), batches)
-    assert {PREFIX + name for name in bare} == set(adapted)
+def test_a_bare_model_without_target_modules_is_started_in_all_linear_layers_as_by_peft() -> None:
+    batches, chosen = random_batches(4), config(targets=None)
+    chosen.target_modules = None
+    by_peft = peft_eva.get_eva_state_dict(tiny("llama"), batches, chosen, show_progress_bar=False)
+    found = state_dict(tiny("llama"), batches, chosen)
+    assert set(found) == set(by_peft)
+    assert "lm_head" in found
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_layers_that_eva_does_not_know_start_as_lora_does_and_peft_warns(bare: bool) -> None:
+    model = wrapped("gpt2", targets=["wte"])
+    found = state_dict(tiny("gpt2"), random_batches(1), config(targets=["wte"])) if bare else state_dict(model, random_batches(1))
+    assert found == {}
+    with pytest.warns(UserWarning, match="were not found in the eva state_dict"):
+        initialize_lora_eva_weights(model, *([] if bare else [random_batches(1)]), eva_state_dict=found if bare else None)
+    layer: Any = model.base_model.model.transformer.wte
+    assert layer.lora_embedding_A["default"].shape == (RANK, tiny("gpt2").config.vocab_size)
+
+
+def test_ours_in_the_place_of_peft_s_in_its_own_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only under an importer's name: PEFT's function, which ours calls, is another object then."""
+    monkeypatch.setattr(peft_eva, "initialize_lora_eva_weights", initialize_lora_eva_weights)
+    monkeypatch.setattr(peft_eva, "get_eva_state_dict", get_eva_state_dict)
+    model, batches = wrapped(), random_batches(2)
+    peft_eva.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    expected = state_dict(wrapped(), batches)
+    for name, a in expected.items():
+        if len(a):
+            assert torch.equal(model.get_submodule(name).lora_A["default"].weight, a)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
