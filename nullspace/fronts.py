@@ -119,6 +119,9 @@ def read_study(path: str | os.PathLike[str]) -> Study:
     """
     records = read_records(path)
     base = next((record for record in records if record["kind"] == "base"), None)
+    measured = next(
+        (set(record["layers"]) for record in records if isinstance(record.get("layers"), dict) and record["layers"]), set()
+    )
     for number, record in enumerate(records, start=1):
         where = f"{path}, record {number} ({shown(record['kind'])})"
         fields = _RECORD_FIELDS.get(record["kind"], {})
@@ -127,6 +130,8 @@ def read_study(path: str | os.PathLike[str]) -> Study:
             _check_scores(record["scores"], where)
             if base is not None and _data_sets(record) != _data_sets(base):
                 raise ValueError(f"{where}: its scores are of {_data_sets(record)}, and the base's of {_data_sets(base)}")
+        if record["kind"] == "run" and record.get("layers") and set(record["layers"]) != measured:
+            raise ValueError(f"{where}: its 'layers' have {sorted(record['layers'])}, and the first run's {sorted(measured)}")
     settings = next((record["settings"] for record in records if record["kind"] == "study"), None)
     if settings is None:
         raise ValueError(f"{path} does not begin with the settings of a preservation study")
@@ -271,8 +276,8 @@ def over_seeds(study: Study) -> list[Record]:
             values[f"{name}_lost"] = [lost(run["scores"], study.base) for run in runs]
         columns = [paper_columns(run["scores"], study.base) for run in runs]
         values.update({name: [found[name] for found in columns] for name in columns[0]})
-        for name in runs[0].get("layers") or {}:
-            values[name] = [run["layers"][name] for run in runs]
+        if all(run.get("layers") for run in runs):
+            values.update({name: [run["layers"][name] for run in runs] for name in runs[0]["layers"]})
         known = {name: spread([v for v in found if v is not None]) for name, found in values.items() if None not in found}
         rows.append({"variant": variant, "learning_rate": rate, **known})
     return rows

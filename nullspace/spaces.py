@@ -239,7 +239,7 @@ def _check_tensors(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
         raise ValueError(f"{where}: its eigenvalues should not exceed the trace, {facts['trace']:g}")
     if not basis.is_meta:
         distance = float((basis.mT @ basis - torch.eye(rank, dtype=basis.dtype)).abs().max())
-        if distance > ORTHONORMAL:
+        if not distance <= ORTHONORMAL:  # NaN, where squares overflow
             raise ValueError(f"{where}: the columns of its basis are not orthonormal: they are off by {distance:.1e}")
 
 

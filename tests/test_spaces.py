@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import math
+import os
 import re
 import shutil
 import warnings
@@ -16,12 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
 
 import nullspace.sums_torch as sums_torch
 from inputs import activations
 from models import FAMILIES, VOCABULARY, random_batches, tiny
 from nullspace import Covariance, NullSpace, NullSpaces, Site, compute_null_spaces, solvers, store, tables
+from nullspace.cli import app
 from nullspace.covariances import compute_covariances
 from nullspace.sites import find_targets
 from nullspace.spaces import TOLERANCE
@@ -524,6 +528,112 @@ def test_a_later_format_is_refused_saying_which(saved: Path, monkeypatch: pytest
 def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         NullSpaces.load(tmp_path / "nowhere")
+
+
+# ---- digests that fit, and content that does not
+
+
+def forged(saved: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]) -> None:
+    """Change the manifest and the first site's tensors, and let all digests fit again."""
+    body = json.loads((saved / MANIFEST).read_text())
+    tensors = load_file(saved / FIRST)
+    change(body, tensors)
+    save_file(tensors, saved / FIRST)
+    if FIRST in body["files"]:
+        body["files"][FIRST] = store.looks_of(saved, [FIRST])[FIRST]
+    del body["digest"]
+    (saved / MANIFEST).write_text(store.sealed(body))
+
+
+def site_says(**facts: Any) -> Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]:
+    return lambda body, tensors: body["sites"][0].update(facts)
+
+
+def with_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    return lambda body, tensors: tensors.update({name: change(tensors[name]).contiguous()})
+
+
+FORGED: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], Any], str]] = {
+    "a path": (site_says(file="../../x"), "'file' should be the plain name of a file, not '../../x'"),
+    "an absolute path": (site_says(file="/etc/passwd"), "'file' should be the plain name"),
+    "a path of Windows": (site_says(file="..\\x"), "'file' should be the plain name"),
+    "paths among the files": (
+        lambda b, t: b["files"].update({"a/b": {"bytes": 1, "sha256": ""}}),
+        "'a/b' in 'files' is not the plain",
+    ),
+    "a file for two sites": (lambda b, t: b["sites"][1].update(file=FIRST), "is the file of site 0 already"),
+    "a width without limits": (site_says(d_in=300000), "is not of a layer with inputs of width 300000"),
+    "a width of its own": (site_says(d_in=300000, weight_shapes={}), r"'basis' should be \(300000, 8\)"),
+    "a rank without limits": (site_says(rank=10**12), r"'basis' should be \(48, 1000000000000\)"),
+    "a boolean rank": (site_says(rank=True), "'rank' should be an integer"),
+    "a huge number": (site_says(tokens=10**30), "'tokens' should be an integer between"),
+    "a number that is none": (site_says(trace=float("nan")), "'trace' should be a finite number"),
+    "a number as text": (site_says(trace="1.0"), "'trace' should be a finite number"),
+    "a gap beyond 1": (site_says(gap=2.0), "'gap' should be a finite number between"),
+    "an unknown precision": (site_says(precision="banana"), "'precision' should be one of"),
+    "a member twice": (site_says(members=["a", "a"]), "'members' should be a list of at least 1 distinct"),
+    "a member of two sites": (
+        lambda b, t: b["sites"][1].update(members=b["sites"][0]["members"], weight_shapes={}),
+        "belongs to site 0",
+    ),
+    "a fact that is missing": (lambda b, t: b["sites"][0].pop("nullity"), "'nullity' is missing"),
+    "sites that are none": (lambda b, t: b.update(sites="none"), "'sites' should be a list"),
+    "NaN in the basis": (
+        with_tensor("basis", lambda u: u.index_fill(0, torch.tensor([3]), float("nan"))),
+        "'basis' holds NaN or Inf",
+    ),
+    "a basis that is not orthonormal": (with_tensor("basis", lambda u: u * 1.001), "not orthonormal: they are off by 2.0e-03"),
+    "a basis twice the same": (with_tensor("basis", lambda u: u[:, [0, 0, 2, 3, 4, 5, 6, 7]]), "not orthonormal"),
+    "a basis of another dtype": (
+        with_tensor("basis", torch.Tensor.float),
+        r"'basis' should be \(48, 8\) torch.float64, not .*float32",
+    ),
+    "a basis of another shape": (with_tensor("basis", lambda u: u.T), r"'basis' should be \(48, 8\) torch.float64, not \(8, 48\)"),
+    "no basis": (lambda b, t: t.pop("basis"), "'basis' is missing"),
+    "eigenvalues that descend": (with_tensor("eigenvalues", lambda v: v.flip(0)), "should ascend"),
+    "eigenvalues below zero": (with_tensor("eigenvalues", lambda v: v - 1e9), "should ascend from 0"),
+    "eigenvalues beyond the trace": (with_tensor("eigenvalues", lambda v: v + 1e9), "should not exceed the trace"),
+    "NaN in the eigenvalues": (with_tensor("eigenvalues", lambda v: v * float("nan")), "'eigenvalues' holds NaN"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGED)
+def test_content_that_no_run_can_have_written_is_refused_though_its_digests_fit(saved: Path, forgery: str) -> None:
+    change, words = FORGED[forgery]
+    forged(saved, change)
+    with pytest.raises(ValueError, match=words) as error:
+        for _ in NullSpaces.load(saved).values():
+            pass
+    assert str(saved) in str(error.value)
+
+
+def test_a_site_whose_name_looks_like_markup_is_shown_as_it_is(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["[bold]x", "[/]", "[link=file:///]y", "\x1b[2J", "a\nb"]
+    for index, name in enumerate(names):
+        forged(saved, lambda b, t, i=index, n=name: b["sites"][i].update(members=[n], weight_shapes={}))
+    spaces = NullSpaces.load(saved)
+    assert [site.name for site in spaces.sites[: len(names)]] == names
+    done = CliRunner().invoke(app, ["inspect", str(saved)])
+    assert done.exit_code == 0, done.output
+    for shown in ("[bold]x", "[/]", "[link=file:///]y", "\\x1b[2J", "a\\nb"):
+        assert shown in done.output
+        assert shown in spaces.summary()
+    assert "\x1b" not in done.output + spaces.summary()
+
+
+@pytest.mark.parametrize("harm", ["pipe", "deep", "surrogate", "twice", "digits", "byte order mark"])
+def test_manifests_that_break_readers_are_refused_by_name(saved: Path, harm: str) -> None:
+    path = saved / MANIFEST
+    text = path.read_text()
+    path.unlink()
+    if harm == "pipe":
+        os.mkfifo(path)
+    else:
+        more = {"deep": "[" * 10**5, "surrogate": '"\\ud800"', "twice": '1, "kind": "spaces"', "digits": "9" * 5000}
+        path.write_text("\ufeff" + text if harm == "byte order mark" else text.replace("{", '{"x": ' + more[harm] + ",", 1))
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        NullSpaces.load(saved)
+    assert store.kind_of(saved) is None
 
 
 # ---- another model

@@ -319,7 +319,7 @@ def _read_covariances(path: Path, targets: Mapping[str, nn.Module]) -> Iterator[
         _check_values(c, f"{path}: the covariance of {name!r}")
         if not bool((c.diagonal() >= 0).all()) or not bool(c.diagonal().float().mean() > 0):
             raise ValueError(f"{path}: the covariance of {name!r} is zero or negative")
-        if float((c - c.mT).abs().max()) > ASYMMETRY * float(c.abs().max()):
+        if not float((c - c.mT).abs().max()) <= ASYMMETRY * float(c.abs().max()):
             raise ValueError(f"{path}: the covariance of {name!r} is not symmetric")
         by_storage.setdefault((c.data_ptr(), *c.stride()), []).append(name)
     for names in by_storage.values():
