@@ -135,12 +135,13 @@ def _has_name(lock: filelock.BaseFileLock, path: Path) -> bool:
 
 def _check_ours(path: Path) -> None:
     """Raise `FileExistsError` if something else has the name of a lock file. A lock file may be empty, or `filelock`'s own."""
-    try:
-        ours = not path.is_symlink() and re.match(rb'$|\{"nullspace": "lock"|\d+\n', path.read_bytes())
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return
-    except IsADirectoryError:
-        ours = None
+    plain = path.is_file() and not path.is_symlink()  # reading a pipe may never end
+    try:
+        ours = plain and re.match(rb'$|\{"nullspace": "lock"|\d+\n', path.read_bytes())
+    except FileNotFoundError:  # by now
+        return
     if not ours:
         raise FileExistsError(f"{path} is in the way: it is no lock file of nullspace")
 

@@ -42,7 +42,7 @@ from torch import nn
 
 from nullspace import Covariances, NullSpaces, cli, compute_covariances, compute_null_spaces, fronts, store, tables
 from nullspace.integrations.peft import corda, files
-from nullspace.integrations.transformers import _config, load_rows, load_texts
+from nullspace.integrations.transformers import load_rows, load_texts, read_config
 
 COUNT = int(os.environ.get("NULLSPACE_MUTATIONS", "300"))
 SECONDS = 20  # that one mutation may take: a thousand times what it does
@@ -290,7 +290,7 @@ KINDS: dict[str, Kind] = {
     "pt": Kind(make_pt, read_pt, has_digests=False, check=check_pt),
     "study": Kind(make_study, read_the_study, has_digests=False, check=check_study),
     "data": Kind(make_data, read_data, has_digests=False, check=check_data),
-    "config": Kind(make_config, lambda d: str(type(_config(d))), has_digests=False),
+    "config": Kind(make_config, lambda d: str(type(read_config(d))), has_digests=False),
 }
 # Cheap ones more often.
 DRAWN = [*KINDS, "spaces", "covariances", "adapter", "data", "data", "study"]
