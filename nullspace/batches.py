@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nullspace.blocks import is_encoder_decoder
-from nullspace.padding import Padding, PaddingReader, looks_like_mask, warn_of_positions
+from nullspace.padding import Padding, PaddingReader, looks_like_mask
 from nullspace.parts import device_of
 from nullspace.sites import output_head
 from nullspace.wrappers import unwrapped
@@ -52,14 +52,13 @@ def calls(model: nn.Module, share: Share, device: torch.device | None = None) ->
     Warns:
         UserWarning: once, for tokens that look like padding and are counted, and for padding that moves the tokens behind it.
     """
-    reader, looked = PaddingReader(model), False
+    reader = PaddingReader(model)
     for number, batch in share:
         named, by_name = _named(batch, number, model)
         padding = reader.read(number, named)
         args, kwargs = _arguments(named, by_name, device or input_device(model), model)
-        if not looked and by_name and padding.mask is not None and bool((~padding.mask[:, 0] & padding.mask.any(dim=1)).any()):
-            looked = True
-            warn_of_positions(model, kwargs, padding.mask)
+        if by_name:
+            reader.check_positions(model, kwargs, padding)
         yield Call(number, args, kwargs, padding)
 
 

@@ -80,7 +80,7 @@ class PaddingReader:
         of_text = getattr(config, "get_text_config", None)
         pad = getattr(of_text() if callable(of_text) else config, "pad_token_id", None)
         self._pad = pad if isinstance(pad, int) else None
-        self._has_warned = False
+        self._has_warned = self._has_tried = False
 
     def read(self, number: int, inputs: Mapping[str, Any]) -> Padding:
         """The padding of one batch.
@@ -109,6 +109,27 @@ class PaddingReader:
                     stacklevel=2,
                 )
         return found
+
+    def check_positions(self, model: nn.Module, inputs: Mapping[str, Any], padding: Padding) -> None:
+        """Warn once if this batch is padded on the left and the model's positions do not allow for that.
+
+        Args:
+            model: in eval mode, with gradients off, and with nobody looking at the inputs of its layers: it may run a little.
+            inputs: of the batch, as the model takes them.
+            padding: what `read` said.
+        """
+        mask = padding.mask
+        if self._has_tried or mask is None or not bool((~mask[:, 0] & mask.any(dim=1)).any()):
+            return
+        self._has_tried = True
+        if _positions_move(model, inputs, mask):
+            takes = "position_ids" in inspect.signature(model.forward).parameters
+            way = "Give position_ids with the batches, or pad" if takes else "Pad"
+            warnings.warn(
+                f"the batches are padded on the left, and {type(model).__name__} counts positions from the padding on: its layers "
+                f"get other inputs than for texts alone. {way} on the right.",
+                stacklevel=2,
+            )
 
     def padding_of(self, inputs: Mapping[str, Any]) -> Padding:
         """As `read`, without a warning."""
@@ -248,8 +269,8 @@ def _padding_at_ends(ids: torch.Tensor, pad: int | None, labels: Any) -> int:
     return int(found.sum())
 
 
-def warn_of_positions(model: nn.Module, inputs: Mapping[str, Any], mask: torch.Tensor) -> None:
-    """Warn if padding on the left moves the positions of the tokens behind it: absolute ones, counted from the padding on.
+def _positions_move(model: nn.Module, inputs: Mapping[str, Any], mask: torch.Tensor) -> bool:
+    """Whether padding on the left moves the positions of the tokens behind it: absolute ones, counted from the padding on.
 
     Found by a trial: what the first block is handed for one padded text, and for the same text alone. The model runs no further.
 
@@ -258,28 +279,21 @@ def warn_of_positions(model: nn.Module, inputs: Mapping[str, Any], mask: torch.T
         inputs: of one batch, as the model takes them.
         mask: (sequences, tokens) bool, with padding on the left in at least one sequence.
     """
-    ids = inputs.get("input_ids")
-    known = {"input_ids", "attention_mask", "token_type_ids"}
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or set(inputs) - known or any(map(is_sharded, model.parameters())):
-        return
+    ids, kinds = inputs.get("input_ids"), inputs.get("token_type_ids")
+    others = set(inputs) - {"input_ids", "attention_mask", "token_type_ids", "labels"}
+    if not isinstance(ids, torch.Tensor) or ids.shape != mask.shape or others or any(map(is_sharded, model.parameters())):
+        return False
     row = int(((~mask[:, 0]) & mask.any(dim=1)).to(torch.int8).argmax())
     counts = mask[row].to(ids.device)
-    padded = {name: value[row : row + 1] for name, value in inputs.items()}
+    padded = {"input_ids": ids[row][None], "attention_mask": counts[None].to(ids.dtype)}
+    if isinstance(kinds, torch.Tensor):
+        padded["token_type_ids"] = kinds[row][None]
     alone = {name: value[:, counts] for name, value in padded.items()}
     with_padding, without = _first_hidden_states(model, padded), _first_hidden_states(model, alone)
-    if with_padding is None or without is None or with_padding.shape[:2] != ids[:1].shape:
-        return
-    with_padding = with_padding[:, counts]
-    if with_padding.shape != without.shape or torch.allclose(
-        with_padding, without, rtol=1e-2, atol=1e-2 * float(without.abs().max())
-    ):
-        return
-    way = "Give position_ids with the batches, or pad" if "position_ids" in inspect.signature(model.forward).parameters else "Pad"
-    warnings.warn(
-        f"the batches are padded on the left, and {type(model).__name__} counts the positions of tokens from the padding on: its "
-        f"layers get other inputs than for texts alone. {way} on the right.",
-        stacklevel=2,
-    )
+    if with_padding is None or without is None or with_padding.shape[:2] != (1, len(counts)):
+        return False
+    with_padding, scale = with_padding[:, counts], float(without.abs().max())
+    return with_padding.shape == without.shape and not torch.allclose(with_padding, without, rtol=1e-2, atol=1e-2 * scale)
 
 
 def _first_hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | None:

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import EvaConfig, LoraConfig
+from peft.tuners.lora.config import CordaConfig
 from torch import nn
 
 from models import SMALL, random_batches, tiny
 from nullspace import stream_covariances
+from nullspace.integrations.peft import get_eva_state_dict, preprocess_corda
 from nullspace.padding import PaddingReader
 from reference import entrywise_error, recorded_inputs
 
@@ -372,6 +375,9 @@ def test_positions_that_padding_moves_are_told_of(family: str, side: str, told: 
     for name, x in recorded_inputs(model, batches, found).items():  # the trial is not summed
         assert entrywise_error(found[name], x) < FLOAT32, name
     if told and family == "gpt2":
+        pairs = [{"input_ids": b["input_ids"], "attention_mask": causal(b["attention_mask"])} for b in batches]
+        with pytest.warns(UserWarning, match="padded on the left"):
+            assert run(model, pairs, targets=["c_fc"])["transformer.h.0.mlp.c_fc"].tokens == len(x)
         positions = [{**b, "position_ids": (b["attention_mask"].cumsum(1) - 1).clamp(min=0)} for b in batches]
         alone = [{"input_ids": row[m.bool()][None]} for b in batches for row, m in zip(*b.values(), strict=True)]
         with warnings.catch_warnings():
@@ -381,3 +387,25 @@ def test_positions_that_padding_moves_are_told_of(family: str, side: str, told: 
             assert (given[name].matrix() - covariance.matrix()).norm() < 1e-5 * covariance.matrix().norm()
             if name.endswith("0.attn.c_attn"):
                 assert (found[name] - covariance.matrix()).norm() > 1e-2 * covariance.matrix().norm()
+
+
+# ---- PEFT's doors
+
+
+def test_pefts_doors_find_padding_alike() -> None:
+    config = LoraConfig(r=2, target_modules=["c_fc"], init_lora_weights="eva", eva_config=EvaConfig())
+    batches = random_batches(1, 4, 24, padding="left")
+    plain = tiny("gpt2")
+    with pytest.warns(UserWarning, match="padded on the left") as caught:
+        found = get_eva_state_dict(plain, batches, config, show_progress_bar=False)
+    assert len([each for each in caught if "padded" in str(each.message)]) == 1
+    for name, x in recorded_inputs(plain, batches, found).items():
+        x = x.double() - x.double().mean(0)
+        _, _, vt = torch.linalg.svd(x, full_matrices=False)
+        assert (found[name].double() @ vt[: len(found[name])].T).abs().diagonal().min() > 0.999, name
+    model = tiny("opt")
+    ids = random_batches(1, 4, 24, padding="right")[0]["input_ids"]
+    corda = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm"))
+    with pytest.warns(UserWarning, match="batch 1: .* look like padding") as caught:
+        preprocess_corda(model, corda, run_model=lambda: [model(ids), model(input_ids=ids)])
+    assert len([each for each in caught if "look like padding" in str(each.message)]) == 1

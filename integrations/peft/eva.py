@@ -244,7 +244,7 @@ class _Tokens(Listener):
 
     def __init__(self, layers: Mapping[str, nn.Module], precision: str, eva: EvaConfig, model: nn.Module) -> None:
         super().__init__(layers, precision, TokenRows(model))
-        self._eva, self._reader = eva, PaddingReader(model)
+        self._eva, self._model, self._reader = eva, model, PaddingReader(model)
 
     def begin(self, number: int, inputs: Any) -> None:
         if not isinstance(inputs, Mapping):
@@ -253,6 +253,7 @@ class _Tokens(Listener):
                 "attention_mask and labels: give prepare_model_inputs_fn and prepare_layer_inputs_fn"
             )
         padding = self._reader.read(number, inputs)
+        self._reader.check_positions(self._model, inputs, padding)
         labels = inputs.get("labels") if self._eva.use_label_mask else None
         if labels is not None:
             labelled = labels != self._eva.label_mask_value
