@@ -514,9 +514,12 @@ def fingerprint(weight: torch.Tensor) -> torch.Tensor | None:
 
 def some_entries(tensor: torch.Tensor) -> torch.Tensor:
     """At most 64 of a tensor's entries, evenly spread: (≤ 64,)."""
-    total = shape_of(tensor).numel()
-    at = torch.linspace(0, total - 1, min(FINGERPRINT_ENTRIES, total), dtype=torch.float64).long()
-    return entries(tensor, at)
+    return entries(tensor, sampled_positions(shape_of(tensor).numel()))
+
+
+def sampled_positions(total: int) -> torch.Tensor:
+    """Which of so many entries a fingerprint has: (≤ 64,) int64."""
+    return torch.linspace(0, total - 1, min(FINGERPRINT_ENTRIES, total), dtype=torch.float64).long()
 
 
 def same_fingerprint(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -26,6 +26,7 @@ from nullspace.listening import Listener, listening, refuse_silent
 from nullspace.padding import TokenRows
 from nullspace.plan import choose_strategy
 from nullspace.progress import Progress, reporter
+from nullspace.residual import warn_of_residual
 from nullspace.sharded import gathers, is_spread, prepare, strategy_of
 from nullspace.shares import digest_of
 from nullspace.sites import Site, find_targets
@@ -101,6 +102,9 @@ def stream_covariances(
             the other.
         RuntimeError: if a process has died, or the group's time has run out; where weights are gathered in the forward pass, also
             after an error in the midst of one of them, which only that process can name.
+
+    Warns:
+        UserWarning: if the model is the residual base of an adapter (`nullspace.residual`).
     """
     job = job or Job()
     with job.telling():
@@ -110,6 +114,7 @@ def stream_covariances(
         model = unwrap(model)
         chosen = find_targets(model, targets)
         refuse_meta(model)
+        warn_of_residual(model)
         spread = prepare(model, chosen, job, strategy)
         if strategy == "auto":
             strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states, job=job)

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from nullspace import residual as residual_base
 from nullspace import store
 from nullspace.covariances import Covariances
 from nullspace.distributed import Job, written_once
@@ -37,9 +38,11 @@ from nullspace.integrations.peft.layers import (
     stored_weight,
     with_spaces,
 )
+from nullspace.integrations.peft.watch import warn_of_dropout, watch
 from nullspace.memory import free_on_host
 from nullspace.methods import METHODS, Sources, check_method, check_sources
 from nullspace.parts import is_sharded, local_parts, whole, write
+from nullspace.residual import Change
 from nullspace.sharded import has_engine, is_spread, is_tensor_parallel, prepare_to_gather, shown_whole
 from nullspace.sites import weight_of
 from nullspace.spaces import NullSpaces
@@ -125,7 +128,9 @@ def inject_adapters(
     changes, and until the last one has changed, what they were is kept in host memory (where that has the room).
 
     Warns:
-        UserWarning: naming layers whose data (`covariances`, `preserve`) span fewer directions than the method needs.
+        UserWarning: naming layers whose data (`covariances`, `preserve`) span fewer directions than the method needs; for
+            `lora_dropout` with a product that does not start at zero. And later, where a residual base computes without its adapter
+            (another one alone is active, `disable_adapter()`, `unload()`).
     """
     model = unwrap(model)
     job = Job() if is_spread(model) else Job.alone()
@@ -189,11 +194,13 @@ def _inject(
         if freeze_a:
             freeze_layers(layers, adapter_name)
         _record(peft_model, model, adapter_name, method, place, given)
+        watch(peft_model, adapter_name, place)
         if job.first:
             given.directions.warn(f"method {method!r}", stacklevel=3)
+            warn_of_dropout(config, method, place, stacklevel=3)
         job.exchange(None)  # what is wrong on one must be known while all can go back
         if place == "base":
-            _take_away(layers, adapter_name, job)
+            residual_base.mark(model, method, peft_model.nullspace_model, _take_away(layers, adapter_name, job))
     return peft_model
 
 
@@ -214,6 +221,9 @@ def attach_subtracted(peft_model: PeftModel, directory: str | os.PathLike[str], 
     layers = lora_layers(peft_model, adapter_name)
     if not layers:
         raise ValueError(f"the model has no LoRA adapter named {adapter_name!r}")
+    mark = residual_base.residual_mark(peft_model.get_base_model())
+    if mark is not None:
+        raise ValueError(f"the base {residual_base.described(mark)}: load the adapters on the original model")
     second = SUBTRACTED.format(adapter_name)
     peft_model.load_adapter(str(directory), adapter_name=second)
     _activate_both(peft_model, layers, adapter_name)
@@ -233,6 +243,8 @@ def freeze_a(peft_model: PeftModel, adapter_name: str = "default") -> None:
     if has_engine(peft_model) and any(layer.lora_A[adapter_name].weight.requires_grad for layer in layers.values()):
         raise ValueError("A is a parameter of a DeepSpeed engine's optimizer already: call freeze_a before deepspeed.initialize")
     freeze_layers(layers, adapter_name)
+    if residual_base.residual_mark(peft_model.get_base_model()) is not None:
+        watch(peft_model, adapter_name, "base")
 
 
 def save_init(
@@ -310,7 +322,7 @@ def _record(peft_model: Any, model: nn.Module, adapter: str, method: str, place:
     """What was made of which model, for `save_init` and for whatever saves the adapter."""
     peft_model.nullspace_residual, peft_model.nullspace_method = place, method
     config = peft_model.peft_config[adapter]
-    original = located(config.base_model_name_or_path)
+    original = peft_model.nullspace_model = located(config.base_model_name_or_path)
     # A residual base has no name before save_init gives it one, and must not go by that of the model that it was.
     config.base_model_name_or_path = UNSAVED.format(original or "a model without a name") if place == "base" else original
     _keep_card(peft_model, init_record(model, original, method, config, place, given.spaces, None), config.base_model_name_or_path)
@@ -408,18 +420,22 @@ def _stored(layer: Any, job: Job) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _take_away(layers: Mapping[str, Any], adapter: str, job: Job) -> None:
-    """W₀ − s·BA in place of W₀ in every base layer, or in none."""
+def _take_away(layers: Mapping[str, Any], adapter: str, job: Job) -> Change:
+    """W₀ − s·BA in place of W₀ in every base layer, or in none; by which of them it shows best."""
+    changes = []
     originals = _Originals([weight_of(layer.get_base_layer()) for layer in layers.values()])
     try:
         for name, layer in layers.items():
             weight = weight_of(layer.get_base_layer())
             a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            residual = residual_of(name, layer, _stored(layer, job), adapter, a, b)
+            stored = _stored(layer, job)
+            residual = residual_of(name, layer, stored, adapter, a, b)
+            changes.append(residual_base.change_of(name, stored, residual))
             originals.keep(weight)
             job.exchange(None)
             write(weight, residual)
         job.exchange(None)
+        return max(changes, key=lambda change: change.ratio)
     except BaseException:
         originals.put_back()
         raise
@@ -477,6 +493,7 @@ def _activate_both(peft_model: PeftModel, layers: Mapping[str, Any], adapter: st
     set_adapter = functools.partial(_set_adapter, peft_model)
     peft_model.set_adapter = set_adapter  # type: ignore[method-assign]
     set_adapter(adapter)
+    watch(peft_model, adapter, "adapter")
 
 
 def _set_adapter(peft_model: PeftModel, adapter_name: str, *args: Any, **kwargs: Any) -> None:

@@ -24,6 +24,7 @@ from nullspace.integrations.peft.shell import on_disk, plan_base, without_weight
 from nullspace.locks import temporary_folder
 from nullspace.methods import METHODS, Layer, Sources, check_rank
 from nullspace.parts import is_sharded, shape_of
+from nullspace.residual import described, residual_mark
 from nullspace.sites import find_targets, is_linear, weight_of, weight_shape
 from nullspace.sitewise import Weight, weights_of
 from nullspace.spaces import NullSpaces
@@ -62,6 +63,12 @@ def check_servable(
     """
     if residual not in RESIDUALS:
         raise ValueError(f"residual must be one of {', '.join(map(repr, RESIDUALS))}, not {residual!r}")
+    mark = residual_mark(model)
+    if mark is not None:
+        raise ValueError(
+            f"{type(model).__name__} {described(mark)}: start from that, or merge the adapter into the residual first (PEFT's "
+            "merge_and_unload)"
+        )
     if not METHODS[method].changes_base:
         return "none"
     untouched = [name for name, each in METHODS.items() if not each.changes_base]

@@ -34,9 +34,11 @@ from nullspace.integrations.peft.layers import (
     with_spaces,
 )
 from nullspace.integrations.peft.shell import BASE_WEIGHTS, BasePlan, on_disk, plan_base, without_weights
+from nullspace.integrations.peft.watch import warn_of_dropout
 from nullspace.locks import temporary_folder
 from nullspace.methods import METHODS, Sources, check_method, check_sources
 from nullspace.progress import Progress, reporter
+from nullspace.residual import Change, change_of, mark_file
 from nullspace.sharded import is_spread, prepare_to_gather
 from nullspace.sites import weight_of
 from nullspace.spaces import NullSpaces
@@ -104,6 +106,8 @@ def write_init(
             written_once(out, write)
         else:
             write()
+    if job.first:
+        warn_of_dropout(config, method, "base" if METHODS[method].changes_base else "none", stacklevel=2)
     return Path(out)
 
 
@@ -148,6 +152,7 @@ def _write(
         config.base_model_name_or_path = place_of_base
         of_adapter = _plan_adapter(peft_model, adapter, layers, plans / "adapter")
         done = 0
+        changes: list[Change] = []
 
         def fetch(name: str) -> torch.Tensor:
             job.exchange(None)  # before a weight is gathered, whoever has failed must have told it
@@ -162,7 +167,11 @@ def _write(
             adapter_file.write(of_adapter.keys[name, "lora_A"], a)
             adapter_file.write(of_adapter.keys[name, "lora_B"], b)
             done += 1
-            return residual_of(name, layers[name], stored, adapter, a, b) if place == "base" else None
+            if place != "base":
+                return None
+            rest = residual_of(name, layers[name], stored, adapter, a, b)
+            changes.append(change_of(name, stored, rest))
+            return rest
 
         if not job.first:  # one writes, and the others help to gather
             if base is not None:
@@ -184,6 +193,8 @@ def _write(
                         )
                 else:
                     _write_base(part / "base", base, {f"{name}.weight": name for name in layers}, adapt, fetch, max_shard_bytes)
+            if changes:
+                mark_file(part / "base" / "config.json", method, located(original), max(changes, key=lambda change: change.ratio))
             if residual and tokenizer is not None:
                 tokenizer.save_pretrained(part / "base")
             facts = init_record(model, original, method, config, place, given.spaces, record)
