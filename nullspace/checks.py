@@ -71,6 +71,9 @@ def check_device(device: torch.device | str) -> torch.device:
     """
     try:
         found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {str(device)!r} cannot be used here: PyTorch knows no such name. Give 'cpu' or 'cuda'") from None
+    try:
         if found.type == "meta":
             raise ValueError("it holds no values")
         torch.empty(0, device=found)

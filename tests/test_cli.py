@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -436,3 +437,15 @@ def test_what_nobody_raised_on_purpose_is_called_a_fault_and_debug_shows_where(
     for value, shown in (("1", True), ("0", False), ("", False)):
         monkeypatch.setenv("NULLSPACE_DEBUG", value)
         assert ("Traceback" in run(*command).stderr) == shown
+
+
+def test_weights_that_overflow_are_an_error_of_one_line_that_names_the_layer(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float64)
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.down_proj").weight.fill_(1e308)
+    shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    result = run("init", tmp_path / "model", "--method", "pissa", "--out", tmp_path / "out", *RANK, "-q")
+    assert result.exit_code == 2
+    assert re.fullmatch(r"error: .*model\.layers\.1\.mlp\.down_proj.*\n", result.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
