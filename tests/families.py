@@ -78,12 +78,14 @@ def classes(which: str) -> dict[str, str]:
 def build(kind: str, name: str) -> nn.Module:
     """A tiny model of a class, float64, in eval mode; whatever it raises means that it does not build tiny."""
     made: Any = getattr(transformers, name)
+    with torch.device("meta"):
+        weights = made._from_config(configure(made.config_class, kind)).parameters()
+        if sum(p.numel() for p in weights) > 4_000_000:
+            raise ValueError(f"{name} is not tiny")
     torch.manual_seed(0)
     model = made._from_config(configure(made.config_class, kind)).double().eval()
     with contextlib.suppress(Exception):  # grouped products take no float64
         model.set_experts_implementation("eager")
-    if sum(p.numel() for p in model.parameters()) > 4_000_000:
-        raise ValueError(f"{name} is not tiny")
     assert isinstance(model, nn.Module)
     return model
 
