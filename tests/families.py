@@ -40,33 +40,61 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1),
     **dict.fromkeys(("hidden_size_per_layer_input", "time_step_rank"), 8),
     **dict.fromkeys(("mamba_n_groups", "n_groups", "first_k_dense_replace", "num_kv_shared_layers", "num_nextn_predict_layers"), 1),
+    **dict.fromkeys(("linear_num_heads", "d_conv", "conv_l_cache"), 4),
+    **dict.fromkeys(("linear_head_dim", "rotary_dim"), 8),
     "mamba_chunk_size": 16,
     "chunk_size": 16,
 }
 # Where the names alone do not make a model.
 MORE: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "zaya": {"num_experts_per_tok": 1},
+    "nemotron": {"num_key_value_heads": 2},
+    "musicgen": {"ffn_dim": 48},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "moe_topk": 2},
+    "ministral": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "gemma4_text": {"hidden_size_per_layer_input": 0},
+    "mamba2": {"num_heads": 8, "expand": 2, "head_dim": 8, "n_groups": 1},
+    "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "longcat_flash": {"qk_head_dim": 16, "head_dim": 8},
     "falcon_h1": {"mamba_d_ssm": 64},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "mamba_n_heads": 8},
 }
 
 
-def configure(config: type[Any], kind: str) -> Any:
-    """A configuration with small sizes: those of `SIZES` that it has, in it and in the ones inside of it."""
+# Of these, a configuration may derive some from others, and then takes none or other values: they are left out in turn.
+LEFT_OUT: tuple[tuple[str, ...], ...] = (
+    (),
+    ("head_dim",),
+    ("layer_types", "mlp_layer_types", "layers_block_type", "block_types"),
+    ("head_dim", "layer_types"),
+    ("qk_head_dim", "head_dim"),
+    ("v_head_dim", "qk_head_dim"),
+    ("num_key_value_heads", "num_attention_heads", "head_dim"),
+    ("sliding_window", "num_kv_shared_layers"),
+    ("pad_token_id", "bos_token_id", "eos_token_id"),
+    ("n_group", "topk_group", "first_k_dense_replace", "n_groups"),
+)
+
+
+def sizes(config: type[Any], kind: str) -> dict[str, Any]:
+    """The sizes of `SIZES` that a configuration has."""
     plain = config()
-    given = {name: value for name, value in SIZES.items() if isinstance(getattr(plain, name, None), (int, float))}
-    # One window or none is a setting of its own; a boolean is no size.
-    given = {name: value for name, value in given.items() if not isinstance(getattr(plain, name), bool)}
+    given = {}
+    for name, value in SIZES.items():
+        with contextlib.suppress(Exception):  # what is not the same for all layers
+            known = getattr(plain, name, None)
+            if isinstance(known, (int, float)) and not isinstance(known, bool):  # no window is a setting of its own
+                given[name] = value
     for name in ("layer_types", "mlp_layer_types", "layers_block_type", "block_types"):
         kinds = getattr(plain, name, None)
         if isinstance(kinds, (list, tuple)) and kinds:
             several = list(dict.fromkeys(kinds))
             given[name] = [several[i % len(several)] for i in range(LAYERS)]
-    given.update(MORE.get(kind, {}))
-    for attempt in (given, {name: value for name, value in given.items() if not name.endswith(("_types", "_type"))}):
-        with contextlib.suppress(Exception):
-            return config(**attempt)
-    return config(**given)
+    return {**given, **MORE.get(kind, {})}
 
 
 def classes(which: str) -> dict[str, str]:
@@ -76,16 +104,37 @@ def classes(which: str) -> dict[str, str]:
 
 
 def build(kind: str, name: str) -> nn.Module:
-    """A tiny model of a class, float64, in eval mode; whatever it raises means that it does not build tiny."""
+    """A tiny model of a class that runs, in float64 if it can, in eval mode; whatever it raises means that there is none."""
     made: Any = getattr(transformers, name)
+    given = sizes(made.config_class, kind)
+    errors: list[Exception] = []
+    for left_out in LEFT_OUT:
+        own = {key: value for key, value in given.items() if key not in left_out or key in MORE.get(kind, {})}
+        try:
+            return _run(made, own)
+        except Exception as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _run(made: Any, given: dict[str, Any]) -> nn.Module:
     with torch.device("meta"):
-        weights = made._from_config(configure(made.config_class, kind)).parameters()
+        weights = made._from_config(made.config_class(**given)).parameters()
         if sum(p.numel() for p in weights) > 4_000_000:
-            raise ValueError(f"{name} is not tiny")
-    torch.manual_seed(0)
-    model = made._from_config(configure(made.config_class, kind)).double().eval()
-    with contextlib.suppress(Exception):  # grouped products take no float64
-        model.set_experts_implementation("eager")
+            raise ValueError(f"{made.__name__} is not tiny")
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        model = made._from_config(made.config_class(**given)).to(dtype).eval()
+        with contextlib.suppress(Exception):  # grouped products take no float64
+            model.set_experts_implementation("eager")
+        try:
+            with torch.no_grad():
+                model(input_ids=torch.arange(5, 29)[None], use_cache=False)
+        except Exception:
+            if dtype is torch.float32:
+                raise
+        else:
+            break
     assert isinstance(model, nn.Module)
     return model
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from nullspace import stream_covariances
 from nullspace.batches import evaluating
+from nullspace.sites import is_linear
 
 # What was wrong once, or is built in another way than most: caches by `**kwargs`, state-space blocks, a bias that the first
 # block makes, side outputs, blocks that are called several times.
@@ -28,6 +29,7 @@ SOME = {
     "falcon_h1": "served",
     "bamba": "served",
     "bloom": "served",
+    "glm_moe_dsa": "refused",  # a block chooses tokens, by their numbers, and the next ones use its choice
     "modernbert": "served",
     "T5EncoderModel": "refused",
 }
@@ -57,20 +59,19 @@ def sums(model: nn.Module, strategy: str) -> tuple[dict[str, torch.Tensor], bool
 def called(model: nn.Module) -> list[str]:
     """The linear layers that these data reach, with one input for every token."""
     names: set[str] = set()
-    widths = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
-            widths[name] = module.in_features
+    head: Any = model
+    head = head.get_output_embeddings()
+    layers = {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: names.add(name) if args else None)
-        for name in widths
+        module.register_forward_pre_hook(lambda _, args, name=name: names.add(name) if args else None)
+        for name, module in layers.items()
     ]
     with evaluating(model), torch.no_grad():
         for batch in data():
             model(**batch)
     for handle in handles:
         handle.remove()
-    return [name for name in widths if name in names]
+    return [name for name in layers if name in names]
 
 
 def verdict(model: nn.Module) -> tuple[str, str]:
