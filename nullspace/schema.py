@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +36,8 @@ def whole(least: int = 0, most: int = LARGEST) -> Field:
 def finite(least: float = -math.inf, most: float = math.inf) -> Field:
     """A finite number."""
     limits = "" if (least, most) == (-math.inf, math.inf) else f" between {least:g} and {most:g}"
-    return Field(lambda v: type(v) in (int, float) and math.isfinite(v) and least <= v <= most, f"a finite number{limits}")
+    least, most = max(least, -sys.float_info.max), min(most, sys.float_info.max)
+    return Field(lambda v: type(v) in (int, float) and least <= v <= most, f"a finite number{limits}")
 
 
 def text() -> Field:

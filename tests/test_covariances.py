@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from inputs import activations, randn
@@ -599,3 +601,41 @@ def test_a_basis_of_two_tasks_leaves_both_alone() -> None:
     # Added as they are, the loud one would not leave the other alone as well as it might.
     uneven = NullSpaces.from_covariances(Covariances.merge(runs), rank=rank, progress=False)["a.q"]
     assert leak(of_both.basis, tasks[1]) <= leak(uneven.basis, tasks[1])
+
+
+# ---- digests that fit, and content that does not
+
+FORGED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "a width without limits": ({"d_in": 300000, "weight_shapes": {}}, {}, r"'triangle' should be \(45000150000,\)"),
+    "no tokens": ({"tokens": -1}, {}, "'tokens' should be an integer"),
+    "mass that is none": ({"mass": float("nan")}, {}, "'mass' should be a finite number"),
+    "losses that are none": ({"sums": {"mixed_energy": -1.0}}, {}, "'mixed_energy' should be a finite number"),
+    "sums that are none": ({"sums": 3}, {}, "'sums' should be an object"),
+    "a triangle too short": ({}, {"triangle": lambda t: t[:-1]}, "'triangle' should be"),
+    "a triangle of integers": ({}, {"triangle": lambda t: t.long()}, "'triangle' should be .*int64"),
+    "NaN": ({}, {"triangle": lambda t: t.index_fill(0, torch.tensor([5]), float("nan"))}, "'triangle' holds NaN or Inf"),
+    "a negative square": (
+        {},
+        {"triangle": lambda t: t.index_fill(0, torch.tensor([2]), -1.0)},
+        "sums of squares, and one is negative",
+    ),
+    "no total": ({}, {"total": lambda t: t[:0]}, "'total' should be"),
+    "indefinite": ({}, {"triangle": lambda t: t.index_fill(0, torch.tensor([1]), 1e6)}, "q_proj' is none: it has the eigenvalue -"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGED)
+def test_sums_that_no_run_can_have_written_are_refused_though_their_digests_fit(forgery: str, saved: Path, tmp_path: Path) -> None:
+    facts, change, words = FORGED[forgery]
+    shutil.copytree(saved, tmp_path / "run")
+    path = tmp_path / "run" / store.MANIFEST
+    body = store.read_sealed(path)
+    file = body["sites"][0]["file"]
+    tensors = load_file(path.with_name(file))
+    save_file({name: change[name](t) if name in change else t for name, t in tensors.items()}, path.with_name(file))
+    body["sites"][0].update(facts)
+    body["files"][file] = store.looks_of(path.parent, [file])[file]
+    path.write_text(store.sealed(body))
+    with pytest.raises(ValueError, match=words) as error:
+        NullSpaces.from_covariances(Covariances.load(path.parent), rank=4, progress=False)
+    assert forgery == "indefinite" or str(path.parent) in str(error.value)

@@ -139,3 +139,25 @@ def test_nothing_to_compare() -> None:
         fronts.at_equal_loss(study())
     with pytest.raises(ValueError, match="measure must be one of knowledge, text"):
         fronts.at_equal_loss(study(run("a", 1e-3, 0, 1.0, -11.0)), "wisdom")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r[2].pop("seed"), "record 3 .*'seed' is missing"),
+        (lambda r: r[2].update(learning_rate="fast"), "record 3 .*'learning_rate' should be a finite number"),
+        (lambda r: r[1]["scores"]["task"].update(loss=math.nan), "record 2 .*'loss' should be a finite number"),
+        (lambda r: r[2]["scores"]["text"]["wikitext"].update(perplexity=0), "'perplexity' should be a finite number"),
+        (lambda r: r[2]["scores"]["knowledge"].pop("nq"), "record 3 .*: its scores are of"),
+        (lambda r: r[2].update(scores=[]), "record 3 .*'scores' should be an object"),
+        (lambda r: r[0].update(settings=None), "record 1 .*'settings' should be an object"),
+        (lambda r: r[3].update(layers={"other": 1.0}), r"record 4 .*: its 'layers' have \['other'\]"),
+    ],
+)
+def test_records_that_cannot_be_are_named(change: Any, words: str, tmp_path: Path) -> None:
+    records = [SETTINGS, BASE, *(run("a", rate, 0, 1.5, -9.0, layers={"drift": 0.1}) for rate in (1e-4, 1e-3))]
+    records = json.loads(json.dumps(records))
+    assert len(fronts.read_study(write(tmp_path / "results.jsonl", records)).runs) == 2
+    change(records)
+    with pytest.raises(ValueError, match=rf"results\.jsonl, {words}" if words.startswith("record") else words):
+        fronts.read_study(write(tmp_path / "results.jsonl", records))

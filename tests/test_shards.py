@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typer.testing import CliRunner
 
 from models import random_batches, tiny
-from nullspace import Covariances, compute_covariances
+from nullspace import Covariances, compute_covariances, store
 from nullspace.cli import app
 from nullspace.shards import Shards, joined, parse_shard, what_is_missing
 from reference import relative_error
@@ -202,3 +202,35 @@ def test_the_command_line_splits_and_merges(tiny_checkpoint: Path, tmp_path: Pat
     assert run("covariances", tiny_checkpoint, "--data", data, "--out", tmp_path / "whole", *small).exit_code == 0
     assert_same(Covariances.load(tmp_path / "all"), Covariances.load(tmp_path / "whole"))
     assert "i/n" in run("covariances", tiny_checkpoint, "--data", data, "--shard", "4/3", "--out", tmp_path / "no", *small).output
+
+
+def test_an_account_of_a_billion_shards_costs_nothing() -> None:
+    part = Shards(("a", 9), 10**9, (1, 3))
+    assert what_is_missing([part]) == "shards 2, 4, 5, 6, 7, 8, 9, 10 and 999999990 more of 1000000000"
+    assert part.missing == 10**9 - 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"of": 1e9}, "'of' should be an integer"),
+        ({"of": True}, "'of' should be an integer"),
+        ({"of": 0}, "'of' should be an integer"),
+        ({"numbers": [3, 1]}, "are not shards from 1 to 3, ascending"),
+        ({"numbers": [1, 4]}, "are not shards from 1 to 3, ascending"),
+        ({"numbers": [1, 1]}, "'numbers' should be a list"),
+        ({"numbers": []}, "'numbers' should be a list"),
+        ({"content": None}, "'content' should be a string"),
+    ],
+)
+def test_an_account_that_cannot_be_is_refused_by_name(
+    change: dict[str, Any], words: str, shards: list[Covariances], tmp_path: Path
+) -> None:
+    shards[0].save(tmp_path / "run")
+    path = tmp_path / "run" / store.MANIFEST
+    body = store.read_sealed(path)
+    body["shards"] = [{**body["shards"][0], "of": 3, **change}]
+    path.write_text(store.sealed(body))
+    with pytest.raises(ValueError, match=words) as error:
+        Covariances.load(tmp_path / "run", partial=True)
+    assert str(path) in str(error.value)

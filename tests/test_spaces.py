@@ -568,6 +568,7 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]
     "a boolean rank": (site_says(rank=True), "'rank' should be an integer"),
     "a huge number": (site_says(tokens=10**30), "'tokens' should be an integer between"),
     "a number that is none": (site_says(trace=float("nan")), "'trace' should be a finite number"),
+    "an integer beyond all floats": (site_says(trace=10**400), "'trace' should be a finite number"),
     "a number as text": (site_says(trace="1.0"), "'trace' should be a finite number"),
     "a gap beyond 1": (site_says(gap=2.0), "'gap' should be a finite number between"),
     "an unknown precision": (site_says(precision="banana"), "'precision' should be one of"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,11 @@ def test_hooks_and_mode_are_restored_if_the_model_raises() -> None:
         ({"run_model": lambda: None}, "was never called"),
         ({"mode": None}, "corda_method must be 'kpm' or 'ipm'"),
         ({"covariance_file": "nan.pt"}, r"nan\.pt: the covariance of .* holds NaN or Inf"),
+        ({"covariance_file": "askew.pt"}, r"askew\.pt: the covariance of .* is not symmetric"),
+        ({"covariance_file": "negative.pt"}, r"negative\.pt: the covariance of .* is zero or negative"),
+        ({"covariance_file": "integers.pt"}, r"integers\.pt: the covariance of .* is torch\.int64"),
+        ({"covariance_file": "pipe.pt"}, r"pipe\.pt is a pipe or a device, not a file"),
+        ({"cache_file": "directory.pt"}, r"directory\.pt is a directory, not a file"),
         ({"covariance_file": "other.pt"}, r"other\.pt has no covariance of 'model\.layers\.0\.self_attn\.q_proj'"),
         ({"covariance_file": "cut.pt"}, r"cut\.pt is damaged"),
         ({"cache_file": "cut.pt"}, r"cut\.pt is damaged"),
@@ -276,6 +282,12 @@ def test_bad_input_is_named_before_the_model_runs(
     names = list(find_targets(model, TARGETS["llama"]))
     _nan_file(tmp_path / "nan.pt", names)
     torch.save({"else": torch.eye(3)}, "other.pt")
+    c = torch.eye(48)
+    torch.save(dict.fromkeys(names, c + torch.randn(48, 48)), "askew.pt")
+    torch.save(dict.fromkeys(names, c - 2 * torch.eye(48)[0]), "negative.pt")
+    torch.save(dict.fromkeys(names, c.long()), "integers.pt")
+    os.mkfifo("pipe.pt")
+    Path("directory.pt").mkdir()
     Path("cut.pt").write_bytes(Path("nan.pt").read_bytes()[:200])
     torch.save({"x": _Fails()}, "pickled.pt")
     torch.save({f"{names[0]}.eigens.S_WC": torch.ones(7)}, "wrong.pt")
