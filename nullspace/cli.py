@@ -1,7 +1,8 @@
 """The command line: `nullspace init | compute | covariances | merge | inspect | report | export | plan | demo`.
 
 What a person reads goes to standard output as tables, or with `--json` as one JSON document; progress and warnings go to standard
-error. Exit codes: 0 done, 1 the machine failed (disk, memory), 2 the input was wrong, 130 interrupted, 143 ended by SIGTERM.
+error. Exit codes: 0 done, 1 the machine failed (disk, memory) or nullspace did, 2 the input was wrong, 130 interrupted, 143 ended
+by SIGTERM. An error is one line; `--debug`, of every command, shows its traceback too.
 
 Under `torchrun`, `init`, `compute` and `covariances` calibrate together; the first process prints and writes what is one thing.
 """
