@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import nn
 
+from nullspace import NullSpace, NullSpaces, Site
+
 VOCABULARY = 211
 
 
@@ -186,6 +188,27 @@ def random_batches(
                 mask[row, slice(None, pad) if padding == "left" else slice(length - pad, None)] = 0
         made.append({"input_ids": torch.where(mask.bool(), ids, 1), "attention_mask": mask})
     return made
+
+
+def random_spaces(seed: int, sites: int) -> NullSpaces:
+    """Spaces of sites of width 64, of no model."""
+    generator = torch.Generator().manual_seed(seed)
+    return NullSpaces(
+        NullSpace(
+            basis=torch.linalg.qr(torch.randn(64, 8, dtype=torch.float64, generator=generator)).Q,
+            eigenvalues=torch.arange(8, dtype=torch.float64),
+            trace=1e3,
+            tokens=99,
+            gap=0.1,
+            outliers=0,
+            precision="mixed",
+            excess_estimate=0.0,
+            excess_bound=0.0,
+            nullity=0,
+            site=Site((f"layers.{i}.up",), 64),
+        )
+        for i in range(sites)
+    )
 
 
 def write_checkpoint(folder: Path) -> None:

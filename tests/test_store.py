@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import tiny
-from nullspace import NullSpace, NullSpaces, Site, store
+from models import random_spaces, tiny
+from nullspace import NullSpaces, store
 from nullspace.sites import find_targets
 from patience import run
 
@@ -51,26 +51,6 @@ def run_script(script: str, root: Path, first: NullSpaces, second: NullSpaces) -
     done = run(command)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def random_spaces(seed: int, sites: int) -> NullSpaces:
-    generator = torch.Generator().manual_seed(seed)
-    return NullSpaces(
-        NullSpace(
-            basis=torch.linalg.qr(torch.randn(64, 8, dtype=torch.float64, generator=generator)).Q,
-            eigenvalues=torch.arange(8, dtype=torch.float64),
-            trace=1e3,
-            tokens=99,
-            gap=0.1,
-            outliers=0,
-            precision="mixed",
-            excess_estimate=0.0,
-            excess_bound=0.0,
-            nullity=0,
-            site=Site((f"layers.{i}.up",), 64),
-        )
-        for i in range(sites)
-    )
 
 
 def same(a: NullSpaces, b: NullSpaces) -> bool:
