@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -23,7 +24,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from nullspace import NullSpaces
+from nullspace import NullSpaces, locks
 from nullspace.cli import app, parse_targets
 from nullspace.methods import METHODS
 
@@ -347,8 +348,10 @@ def test_an_interrupted_run_goes_on_where_it_was(
     decompose = spaces.decompose
     with monkeypatch.context() as patch:
         patch.setattr(spaces, "decompose", interrupted)
-        assert run(*command).exit_code == 130
+        result = run(*command)
+        assert result.exit_code == 130
     kept = tmp_path / "out.checkpoint"
+    assert f"interrupted; {kept} has 2 finished sites, and the same command goes on behind them" in " ".join(result.output.split())
     assert len(list(kept.glob("*.safetensors"))) == 2
     assert not (tmp_path / "out").exists()
     seen: list[str] = []
@@ -365,6 +368,91 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert run(*[tmp_path / "whole" if part == tmp_path / "out" else part for part in command]).exit_code == 0
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_a_command_that_keeps_nothing_does_not_say_that_it_goes_on(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    assert run("covariances", tiny_checkpoint, "--data", data, "--out", tmp_path / "sums", *SMALL[:4], "-q").exit_code == 0
+    (tmp_path / "out.checkpoint").mkdir()  # another command's
+    for name in ("run.json", "00000.safetensors"):
+        (tmp_path / "out.checkpoint" / name).write_text("{}")
+    monkeypatch.setattr("nullspace.Covariances.save", interrupted)
+    result = run("merge", tmp_path / "sums", tmp_path / "sums", "--out", tmp_path / "out")
+    assert (result.exit_code, result.output.strip()) == (130, "interrupted")
+    monkeypatch.setattr("nullspace.integrations.transformers.load_model", interrupted)  # before anything is kept
+    result = run("compute", tiny_checkpoint, "--data", data, "--out", tmp_path / "other", *SMALL, "-q")
+    assert (result.exit_code, result.output.strip()) == (130, "interrupted")
+
+
+def test_what_has_names_beside_out_is_left_alone(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    for name in ("out.covariances", "out.part", "out.old.part", "out.lock", "out.tmp"):
+        (work / name).mkdir(parents=True)
+        (work / name / "thesis.txt").write_text(name)
+    assert run("covariances", tiny_checkpoint, "--data", data, "--out", work / "one.covariances", *SMALL[:4], "-q").exit_code == 0
+    before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    for out, method in ((work / "out", "corda-kpm"), (work / "one", "lora-null")):
+        assert run("init", tiny_checkpoint, "--data", data, "--out", out, *SMALL, "--method", method, "-q").exit_code == 0
+        shutil.rmtree(out)
+    assert {path: path.read_bytes() for path in work.rglob("*") if path.is_file()} == before
+    assert len(os.listdir(work)) == 6
+
+
+@pytest.mark.parametrize("again", [[], ["--fresh"]])
+@pytest.mark.parametrize("there", ["a directory", "a directory with run.json", "a file"])
+def test_a_checkpoint_of_others_is_refused_before_the_work_and_left_alone(
+    data: Path, tmp_path: Path, again: list[str], there: str
+) -> None:
+    kept = tmp_path / "out.checkpoint"
+    if there == "a file":
+        kept.write_text("…")
+    else:
+        kept.mkdir()
+        (kept / "00000.safetensors").write_text("…")
+        if there != "a directory":
+            (kept / "run.json").write_text('{"run": 1}')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for command in ("init", "compute", "covariances"):
+        sizes = SMALL[:4] if command == "covariances" else SMALL
+        result = run(command, tmp_path / "no model", "--data", data, "--out", tmp_path / "out", *sizes, *again)
+        assert result.exit_code == 2
+        assert "out.checkpoint" in result.output
+        assert "no model" not in result.output
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_files_of_others_in_a_checkpoint_stay(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.checkpoint").mkdir()
+    command = ["init", tiny_checkpoint, "--data", data, "--out", tmp_path / "out", *SMALL, "--method", "corda-kpm", "-q"]
+    (tmp_path / "out.checkpoint" / "notes.part").write_text("mine")
+    assert run(*command).exit_code == 0
+    assert [path.name for path in (tmp_path / "out.checkpoint").iterdir()] == ["notes.part"]
+
+
+@pytest.mark.parametrize("command", ["init", "compute", "covariances", "merge", "export", "report", "demo"])
+def test_a_place_where_another_run_writes_is_refused_at_once(tmp_path: Path, command: str) -> None:
+    arguments: dict[str, list[str]] = {
+        "init": ["no model", "--data", "no data"],
+        "compute": ["no model", "--data", "no data"],
+        "covariances": ["no model", "--data", "no data"],
+        "merge": ["no sums"],
+        "export": ["no adapter", "--initial", "no init"],
+        "report": ["--spaces", "no spaces"],
+        "demo": [],
+    }
+    results: list[Any] = []
+    with locks.locked(tmp_path / "out"):  # by another thread
+        thread = threading.Thread(target=lambda: results.append(run(command, *arguments[command], "--out", tmp_path / "out")))
+        thread.start()
+        thread.join()
+    said = " ".join(results[0].output.split())
+    assert results[0].exit_code == 2, said
+    assert f"{tmp_path / 'out'} is being written by another run (process {os.getpid()} on " in said
+    assert not any(tmp_path.iterdir())
 
 
 def test_with_json_nothing_else_is_printed(

@@ -25,15 +25,27 @@ import torch.distributed as dist
 import transformers
 from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 from typer.testing import CliRunner
 
 from models import random_batches, tiny, write_checkpoint
-from nullspace import Covariance, Covariances, NullSpaces, compute_covariances, solvers, store, stream_covariances
+from nullspace import (
+    Covariance,
+    Covariances,
+    NullSpaces,
+    compute_covariances,
+    distributed,
+    locks,
+    solvers,
+    store,
+    stream_covariances,
+)
 from nullspace.cli import app
 from nullspace.distributed import Job, deal
+from nullspace.integrations.peft import export_lora, inject_adapters, save_init, write_init
 from nullspace.plan import decomposition_cost
 from nullspace.shares import Share, is_share
 from nullspace.triangle import LowerTriangle
@@ -621,6 +633,75 @@ def another_number_of_processes_goes_on(rank: int, count: int, folder: Path) -> 
         assert set(found.sites) == set(expected)
         for site, total in expected.items():
             assert relative_error(found[site.name].matrix(), total.matrix()) <= ROUNDING
+
+
+@check(2)
+def all_or_one_may_save_and_one_writes(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(4)
+    found, sums = compute(model, batches), Covariances(stream(model, batches).items())
+    config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    adapted = inject_adapters(tiny("llama"), config, found)
+    saves: dict[str, Callable[[Path, bool], Any]] = {
+        "spaces": lambda out, overwrite: found.save(out, overwrite=overwrite),
+        "covariances": lambda out, overwrite: sums.save(out, overwrite=overwrite),
+        "save_init": lambda out, overwrite: save_init(out, adapted, found, overwrite=overwrite),
+        "write_init": lambda out, overwrite: write_init(out, model, config, found, overwrite=overwrite, progress=False),
+        "export": lambda out, overwrite: export_lora(
+            folder / "save_init" / "adapter", folder / "save_init", out, base="theirs", overwrite=overwrite
+        ),
+    }
+
+    for name, save in saves.items():
+        for out in (folder / name, folder / "new" / name):
+            for overwrite in (False, True):
+                save(out, overwrite)
+                assert store.kind_of(out) is not None  # it is there for everybody who has saved it
+                # transformers saves a model's weights in rank 0 alone, and another one may have written.
+                assert "init" not in name or (out / "base" / "model.safetensors").stat().st_size > 100_000
+            # Another one's is refused, on all ranks and by the rank that has found it.
+            for other in (folder / "all", folder / "new" / "all"):
+                other.mkdir(parents=True, exist_ok=True)
+                (other / "thesis.txt").touch()
+                refused(FileExistsError, r"^rank [01]: .*/all ", lambda other=other, save=save: save(other, True))
+    for only in range(count):  # what one process does alone waits for nobody
+        if rank == only:
+            found.save(folder / f"by {only}")
+            save_init(folder / f"init by {only}", adapted, found)
+            write_init(folder / f"written by {only}", model, config, found, progress=False)
+            known = load_file(folder / "save_init" / "base" / "model.safetensors").keys()
+            for init in (folder / f"init by {only}", folder / f"written by {only}"):
+                assert load_file(init / "base" / "model.safetensors").keys() == known
+            refused(FileExistsError, f"rank {only}: .*by {only} exists", lambda only=only: found.save(folder / f"by {only}"))
+    Job().exchange(None)
+    assert not [path for path in folder.rglob("*") if path.name.endswith((".part", locks.SUFFIX))]
+    Job().exchange(None)
+    distributed.HANDOVER = 0.5
+    if rank == 0:
+        with locks.locked(folder / "held"):
+            Job().exchange(None)
+            Job().exchange(None)
+    else:
+        Job().exchange(None)
+        # The lock says that a process of this very group holds it, which has no save under way.
+        refused(FileExistsError, "held is being written by another run", lambda: found.save(folder / "held"))
+        Job().exchange(None)
+
+
+@check(2)
+def a_save_is_finished_by_another_process_if_the_first_dies(rank: int, count: int, folder: Path) -> None:
+    found, lost = compute(tiny("llama"), random_batches(2)), folder / "lost"
+    shared = distributed._default_store()
+    assert shared is not None
+    if rank == 0:  # what a process that is killed while it writes leaves: its word that it writes, and a part
+        shared.set(f"nullspace/writing/{lost}", "yes")
+        (folder / "lost.0123abcd.part" / "new").mkdir(parents=True)
+        (folder / "lost.0123abcd.part" / store.PART).write_text("{}")
+    Job().exchange(None)
+    found.save(lost)
+    assert NullSpaces.load(lost).sites == found.sites
+    Job().exchange(None)
+    assert os.listdir(folder) == ["lost"]
 
 
 @check(2)  # the last one: it leaves the group

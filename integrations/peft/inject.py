@@ -38,6 +38,7 @@ from nullspace.integrations.peft.layers import (
     stored_weight,
     with_spaces,
 )
+from nullspace.integrations.peft.shell import saving_here
 from nullspace.integrations.peft.watch import warn_of_dropout, watch
 from nullspace.memory import free_on_host
 from nullspace.methods import METHODS, Sources, check_method, check_sources
@@ -306,7 +307,8 @@ def save_init(
             if place == "adapter":
                 save_adapter(peft_model, SUBTRACTED.format(adapter), part / "subtracted")
             if residual:
-                base.save_pretrained(part / "base", state_dict=_base_state(base))
+                with saving_here(base):
+                    base.save_pretrained(part / "base", state_dict=_base_state(base))
                 if tokenizer is not None:
                     tokenizer.save_pretrained(part / "base")
             write_cards(part, facts)

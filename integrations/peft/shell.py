@@ -103,7 +103,7 @@ def plan_base(shell: Any, folder: Path, *, strict: bool = True) -> BasePlan | No
             first += 2**t.ndim
         stand_ins[name] = of[id(t)]
     try:
-        with without_bars():
+        with without_bars(), saving_here(shell):
             shell.save_pretrained(folder, state_dict=dict(stand_ins), max_shard_size=1)
         plan = _read_plan(folder, stand_ins, owners, names)
         problem: Exception | None = None
@@ -133,6 +133,16 @@ def _read_plan(
                     raise ValueError(f"{key!r} is made of several, or of a part of one")
                 names[key] = owner
     return BasePlan(names, {key: known[name] for key, name in names.items()}, metadata, 0)
+
+
+@contextlib.contextmanager
+def saving_here(model: nn.Module) -> Iterator[None]:
+    """Context manager: `save_pretrained` writes weights in this process. In a process group, transformers has only rank 0 do so."""
+    vars(model)["should_save_on_this_rank"] = lambda is_main_process: is_main_process
+    try:
+        yield
+    finally:
+        del vars(model)["should_save_on_this_rank"]
 
 
 @contextlib.contextmanager

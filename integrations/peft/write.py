@@ -33,7 +33,7 @@ from nullspace.integrations.peft.layers import (
     start_of,
     with_spaces,
 )
-from nullspace.integrations.peft.shell import BASE_WEIGHTS, BasePlan, on_disk, plan_base, without_weights
+from nullspace.integrations.peft.shell import BASE_WEIGHTS, BasePlan, on_disk, plan_base, saving_here, without_weights
 from nullspace.integrations.peft.watch import warn_of_dropout
 from nullspace.locks import temporary_folder
 from nullspace.methods import METHODS, Sources, check_method, check_sources
@@ -188,9 +188,9 @@ def _write(
                 if base is None:
                     rests = {f"{name}.weight": adapt(name) for name in layers}
                     if residual:
-                        shell.save_pretrained(
-                            part / "base", state_dict={**model.state_dict(), **rests}, max_shard_size=max_shard_bytes
-                        )
+                        state = {**model.state_dict(), **rests}
+                        with saving_here(shell):
+                            shell.save_pretrained(part / "base", state_dict=state, max_shard_size=max_shard_bytes)
                 else:
                     _write_base(part / "base", base, {f"{name}.weight": name for name in layers}, adapt, fetch, max_shard_bytes)
             if changes:
