@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -39,7 +38,9 @@ def run_together(module: str, count: int, arguments: list[str], *, timeout: floa
 
     Each computes with one thread. If one fails or takes too long, all are ended, and the program with them.
     """
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    from nullspace.locks import temporary_folder
+
+    with temporary_folder() as folder, contextlib.ExitStack() as stack:
         processes, said = [], []
         for rank in range(count):
             own = ["--rank", str(rank), "--ranks", str(count), "--meet", f"{folder}/meet"]

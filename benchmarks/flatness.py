@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +63,10 @@ def main() -> None:
     if options.run:
         print(json.dumps(run(options.run, options.tokens)))
         return
+    from nullspace.locks import temporary_folder
+
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         cases = [(blocks, TOKENS[0]) for blocks in BLOCKS] + [(BLOCKS[0], tokens) for tokens in TOKENS]
         for blocks, tokens in cases:
             checkpoint = Path(folder) / str(blocks)

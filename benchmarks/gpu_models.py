@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -160,9 +159,11 @@ def run_variant(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     """One variant in this process."""
     import torch
 
+    from nullspace.locks import temporary_folder
+
     cuda = options.device == "cuda"
-    with tempfile.TemporaryDirectory() as folder, PeakMemory() as peak:
-        model = make_model(options, variant, folder)
+    with temporary_folder() as folder, PeakMemory() as peak:
+        model = make_model(options, variant, str(folder))
         if cuda and variant.startswith("capped"):
             torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / torch.cuda.get_device_properties(0).total_memory))
         if cuda:

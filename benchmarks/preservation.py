@@ -26,10 +26,8 @@ import argparse
 import json
 import math
 import os
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -275,7 +273,7 @@ def load_model(settings: Settings) -> tuple[Any, Any]:
 
 def prepare(settings: Settings, out: Path, methods: Iterable[str]) -> None:
     """The base's scores and the calibration, once a study."""
-    from nullspace import Covariances, NullSpaces, compute_covariances
+    from nullspace import Covariances, NullSpaces, checkpoint, compute_covariances
     from nullspace.integrations.transformers import PackedBatches, load_texts
 
     lines = Lines(out / fronts.RESULTS)
@@ -293,7 +291,7 @@ def prepare(settings: Settings, out: Path, methods: Iterable[str]) -> None:
         name, split = parted(settings.calibrate)
         batches = PackedBatches(load_texts(name, split=split), tokenizer, samples=settings.samples, length=settings.length)
         compute_covariances(model, batches, folders[0], precision="auto", checkpoint=out / "covariances.checkpoint")
-        shutil.rmtree(out / "covariances.checkpoint", ignore_errors=True)
+        checkpoint.delete(out / "covariances.checkpoint")
     if folders and not folders[1].exists():
         NullSpaces.from_covariances(Covariances.load(folders[0]), rank=settings.rank, spectrum=True).save(folders[1])
 
@@ -331,10 +329,12 @@ def train(peft_model: Any, tokenizer: Any, data: Data, settings: Settings, rate:
     import torch
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
+    from nullspace.locks import temporary_folder
+
     on_gpu = next(peft_model.parameters()).is_cuda
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         arguments = TrainingArguments(
-            output_dir=folder,
+            output_dir=str(folder),
             max_steps=settings.steps,
             per_device_train_batch_size=settings.batch_size,
             gradient_accumulation_steps=settings.accumulation,
