@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from nullspace import store
+from nullspace.integrations.peft.files import init_around
 
 
 def what_differs(residual: Path, base: str, *, adapted: Collection[str], saved: Collection[str]) -> list[str]:
@@ -70,6 +71,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def is_residual(base: Path) -> bool:
+    """Whether a folder holds a residual model, by the record beside it or by a mark in its configuration that still holds."""
+    init = init_around(base)
+    return (init is not None and base.name == "base") or mark_of(base) is not None
 
 
 def mark_of(folder: Path) -> dict[str, Any] | None:

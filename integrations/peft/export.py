@@ -14,7 +14,7 @@ from peft import PeftModel
 from nullspace import store
 from nullspace.distributed import written_once
 from nullspace.integrations.peft.cards import write_card
-from nullspace.integrations.peft.checkpoints import what_differs
+from nullspace.integrations.peft.checkpoints import is_residual, mark_of, what_differs
 from nullspace.integrations.peft.files import (
     A_WEIGHT,
     ADAPTER_CONFIG,
@@ -209,8 +209,13 @@ def _is_zero(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _original(start: Adapter, untouched: bool) -> str:
     """The name of the untouched base, as far as the initial adapter and what lies around it say."""
-    init = init_around(start.path)
-    name = init.get("model") if init else start.config.get("base_model_name_or_path") if untouched else None
+    init, named = init_around(start.path), start.config.get("base_model_name_or_path")
+    if init is not None:
+        name = init.get("model")
+    elif untouched:
+        name = named
+    else:
+        name = (mark_of(Path(named)) or {}).get("model") if named and os.path.isdir(named) else None
     if not name:
         raise ValueError(
             f"the untouched base that {start.path} was made of is not known by name: say it with base= "
@@ -221,6 +226,8 @@ def _original(start: Adapter, untouched: bool) -> str:
 
 def _check_base(base: str, start: Adapter, now: Adapter) -> None:
     """Refuse an untouched base that is known to lack what the adapter was trained beside."""
+    if os.path.isdir(base) and is_residual(Path(base)):
+        raise ValueError(f"{base} is a residual base, and an export is for the untouched model: name that one")
     residual = start.path.parent / "base"
     if init_around(start.path) is None or not residual.is_dir():
         return

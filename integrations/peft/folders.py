@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nullspace import store
+from nullspace import checkpoint, store
 from nullspace.integrations.peft import cards
-from nullspace.integrations.peft.checkpoints import mark_of
+from nullspace.integrations.peft.checkpoints import is_residual, mark_of
 from nullspace.integrations.peft.export import A_WEIGHT, contents, described, vllm_rank
 from nullspace.integrations.peft.files import (
     ADAPTER_CONFIG,
@@ -50,9 +50,10 @@ def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
             or a transformers checkpoint.
 
     Returns:
-        `kind` (`"init"`, `"adapter"`, `"export"`, `"residual base"` or `"model"`), `notes` (sentences on what to do and what not)
-        and what is known: of adapters `base` (as their configuration names it), `base_kind` (`"residual"`, `"untouched"` or
-        `"unknown"`), `base_found` (its folder here), `rank`, `alpha`, `scaling`, `layers`, `method`, `model`, `data`, `leak`, ….
+        `kind` (`"init"`, `"adapter"`, `"export"`, `"residual base"`, `"model"` or `"checkpoint"`), `notes` (sentences on what to
+        do and what not) and what is known: of adapters `base` (as their configuration names it), `base_kind` (`"residual"`,
+        `"untouched"` or `"unknown"`), `base_found` (its folder here), `rank`, `alpha`, `scaling`, `layers`, `method`, `model`,
+        `data`, `leak`, ….
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -75,6 +76,10 @@ def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
         return _adapter(directory)
     if (directory / MODEL_CONFIG).is_file():
         return _model(directory)
+    if (directory / checkpoint.RUN).is_file():
+        note = "What an interrupted run has finished: the same command goes on behind it."
+        facts = {"directory": str(directory), "kind": "checkpoint", "run": store.read_json(directory / checkpoint.RUN)}
+        return {**facts, "sites_finished": checkpoint.sites_in(directory), "notes": [note]}
     raise ValueError(
         f"{directory} holds nothing that is known here: neither {store.MANIFEST}, {ADAPTER_CONFIG} nor {MODEL_CONFIG} is in it"
     )
@@ -113,12 +118,6 @@ def set_base(directory: str | os.PathLike[str], base: str) -> None:
     part.write_text(json.dumps({**adapter.config, "base_model_name_or_path": named}, indent=2, sort_keys=True), encoding="utf-8")
     store.sync(part)
     part.replace(path)
-
-
-def is_residual(base: Path) -> bool:
-    """Whether a folder holds a residual model, by the record beside it or by a mark in its configuration that still holds."""
-    init = init_around(base)
-    return (init is not None and base.name == "base") or mark_of(base) is not None
 
 
 def _init_of(base: Path) -> Mapping[str, Any]:

@@ -241,18 +241,26 @@ def test_other_folders_are_described_or_refused_by_name(made: Path, tmp_path: Pa
 def test_a_base_alone_is_known_by_its_mark_until_the_adapter_is_merged(made: Path, tmp_path: Path) -> None:
     base = tmp_path / "uploaded"
     shutil.copytree(made / "out" / "base", base)
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    layer = "model.layers.0.self_attn.q_proj"
-    values = model.get_submodule(layer).weight.flatten()[[3, 70]].tolist()
-    mark = {"method": "lora-null", "model": "some/model", "layer": layer, "at": [3, 70], "values": values}
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "nullspace": {"residual": mark}}))
     told = describe(base)
-    assert (told["kind"], told["model"], told["method"]) == ("residual base", "some/model", "lora-null")
-    merged = PeftModel.from_pretrained(model, made / "out" / "adapter").merge_and_unload()
-    merged.save_pretrained(base)
-    (base / "config.json").write_text(json.dumps({**config, "nullspace": {"residual": mark}}))
-    assert describe(base)["kind"] == "model"
-    for damaged in ({**mark, "at": [10**9, 1]}, {**mark, "values": "x"}, {"layer": layer}):
+    assert (told["kind"], told["model"], told["method"]) == ("residual base", str(made / "model"), "lora-null")
+    with pytest.raises(ValueError, match=r"uploaded is a residual base"):
+        export_lora(made / "trained", made / "out", tmp_path / "no", base=str(base))
+    shutil.copytree(made / "out" / "adapter", tmp_path / "start")  # without its init
+    set_base(tmp_path / "start", str(base))
+    export_lora(made / "trained", tmp_path / "start", tmp_path / "exported")
+    assert describe(tmp_path / "exported")["base"] == str(made / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    PeftModel.from_pretrained(model, made / "out" / "adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert describe(tmp_path / "merged")["kind"] == "model"
+    config = json.loads((base / "config.json").read_text())
+    mark = config["nullspace"]["residual"]
+    for damaged in ({**mark, "at": [10**9, 1]}, {**mark, "values": "x"}, {"layer": mark["layer"]}):
         (base / "config.json").write_text(json.dumps({**config, "nullspace": {"residual": damaged}}))
         assert describe(base)["kind"] == "model"
+
+
+def test_a_checkpoint_is_named_as_one(tmp_path: Path) -> None:
+    compute_null_spaces(tiny("llama"), random_batches(2), rank=4, progress=False, checkpoint=tmp_path / "kept", targets=["q_proj"])
+    told = json.loads(inspect(tmp_path / "kept", "--json").stdout)
+    assert (told["kind"], told["sites_finished"]) == ("checkpoint", 3)
+    assert told["run"]["model"]["class"] == "LlamaForCausalLM"
