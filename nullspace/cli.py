@@ -35,11 +35,12 @@ except ImportError as error:
 from nullspace import checkpoint, console, failures, options, store, tables
 from nullspace.console import Bars, stderr, stdout
 from nullspace.interrupts import Ended, signals_as_exceptions
-from nullspace.options import parse_adapters, parse_targets, parse_weights
+from nullspace.options import parse_adapters, parse_exclude, parse_targets, parse_weights
 from nullspace.shards import parse_shard, what_is_missing
 
 if TYPE_CHECKING:
     from nullspace.covariances import Covariances
+    from nullspace.sites import Targets
     from nullspace.spaces import NullSpaces
 
 app = typer.Typer(
@@ -66,7 +67,10 @@ Samples = Annotated[int, typer.Option(help="Sequences to calibrate on.")]
 Length = Annotated[int, typer.Option(help="Tokens a sequence.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences a batch.")]
 Rank = Annotated[int, typer.Option(help="Directions a layer: the adapter's rank.")]
-Targets = Annotated[str, typer.Option(help="'all-linear', name endings ('q_proj,v_proj'), or a regular expression ('re:.*_proj').")]
+TargetNames = Annotated[
+    str, typer.Option(help="'all-linear', name endings ('q_proj,v_proj'), or a regular expression ('re:.*_proj').")
+]
+Exclude = Annotated[str | None, typer.Option(help="Layers to take away from --targets, in the same form.")]
 Precision = Annotated[
     str,
     typer.Option(help="'auto', 'mixed' for float32 chains throughout, 'fp64' for float64 products, 'qr' for no products (slow)."),
@@ -299,7 +303,8 @@ def init(
     beta: Annotated[float, typer.Option(help="sc-lora: 0 for the task alone, 1 for preservation alone.")] = 0.5,
     damping: Annotated[float, typer.Option(help="corda: added to the diagonal of C, relative to its mean.")] = 0.01,
     avoid: Avoid = None,
-    targets: Targets = "all-linear",
+    targets: TargetNames = "all-linear",
+    exclude: Exclude = None,
     precision: Precision = "auto",
     dtype: DType = "auto",
     device: Device = None,
@@ -339,11 +344,16 @@ def init(
     found = None if spaces is None else NullSpaces.load(spaces)
     with _bars(quiet) as progress:
         longest = None if data is None else length
-        loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, rank, longest, progress)
+        loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, exclude, rank, longest, progress)
+        for known in (each for each in (found, kept, preserved) if each is not None):
+            for name in [name for name in chosen if name not in known]:
+                chosen.leave_out(name, "is none of the layers of --spaces, --covariances or --preserve")
+        task = "CAUSAL_LM" if type(loaded).__name__.endswith("ForCausalLM") else None
+        peft.fit_config(LoraConfig(r=rank, target_modules=list(chosen), task_type=task), loaded, chosen)
         peft.check_servable(loaded, chosen, method, offloaded=True)
         if data is not None:
             batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
-            run = _Run(list(chosen), strategy, hidden_states, precision)
+            run = _Run(chosen, strategy, hidden_states, precision)
             if "spaces" in needs:
                 found = _compute(loaded, batches, run, rank, spectrum, avoided, out, fresh, progress)
             else:
@@ -353,13 +363,15 @@ def init(
         elif "spaces" in needs and found is None:
             assert kept is not None
             found = NullSpaces.from_covariances(kept, rank=rank, spectrum=spectrum, avoid=avoided, progress=progress)
+        if data is None:
+            chosen.settle(loaded)
         scale: Any = rank if alpha is None else int(alpha) if alpha.is_integer() else alpha  # PEFT declares int, takes any number
         config = LoraConfig(
             r=rank,
             lora_alpha=scale,
             use_rslora=use_rslora,
             target_modules=list(chosen),
-            task_type="CAUSAL_LM" if type(loaded).__name__.endswith("ForCausalLM") else None,
+            task_type=task,
         )
         numbers = {"sigma_scale": sigma_scale, "beta": beta, "damping": damping}
         record = {
@@ -411,7 +423,8 @@ def compute(
     batch_size: BatchSize = 4,
     rank: Rank = 128,
     avoid: Avoid = None,
-    targets: Targets = "all-linear",
+    targets: TargetNames = "all-linear",
+    exclude: Exclude = None,
     precision: Precision = "auto",
     dtype: DType = "auto",
     device: Device = None,
@@ -443,9 +456,9 @@ def compute(
             found = NullSpaces.from_covariances(kept, rank=rank, spectrum=spectrum, avoid=avoided, progress=progress)
         else:
             assert model is not None
-            loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, rank, length, progress)
+            loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, exclude, rank, length, progress)
             batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
-            run = _Run(list(chosen), strategy, hidden_states, precision)
+            run = _Run(chosen, strategy, hidden_states, precision)
             found = _compute(loaded, batches, run, rank, spectrum, avoided, out, fresh, progress)
     if not _is_first():
         return
@@ -467,7 +480,8 @@ def covariances(
     samples: Samples = 256,
     length: Length = 1024,
     batch_size: BatchSize = 4,
-    targets: Targets = "all-linear",
+    targets: TargetNames = "all-linear",
+    exclude: Exclude = None,
     precision: Precision = "fp64",
     keep: Annotated[str, typer.Option(help="float64, or float32 for half the space and 7 digits.")] = "float64",
     shard: Annotated[
@@ -490,9 +504,9 @@ def covariances(
     _reserve(out, overwrite, calibrates=True)
     part = None if shard is None else parse_shard(shard)
     with _bars(quiet) as progress:
-        loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, None, length, progress)
+        loaded, tokenizer, chosen = _open_model(model, dtype, device, offload, targets, exclude, None, length, progress)
         batches = _open_data(data, tokenizer, field, split, samples, length, batch_size, progress)
-        run = _Run(list(chosen), strategy, hidden_states, precision)
+        run = _Run(chosen, strategy, hidden_states, precision)
         found = _accumulate(loaded, batches, run, keep, out, out, fresh, overwrite, progress, shard=part)
     if not _is_first():
         return
@@ -680,7 +694,8 @@ def plan(
     length: Length = 1024,
     batch_size: BatchSize = 4,
     rank: Rank = 128,
-    targets: Targets = "all-linear",
+    targets: TargetNames = "all-linear",
+    exclude: Exclude = None,
     dtype: DType = "auto",
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu; cuda by default if there is one, or if --device-memory is given.")
@@ -696,18 +711,18 @@ def plan(
     from nullspace import plan as planning
     from nullspace.integrations.transformers import empty_model
     from nullspace.sites import find_targets
-    from nullspace.spaces import check_rank
 
     empty = empty_model(model, dtype=dtype)
     _check_length(empty.config, model, length)
-    check_rank(find_targets(empty, parse_targets(targets)), rank)
+    chosen_layers = find_targets(empty, parse_targets(targets), exclude=parse_exclude(exclude), rank=rank)
+    chosen_layers.settle(empty)
     limits = tuple(planning.parse_size(text) if text else None for text in (device_memory, host_memory))
     workload = planning.Workload(
         samples=samples,
         length=length,
         batch_size=batch_size,
         rank=rank,
-        targets=parse_targets(targets),
+        targets=chosen_layers,
         device=device or ("cuda" if device_memory or torch.cuda.is_available() else "cpu"),
         weights=weights,
     )
@@ -761,13 +776,13 @@ def _open_model(
     device: str | None,
     offload: bool,
     targets: str,
+    exclude: str | None,
     rank: int | None,
     length: int | None,
     progress: Callable[..., None],
-) -> tuple[Any, Any, dict[str, Any]]:
+) -> tuple[Any, Any, Targets]:
     from nullspace.integrations.transformers import read_config
     from nullspace.sites import find_targets
-    from nullspace.spaces import check_rank
 
     is_gguf = Path(name).suffix == ".gguf"  # whose configuration takes as long to read as its weights
     if length is not None and not is_gguf:
@@ -775,10 +790,7 @@ def _open_model(
     model, tokenizer = _load(name, dtype, device, offload, progress)
     if length is not None and is_gguf:
         _check_length(model.config, name, length)
-    chosen = find_targets(model, parse_targets(targets))
-    if rank is not None:
-        check_rank(chosen, rank)
-    return model, tokenizer, chosen
+    return model, tokenizer, find_targets(model, parse_targets(targets), exclude=parse_exclude(exclude), rank=rank)
 
 
 def _check_length(config: Any, name: str, length: int) -> None:
@@ -823,7 +835,7 @@ def _open_data(
 class _Run(NamedTuple):
     """How the model is run."""
 
-    targets: list[str]
+    targets: Targets
     strategy: str
     hidden_states: str
     precision: str

@@ -197,6 +197,7 @@ def compute_covariances(
     out: str | os.PathLike[str],
     *,
     targets: str | Iterable[str] = "all-linear",
+    exclude: str | Iterable[str] | None = None,
     strategy: str = "auto",
     precision: str | Mapping[str, str] = "fp64",
     dtype: torch.dtype = torch.float64,
@@ -214,7 +215,7 @@ def compute_covariances(
     loader, and writes its share of the sites into `out`, which all of them have to see. See `stream_covariances`.
 
     Args:
-        model, loader, targets, strategy, device, hidden_states, progress: as in `nullspace.stream_covariances`.
+        model, loader, targets, exclude, strategy, device, hidden_states, progress: as in `nullspace.stream_covariances`.
         out: must not exist yet, or be empty. 4 · d_in² bytes a site (float64).
         precision: as there. `"fp64"` by default: what a later rank or merge will ask of the sums is not known yet.
         dtype: of the files: see `Covariances.save`.
@@ -245,11 +246,9 @@ def compute_covariances(
         out = resolved(out)
         if job.first:
             held.enter_context(reserved(out, overwrite=overwrite))
-        if not isinstance(targets, str):
-            targets = list(targets)
         check_options(strategy, precision, hidden_states, device)
         model = unwrap(model)
-        modules = find_targets(model, targets)
+        modules = find_targets(model, targets, exclude=exclude)
         refuse_meta(model)
         spread = prepare(model, modules, job, strategy)
         shards: tuple[Shards, ...] = ()
@@ -257,7 +256,7 @@ def compute_covariances(
             loader, part = _sharded(loader, *shard)
             shards = (part,)
         if strategy == "auto":
-            strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states, job=job)
+            strategy, hidden_states = resolve_strategy(model, loader, modules, device=device, hidden_states=hidden_states, job=job)
             device, hidden_states = (None, "auto") if strategy == "resident" else (device, hidden_states)
         kept: Checkpoint | None = None
         if checkpoint is not None:
@@ -285,15 +284,13 @@ def compute_covariances(
                 done.update(site.members)
                 if number % job.count == job.number:
                     yield site, {k: v for k, v in facts.items() if k != "members"}, read(), {m: known[m] for m in site.members}
-            left = [name for name in modules if name not in done]
-            if not left:
-                return
-            if kept is not None:
+            left = modules.only(name for name in modules if name not in done)
+            if left and kept is not None:
                 kept.hold()
             stream = stream_covariances(
                 model,
                 loader,
-                targets=left if done else targets,
+                targets=left,
                 strategy=strategy,
                 precision=precision,
                 device=device,
@@ -301,7 +298,7 @@ def compute_covariances(
                 progress=report,
                 job=job,
             )
-            for site, covariance in stream:
+            for site, covariance in stream if left else ():
                 facts, tensors = covariance.state(dtype)
                 del covariance
                 if kept is not None:
@@ -310,6 +307,7 @@ def compute_covariances(
                 done.update(site.members)
                 report("covariances", len(done), len(modules), 0)
                 del tensors
+            modules.settle(model, quiet=not job.first, stacklevel=5)
 
         with torch.inference_mode(False), job.new_directory(out, overwrite=overwrite) as folder:
             write_sites(Path(folder), Covariances.KIND, sites(), content=_account(shards), job=job, order=list(modules))

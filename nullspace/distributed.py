@@ -255,8 +255,12 @@ class Job:
     # ---- the sites
 
     def silent(self, sums: Listener) -> dict[str, nn.Module]:
-        """The targets that have not been called in any process."""
-        everywhere = set.intersection(*map(set, self.exchange(list(sums.silent))))
+        """The targets that have not been called in any process, once all have left out what any of them has."""
+        everyones = self.exchange((list(sums.silent), sums.left_out))
+        for _, left_out in everyones:
+            for name, why in left_out.items():
+                sums.leave_out(name, why)
+        everywhere = set.intersection(*(set(silent) for silent, _ in everyones))
         return {name: module for name, module in sums.silent.items() if name in everywhere}
 
     def deal(self, widths: Sequence[int]) -> list[int]:

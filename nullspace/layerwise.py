@@ -26,11 +26,11 @@ from nullspace.chain import Chain
 from nullspace.covariance import Covariance
 from nullspace.distributed import Job, Totals
 from nullspace.hidden import Arguments, Shelf, choose_place
-from nullspace.listening import Listener, listening, refuse_silent
+from nullspace.listening import Listener, leave_out_silent, listening
 from nullspace.padding import Padding, TokenRows
 from nullspace.progress import Progress
 from nullspace.sharded import aside, is_spread
-from nullspace.sites import Site, output_head
+from nullspace.sites import Site, Targets, output_head
 from nullspace.weights import Loaded
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 def stream_by_block(
     model: nn.Module,
     loader: Iterable[Any],
-    targets: Mapping[str, nn.Module],
+    targets: Targets,
     blocks: Mapping[str, nn.Module],
     precision: str | Mapping[str, str],
     report: Progress,
@@ -112,7 +112,7 @@ def stream_by_block(
         if rewritten is not None:
             raise refuse_chain(model, f"writes again to a tensor that it handed its blocks in batch {rewritten}")
         job.check_share(share)
-        behind = job.silent(ahead)
+        behind = outside.only(job.silent(ahead))
         totals = Totals(job)
         yield from totals.add(ahead)
         needed = len(chain.blocks) if behind else needed if any(inside) else 0
@@ -142,7 +142,7 @@ def stream_by_block(
                     sums.end_batch()
                     step = index * len(paddings) + done
                     report("forward", step, steps, tokens * step // steps)
-            refuse_silent(job.silent(sums))
+            leave_out_silent(job.silent(sums), inside[index])
             _log(chain.names[index], time.perf_counter() - began, tokens, chain.device_of(index))
             yield from totals.add(sums)
         if behind:
@@ -165,7 +165,7 @@ def _tail(
     arguments: Arguments | None,
     paddings: Mapping[int, Padding],
     options: Mapping[str, Any],
-    behind: Mapping[str, nn.Module],
+    behind: Targets,
     weights: Loaded,
     precision: str | Mapping[str, str],
     rows: TokenRows,
@@ -187,17 +187,14 @@ def _tail(
             sums.begin_batch(number, padding)
             chain.finish(number, arguments, options)
             sums.end_batch()
-    refuse_silent(job.silent(sums))
+    leave_out_silent(job.silent(sums), behind)
     yield from totals.add(sums)
 
 
-def _divide(
-    targets: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module]
-) -> tuple[dict[str, nn.Module], list[dict[str, nn.Module]]]:
+def _divide(targets: Targets, blocks: Mapping[str, nn.Module]) -> tuple[Targets, list[Targets]]:
     """The targets outside all blocks, and those inside each."""
-    inside = [{n: m for n, m in targets.items() if n == block or n.startswith(f"{block}.")} for block in blocks]
-    taken = {name for own in inside for name in own}
-    return {name: m for name, m in targets.items() if name not in taken}, inside
+    inside = [targets.only(n for n in targets if n == block or n.startswith(f"{block}.")) for block in blocks]
+    return targets.only(targets.keys() - {name for own in inside for name in own}), inside
 
 
 def _log(name: str, seconds: float, tokens: int, device: torch.device) -> None:

@@ -19,7 +19,7 @@ from nullspace.covariance import Covariance, find_nonfinite
 from nullspace.padding import Padding, TokenRows
 from nullspace.parts import is_sharded, version_of
 from nullspace.sharded import input_of
-from nullspace.sites import Site, weight_of, weight_shape
+from nullspace.sites import Site, Targets, is_conv1d, weight_of, weight_shape
 from nullspace.sums import TokenMask
 
 
@@ -56,6 +56,10 @@ class _Sum:
     def has_heard(self, name: str) -> bool:
         return name in self._heard
 
+    def forget(self, name: str) -> None:
+        self.members.remove(name)
+        self._heard.discard(name)
+
     def end_input(self) -> str | None:
         """Forget the input at hand; the name of a member that was not handed it, if there is one."""
         missing = next((m for m in self.members if m not in self._heard), None) if self._heard else None
@@ -74,6 +78,7 @@ class Listener:
 
     Attributes:
         deaf: True while what the targets are called with does not count: between two batches.
+        left_out: targets whose output is not W x + b → what is wrong with it. They are not listened to any more.
     """
 
     MASKED = "everything is masked as padding"
@@ -88,6 +93,7 @@ class Listener:
     ) -> None:
         self.deaf = True
         self._rows = rows
+        self.left_out: dict[str, str] = {}
         self._targets = targets
         self._precision = precision
         self._weigh = weigh
@@ -98,7 +104,7 @@ class Listener:
     @property
     def silent(self) -> dict[str, nn.Module]:
         """The targets that have not been called so far."""
-        return {name: module for name, module in self._targets.items() if name not in self._of}
+        return {name: m for name, m in self._targets.items() if name not in self._of and name not in self.left_out}
 
     def begin_batch(self, batch: int, padding: Padding) -> None:
         """From here on, inputs are those of another batch, with this padding."""
@@ -108,7 +114,7 @@ class Listener:
 
     def hear(self, name: str, x: torch.Tensor) -> None:
         """A target is about to be called with x."""
-        if self.deaf:
+        if self.deaf or name in self.left_out:
             return
         member_of = self._of.get(name)
         if member_of is None:
@@ -126,6 +132,25 @@ class Listener:
         else:  # the next input of a layer that is called several times a batch, or the first one of this batch
             self._end_input(member_of)
             self._begin_input(member_of, name, x)
+
+    def look_at_output(self, name: str, x: Any, output: Any) -> None:
+        """A target has returned an output: it is left out if that is not W x + b."""
+        why = unlike_linear(self._targets[name], x, output)
+        if why is not None:
+            self.leave_out(name, why)
+
+    def leave_out(self, name: str, why: str) -> None:
+        """Forget a target: `ValueError` if the user has asked for it."""
+        if name in self.left_out or name not in self._targets:
+            return
+        if not isinstance(self._targets, Targets):
+            raise ValueError(f"target {name!r} {why}. Leave it out of targets")
+        self._targets.leave_out(name, why)
+        self.left_out[name] = why
+        each = self._of.pop(name, None)
+        if each is not None:
+            each.forget(name)
+            self._sums = [one for one in self._sums if one.members]
 
     def end_batch(self) -> None:
         """Whether every member was handed its site's input, and no input held NaN or Inf: `ValueError` otherwise."""
@@ -193,14 +218,68 @@ class Listener:
             )
 
 
-def refuse_silent(silent: Mapping[str, nn.Module]) -> None:
-    """Raise `ValueError`, naming the first, if there are targets that were never called."""
-    if silent:
-        more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
-        raise ValueError(
-            f"target {next(iter(silent))!r}{more} was never called: these data do not reach it. Leave it out of targets, or add "
-            "data that do."
-        )
+def leave_out_silent(silent: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]) -> None:
+    """Leave targets that were never called out of `targets`, or raise `ValueError`, naming the first, if they were asked for."""
+    if not silent:
+        return
+    if isinstance(targets, Targets) and targets.optional:
+        for name in silent:
+            targets.leave_out(name, "was never called: these data do not reach it")
+        return
+    more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
+    raise ValueError(
+        f"target {next(iter(silent))!r}{more} was never called: these data do not reach it. Leave it out of targets, or add "
+        "data that do."
+    )
+
+
+@torch.no_grad()
+def unlike_linear(layer: nn.Module, x: Any, output: Any) -> str | None:
+    """What is wrong with the output of a layer, if it is not W x + b; None if nothing is.
+
+    The shape is looked at, and where the weight's values are at hand a few entries: of some rows, in some columns, computed in
+    float64. They may differ by the rounding of the inputs' and the output's dtype.
+    """
+    kind, (d_out, d_in) = type(layer).__name__, weight_shape(layer)
+    advice = "an adapter adds B A x to the output of W x + b"
+    if not isinstance(output, torch.Tensor):
+        return f"({kind}) returns {type(output).__name__}, not a tensor: {advice}"
+    stored = weight_of(layer)
+    if not isinstance(x, torch.Tensor) or is_sharded(stored):
+        return None
+    if output.shape != (*x.shape[:-1], d_out):
+        return f"({kind}, {d_out} × {d_in}) turns {tuple(x.shape)} into {tuple(output.shape)}: {advice}"
+    if type(stored) is not nn.Parameter or stored.dtype not in _EXACT or stored.device.type == "meta" or output.numel() == 0:
+        return None
+    weight = stored.T if is_conv1d(layer) else stored
+    if weight.shape != (d_out, d_in) or not output.is_floating_point() or not x.is_floating_point():
+        return None
+    rows = _some(x.numel() // d_in, x.device)
+    columns = _some(d_out, weight.device)
+    x_nd, w_od = x.reshape(-1, d_in)[rows].double(), weight[columns].double()
+    seen_no = output.reshape(-1, d_out)[rows][:, columns.to(output.device)].double()
+    bias = getattr(layer, "bias", None)
+    wanted_no = x_nd @ w_od.T.to(x_nd.device)
+    spread = (x_nd.square() @ w_od.T.to(x_nd.device).square()).sum()
+    if isinstance(bias, torch.Tensor):
+        wanted_no = wanted_no + bias[columns].double().to(x_nd.device)
+    eps = max(torch.finfo(t.dtype).eps for t in (x, stored, output))
+    if x.is_cuda:
+        eps = max(eps, torch.finfo(torch.float16).eps)  # TF32 has as many digits
+    allowed = (4 * eps + SUMMATION) * (wanted_no.square().sum() + spread).sqrt()
+    if bool((seen_no.to(wanted_no.device) - wanted_no).norm() > allowed):  # not if anything is NaN, which is refused elsewhere
+        return f"({kind}) does not return W x + b: {advice}"
+    return None
+
+
+# What the summation over d_in may lose in any dtype, relative to the norm of the products.
+SUMMATION = 1e-4
+_EXACT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _some(count: int, device: torch.device) -> torch.Tensor:
+    """Up to eight indices below `count`, spread evenly."""
+    return torch.linspace(0, count - 1, min(count, 8), device=device).long()
 
 
 @contextlib.contextmanager
@@ -241,19 +320,33 @@ def listening(
 
         return before, after
 
+    def once(name: str) -> Any:
+        seen = False
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal seen
+            if not (seen or sums.deaf or later):
+                seen = True
+                with _keeping(later):
+                    sums.look_at_output(name, _first(args, kwargs), output)
+
+        return hook
+
+    outputs: list[Any] = []
     handles: list[tuple[str, nn.Module, Any]] = []
-    for name, module in targets.items():
+    for name, module in list(targets.items()):
         if is_sharded(weight_of(module)):  # whose input may come through hooks of others
             before, hook = listeners(name)
             handles.append((name, module, module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)))
         else:
             hook = listener(name)
         handles.append((name, module, module.register_forward_pre_hook(hook, with_kwargs=True)))
+        outputs.append(module.register_forward_hook(once(name), with_kwargs=True, prepend=True))
     try:
         yield
         _check_standing(model, handles)
     finally:
-        for _, _, handle in handles:
+        for handle in (*outputs, *(handle for _, _, handle in handles)):
             handle.remove()
 
 

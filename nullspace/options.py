@@ -80,6 +80,15 @@ def parse_targets(text: str) -> str | list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def parse_exclude(text: str | None) -> str | list[str] | None:
+    """The `--exclude` option as `find_targets` takes it."""
+    if text is None:
+        return None
+    if (Path(text) / "adapter_config.json").is_file():
+        raise ValueError(f"--exclude names layers, and {text} is an adapter: to keep out of the rows of its A, use --avoid {text}")
+    return parse_targets(text)
+
+
 def parse_weights(text: str) -> list[float]:
     """The `--weights` option of `merge`: "2,1" → [2.0, 1.0]."""
     try:
@@ -130,7 +139,14 @@ def _parsed(parse: Callable[[Any], Any]) -> Callable[[str, Any], None]:
 
 
 def _compile_targets(text: str) -> None:
-    targets = parse_targets(text)
+    _compile_names(text, parse_targets(text))
+
+
+def _compile_exclude(text: str) -> None:
+    _compile_names(text, parse_exclude(text))
+
+
+def _compile_names(text: str, targets: str | list[str] | None) -> None:
     if not targets:
         raise ValueError(f"no layer is named in {text!r}")
     if isinstance(targets, str):
@@ -183,6 +199,7 @@ SHOWN = {"as_json": ALWAYS, "quiet": ALWAYS}
 # How a model is loaded, and how it is run on data.
 LOADING = {
     "targets": Option(_parsed(_compile_targets)),
+    "exclude": Option(_parsed(_compile_exclude)),
     "dtype": Option(_one_of(*DTYPES)),
     "device": Option(_parsed(check_device)),
     "offload": ALWAYS,
@@ -263,6 +280,7 @@ COMMANDS: Mapping[str, Mapping[str, Option]] = {
         "batch_size": COUNT,
         "rank": COUNT,
         "targets": LOADING["targets"],
+        "exclude": LOADING["exclude"],
         "dtype": LOADING["dtype"],
         "device": Option(_one_of("cuda", "cpu")),
         "weights": Option(_one_of(*WEIGHT_PLACES)),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -94,7 +94,7 @@ class Workload:
         length: tokens a sequence.
         batch_size: sequences a batch.
         rank: columns of a basis.
-        targets: as `nullspace.sites.find_targets` takes them.
+        targets, exclude: as `nullspace.sites.find_targets` takes them.
         device: `"cuda"` or `"cpu"`: what computes. On a CPU everything is in the host's memory.
         weights: where they are before the run: `"device"`, `"host"`, `"disk"`; None for a forecast of each.
         rates: throughputs; `Rates.of(device, dtype)` by default.
@@ -104,10 +104,11 @@ class Workload:
     length: int = 1024
     batch_size: int = 4
     rank: int = 128
-    targets: str | Sequence[str] = "all-linear"
+    targets: str | Iterable[str] = "all-linear"
     device: str = "cuda"
     weights: str | None = None
     rates: Rates | None = None
+    exclude: str | Iterable[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "length", "batch_size", "rank"):
@@ -220,7 +221,7 @@ def forecast(model: nn.Module, workload: Workload | None = None, *, batch: Any =
     workload = workload or Workload()
     survey = survey or Survey(
         model,
-        targets=workload.targets,
+        targets=find_targets(model, workload.targets, exclude=workload.exclude),
         batch_size=workload.batch_size,
         length=workload.length,
         device=workload.device,
@@ -370,7 +371,7 @@ def duration(seconds: float) -> str:
 def choose_strategy(
     model: nn.Module,
     *,
-    targets: str | Sequence[str] = "all-linear",
+    targets: str | Iterable[str] = "all-linear",
     batch: Any = None,
     batches: int | None = None,
     device: torch.device | str | None = None,
@@ -439,7 +440,7 @@ def choose_strategy(
 def advice(
     model: nn.Module,
     *,
-    targets: str | Sequence[str],
+    targets: str | Iterable[str],
     strategy: str,
     batch: Any = None,
     batches: int | None = None,
@@ -679,7 +680,7 @@ def _whereabouts(model: nn.Module, where: torch.device) -> tuple[str, int, int]:
     return place, total(where.type), total("cpu")
 
 
-def _upper_bound(model: nn.Module, targets: str | Sequence[str], tokens: int) -> int:
+def _upper_bound(model: nn.Module, targets: str | Iterable[str], tokens: int) -> int:
     """More than a resident run can take: every target a site of its own, every layer's output kept several times over."""
     widths = [weight_shape(module)[1] for module in find_targets(model, targets).values()]
     outputs = sum(sum(weight_shape(m)) for m in model.modules() if is_linear(m))

@@ -461,6 +461,7 @@ def compute_null_spaces(
     *,
     rank: int = 128,
     targets: str | Iterable[str] = "all-linear",
+    exclude: str | Iterable[str] | None = None,
     strategy: str = "auto",
     precision: str | Mapping[str, str] = "auto",
     tolerance: float = TOLERANCE,
@@ -482,7 +483,10 @@ def compute_null_spaces(
         loader: an iterable of mappings that the model takes (`input_ids`, `attention_mask`, …), or of tensors. It should yield
             at least d_in + rank tokens: with fewer, part of the null space is only what the data did not show.
         rank: columns of each basis: at least the rank of the adapters that will be made of it.
-        targets: `"all-linear"`, a list of name endings, or a regular expression: see `nullspace.sites.find_targets`.
+        targets: `"all-linear"`, a list of name endings, or a regular expression: see `nullspace.sites.find_targets`. `"all-linear"`
+            leaves out layers that are smaller than the rank, that these data do not reach, or whose output is not W x + b, with
+            one warning; a layer that is named otherwise is an error then.
+        exclude: what to take away from `targets`: a list of name endings, or a regular expression.
         strategy: how the model is run: see `stream_covariances`.
         precision: `"auto"`: the fast sums of `Covariance`, and a second pass in float64 over just those sites, if there are any,
             whose bases rounding may have made louder than `tolerance` allows (`NullSpace.excess_estimate`), and a third one
@@ -513,30 +517,28 @@ def compute_null_spaces(
             turn out to share an input avoid between them.
 
     Warns:
-        UserWarning: naming the sites that saw fewer than d_in + rank tokens; those that a second pass should sum again, if the
-            loader can be read only once; and file and site of a damaged file of the checkpoint, whose site is computed again.
+        UserWarning: naming what `"all-linear"` has left out; the sites that saw fewer than d_in + rank tokens; those that a second
+            pass should sum again, if the loader can be read only once; and file and site of a damaged file of the checkpoint,
+            whose site is computed again.
 
     Out of memory, PyTorch's error comes with what the run was going to take, and the cheapest setting that fits
     (`nullspace.plan`).
     """
     job = job or Job()
     with job.telling(), contextlib.ExitStack() as held:
-        if not isinstance(targets, str):
-            targets = list(targets)
         rank = check_integer("rank", rank)
         check_real("tolerance", tolerance, ANY_TOLERANCE)
         check_options(strategy, precision, hidden_states, device)
         model = unwrap(model)
-        modules = find_targets(model, targets)
+        modules = find_targets(model, targets, exclude=exclude, rank=rank)
         refuse_meta(model)
         spread = prepare(model, modules, job, strategy)
-        check_rank(modules, rank)
         avoided = check_avoid(avoid, modules)
         for name in avoided:
             check_site_rank(Site((name,), weight_shape(modules[name])[1]), rank, avoided)
         if strategy == "auto":
             strategy, hidden_states = resolve_strategy(
-                model, loader, targets, device=device, hidden_states=hidden_states, rank=rank, job=job
+                model, loader, modules, device=device, hidden_states=hidden_states, rank=rank, job=job
             )
             device = None if strategy == "resident" else device
             hidden_states = "auto" if strategy == "resident" else hidden_states
@@ -573,7 +575,7 @@ def compute_null_spaces(
         def explain() -> str:
             return plan.advice(
                 model,
-                targets=targets,
+                targets=modules,
                 strategy=strategy,
                 batch=example_of(loader),
                 batches=length(loader),
@@ -581,7 +583,7 @@ def compute_null_spaces(
                 rank=rank,
             )
 
-        def measure(chosen: str | list[str], precision: str | Mapping[str, str], forward: str) -> list[NullSpace]:
+        def measure(names: Iterable[str], precision: str | Mapping[str, str], forward: str) -> list[NullSpace]:
             def renamed(stage: str, done: int, total: int | None, tokens: int) -> None:
                 report_progress(forward if stage == "forward" else stage, done, total, tokens)
 
@@ -594,7 +596,7 @@ def compute_null_spaces(
                 stream = stream_covariances(
                     model,
                     loader,
-                    targets=chosen,
+                    targets=modules.only(names),
                     strategy=strategy,
                     precision=precision,
                     device=device,
@@ -614,7 +616,7 @@ def compute_null_spaces(
         owners: dict[Site, int] = {}
         left = [name for name in modules if name not in done]
         if left:
-            spaces += measure(left if done else targets, precision, "forward")
+            spaces += measure(left, precision, "forward")
         once = isinstance(loader, Iterator)
         for better in ("fp64", "qr"):
             unsure = [
@@ -639,6 +641,7 @@ def compute_null_spaces(
                 "once, so they were not summed again: use precision='fp64', or a loader that can be read twice.",
                 stacklevel=2,
             )
+        modules.settle(model, quiet=not job.first)
         if job.first:
             _warn_of_few_directions(spaces)
         if spread:
@@ -692,20 +695,6 @@ def _explaining_memory(explain: Callable[[], str]) -> Iterator[None]:
             raise error from None
         kind = torch.cuda.OutOfMemoryError if isinstance(error, torch.cuda.OutOfMemoryError) else MemoryError
         raise kind(f"{error}\n{text}") from error
-
-
-def check_rank(modules: Mapping[str, nn.Module], rank: int) -> None:
-    """Raise `ValueError`, naming the layer, if a basis of `rank` columns does not fit it."""
-    check_integer("rank", rank)
-    for name, module in modules.items():
-        d_out, d_in = weight_shape(module)
-        if rank >= d_in:
-            raise ValueError(f"rank {rank} does not leave {name!r} (d_in = {d_in}) anything to hear: it must be below d_in")
-        if rank > d_out:
-            raise ValueError(
-                f"rank {rank} is larger than the weight of {name!r} ({d_out} × {d_in}) allows: choose rank ≤ {d_out}, or leave "
-                "the layer out of targets"
-            )
 
 
 def _warn_of_few_directions(spaces: list[NullSpace]) -> None:

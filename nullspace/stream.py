@@ -22,14 +22,14 @@ from nullspace.covariance import PRECISIONS, Covariance
 from nullspace.distributed import Job, Totals
 from nullspace.hidden import PLACES
 from nullspace.layerwise import stream_by_block
-from nullspace.listening import Listener, listening, refuse_silent
+from nullspace.listening import Listener, leave_out_silent, listening
 from nullspace.padding import TokenRows
 from nullspace.plan import choose_strategy
 from nullspace.progress import Progress, reporter
 from nullspace.residual import warn_of_residual
 from nullspace.sharded import gathers, is_spread, prepare, strategy_of
 from nullspace.shares import digest_of
-from nullspace.sites import Site, find_targets
+from nullspace.sites import Site, Targets, find_targets
 from nullspace.sitewise import weights_of
 from nullspace.weights import refuse_meta
 from nullspace.wrappers import unwrap
@@ -42,6 +42,7 @@ def stream_covariances(
     loader: Iterable[Any],
     *,
     targets: str | Iterable[str] = "all-linear",
+    exclude: str | Iterable[str] | None = None,
     strategy: str = "auto",
     precision: str | Mapping[str, str] = "auto",
     device: torch.device | str | None = None,
@@ -66,7 +67,9 @@ def stream_covariances(
             Of several processes, process k takes batches k, k + n, … of a loader that all have alike;
             of a `DataLoader` that is a share already, all. What PyTorch's `DistributedSampler` and accelerate's
             `BatchSamplerShard` repeat to make shares even is left out; what another such sampler repeats counts twice.
-        targets: which linear layers: see `nullspace.sites.find_targets`.
+        targets: which linear layers: see `nullspace.sites.find_targets`. `"all-linear"` leaves out, with one warning at the end,
+            those that these data do not reach, and those whose output is not W x + b; otherwise they are an error.
+        exclude: what to take away from `targets`: a list of name endings, or a regular expression.
         strategy: `"resident"`: one ordinary forward pass a batch, all sums in memory at once (4 · d_in² bytes a site; on a
             GPU up to as much again for tokens on their way).
             `"layerwise"`: block by block: the weights and the sums of one block at a time, whatever the depth; the loader is read
@@ -109,15 +112,13 @@ def stream_covariances(
     job = job or Job()
     with job.telling():
         check_options(strategy, precision, hidden_states, device)
-        if not isinstance(targets, str):
-            targets = list(targets)
         model = unwrap(model)
-        chosen = find_targets(model, targets)
+        chosen = find_targets(model, targets, exclude=exclude)
         refuse_meta(model)
         warn_of_residual(model)
         spread = prepare(model, chosen, job, strategy)
         if strategy == "auto":
-            strategy, hidden_states = resolve_strategy(model, loader, targets, device=device, hidden_states=hidden_states, job=job)
+            strategy, hidden_states = resolve_strategy(model, loader, chosen, device=device, hidden_states=hidden_states, job=job)
             device = None if strategy == "resident" else device
         elif strategy == "resident" and (device is not None or hidden_states != "auto"):
             raise ValueError("device and hidden_states belong to strategy='layerwise'")
@@ -129,13 +130,14 @@ def stream_covariances(
             job.check_same(strategy=strategy, precision=exact, targets=list(chosen), weights=weights)
         report = reporter(progress, bars=job.first)
         if strategy == "resident":
-            return _told(_resident(model, loader, chosen, precision, report, job), job)
-        where = None if device is None else torch.device(device)
-        blocks = find_blocks(model)
-        stream = stream_by_block(
-            model, loader, chosen, blocks, precision, report, device=where, hidden_states=hidden_states, job=job
-        )
-        return _told(stream, job)
+            stream = _resident(model, loader, chosen, precision, report, job)
+        else:
+            where = None if device is None else torch.device(device)
+            blocks = find_blocks(model)
+            stream = stream_by_block(
+                model, loader, chosen, blocks, precision, report, device=where, hidden_states=hidden_states, job=job
+            )
+        return _told(stream if chosen is targets else _settled(stream, model, chosen, job), job)
 
 
 def check_options(
@@ -156,7 +158,7 @@ def check_options(
 def resolve_strategy(
     model: nn.Module,
     loader: Iterable[Any],
-    targets: str | list[str],
+    targets: Targets,
     *,
     device: torch.device | str | None = None,
     hidden_states: str = "auto",
@@ -191,10 +193,17 @@ def _told(stream: Iterator[tuple[Site, Covariance]], job: Job) -> Iterator[tuple
         yield from stream
 
 
+def _settled(
+    stream: Iterator[tuple[Site, Covariance]], model: nn.Module, chosen: Targets, job: Job
+) -> Iterator[tuple[Site, Covariance]]:
+    yield from stream
+    chosen.settle(model, quiet=not job.first, stacklevel=4)
+
+
 def _resident(
     model: nn.Module,
     loader: Iterable[Any],
-    targets: dict[str, nn.Module],
+    targets: Targets,
     precision: str | Mapping[str, str],
     report: Progress,
     job: Job,
@@ -227,7 +236,7 @@ def _resident(
                 tokens += call.padding.tokens
                 report("forward", share.read, total, tokens)
     job.check_share(share)
-    refuse_silent(job.silent(sums))
+    leave_out_silent(job.silent(sums), targets)
     totals = Totals(job)
     yield from totals.add(sums)
     yield from totals.rest()

@@ -390,7 +390,9 @@ def test_a_target_that_is_never_called_is_an_error_naming_it() -> None:
     model = tiny("llama")
     model.model.layers[1].spare = nn.Linear(4, 4)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.spare"):
-        layerwise(model, random_batches())
+        layerwise(model, random_batches(), targets=["spare", "q_proj"])
+    with pytest.warns(UserWarning, match=r"leaves out 1 layer: 'model\.layers\.1\.spare' was never called"):
+        assert "model.layers.1.spare" not in layerwise(model, random_batches())
 
 
 def test_arguments_for_blocks_are_refused_where_they_mean_nothing() -> None:

@@ -20,7 +20,7 @@ from nullspace.options import COMMANDS, flag
 
 INSTALLED: Any = get_command(app)
 OF_DATA = {"samples", "length", "batch_size", "precision", "strategy", "hidden_states", "fresh", "timeout"}
-OF_MODEL = {"targets", "dtype", "device", "offload"}
+OF_MODEL = {"targets", "exclude", "dtype", "device", "offload"}
 OF_ROWS, OF_HUB = {"field"}, {"split"}
 ALL_OF_DATA = OF_DATA | OF_ROWS | OF_HUB
 NUMBERS = {"sigma_scale", "beta", "damping", "preserve"}
@@ -60,7 +60,7 @@ SOURCES: dict[tuple[str, str], set[str]] = {
 VALUES = {
     "device": "cpu", "field": "text", "alpha": "4", "preserve": "p", "avoid": "a", "spaces": "s", "covariances": "c", "study": "s",
     "data": "a.txt", "shard": "1/2", "weights": "1,1", "model": "m", "adapter": "x=a", "initial": "i", "base": "b", "out": "o",
-    "device_memory": "8GB", "host_memory": "8GB",
+    "exclude": "lm_head", "device_memory": "8GB", "host_memory": "8GB",
 }  # fmt: skip
 OF_PLAN = {"weights": "host"}
 

@@ -295,7 +295,7 @@ def test_a_rank_that_leaves_nothing_to_hear_is_refused_before_the_loader_is_touc
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_a_rank_above_the_layers_outputs_is_refused_before_the_loader_is_touched(family: str) -> None:
     with pytest.raises(ValueError, match=r"rank 17 .*'model\.layers\.0\.self_attn\.k_proj' \(16 × 48\)"):
-        compute_null_spaces(tiny(family), Untouchable(), rank=17)
+        compute_null_spaces(tiny(family), Untouchable(), rank=17, targets=["q_proj", "k_proj"])
 
 
 def test_the_layout_of_conv1d_does_not_confuse_the_rank() -> None:

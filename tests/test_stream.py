@@ -347,7 +347,9 @@ def test_a_layer_that_is_not_called_in_every_batch_keeps_its_tokens() -> None:
 def test_a_target_that_is_never_called_is_an_error_naming_it() -> None:
     batches = [{"x": torch.randn(2, 3, 6), "how": "only a"}]
     with pytest.raises(ValueError, match="target 'b' was never called"):
-        run(Pair(), batches)
+        run(Pair(), batches, targets=["a", "b"])
+    with pytest.warns(UserWarning, match="leaves out 1 layer: 'b' was never called.* 50.00% of the parameters"):
+        assert set(run(Pair(), batches)) == {"a"}
     assert set(run(Pair(), batches, targets=["a"])) == {"a"}
 
 

@@ -15,6 +15,7 @@ from nullspace.integrations.peft.corda import preprocess_corda
 from nullspace.integrations.peft.eva import get_eva_state_dict, initialize_lora_eva_weights
 from nullspace.integrations.peft.export import export_lora
 from nullspace.integrations.peft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_course, read_factors, row_spaces
+from nullspace.integrations.peft.fit import fit_config
 from nullspace.integrations.peft.folders import describe, set_base
 from nullspace.integrations.peft.inject import attach_subtracted, freeze_a, inject_adapters, save_init
 from nullspace.integrations.peft.layers import check_servable, lora_layers
@@ -29,6 +30,7 @@ __all__ = [
     "check_servable",
     "describe",
     "export_lora",
+    "fit_config",
     "freeze_a",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",

@@ -29,13 +29,14 @@ from nullspace.covariance import Covariance
 from nullspace.decompose import decompose
 from nullspace.directions import Directions
 from nullspace.factors import CORDA_MODES, DAMPING, ZERO
+from nullspace.integrations.peft.fit import refuse_other_layers
 from nullspace.integrations.peft.layers import RESIDUAL_DTYPES, check_scaling, chosen_layers, rank_of
-from nullspace.listening import Listener, listening, refuse_silent
+from nullspace.listening import Listener, leave_out_silent, listening
 from nullspace.locks import locked
 from nullspace.methods import spared
 from nullspace.padding import Padding, PaddingReader, TokenRows
 from nullspace.progress import reporter
-from nullspace.sites import Site, is_conv1d, is_linear, weight_of, weight_shape
+from nullspace.sites import Site, Targets, is_conv1d, is_linear, weight_of, weight_shape
 from nullspace.weights import refuse_meta
 from nullspace.wrappers import named_modules, unwrap, without_graphs
 
@@ -83,7 +84,9 @@ def preprocess_corda(
     - Layers that are handed the same tensor share one sum: short float32 chains into float64, outlier tokens in float64 (precision
       `"mixed"` of `nullspace.Covariance`; under `parity` every product is in float64). `use_float16_for_covariance` is ignored. The
       damping is never doubled: PEFT does so when its float32 inverse fails.
-    - `target_modules="all-linear"` is understood, a configuration without `target_modules` as PEFT's other initialisers do.
+    - `target_modules="all-linear"` is understood, and becomes the names of the layers that are adapted: those that are smaller than
+      r, that `run_model` does not reach, or whose output is not W x + b, are left out with a warning. A configuration without
+      `target_modules` is read as PEFT's other initialisers do.
     - What cannot work is said before the model runs. Hooks are removed, and the model's mode restored, whatever happens.
     - Both files are read with `weights_only=True`, checked, and written whole or not at all; they are PEFT's format, in both
       directions.
@@ -112,6 +115,7 @@ def preprocess_corda(
     ranks = {name: rank_of(name, lora_config) for name in targets}
     for name, layer in targets.items():
         _check_layer(name, layer, ranks[name])
+    refuse_other_layers(lora_config, model, targets)
     cache, sums = _path(options.cache_file), _path(options.covariance_file)
     if cache is not None and _is_there(cache):
         for name, eigens in _read_cache(cache, targets, ranks).items():
@@ -159,6 +163,9 @@ def preprocess_corda(
                 kept[name] = as_found
         done += len(found)
         report("corda", done, len(targets), 0)
+    targets.settle(model)
+    if targets.optional:
+        lora_config.target_modules = list(targets)
     directions.warn(f"corda_method={mode!r}", stacklevel=3)
     if not options.prune_temporary_fields:
         for name, layer in targets.items():
@@ -191,7 +198,7 @@ def _check_layer(name: str, layer: nn.Module, rank: int) -> None:
 
 
 def _run(
-    targets: Mapping[str, nn.Module],
+    targets: Targets,
     config: LoraConfig,
     run_model: Callable[[], Any] | None,
     hooked: nn.Module,
@@ -209,13 +216,13 @@ def _run(
     def weigh(name: str, x: torch.Tensor) -> torch.Tensor:
         return x.double() / x.max().abs()  # in float32 the quotient's rounding would be what the sum loses most by
 
-    layers = {name: modules[name] for name in targets}
+    layers = targets.of_twin(modules)
     sums = _CountingListener(layers, "mixed", None if parity else TokenRows(hooked), weigh=weigh if parity else None)
     with torch.inference_mode(False), evaluating(hooked), listening(hooked, layers, sums):
         with _batches(hooked, sums), without_graphs():  # it may run a compiled model
             run_model()
         sums.end_batch()
-    refuse_silent(sums.silent)
+    leave_out_silent(sums.silent, targets)
     calls.update(sums.calls)
     for site, covariance in sums.release():
         if parity:

@@ -41,10 +41,10 @@ from nullspace.batches import evaluating, length
 from nullspace.covariance import Covariance
 from nullspace.directions import Directions, noise_of
 from nullspace.integrations.peft.layers import check_scaling, chosen_layers, rank_of
-from nullspace.listening import Listener, listening, refuse_silent
+from nullspace.listening import Listener, leave_out_silent, listening
 from nullspace.padding import Padding, PaddingReader, TokenRows
 from nullspace.progress import Progress, reporter
-from nullspace.sites import Site, is_linear
+from nullspace.sites import Site, Targets, is_linear
 from nullspace.weights import refuse_meta
 from nullspace.wrappers import unwrap
 
@@ -137,6 +137,8 @@ def get_eva_state_dict(
     ranks = {name: rank_of(name, config) for name in layers}
     _run(model, dataloader, layers, sums, forward_fn, device, _Settled(layers, ranks, eva), reporter(bar))
 
+    layers.settle(model)
+    ranks = {name: ranks[name] for name in layers}
     sites = _in_order(sums.release(), layers)
     gather = distributed and gather_distributed_inputs
     if gather:
@@ -234,7 +236,7 @@ def _run(
                 break
     if number == 0:
         raise ValueError("dataloader is empty")
-    refuse_silent(sums.silent)
+    leave_out_silent(sums.silent, layers)
 
 
 class _Tokens(Listener):
@@ -433,7 +435,7 @@ def _config_of(model: nn.Module, config: LoraConfig | None, adapter_name: str) -
     return config, eva
 
 
-def _layers_of(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, nn.Module]:
+def _layers_of(model: nn.Module, config: LoraConfig, adapter_name: str) -> Targets:
     """Name → linear layer, in the model's order: those that have the adapter, or would get it.
 
     Empty if the adapter is on embeddings and convolutions alone.
@@ -453,12 +455,12 @@ def _layers_of(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[
             raise ValueError(
                 f"{other!r} is a {type(found[other]).__name__}: only nn.Linear, its subclasses and Conv1D are supported"
             )
-        return found
+        return Targets(found)
     if config.target_modules is None:
-        return {name: module for name, module in model.named_modules() if is_linear(module)}
+        return Targets({name: module for name, module in model.named_modules() if is_linear(module)}, optional=True)
     targets = [module for name, module in model.named_modules() if check_target_module_exists(config, name)]
     if targets and all(isinstance(module, NOT_STARTED) for module in targets):
-        return {}
+        return Targets({})
     return chosen_layers(model, config)
 
 

@@ -161,13 +161,14 @@ def _inject(
 ) -> PeftModel:
     check_method(method, given)
     check_sources(method, given)
-    config = own_config(config, model, given)
     if has_engine(model):
         raise ValueError(
             f"{type(model).__name__} is in a DeepSpeed engine, whose optimizer would not know the adapters: call inject_adapters "
             "before deepspeed.initialize"
         )
-    if prepare_to_gather(model, job) and is_tensor_parallel(model):
+    spread = prepare_to_gather(model, job)
+    config = own_config(config, model, given, job)
+    if spread and is_tensor_parallel(model):
         raise ValueError(
             f"{type(model).__name__} is split by tensor parallelism, and an adapter beside a part of a layer is not the layer's: "
             "call write_init, which gathers the weights, and load what it writes, or shard the model with fully_shard (FSDP2)"
@@ -199,6 +200,10 @@ def _inject(
         if job.first:
             given.directions.warn(f"method {method!r}", stacklevel=3)
             warn_of_dropout(config, method, place, stacklevel=3)
+        job.exchange(None)  # what is wrong on one must be known while all can go back
+        peft_model.nullspace_residual = place
+        if job.first:
+            given.directions.warn(f"method {method!r}", stacklevel=3)
         job.exchange(None)  # what is wrong on one must be known while all can go back
         if place == "base":
             residual_base.mark(model, method, peft_model.nullspace_model, _take_away(layers, adapter_name, job))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.integrations import dequantize_bnb_weight
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -20,13 +21,15 @@ from torch import nn
 from nullspace import store
 from nullspace.checks import check_integer, check_real
 from nullspace.distributed import Job
+from nullspace.integrations.peft.fit import fit_config
 from nullspace.integrations.peft.shell import on_disk, plan_base, without_weights
+from nullspace.listening import unlike_linear
 from nullspace.locks import temporary_folder
 from nullspace.methods import METHODS, Layer, Sources, check_rank
 from nullspace.parts import is_sharded, shape_of
 from nullspace.residual import described, residual_mark
-from nullspace.sites import find_targets, is_linear, weight_of, weight_shape
-from nullspace.sitewise import Weight, weights_of
+from nullspace.sites import Targets, find_targets, is_conv1d, is_linear, weight_of, weight_shape
+from nullspace.sitewise import Sitewise, Weight, weights_of
 from nullspace.spaces import NullSpaces
 from nullspace.weights import restore_layout
 from nullspace.wrappers import unwrapped
@@ -148,8 +151,12 @@ def stored_weight(layer: nn.Module) -> torch.Tensor:
     return dequantize_bnb_weight(weight, state=getattr(layer, "state", None)).detach() if _is_bitsandbytes(layer) else weight
 
 
-def own_config(config: LoraConfig, model: nn.Module, given: Sources) -> LoraConfig:
-    """A checked copy of a configuration, with our own choices in it."""
+def own_config(config: LoraConfig, model: nn.Module, given: Sources, job: Job) -> LoraConfig:
+    """A checked copy of a configuration, with our own choices in it, for which PEFT wraps exactly the layers that are meant.
+
+    Warns:
+        UserWarning: naming the layers that `"all-linear"` leaves out, and what PEFT would have taken the targets for.
+    """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config must be a LoraConfig, not {type(config).__name__}")
     if isinstance(model, PeftModel):
@@ -162,10 +169,78 @@ def own_config(config: LoraConfig, model: nn.Module, given: Sources) -> LoraConf
     check_scaling(config)
     config = copy.deepcopy(config)
     config.init_lora_weights = True
-    if config.target_modules is None:
-        known = next(given.of_model(), None)
-        config.target_modules = list(find_targets(model) if known is None else known)
-    return config
+    sources = list(given.of_model())
+    named = config.target_modules is not None and not _is_all_linear(config)
+    if named:
+        layers = chosen_layers(model, config)
+    elif config.target_modules is None and sources:
+        layers = _known_layers(model, sources[0])
+    else:
+        layers = chosen_layers(model, config if _is_all_linear(config) else replace(config, target_modules="all-linear"))
+        for name in [name for name in layers if not all(name in each for each in sources)]:
+            layers.leave_out(name, "is not among the layers of the spaces or covariances")
+        if not sources:
+            _leave_out_odd(layers)
+    layers.refuse_empty()
+    if not named:
+        config.target_modules = list(layers)
+    fitted = fit_config(config, model, layers)
+    if layers.left_out or not (named or sources):
+        layers.settle(model, quiet=not job.first, stacklevel=5)
+    if named and fitted.target_modules != config.target_modules:
+        _check_named(config, model, layers, quiet=not job.first)
+    return fitted
+
+
+def _is_all_linear(config: LoraConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+def _known_layers(model: nn.Module, known: Sitewise[Any]) -> Targets:
+    """All layers that something was computed for."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    strange = next((name for name in known if name not in modules or not is_linear(modules[name])), None)
+    if strange is not None:
+        raise ValueError(f"{strange!r} is no linear layer of {type(model).__name__}: the {known.WHAT}s are of another model")
+    return Targets({name: module for name, module in modules.items() if name in known}, optional=True)
+
+
+def _leave_out_odd(layers: Targets) -> None:
+    """Layers of a class with a `forward` of its own that does not return W x + b, where no calibration has looked at outputs."""
+    for name, layer in list(layers.items()):
+        weight = weight_of(layer)
+        plain = type(layer).forward is nn.Linear.forward or is_conv1d(layer)
+        if plain or is_sharded(weight) or not weight.is_floating_point() or weight.device.type == "meta":
+            continue
+        d_in = weight_shape(layer)[1]
+        x = torch.linspace(-1, 1, 3 * d_in, device=weight.device).reshape(1, 3, d_in).to(weight.dtype)
+        try:
+            with torch.no_grad():
+                why = unlike_linear(layer, x, layer(x))
+        except Exception as error:  # whatever a forward does with an input of another shape than it knows
+            why = f"({type(layer).__name__}) does not take inputs (batch, tokens, d_in): {error}"
+        if why is not None:
+            layers.leave_out(name, why)
+
+
+def _check_named(config: LoraConfig, model: nn.Module, layers: Targets, *, quiet: bool) -> None:
+    """Say where PEFT reads the user's targets otherwise than we do, unless they name layers in full."""
+    if not isinstance(config.target_modules, str):
+        entries = set(config.target_modules or ())
+        nothing = next((e for e in sorted(entries) if not any(n == e or n.endswith(f".{e}") for n in layers)), None)
+        if nothing is not None:
+            raise ValueError(
+                f"target_modules: {nothing!r} matches no linear layer of {type(model).__name__}, and the parameters of its experts "
+                "are not supported"
+            )
+        if entries == set(layers):
+            return
+    if not quiet:
+        warnings.warn(
+            f"PEFT takes target_modules={config.target_modules!r} of {type(model).__name__} for parameters of its experts too, "
+            f"which are not supported: only the {len(layers)} linear layers of these names get adapters.",
+            stacklevel=5,
+        )
 
 
 def check_scaling(config: LoraConfig) -> None:
@@ -181,23 +256,45 @@ def _entries(name: str, patterns: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     return {f"{name}[{key!r}]": value for key, value in patterns[name].items()}
 
 
-def chosen_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """The linear layers that `get_peft_model` would give an adapter: name → layer, in the model's order.
+def chosen_layers(model: nn.Module, config: LoraConfig) -> Targets:
+    """The linear layers that a configuration means: name → layer, in the model's order.
+
+    `"all-linear"` is that of `find_targets`, for `config.r`, without `exclude_modules`.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or something is named that is not a linear layer.
     """
     own: Any = copy.deepcopy(config)
     if own.target_modules is None:
         own.target_modules = LoraModel.target_module_mapping.get(getattr(getattr(model, "config", None), "model_type", ""))
     if own.target_modules is None:
         raise ValueError("the configuration names no target_modules, and PEFT knows none for this kind of model")
+    if _is_all_linear(own):
+        found = find_targets(model, rank=own.r)
+        own.target_modules = list(found)
+        return Targets(
+            {name: module for name, module in found.items() if check_target_module_exists(own, name)},
+            optional=True,
+            excluded=[name for name in found if not check_target_module_exists(own, name)],
+            left_out=found.left_out,
+        )
     with unwrapped(model):
-        own = _maybe_include_all_linear_layers(own, model)
-        found = {name: m for name, m in model.named_modules() if is_linear(m) and check_target_module_exists(own, name)}
-    if not found:
+        matched = {name: module for name, module in model.named_modules() if name and check_target_module_exists(own, name)}
+    linear = {name: module for name, module in matched.items() if is_linear(module)}
+    if not linear:
         raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}")
-    return found
+    other = next((n for n, m in matched.items() if n not in linear and _has_matrix(m) and not _is_inside(n, linear)), None)
+    if other is not None:
+        raise ValueError(f"target {other!r} is {type(matched[other]).__name__}, not a linear layer")
+    return Targets(linear)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(len(shape_of(parameter)) > 1 for parameter in module.parameters(recurse=False))
+
+
+def _is_inside(name: str, layers: Mapping[str, nn.Module]) -> bool:
+    return any(name.startswith(f"{layer}.") for layer in layers)
 
 
 def rank_of(name: str, config: LoraConfig) -> int:

@@ -126,9 +126,9 @@ def _write(
 ) -> None:
     check_method(method, given)
     check_sources(method, given)
-    config = own_config(config, model, given)
     resolved = store.resolved(out)
     spread = prepare_to_gather(model, job)
+    config = own_config(config, model, given, job)
     residual = METHODS[method].changes_base
     report = reporter(progress, bars=job.first)
     reserved = store.reserved(resolved, overwrite=overwrite) if job.first else contextlib.nullcontext()

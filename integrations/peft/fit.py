@@ -1,0 +1,126 @@
+"""Which layers PEFT wraps, found out on a copy of the model without weights, and a configuration that names exactly some layers."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from nullspace.integrations.peft.shell import without_weights
+from nullspace.sites import Targets, is_linear, weight_of, weight_shape
+from nullspace.wrappers import unwrapped
+
+
+def fit_config(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraConfig:
+    """A configuration with which PEFT gives adapters to exactly these layers. It takes no weights: ask it before a calibration.
+
+    PEFT takes some names for something else: in mixture models whose experts transformers has fused (DeepSeek-V3, GLM-4-MoE,
+    Qwen3-MoE, …) the `gate_proj`, `up_proj` and `down_proj` of a dense layer or a shared expert become parameters of the routed
+    experts, whether a list names them in full or an expression matches them. Such layers go into `target_parameters`, by the name
+    of their weight: PEFT then wraps the same layer, and saves A and B under the same names. All others stay in the list.
+
+    Args:
+        config: not changed.
+        model: the base model; its weights are neither read nor copied.
+        layers: those that are to get an adapter. Of `"all-linear"`, what PEFT cannot adapt (Mamba's `out_proj`) is left out.
+
+    Returns:
+        A copy; with the targets as given, if PEFT wraps exactly these layers for them.
+
+    Raises:
+        ValueError: naming the layer, if PEFT cannot adapt one that was asked for, and why.
+    """
+    listed = _exact(config, list(layers), ())
+    matched = copy.copy(listed)  # a name in full may be the ending of another one
+    matched.target_modules = "|".join(map(re.escape, layers))
+    for as_it_is in (config, listed, matched):
+        if not _difference(as_it_is, model, layers):
+            return copy.deepcopy(as_it_is)
+    modules: list[str] = []
+    parameters: list[str] = []
+    for names in _by_last_part(layers):
+        problem = _difference(_exact(config, names, ()), model, names)
+        if not problem:
+            modules += names
+        elif not _difference(_exact(config, (), names), model, names):
+            parameters += names
+        else:
+            for name in names:
+                layers.leave_out(name, f"gets no adapter from PEFT: {problem}")
+    layers.refuse_empty()
+    exact = _exact(config, modules, parameters)
+    problem = _difference(exact, model, layers)
+    if problem:
+        raise ValueError(f"PEFT does not give adapters to exactly the layers that are wanted: {problem}")
+    return exact
+
+
+def refuse_other_layers(config: LoraConfig, model: nn.Module, layers: Targets) -> None:
+    """Raise `ValueError` if `get_peft_model` would not give adapters to exactly these layers: where the caller calls it."""
+    own = copy.deepcopy(config)
+    own.init_lora_weights = True
+    if layers.optional:
+        own.target_modules = list(layers)
+    problem = _difference(own, model, layers)
+    if problem:
+        raise ValueError(
+            f"get_peft_model would not adapt the layers that target_modules={config.target_modules!r} names: {problem}. Name other "
+            "layers, or use inject_adapters, which names them so that PEFT takes them"
+        )
+
+
+def _difference(config: LoraConfig, model: nn.Module, wanted: Iterable[str]) -> str:
+    """What PEFT does otherwise than wrapping these linear layers; nothing if it does that."""
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), unwrapped(model):
+            warnings.simplefilter("ignore")
+            adapted: Any = get_peft_model(without_weights(model), copy.deepcopy(config), low_cpu_mem_usage=True)
+    except ValueError as error:
+        return str(error).rstrip(".")
+    found = {
+        name: module.get_base_layer() if _is_whole(module) else None
+        for name, module in adapted.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    wanted = set(wanted)
+    missing = sorted(name for name in wanted if found.get(name) is None)
+    extra = sorted(found.keys() - wanted)
+    parts = [f"it leaves out {missing[0]!r}"] if missing else []
+    parts += [f"it takes {extra[0]!r}"] if extra else []
+    return " and ".join(parts)
+
+
+def _is_whole(layer: Any) -> bool:
+    """Whether an adapter is one of a whole linear layer, as its base computes it."""
+    base = layer.get_base_layer()
+    if not is_linear(base) or (layer.out_features, layer.in_features) != weight_shape(base):
+        return False
+    return not isinstance(layer, ParamWrapper) or weight_of(base).is_floating_point()
+
+
+def _exact(config: LoraConfig, modules: Sequence[str], parameters: Sequence[str]) -> LoraConfig:
+    """The same for layers that are named in full, some of them by their weight."""
+    exact = copy.deepcopy(config)
+    exact.target_modules, exact.target_parameters = list(modules), [f"{name}.weight" for name in parameters] or None
+    exact.exclude_modules = exact.layers_to_transform = exact.layers_pattern = None
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        given = getattr(config, pattern) or {}
+        keys = {name: get_pattern_key(list(given), name) for name in parameters}
+        # Weights first, as of the entries that match PEFT takes the first.
+        setattr(exact, pattern, {**{f"{name}.weight": given[key] for name, key in keys.items() if key in given}, **given})
+    return exact
+
+
+def _by_last_part(names: Iterable[str]) -> list[list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.rpartition(".")[2], []).append(name)
+    return list(groups.values())
