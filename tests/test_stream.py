@@ -466,7 +466,7 @@ def test_the_model_is_left_as_it_was_found_after_an_error(busy_model: nn.Module,
     loader, error = {
         "type": ([good[0], "text"], TypeError),
         "loader": (failing_loader(), OSError),
-        "model": ([good[0], {"input_ids": torch.full((1, 4), VOCABULARY)}], IndexError),
+        "model": ([good[0], {"input_ids": torch.full((1, 4), VOCABULARY)}], ValueError),
         "empty": ([], ValueError),
         "finite": (good, ValueError),
     }[failure]
