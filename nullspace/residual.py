@@ -58,8 +58,8 @@ def entry(method: str, model: str | None, change: Change) -> dict[str, Any]:
 
 
 def mark(model: nn.Module, method: str, original: str | None, change: Change) -> None:
-    """Put the entry into a model's configuration, if it has one: `save_pretrained` keeps it."""
-    if hasattr(model, "config"):
+    """Put the entry into a model's configuration, if it has one of transformers': `save_pretrained` keeps it."""
+    if hasattr(getattr(model, "config", None), "to_dict"):
         setattr(model.config, KEY, entry(method, original, change))
 
 
@@ -70,7 +70,8 @@ def mark_file(path: Path, method: str, original: str | None, change: Change) -> 
 
 
 def unmark(model: nn.Module) -> None:
-    vars(getattr(model, "config", model)).pop(KEY, None)
+    if hasattr(getattr(model, "config", None), KEY):
+        delattr(model.config, KEY)
 
 
 def residual_mark(model: nn.Module) -> dict[str, Any] | None:

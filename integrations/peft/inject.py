@@ -23,7 +23,7 @@ from nullspace.covariances import Covariances
 from nullspace.distributed import Job, written_once
 from nullspace.factors import DAMPING
 from nullspace.integrations.peft.cards import CARD, name_base, write_card, write_cards
-from nullspace.integrations.peft.files import init_record, located, save_adapter
+from nullspace.integrations.peft.files import init_record, located, read_adapter, save_adapter
 from nullspace.integrations.peft.layers import (
     ONE_AT_A_TIME,
     SUBTRACTED,
@@ -221,7 +221,9 @@ def attach_subtracted(peft_model: PeftModel, directory: str | os.PathLike[str], 
         adapter_name: of the first adapter.
 
     Raises:
-        ValueError: if the model has no LoRA layer with an adapter of that name.
+        FileNotFoundError: if a file of it is missing.
+        ValueError: if the model has no LoRA layer with an adapter of that name, or is a residual base; naming the file, if it is
+            damaged.
     """
     peft_model = unwrap(peft_model)
     layers = lora_layers(peft_model, adapter_name)
@@ -230,6 +232,7 @@ def attach_subtracted(peft_model: PeftModel, directory: str | os.PathLike[str], 
     mark = residual_base.residual_mark(peft_model.get_base_model())
     if mark is not None:
         raise ValueError(f"the base {residual_base.described(mark)}: load the adapters on the original model")
+    read_adapter(Path(directory))  # PEFT would leave an adapter with random factors where it cannot read them
     second = SUBTRACTED.format(adapter_name)
     peft_model.load_adapter(str(directory), adapter_name=second)
     _activate_both(peft_model, layers, adapter_name)
@@ -357,8 +360,7 @@ def _as_it_was_on_error(model: nn.Module) -> Iterator[None]:
 
     PEFT's `unload` is not enough: it leaves everything frozen, and copies in place of the modules to be saved whole.
     """
-    config = getattr(model, "config", None)
-    attributes = [vars(each) for each in (*model.modules(), *([] if config is None else [config]))]
+    attributes = [vars(each) for each in (*model.modules(), getattr(model, "config", None)) if hasattr(each, "__dict__")]
     before = [
         {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in own.items()} for own in attributes
     ]

@@ -38,6 +38,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*have invalid shape:UserWarning"),  # PEFT, of the biases of its own
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
+    pytest.mark.filterwarnings("ignore:lora_dropout=:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*the residual of adapter:UserWarning"),
 ]
 
 BATCH = random_batches(1, 2, 24, seed=7)[0]

@@ -189,6 +189,29 @@ def test_a_residual_base_is_marked_in_memory_and_in_files_and_loads_anywhere(tmp
         assert residual_mark(type(base)(base.config)) == entry["residual"]  # nothing to look at
 
 
+@pytest.mark.parametrize("config", [None, {"model_type": "custom"}], ids=str)
+def test_models_of_ones_own_have_no_place_for_a_mark(config: Any) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        if config is not None:
+            model.config = config
+        return model
+
+    x = torch.randn(3, 8)
+    lora = LoraConfig(r=2, target_modules=["0"])
+    model = inject_adapters(make(), lora, method="pissa")
+    assert torch.allclose(model(x), make()(x), atol=1e-5)
+    merged: list[Any] = []
+    assert said(lambda: merged.append(model.merge_and_unload())) == []
+    inject_adapters(merged[0], lora, method="pissa")
+    assert "unload returns" in said(lambda: inject_adapters(make(), lora, method="pissa").unload())[0]
+    with torch.no_grad():
+        (broken := make())[0].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer '0': the weight holds NaN"):
+        inject_adapters(broken, lora, method="pissa")
+
+
 def loaded_base(tmp_path: Path) -> Any:
     if not (tmp_path / "out").exists():
         save_init(tmp_path / "out", started())

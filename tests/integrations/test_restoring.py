@@ -18,7 +18,7 @@ from torch import nn
 
 from models import random_batches, tiny
 from nullspace import Covariance, Covariances, compute_null_spaces
-from nullspace.integrations.peft import inject, inject_adapters, row_spaces, save_init, write_init
+from nullspace.integrations.peft import attach_subtracted, inject, inject_adapters, row_spaces, save_init, write_init
 from nullspace.methods import METHODS
 from nullspace.sites import find_targets
 from nullspace.sitewise import weights_of
@@ -173,6 +173,21 @@ def test_a_residual_beyond_the_range_of_the_weights_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match=r"layer 'model\.layers\.0.*beyond the range of torch\.float16"):
         inject_adapters(model, LoraConfig(r=4), spaces_for("llama"), sigma_scale=1e9)
     _same(before, _photograph(model))
+
+
+def test_files_of_a_damaged_model_are_not_begun(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"layer '{DEAD}': the weight holds NaN"):
+        write_init(tmp_path / "out", _with(DEAD, NAN), LoraConfig(r=4), method="milora", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_adapter_that_cannot_be_read_is_not_attached(tmp_path: Path) -> None:
+    save_init(tmp_path / "out", inject_adapters(tiny("llama"), LoraConfig(r=4), method="pissa", residual="adapter"))
+    (tmp_path / "out" / "subtracted" / "adapter_model.safetensors").unlink()
+    model = PeftModel.from_pretrained(tiny("llama"), tmp_path / "out" / "adapter")
+    with pytest.raises(FileNotFoundError, match="adapter_model"):
+        attach_subtracted(model, tmp_path / "out" / "subtracted")
+    assert list(model.peft_config) == ["default"]
 
 
 class _Gated(nn.Module):
