@@ -549,6 +549,16 @@ def _layerwise(survey: Survey, workload: Workload, weights: str, hidden_states: 
     host_held = {**_host_weights(survey, workload, weights), "hidden states": on_host + staged}
     outside = survey.weights if whole else survey.outside
     phases = [({"weights": outside, "activations": survey.prologue, **held}, {**host_held})]
+    # The rehearsal of the first batch: a block beside the first one and what is outside of them; of the hidden states those of the
+    # embeddings and a copy, a block's input and a copy, and its first output; of the other arguments two copies.
+    rehearsal = {
+        "weights": survey.weights if whole else survey.outside + survey.block_weights[0] + max(survey.block_weights),
+        "activations": max(survey.block_activations),
+        "arguments": 3 * survey.arguments,
+        "hidden states": 5 * survey.hidden,
+        "libraries": LIBRARIES[workload.device],
+    }
+    phases.append((rehearsal, host_held))
     seconds, bases = 0.0, 0
     rates, rate = _rates(survey, workload), _weight_rate(survey, workload, weights)
     for index in range(count):
