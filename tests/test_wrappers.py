@@ -163,12 +163,12 @@ def test_every_door_takes_the_model_inside(how: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()", "DataParallel"])
 def test_the_doors_of_peft_take_the_model_inside(how: str) -> None:
-    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights="eva", eva_config=EvaConfig(rho=1))
+    config = LoraConfig(r=4, target_modules=r"model\.layers\.\d\.0", init_lora_weights="eva", eva_config=EvaConfig(rho=1))
     expected, found = (get_eva_state_dict(m, BATCHES, config, show_progress_bar=False) for m in (Small(), wrapped(how)))
     torch.testing.assert_close(found, expected)
     plain, model = Small(), wrapped(how)
     for each in (plain, model):
-        config = LoraConfig(r=4, target_modules=["0"], corda_config=CordaConfig(corda_method="ipm"))
+        config = LoraConfig(r=4, target_modules=r"model\.layers\.\d\.0", corda_config=CordaConfig(corda_method="ipm"))
         # What somebody runs is the model as it was given, with its graph.
         preprocess_corda(each, config, run_model=lambda each=each: [each(**batch) for batch in BATCHES])
     for index in range(2):
