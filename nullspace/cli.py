@@ -194,7 +194,7 @@ def _what_is_kept(fresh: bool) -> str:
 
 
 TOGETHER = ("init", "compute", "covariances")
-LINGERING = 10  # seconds
+LINGERING, ENDING = 18, 8  # seconds; torchrun kills after 30
 
 
 @contextlib.contextmanager
@@ -227,7 +227,7 @@ def _linger(*_: Any) -> None:
 
     def end(*_: Any) -> None:
         signal.signal(signal.SIGALRM, die)  # if what it waits for then does not end
-        signal.alarm(LINGERING)
+        signal.alarm(ENDING)
         raise Ended(signal.SIGTERM)
 
     def die(*_: Any) -> None:
