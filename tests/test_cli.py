@@ -194,6 +194,42 @@ def test_kept_covariances_are_merged_inspected_and_give_the_null_spaces_of_all_d
         assert mine[site.name].leak == pytest.approx(theirs[site.name].leak, rel=1e-6)
 
 
+def test_exclude_takes_layers_away(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    result = run(
+        "init", tiny_checkpoint, "--data", data, "--out", tmp_path / "o", *SMALL, "-q", "--exclude", "re:.*mlp.*|.*\\.1\\..*"
+    )
+    assert result.exit_code == 0, result.output
+    expected = {f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"}
+    assert set(NullSpaces.load(tmp_path / "o" / "spaces")) == expected
+    assert len(load_file(tmp_path / "o" / "adapter" / "adapter_model.safetensors")) == 2 * len(expected)
+    assert "leaves out" not in result.stderr
+    for option, message in ((tmp_path / "o" / "adapter", "use --avoid"), ("zzz", "'zzz' matches no target")):
+        refused = run("plan", tiny_checkpoint, *RANK, "--exclude", option)
+        assert refused.exit_code == 2
+        assert message in " ".join(refused.stderr.split())
+
+
+def test_what_peft_cannot_adapt_is_known_before_the_calibration(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """Mamba's `out_proj`."""
+    folder = tmp_path / "mamba"
+    transformers.AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(folder)
+    config = transformers.MambaConfig(vocab_size=258, hidden_size=48, state_size=8, num_hidden_layers=1, time_step_rank=12)
+    transformers.MambaForCausalLM(config).save_pretrained(folder)
+    command = ["init", folder, "--data", data, "--out", tmp_path / "o", *SMALL, "-q"]
+    refused = run(*command, "--targets", "in_proj,out_proj")
+    assert refused.exit_code == 2
+    assert "target 'backbone.layers.0.mixer.out_proj' gets no adapter from PEFT" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "o.checkpoint").exists()
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stderr.split())
+    assert said.count("leaves out") == 1
+    assert "mixer.out_proj' gets no adapter from PEFT" in said
+    assert "mixer.dt_proj' was never called" in said
+    adapter = load_file(tmp_path / "o" / "adapter" / "adapter_model.safetensors")
+    assert {name.partition("mixer.")[2].partition(".")[0] for name in adapter} == {"in_proj", "x_proj"}
+
+
 def test_an_earlier_adapters_rows_are_left_alone(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
     first = ["init", tiny_checkpoint, "--data", data, "--out", tmp_path / "first", *SMALL, "-q", "--targets", "q_proj,up_proj"]
     assert run(*first).exit_code == 0
