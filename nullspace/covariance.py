@@ -346,9 +346,16 @@ def check_state(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -
     d = facts["d_in"]
     large = check_tensor(tensors, name, (d * (d + 1) // 2,), DTYPES, "a covariance")
     check_tensor(tensors, "total", (d,), (torch.float64,), "a covariance")
-    diagonal = large[torch.arange(1, d + 1).cumsum(0) - 1]
-    if name == "triangle" and bool((diagonal < 0).any()):
-        raise ValueError("a covariance: the diagonal of its triangle holds sums of squares, and one is negative")
+    if name == "triangle":
+        diagonal = large[torch.arange(1, d + 1).cumsum(0) - 1]
+        if bool((diagonal < 0).any()):
+            raise ValueError("a covariance: the diagonal of its triangle holds sums of squares, and one is negative")
+        trace = float(diagonal.sum(dtype=torch.float64))
+    else:
+        norm = float(torch.linalg.vector_norm(large, dtype=torch.float64))
+        trace = norm * norm
+    if trace == math.inf:
+        raise ValueError("a covariance: its trace is beyond the range of float64")
 
 
 def find_nonfinite(covariances: Sequence[Covariance]) -> tuple[Covariance, str] | None:
