@@ -14,6 +14,7 @@ import random
 import socket
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -603,6 +604,18 @@ def a_checkpoint_is_filled_together_and_read_by_all(rank: int, count: int, folde
             assert torch.equal(found[site.name].basis, again[site.name].basis)
             assert torch.equal(found[site.name].basis, one[site.name].basis)
         assert found[UP] is found["model.layers.1.mlp.gate_proj"]
+        Job().exchange(None)
+        if rank == 0:
+            path = kept / "00003.safetensors"
+            path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+        Job().exchange(None)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            repaired = compute(model, batches, **options)
+        said = [str(each.message) for each in caught if "damaged: its site is computed again" in str(each.message)]
+        assert len(said) == (rank == 0), said
+        assert_as_good(repaired, model, batches, strategy=strategy, tolerance=tolerance)
+        assert len(list(kept.glob("*.safetensors"))) == 12
         Job().exchange(None)
 
 
