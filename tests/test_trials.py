@@ -34,7 +34,7 @@ COMMANDS = {
     "merge": ["merge", "../covariances", "../covariances"],
     "init": ["init", "../model", *SMALL, "--rank", "8", "--method", "corda-kpm", "--offload"],
     "export": ["export", "../init/adapter", "--initial", "../init"],
-    "report": ["report", "--covariances", "../covariances", "--adapter", "a=../init"],
+    "report": ["report", "--covariances", "../covariances"],
 }
 
 
