@@ -22,7 +22,7 @@ from nullspace.distributed import Job
 from nullspace.factors import LowRank
 from nullspace.parts import whole as gathered
 from nullspace.schema import an_object, check_fields, finite, flag, map_of, optional, or_none, text, whole
-from nullspace.sharded import is_spread, prepare_to_gather
+from nullspace.sharded import class_of, is_spread, prepare_to_gather
 from nullspace.sites import weight_of
 from nullspace.spaces import NullSpaces
 from nullspace.wrappers import named_modules, unwrap
@@ -169,7 +169,7 @@ def init_record(
     leaks = [] if spaces is None else sorted((spaces[site.name].leak, site.name) for site in spaces.sites)
     facts = {
         "model": original,
-        "architecture": type(model).__name__,
+        "architecture": class_of(model).__name__,
         "method": method,
         "rank": config.r,
         "alpha": config.lora_alpha,
