@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -418,8 +419,12 @@ def what_transformers_loads_is_served(folder: Path, **options: Any) -> None:
     write_init(folder / "ours", model, config, found, progress=False)
     if first:
         write_init(folder / "whole", whole, config, found, progress=False)
-        for name in ("adapter/adapter_model.safetensors", "base/model.safetensors", "base/config.json"):
+        for name in ("adapter/adapter_model.safetensors", "base/model.safetensors"):
             assert (folder / "ours" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+        ours, theirs = (json.loads((folder / each / "base" / "config.json").read_text()) for each in ("ours", "whole"))
+        assert ours["nullspace"]["residual"].pop("model") == str(folder / "model")
+        assert theirs["nullspace"]["residual"].pop("model") is None
+        assert ours == theirs
     expected = dict(inject_adapters(whole, config, found).named_parameters())
     for name, p in inject_adapters(model, config, found).named_parameters():
         assert torch.equal(whole_of(p), expected[name]), name
