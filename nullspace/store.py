@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from nullspace.locks import locked, naming, parents
 from nullspace.parts import entries, is_sharded, shape_of
-from nullspace.schema import Field, an_object, check_fields, is_plain_name, text, whole
+from nullspace.schema import Field, an_object, check_fields, is_plain_name, list_of, optional, text, whole
 
 MANIFEST = "nullspace.json"
 FORMAT_VERSION = 1
@@ -58,7 +58,7 @@ _DTYPES = {
 }
 
 # What every manifest says.
-_MANIFEST_FIELDS = {"kind": text(), "format_version": whole(), "files": an_object()}
+_MANIFEST_FIELDS = {"kind": text(), "format_version": whole(), "files": an_object(), "holds": optional(list_of(text()))}
 _FILE_FIELDS = {"bytes": whole(), "sha256": text()}
 
 # A fingerprint is this many entries of a weight, evenly spaced.
@@ -73,7 +73,7 @@ def new_directory(out: str | os.PathLike[str], *, overwrite: bool = False) -> It
 
     Args:
         out: must not exist yet, or be an empty directory.
-        overwrite: replace `out` if it is a directory of ours (it has a `nullspace.json`).
+        overwrite: replace `out` if it is a directory of ours: it has a `nullspace.json`, and nothing was added to it.
 
     Yields:
         The path to write to, on the same file system as `out`.
@@ -167,11 +167,30 @@ def _check_in_the_way(out: Path, place: Path, overwritable: Callable[[Path], boo
         raise FileExistsError(f"{out} exists; choose another place or ask for it to be overwritten")
     if not (overwritable or _is_directory_of_ours)(place):
         lacks = f" (it has no {MANIFEST} of ours)" if overwritable is None else ""
+        foreign = _find_foreign(place) if overwritable is None else None
+        if foreign is not None:
+            raise FileExistsError(f"{out} holds {foreign!r}, which nullspace did not write: move it, or choose another place")
         raise FileExistsError(f"{out} was not written by nullspace{lacks} and is not overwritten")
 
 
 def _is_directory_of_ours(place: Path) -> bool:
-    return place.is_dir() and (place / MANIFEST).is_file() and kind_of(place) is not None
+    return place.is_dir() and (place / MANIFEST).is_file() and kind_of(place) is not None and _find_foreign(place) is None
+
+
+def _find_foreign(place: Path) -> str | None:
+    """A file in a directory with a manifest that was put there later, if there is one."""
+    try:
+        holds = read_json(place / MANIFEST)["holds"]
+        known = {MANIFEST, *holds}
+    except (OSError, ValueError, TypeError, KeyError):  # another kind of file; or written before manifests listed all files
+        return None
+    return next((name for name in _files_in(place) if name not in known), None)
+
+
+def _files_in(directory: Path) -> list[str]:
+    """The paths of all files, relative to the directory and with forward slashes."""
+    found = (Path(folder, name).relative_to(directory) for folder, _, names in os.walk(directory) for name in names)
+    return sorted(path.as_posix() for path in found)
 
 
 def _is_mount_point(place: Path) -> bool:
@@ -350,13 +369,17 @@ def looks_of(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]
 def write_manifest(
     directory: Path, kind: str, content: Mapping[str, Any], files: tuple[str, ...] | Mapping[str, Mapping[str, Any]] = ()
 ) -> None:
-    """`nullspace.json`: what the directory is, and what its files (their names, or what `looks_of` says of them) must look like."""
+    """`nullspace.json`: what the directory is, and what its files (their names, or what `looks_of` says of them) must look like.
+
+    To be called when all files are written: it lists them, so that a file that somebody adds is not overwritten later.
+    """
     known = files if isinstance(files, Mapping) else looks_of(directory, files)
     body = {
         "kind": kind,
         "format_version": FORMAT_VERSION,
         **content,
         "files": {name: known[name] for name in sorted(known)},
+        "holds": _files_in(directory),
     }
     (directory / MANIFEST).write_text(sealed(body), encoding="utf-8")
 

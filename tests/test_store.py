@@ -128,6 +128,31 @@ def test_an_empty_directory_may_be_filled(tmp_path: Path) -> None:
     assert set(tree(tmp_path / "out")) == {"file", "nullspace.json"}
 
 
+@pytest.mark.parametrize("added", ["notes.txt", "trained/adapter_model.safetensors", "spaces/notes.txt"])
+def test_a_directory_that_somebody_has_added_to_is_not_overwritten(tmp_path: Path, added: str) -> None:
+    out = tmp_path / "out"
+    spaces = random_spaces(0, sites=2)
+
+    def write(content: str) -> None:
+        with store.new_directory(out, overwrite=True) as part:
+            spaces.write(part / "spaces")
+            (part / "content").write_text(content)
+            store.write_manifest(part, "init", {"model": None})
+
+    write("first")
+    write("second")
+    (out / added).parent.mkdir(exist_ok=True)
+    (out / added).write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"holds '{re.escape(added)}', which nullspace did not write"):
+        write("third")
+    assert ((out / added).read_text(), (out / "content").read_text()) == ("mine", "second")
+    store.delete_directory(out)
+    assert (out / added).read_text() == "mine"
+    (out / added).unlink()
+    write("third")
+    assert (out / "content").read_text() == "third"
+
+
 def test_overwriting_replaces_the_whole_directory(tmp_path: Path) -> None:
     out = ours(tmp_path / "out", old="old")
     with store.new_directory(out, overwrite=True) as part:
