@@ -145,7 +145,7 @@ def test_what_is_in_the_way_is_noticed_before_the_work(tmp_path: Path, saved: Pa
 def test_a_run_that_fails_leaves_nothing(tmp_path: Path) -> None:
     bad = [*batches(), {"input_ids": torch.full((1, 4), 10**6)}]
     for strategy in STRATEGIES:
-        with pytest.raises(IndexError):
+        with pytest.raises(ValueError, match=rf"batch {len(bad)} .*no embedding"):
             compute(tiny("llama"), bad, tmp_path / "run", strategy=strategy)
         assert list(tmp_path.iterdir()) == []
 
@@ -461,7 +461,8 @@ def test_a_run_whose_model_failed_midway_goes_on(tmp_path: Path, strategy: str) 
     compute(model, batches(), tmp_path / "whole", strategy=strategy)
 
     def fail(*_: object) -> None:
-        raise Cut
+        if strategy == "resident" or list(kept.glob("*.safetensors")):  # not in the rehearsal of the first batch
+            raise Cut
 
     hook = model.model.layers[2].mlp.register_forward_pre_hook(fail)
     with pytest.raises(Cut):
