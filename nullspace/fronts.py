@@ -127,8 +127,8 @@ def read_study(path: str | os.PathLike[str]) -> Study:
         fields = _RECORD_FIELDS.get(record["kind"], {})
         check_fields(record, fields, where)
         if "scores" in fields:
-            _check_scores(record["scores"], where)
-            if base is not None and _data_sets(record) != _data_sets(base):
+            _check_scores(record["scores"], where, task_alone=record["kind"] == "start")
+            if record["kind"] != "start" and base is not None and _data_sets(record) != _data_sets(base):
                 raise ValueError(f"{where}: its scores are of {_data_sets(record)}, and the base's of {_data_sets(base)}")
         if record["kind"] == "run" and record.get("layers") and set(record["layers"]) != measured:
             raise ValueError(f"{where}: its 'layers' have {sorted(record['layers'])}, and the first run's {sorted(measured)}")
@@ -144,9 +144,12 @@ def read_study(path: str | os.PathLike[str]) -> Study:
     )
 
 
-def _check_scores(scores: Mapping[str, Any], where: str) -> None:
-    check_fields(scores, {"knowledge": an_object(), "text": an_object(), "task": an_object()}, f"{where}, scores")
+def _check_scores(scores: Mapping[str, Any], where: str, *, task_alone: bool = False) -> None:
+    check_fields(scores, {"task": an_object()}, f"{where}, scores")
     check_fields(scores["task"], _TASK_FIELDS, f"{where}, scores, task")
+    if task_alone:
+        return
+    check_fields(scores, {"knowledge": an_object(), "text": an_object()}, f"{where}, scores")
     for group, fields in (("knowledge", _KNOWLEDGE_FIELDS), ("text", _TEXT_FIELDS)):
         for name, found in scores[group].items():
             check_fields(found, fields, f"{where}, scores, {group}, {name!r}")

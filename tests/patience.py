@@ -15,7 +15,7 @@ import psutil
 
 # Processes that used less than IDLE_CPU seconds of CPU time in IDLE_SECONDS wait for something that does not come.
 IDLE_SECONDS = 60.0
-IDLE_CPU = 0.5
+IDLE_CPU = 3.0
 # More CPU time than this is an endless loop: the longest group takes about 60 s.
 MOST_CPU = 900.0
 # Of `reference_work` on a core of an AMD EPYC of 2021 with nothing else to do.

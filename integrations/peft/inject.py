@@ -201,10 +201,6 @@ def _inject(
             given.directions.warn(f"method {method!r}", stacklevel=3)
             warn_of_dropout(config, method, place, stacklevel=3)
         job.exchange(None)  # what is wrong on one must be known while all can go back
-        peft_model.nullspace_residual = place
-        if job.first:
-            given.directions.warn(f"method {method!r}", stacklevel=3)
-        job.exchange(None)  # what is wrong on one must be known while all can go back
         if place == "base":
             residual_base.mark(model, method, peft_model.nullspace_model, _take_away(layers, adapter_name, job))
     return peft_model

@@ -70,7 +70,8 @@ def without_weights(model: nn.Module) -> Any:
             module.__dict__.pop("forward", None)
         for name in ("_hf_hook", "hf_device_map", "to", "cuda", *_PLACES):
             module.__dict__.pop(name, None)
-    vars(getattr(shell, "config", shell)).pop("distributed_config", None)  # or transformers would gather what is not there
+    config = getattr(shell, "config", None)
+    getattr(config, "__dict__", {}).pop("distributed_config", None)  # or transformers would gather what is not there
     return shell
 
 
