@@ -10,7 +10,7 @@ demo: .venv/installed
 
 # Two processes of one thread each: on two cores that is faster than one of two, whose threads wait for each other by spinning.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ _DTYPES = {
 }
 
 # What every manifest says.
-_MANIFEST_FIELDS = {"kind": text(), "format_version": whole(), "files": an_object(), "holds": optional(list_of(text()))}
+_MANIFEST_FIELDS = {"kind": text(), "format_version": whole(), "files": an_object(), "contents": optional(list_of(text()))}
 _FILE_FIELDS = {"bytes": whole(), "sha256": text()}
 
 # A fingerprint is this many entries of a weight, evenly spaced.
@@ -180,8 +180,7 @@ def _is_directory_of_ours(place: Path) -> bool:
 def _find_foreign(place: Path) -> str | None:
     """A file in a directory with a manifest that was put there later, if there is one."""
     try:
-        holds = read_json(place / MANIFEST)["holds"]
-        known = {MANIFEST, *holds}
+        known = {MANIFEST, *read_json(place / MANIFEST)["contents"]}
     except (OSError, ValueError, TypeError, KeyError):  # another kind of file; or written before manifests listed all files
         return None
     return next((name for name in _files_in(place) if name not in known), None)
@@ -379,7 +378,7 @@ def write_manifest(
         "format_version": FORMAT_VERSION,
         **content,
         "files": {name: known[name] for name in sorted(known)},
-        "holds": _files_in(directory),
+        "contents": _files_in(directory),
     }
     (directory / MANIFEST).write_text(sealed(body), encoding="utf-8")
 

@@ -21,6 +21,14 @@ if not torch.cuda.is_available():
 
 from nullspace import store
 
+# The files that take longest are begun first, so that no worker is left with one of them when the others have nothing to do.
+LONGEST = ("smollm2", "sharded", "distributed", "interrupted", "preservation", "checkpoint", "composition", "cli", "evaluation")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
