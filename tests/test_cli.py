@@ -8,11 +8,7 @@ import math
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -329,33 +325,6 @@ def test_inspect_names_the_damaged_file(tiny_checkpoint: Path, data: Path, tmp_p
     assert result.exit_code == 2
     assert victim.name in "".join(result.stderr.split())
     assert run("inspect", tmp_path / "nowhere").exit_code == 2
-
-
-def test_a_killed_init_leaves_no_result_and_the_rerun_sweeps_up(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "nullspace",
-        "init",
-        str(tiny_checkpoint),
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        *SMALL,
-        "-q",
-    ]
-    process = subprocess.Popen(command, cwd=tmp_path)
-    while process.poll() is None and not list(tmp_path.glob("out.*.part/new/adapter")):  # in the middle of writing
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    assert not out.exists()
-    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"data.txt", "out"}
-    assert len(NullSpaces.load(out / "spaces")) == 14
 
 
 def test_targets_are_a_list_unless_marked_as_an_expression() -> None:
