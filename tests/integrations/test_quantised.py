@@ -118,11 +118,12 @@ def close(kind: str, checkpoint: Path, found: torch.Tensor, wanted: torch.Tensor
 
     In 8 bits inputs are rounded, to float16 and then to one of 255 steps. An input that differs in its last bit may fall to the
     other side, which is a whole step. That happens to few of them; all of them are half a step off at worst as it is. What the
-    latter costs is the distance from the dequantised model, so a fifth of it is allowed.
+    latter costs is the distance from the dequantised model, so half of it is allowed:
+    one step in one input was 0.23 of it on one CPU, and none on another.
     """
     if kind != "int8":
         return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
-    return bool((found - wanted).norm() <= 0.2 * quantisation_noise(checkpoint, kind))
+    return bool((found - wanted).norm() <= 0.5 * quantisation_noise(checkpoint, kind))
 
 
 @functools.cache
