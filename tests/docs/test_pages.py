@@ -1,0 +1,123 @@
+"""Every command and snippet of README and docs, run as it stands, on a small model of the same architecture under the same name.
+
+In a page, the blocks of a language run in the order in which they stand:
+
+- `python`: in one namespace a page.
+- `console`: lines that begin with `$ nullspace`, by typer's runner.
+- `sh`: nothing but `make TARGET` and `pip install '.[EXTRA]'`, which are looked up, not run.
+- `text`, `json`: what is shown only.
+
+A block behind a line `*Not run by the tests: REASON.*` is not run; all of these are listed here, in `NOT_RUN`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from typer.testing import CliRunner
+
+from nullspace.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+RUN, LOOKED_UP, SHOWN = ("python", "console"), ("sh",), ("text", "json")
+# Page → the reasons for blocks that are not run.
+NOT_RUN = {
+    "docs/results.md": ["it trains for hours", "it needs the data sets of the tasks"],
+    "docs/several-gpus.md": ["it starts eight processes, one a GPU"],
+}
+COMMANDS = {"init", "inspect", "compute", "covariances", "merge", "export", "report", "plan"}
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+    not_run: str | None
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page."""
+    pattern = r"(?:^\*Not run by the tests: (.+?)\.\*\n\n)?^```(\w*)\n(.*?)^```$"
+    text = page.read_text(encoding="utf-8")
+    found = [Block(each[2], each[3], each[1]) for each in re.finditer(pattern, text, flags=re.MULTILINE | re.DOTALL)]
+    assert text.count("```") == 2 * len(found), f"{page}: a fence that is not read here"
+    return found
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The command lines of a `console` or `sh` block."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line.removeprefix("$ ")) for line in lines]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+WITH_CODE = [page for page in PAGES if any(b.language in RUN and b.not_run is None for b in blocks(page))]
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, prose: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the files that pages name."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_checkpoint, HUB_NAME)
+    for file, texts in (("facts.jsonl", prose[:4]), ("more.jsonl", prose[4:8])):
+        Path(file).write_text("\n".join(json.dumps({"question": "What is this?", "answer": [text]}) for text in texts))
+    rows = [{"prompt": "What is this?\n", "completion": text[:64]} for text in prose[8:16]]
+    Path("task.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:the texts fill")
+@pytest.mark.parametrize("page", WITH_CODE, ids=name)
+def test_blocks_of_a_page_run_in_order(page: Path, folder: Path) -> None:
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.not_run is not None or block.language not in RUN:
+            continue
+        if block.language == "python":
+            exec(compile(block.text, name(page), "exec"), names)
+            continue
+        for program, *arguments in commands(block):
+            assert program == "nullspace"
+            result = CliRunner().invoke(app, arguments)
+            assert result.exit_code == 0, (arguments, result.output)
+
+
+def test_every_block_is_run_or_looked_up_or_shown() -> None:
+    assert {
+        (name(page), b.language) for page in PAGES for b in blocks(page) if b.language not in (*RUN, *LOOKED_UP, *SHOWN)
+    } == set()
+
+
+def test_blocks_that_are_not_run() -> None:
+    reasons = {name(page): [b.not_run for b in blocks(page) if b.not_run is not None] for page in PAGES}
+    assert {page: found for page, found in reasons.items() if found} == NOT_RUN
+
+
+def test_every_command_of_the_command_line_is_shown() -> None:
+    shown = {line[1] for page in PAGES for b in blocks(page) if b.language == "console" for line in commands(b)}
+    assert shown >= COMMANDS
+
+
+def test_make_targets_and_extras_that_are_named_exist() -> None:
+    makefile, project = ((ROOT / file).read_text(encoding="utf-8") for file in ("Makefile", "pyproject.toml"))
+    for page in PAGES:
+        for block in blocks(page):
+            for line in commands(block) if block.language == "sh" and block.not_run is None else ():
+                if line[:2] == ["pip", "install"]:
+                    extras = re.fullmatch(r"\.\[([a-z,]+)\]", line[2])
+                    assert extras is not None, (name(page), line)
+                    assert all(re.search(rf"^{extra} = \[", project, flags=re.MULTILINE) for extra in extras[1].split(","))
+                else:
+                    program, target, *_ = line
+                    assert program == "make", (name(page), line)
+                    assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), (name(page), line)

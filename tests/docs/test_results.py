@@ -1,0 +1,65 @@
+"""The figures in README and in the page of results are those of the records in `benchmarks/results`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nullspace.fronts import Spread, at_equal_loss, knowledge_lost, read_study
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+LABELS = {
+    "LoRA-Null v2": "lora-null-v2", "CorDA-KPM": "corda-kpm", "`b-zero`": "b-zero", "LoRA-Null v1": "lora-null-v1",
+    "PiSSA": "pissa", "LoRA": "lora", "MiLoRA": "milora",
+}  # fmt: skip
+
+
+def rows(page: str) -> list[list[str]]:
+    """Cells of all rows of all tables of a page."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+def is_rounded(text: str, value: float) -> bool:
+    """Whether a number is a value, to the digits that it shows."""
+    digits = len(text.partition(".")[2])
+    return float(text.replace("−", "-")) == round(value, digits) or float(text) == float(f"{value:.2g}")
+
+
+def summary(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))["summary"]
+
+
+def test_what_methods_forget() -> None:
+    study = read_study(RESULTS / "preservation-cpu.jsonl")
+    assert study.base is not None
+    found: dict[str, list[Spread]] = {}
+    for row in at_equal_loss(study):
+        found.setdefault(row["variant"], []).append(row["forgetting"])
+    table = {row[0]: row[1:] for row in rows("docs/results.md") if row[0] in LABELS}
+    assert table.keys() == LABELS.keys()
+    for label, (early, late, dropped) in table.items():
+        variant = LABELS[label]
+        for cell, spread in zip((early, late), found[variant][-2:], strict=True):
+            mean, deviation = cell.split(" ± ")
+            assert is_rounded(mean, spread.mean), (label, cell, spread)
+            assert is_rounded(deviation, spread.deviation), (label, cell, spread)
+        if variant in study.dropped:
+            assert is_rounded(dropped, knowledge_lost(study.dropped[variant], study.base)), label
+        else:
+            assert dropped == ""
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_what_a_calibration_costs(page: str) -> None:
+    measured = [*(summary("layerwise-cpu.json")[name] for name in ("resident", "layerwise")), summary("peers-cpu.json")["corda"]]
+    shown = [row for row in rows(page) if len(row) == 3 and re.fullmatch(r"[\d.]+ ×", row[1])]
+    assert len(shown) == len(measured)
+    for (_, time, memory), known in zip(shown, measured, strict=True):
+        assert is_rounded(time.removesuffix(" ×"), known["time_over_forward"])
+        assert is_rounded(memory.partition(" GB")[0].replace("−", "-"), known["gb_above_forward"])
