@@ -20,9 +20,10 @@ import torch
 
 from benchmarks.environment import write_result
 from benchmarks.peers import RANK, checkpoint_of_demo_model
-from nullspace import Covariance, NullSpace, demo
+from nullspace import Covariance, NullSpace
+from nullspace.cli import demo
 from nullspace.integrations.transformers import PackedBatches, load_model
-from nullspace.sites import find_targets
+from nullspace.model.sites import find_targets
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from reference import leak, optimal_leak, recorded_inputs

@@ -38,7 +38,7 @@ def run_together(module: str, count: int, arguments: list[str], *, timeout: floa
 
     Each computes with one thread. If one fails or takes too long, all are ended, and the program with them.
     """
-    from nullspace.locks import temporary_folder
+    from nullspace.artifacts.locks import temporary_folder
 
     with temporary_folder() as folder, contextlib.ExitStack() as stack:
         processes, said = [], []

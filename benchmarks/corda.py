@@ -66,7 +66,7 @@ def runner(model: Any, batches: Any) -> Any:
 
 
 def run_variant(variant: str, mode: str, checkpoint: str) -> dict[str, Any]:
-    from nullspace.sites import find_targets
+    from nullspace.model.sites import find_targets
 
     model, batches = setup(checkpoint)
     config, run_model = configuration(mode, list(find_targets(model))), runner(model, batches)

@@ -63,7 +63,7 @@ def main() -> None:
     if options.run:
         print(json.dumps(run(options.run, options.tokens)))
         return
-    from nullspace.locks import temporary_folder
+    from nullspace.artifacts.locks import temporary_folder
 
     runs: list[dict[str, Any]] = []
     with temporary_folder() as folder:

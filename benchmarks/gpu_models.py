@@ -159,7 +159,7 @@ def run_variant(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     """One variant in this process."""
     import torch
 
-    from nullspace.locks import temporary_folder
+    from nullspace.artifacts.locks import temporary_folder
 
     cuda = options.device == "cuda"
     with temporary_folder() as folder, PeakMemory() as peak:
@@ -193,7 +193,7 @@ def forecasts(options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from benchmarks import shapes
-    from nullspace.plan import Workload, forecast
+    from nullspace.planning.plan import Workload, forecast
 
     said: dict[str, float] = {}
     for variant, (strategy, weights, hidden) in OURS.items():

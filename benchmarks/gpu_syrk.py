@@ -41,9 +41,9 @@ from benchmarks.environment import RESULTS, write_result  # noqa: E402
 from nullspace import Covariance, csrc_triton  # noqa: E402
 from nullspace.csrc_triton import naive, syrk_accumulate  # noqa: E402
 from nullspace.csrc_triton.tiles import Tiling, tiling_for  # noqa: E402
-from nullspace.sums_torch import full_precision_matmul  # noqa: E402
-from nullspace.sums_triton import TritonSums  # noqa: E402
-from nullspace.triangle import PANEL_ROWS, LowerTriangle  # noqa: E402
+from nullspace.moments.sums_torch import full_precision_matmul  # noqa: E402
+from nullspace.moments.sums_triton import TritonSums  # noqa: E402
+from nullspace.moments.triangle import PANEL_ROWS, LowerTriangle  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 WIDTHS = (4096, 11008, 14336, 28672) if GPU else (96, 300)

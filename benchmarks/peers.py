@@ -30,7 +30,7 @@ VARIANTS = ("forward", "nullspace", "corda")
 
 def setup(checkpoint: str) -> tuple[Any, Any]:
     """Model and batches: the same for every variant."""
-    from nullspace.demo import python_prose
+    from nullspace.cli.demo import python_prose
     from nullspace.integrations.transformers import PackedBatches, load_model
 
     model, tokenizer = load_model(checkpoint, device="cpu")
@@ -75,7 +75,7 @@ def corda(model: Any, batches: Any) -> dict[str, float]:
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
-    from nullspace.sites import find_targets
+    from nullspace.model.sites import find_targets
 
     config = LoraConfig(
         r=RANK,
@@ -109,7 +109,8 @@ def run_variant(variant: str, checkpoint: str) -> dict[str, Any]:
 
 def checkpoint_of_demo_model(folder: Path) -> str:
     """SmolLM2-135M as a float32 checkpoint: loading GGUF would drive the peak memory above anything that is measured."""
-    from nullspace import demo, store
+    from nullspace.artifacts import store
+    from nullspace.cli import demo
     from nullspace.integrations.transformers import load_model
 
     if not folder.exists():

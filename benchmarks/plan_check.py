@@ -26,7 +26,7 @@ def run(strategy: str, name: str, blocks: int | None, batch_size: int, length: i
 
     from benchmarks import shapes
     from nullspace import compute_null_spaces
-    from nullspace.plan import Rates, Workload, forecast
+    from nullspace.planning.plan import Rates, Workload, forecast
 
     workload = Workload(samples=2 * batch_size, length=length, batch_size=batch_size, rank=rank, device="cpu", weights="host")
     empty = shapes.empty(name, blocks=blocks, dtype=torch.float32)

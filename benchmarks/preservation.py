@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 from benchmarks import evaluation
 from benchmarks.children import run_child
 from benchmarks.environment import environment, write_result
-from nullspace import fronts
+from nullspace.reporting import study as fronts
 
 ADAPTERS = "runs"
 # What a data set is called in a folder of files (--data), and on the hub.
@@ -273,7 +273,8 @@ def load_model(settings: Settings) -> tuple[Any, Any]:
 
 def prepare(settings: Settings, out: Path, methods: Iterable[str]) -> None:
     """The base's scores and the calibration, once a study."""
-    from nullspace import Covariances, NullSpaces, checkpoint, compute_covariances
+    from nullspace import Covariances, NullSpaces, compute_covariances
+    from nullspace.artifacts import checkpoint
     from nullspace.integrations.transformers import PackedBatches, load_texts
 
     lines = Lines(out / fronts.RESULTS)
@@ -303,7 +304,7 @@ def wrap(model: Any, variant: Variant, seed: int, settings: Settings, out: Path)
 
     from nullspace import Covariances, NullSpaces
     from nullspace.integrations.peft import inject_adapters
-    from nullspace.sites import find_targets
+    from nullspace.model.sites import find_targets
 
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.rank, target_modules=sorted(find_targets(model)), task_type="CAUSAL_LM"
@@ -329,7 +330,7 @@ def train(peft_model: Any, tokenizer: Any, data: Data, settings: Settings, rate:
     import torch
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
-    from nullspace.locks import temporary_folder
+    from nullspace.artifacts.locks import temporary_folder
 
     on_gpu = next(peft_model.parameters()).is_cuda
     with temporary_folder() as folder:
@@ -459,9 +460,10 @@ def difference(ours: Sequence[fronts.Record], theirs: Sequence[fronts.Record]) -
 
 def write_report(settings: Settings, out: Path, rates: Sequence[float], seed: int) -> Path:
     """OUT/report.html: the study, and the layers before and after training at the middle learning rate."""
-    from nullspace import Covariances, NullSpaces, analysis, report
+    from nullspace import Covariances, NullSpaces, analysis
     from nullspace.integrations.peft import read_course
-    from nullspace.sites import find_targets
+    from nullspace.model.sites import find_targets
+    from nullspace.reporting import page as report
 
     study = fronts.read_study(out / fronts.RESULTS)
     rate = sorted(rates)[len(rates) // 2]

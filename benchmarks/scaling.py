@@ -261,9 +261,9 @@ def rate(seconds_a_byte: float) -> float:
 
 def fitted(runs: Runs, settings: Mapping[str, Any], cores: int) -> Any:
     """The machine as a `Cluster`, of every other width; forward, sums and eigenproblems are not in it yet."""
-    from nullspace.plan import Rates
-    from nullspace.scaling import Cluster, Gloo, site_bytes
-    from nullspace.triangle import PANEL_ROWS
+    from benchmarks.scaling_model import Cluster, Gloo, site_bytes
+    from nullspace.moments.triangle import PANEL_ROWS
+    from nullspace.planning.plan import Rates
 
     widths, several = settings["widths"][::2], [n for n in COUNTS if n > 1]
     points = [(n, max(1.0, n / cores), d, site_bytes(d)) for n in several for d in widths]
@@ -297,9 +297,9 @@ def summarise(runs: Runs, settings: Mapping[str, Any], cores: int) -> dict[str, 
     import torch
 
     from benchmarks import shapes
-    from nullspace.plan import Workload, decomposition_cost
-    from nullspace.scaling import cost, site_bytes
-    from nullspace.survey import Survey
+    from benchmarks.scaling_model import cost, site_bytes
+    from nullspace.planning.plan import Workload, decomposition_cost
+    from nullspace.planning.survey import Survey
 
     cluster = fitted(runs, settings, cores)
     network = cluster.network

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nullspace.plan import Workload, forecast
-from nullspace.scaling import Chain, Cluster, Cost, cost, h100, site_bytes, worth_having
-from nullspace.survey import Survey
-from nullspace.triangle import PANEL_ROWS
+from benchmarks.scaling_model import Chain, Cluster, Cost, cost, h100, site_bytes, worth_having
+from nullspace.moments.triangle import PANEL_ROWS
+from nullspace.planning.plan import Workload, forecast
+from nullspace.planning.survey import Survey
 
 RANKS = (8, 64, 1024)
 WORK = Workload(samples=256, length=2048, batch_size=1, rank=128)

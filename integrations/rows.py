@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nullspace.schema import shown
+from nullspace.checks import shown
 
 Row = Mapping[str, Any]
 TEXTS = (".txt", ".md")

@@ -18,12 +18,12 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from nullspace.blocks import marked_blocks
+from nullspace.artifacts.locks import TemporaryFolder
+from nullspace.artifacts.records import read_json
 from nullspace.checks import check_device, check_integer
 from nullspace.integrations.rows import KNOWN_FIELDS, TEXTS, as_text, check_is_there, fields_of, paragraphs, rows_of, text_of
-from nullspace.locks import TemporaryFolder
-from nullspace.sites import is_linear
-from nullspace.store import read_json
+from nullspace.model.blocks import marked_blocks
+from nullspace.model.linear import is_linear
 
 
 def load_model(

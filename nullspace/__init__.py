@@ -3,16 +3,29 @@
 >>> from nullspace import compute_null_spaces
 >>> spaces = compute_null_spaces(model, loader, rank=128)                                       # doctest: +SKIP
 
-One calibration pass sums the second moment of every linear layer's input, its bottom eigenvectors are directions that the
-layer hardly hears, and an adapter that lives there can be trained without disturbing what the model knows
+One calibration pass sums the second moment of every linear layer's input. Its bottom eigenvectors are the directions that these
+inputs hardly take, and an adapter that reads only these can be trained without disturbing what the model knows
 (LoRA-Null, arXiv 2503.02659).
+
+Names and submodules are imported when they are first used: `import nullspace` does not import torch.
 """
 
-from nullspace.covariance import Covariance
-from nullspace.covariances import Covariances, compute_covariances
-from nullspace.sites import Site
-from nullspace.spaces import NullSpace, NullSpaces, compute_null_spaces
-from nullspace.stream import stream_covariances
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nullspace.artifacts.covariances import Covariances
+    from nullspace.artifacts.null_space import NullSpace
+    from nullspace.artifacts.spaces import NullSpaces
+    from nullspace.calibration.covariances import compute_covariances
+    from nullspace.calibration.null_spaces import compute_null_spaces
+    from nullspace.calibration.stream import stream_covariances
+    from nullspace.model.sites import Site
+    from nullspace.moments.covariance import Covariance
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Covariance",
@@ -20,7 +33,34 @@ __all__ = [
     "NullSpace",
     "NullSpaces",
     "Site",
+    "__version__",
     "compute_covariances",
     "compute_null_spaces",
     "stream_covariances",
 ]
+
+_MODULES = {
+    "Covariance": "moments.covariance",
+    "Covariances": "artifacts.covariances",
+    "NullSpace": "artifacts.null_space",
+    "NullSpaces": "artifacts.spaces",
+    "Site": "model.sites",
+    "compute_covariances": "calibration.covariances",
+    "compute_null_spaces": "calibration.null_spaces",
+    "stream_covariances": "calibration.stream",
+}
+_SUBMODULES = ("analysis", "cli", "csrc_triton", "distributed", "factors", "integrations", "methods", "solvers")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -18,16 +18,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from nullspace import solvers, store
-from nullspace.covariance import Covariance
-from nullspace.covariances import Covariances
-from nullspace.decompose import decompose
+from nullspace import solvers
+from nullspace.artifacts import identity
+from nullspace.artifacts.covariances import Covariances
+from nullspace.artifacts.null_space import NullSpace
+from nullspace.artifacts.spaces import NullSpaces
 from nullspace.factors import LowRank
-from nullspace.places import Place, is_attention, places
+from nullspace.model.layer_names import Place, is_attention, places
+from nullspace.model.linear import is_conv1d, weight_shape
+from nullspace.model.sites import Site
+from nullspace.model.weights import tensor_of
+from nullspace.moments.covariance import Covariance
 from nullspace.progress import Progress, reporter
-from nullspace.sites import Site, is_conv1d, weight_shape
-from nullspace.spaces import NullSpace, NullSpaces
-from nullspace.weights import tensor_of
+from nullspace.solvers.together import decompose
 
 Row = dict[str, Any]
 
@@ -488,7 +491,7 @@ def _check_modules(
 
 def _weight(name: str, module: nn.Module) -> torch.Tensor:
     weight = tensor_of(module, "weight")
-    if store.fingerprint(weight) is None:
+    if identity.fingerprint(weight) is None:
         raise ValueError(f"the weight of {name!r} is quantised or sharded: its values are not at hand")
     return weight.detach().mT if is_conv1d(module) else weight.detach()
 

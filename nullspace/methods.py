@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from nullspace import factors
+from nullspace.artifacts.covariances import Covariances
+from nullspace.artifacts.sitewise import Sitewise
+from nullspace.artifacts.spaces import NullSpaces
 from nullspace.checks import FRACTION, NOT_NEGATIVE, POSITIVE, Range, check_integer, check_real
-from nullspace.covariance import Covariance
-from nullspace.covariances import Covariances
-from nullspace.directions import Directions
 from nullspace.factors import LowRank
-from nullspace.sites import weight_shape
-from nullspace.sitewise import Sitewise
-from nullspace.spaces import NullSpaces
+from nullspace.model.linear import weight_shape
+from nullspace.moments.covariance import Covariance
+from nullspace.moments.directions import Directions
 
 
 @dataclass(frozen=True)

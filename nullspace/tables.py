@@ -6,33 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nullspace.covariances import Covariances
-    from nullspace.spaces import NullSpaces
+    pass
 
 Row = dict[str, Any]
-
-
-def rows(spaces: NullSpaces) -> list[Row]:
-    """One plain dictionary a site, in the model's order: JSON as it is."""
-    return [
-        {
-            "site": site.name,
-            "members": list(site.members),
-            "d_in": site.d_in,
-            "tokens": space.tokens,
-            "rank": space.rank,
-            "leak": space.leak,
-            "gap": space.gap,
-            "outliers": space.outliers,
-            "precision": space.precision,
-            "excess_estimate": space.excess_estimate,
-            "excess_bound": space.excess_bound,
-            "nullity": space.nullity,
-            "effective_rank": space.effective_rank,
-        }
-        for site in spaces.sites
-        for space in [spaces[site.name]]
-    ]
 
 
 def _printable(name: str) -> str:
@@ -56,24 +32,6 @@ def cells(row: Row) -> dict[str, str]:
     if row["effective_rank"] is not None:
         shown["effective rank"] = f"{row['effective_rank']:.1f}"
     return shown
-
-
-def covariance_rows(covariances: Covariances) -> list[Row]:
-    """One plain dictionary a site, of second moments."""
-    return [
-        {
-            "site": site.name,
-            "members": list(site.members),
-            "d_in": site.d_in,
-            "tokens": found.tokens,
-            "mass": found.mass,
-            "trace": found.trace,
-            "outliers": found.outliers,
-            "precision": found.products,
-        }
-        for site in covariances.sites
-        for found in [covariances[site.name]]
-    ]
 
 
 def covariance_cells(row: Row) -> dict[str, str]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from models import random_batches, tiny
 from nullspace import Covariances, NullSpaces, compute_null_spaces, stream_covariances
+from nullspace.artifacts.identity import weights_of
 from nullspace.methods import METHODS
-from nullspace.sites import find_targets
-from nullspace.sitewise import weights_of
+from nullspace.model.sites import find_targets
 
 RANK = 8
 

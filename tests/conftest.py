@@ -19,7 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from nullspace import store
+from nullspace.artifacts import store
 
 # The files that take longest are begun first, so that no worker is left with one of them when the others have nothing to do.
 LONGEST = ("smollm2", "sharded", "distributed", "interrupted", "preservation", "checkpoint", "composition", "cli", "evaluation")
@@ -100,6 +100,6 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prose() -> list[str]:
     """Real English that every CPython carries."""
-    from nullspace.demo import python_prose
+    from nullspace.cli.demo import python_prose
 
     return python_prose()

@@ -22,9 +22,6 @@ import torch.distributed as dist
 import transformers
 
 # The server that all processes are forked from imports these once for all of them.
-import nullspace.cli
-import nullspace.integrations.peft
-import nullspace.report  # noqa: F401
 from models import tiny
 from patience import wait_for
 

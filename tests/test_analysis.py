@@ -15,8 +15,8 @@ from models import random_batches, tiny
 from nullspace import Covariance, Covariances, NullSpaces, Site, analysis, solvers
 from nullspace.analysis import INITIAL, Course, State
 from nullspace.factors import LowRank, lora_null
-from nullspace.places import is_attention, places
-from nullspace.sites import find_targets
+from nullspace.model.layer_names import is_attention, places
+from nullspace.model.sites import find_targets
 
 TOKENS, D_IN, D_OUT, R = 300, 40, 24, 6
 

@@ -15,13 +15,14 @@ from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig, EvaConfig
 
 from models import random_batches, tiny
-from nullspace import Covariance, NullSpace, NullSpaces, compute_covariances, compute_null_spaces, factors, plan, solvers
+from nullspace import Covariance, NullSpace, NullSpaces, compute_covariances, compute_null_spaces, factors, solvers
+from nullspace.calibration.stream import stream_covariances
 from nullspace.checks import check_device
 from nullspace.integrations.peft import inject_adapters, write_init
 from nullspace.integrations.peft.corda import preprocess_corda
 from nullspace.integrations.peft.eva import get_eva_state_dict
 from nullspace.integrations.transformers import PackedBatches, load_model
-from nullspace.stream import stream_covariances
+from nullspace.planning import plan
 
 W, C = torch.randn(12, 10, dtype=torch.float64), torch.eye(10, dtype=torch.float64)
 

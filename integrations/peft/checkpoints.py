@@ -11,7 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from nullspace import store
+from nullspace.artifacts import identity, records
 from nullspace.integrations.peft.files import init_around
 
 
@@ -67,7 +67,7 @@ def local_folder(name: str) -> Path | None:
 def read_config(folder: Path) -> dict[str, Any]:
     """A model's `config.json`; empty if there is none that can be read."""
     try:
-        config = store.read_json(folder / "config.json")
+        config = records.read_json(folder / "config.json")
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
@@ -94,7 +94,7 @@ def mark_of(folder: Path) -> dict[str, Any] | None:
             weight = file.get_tensor(name).reshape(-1)
             try:
                 shown = torch.tensor(mark["values"], dtype=torch.float32)
-                return mark if store.same_fingerprint(shown, weight[torch.tensor(mark["at"])].float()) else None
+                return mark if identity.same_fingerprint(shown, weight[torch.tensor(mark["at"])].float()) else None
             except (KeyError, TypeError, ValueError, IndexError, RuntimeError):
                 return None
     return mark
@@ -115,8 +115,10 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _fingerprints(folder: Path, names: Collection[str]) -> dict[str, torch.Tensor | None]:
     wanted = set(names)
-    return {name: store.fingerprint(file.get_tensor(name)) for file in _files(folder) for name in wanted.intersection(file.keys())}
+    return {
+        name: identity.fingerprint(file.get_tensor(name)) for file in _files(folder) for name in wanted.intersection(file.keys())
+    }
 
 
 def _alike(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is None or b is None or store.same_fingerprint(a, b)
+    return a is None or b is None or identity.same_fingerprint(a, b)

@@ -23,22 +23,24 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from nullspace import solvers, store
-from nullspace.batches import evaluating, parameter_names
-from nullspace.covariance import Covariance
-from nullspace.decompose import decompose
-from nullspace.directions import Directions
+from nullspace import solvers
+from nullspace.artifacts import records, store
+from nullspace.artifacts.locks import locked
+from nullspace.calibration.listening import Listener, leave_out_silent, listening
 from nullspace.factors import CORDA_MODES, DAMPING, ZERO
 from nullspace.integrations.peft.fit import refuse_other_layers
 from nullspace.integrations.peft.layers import RESIDUAL_DTYPES, check_scaling, chosen_layers, rank_of
-from nullspace.listening import Listener, leave_out_silent, listening
-from nullspace.locks import locked
 from nullspace.methods import spared
-from nullspace.padding import Padding, PaddingReader, TokenRows
+from nullspace.model.batches import evaluating, parameter_names
+from nullspace.model.linear import is_conv1d, is_linear, weight_of, weight_shape
+from nullspace.model.padding import Padding, PaddingReader, TokenRows
+from nullspace.model.sites import Site, Targets
+from nullspace.model.weights import refuse_meta
+from nullspace.model.wrappers import named_modules, unwrap, without_graphs
+from nullspace.moments.covariance import Covariance
+from nullspace.moments.directions import Directions
 from nullspace.progress import reporter
-from nullspace.sites import Site, Targets, is_conv1d, is_linear, weight_of, weight_shape
-from nullspace.weights import refuse_meta
-from nullspace.wrappers import named_modules, unwrap, without_graphs
+from nullspace.solvers.together import decompose
 
 # What a tensor in one of the two files may be.
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -290,7 +292,7 @@ def _path(name: str | os.PathLike[str] | None) -> Path | None:
 
 def _is_there(path: Path) -> bool:
     if path.exists():
-        store.check_regular(path)
+        records.check_regular(path)
     return path.exists() and path.stat().st_size > 0
 
 

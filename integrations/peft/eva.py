@@ -37,16 +37,18 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from nullspace import factors, solvers
-from nullspace.batches import evaluating, length
-from nullspace.covariance import Covariance
-from nullspace.directions import Directions, noise_of
+from nullspace.calibration.listening import Listener, leave_out_silent, listening
+from nullspace.distributed.loaders import length
 from nullspace.integrations.peft.layers import check_scaling, chosen_layers, rank_of
-from nullspace.listening import Listener, leave_out_silent, listening
-from nullspace.padding import Padding, PaddingReader, TokenRows
+from nullspace.model.batches import evaluating
+from nullspace.model.linear import is_linear
+from nullspace.model.padding import Padding, PaddingReader, TokenRows
+from nullspace.model.sites import Site, Targets
+from nullspace.model.weights import refuse_meta
+from nullspace.model.wrappers import unwrap
+from nullspace.moments.covariance import Covariance
+from nullspace.moments.directions import Directions, noise_of
 from nullspace.progress import Progress, reporter
-from nullspace.sites import Site, Targets, is_linear
-from nullspace.weights import refuse_meta
-from nullspace.wrappers import unwrap
 
 # Layers that PEFT adapts and EVA does not start.
 NOT_STARTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from nullspace import store
-from nullspace.distributed import written_once
+from nullspace.artifacts import records, store
+from nullspace.artifacts.locks import temporary_folder
+from nullspace.artifacts.together import written_once
 from nullspace.integrations.peft.cards import write_card
 from nullspace.integrations.peft.checkpoints import is_residual, mark_of, what_differs
 from nullspace.integrations.peft.files import (
@@ -29,8 +30,7 @@ from nullspace.integrations.peft.files import (
     save_adapter,
     scaling_of,
 )
-from nullspace.locks import temporary_folder
-from nullspace.wrappers import unwrap, unwrapped
+from nullspace.model.wrappers import unwrap, unwrapped
 
 # ‖B A‖ over ‖B‖ ‖A‖, below which an adapter that starts so has left its base alone.
 ORTHOGONAL = 1e-6
@@ -115,9 +115,9 @@ def export_lora(
     def write() -> None:
         with store.new_directory(out, overwrite=overwrite) as part:
             (part / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            store.write_tensors(part / ADAPTER_WEIGHTS, _plain_tensors(now, start, layers, rank))
+            records.write_tensors(part / ADAPTER_WEIGHTS, _plain_tensors(now, start, layers, rank))
             write_card(part, "export", facts, base)
-            store.write_manifest(part, "export", facts, files=(ADAPTER_WEIGHTS,))
+            records.write_manifest(part, "export", facts, files=(ADAPTER_WEIGHTS,))
 
     written_once(out, write)
     if holds:

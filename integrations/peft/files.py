@@ -16,16 +16,16 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from nullspace import store
 from nullspace.analysis import Course, State
+from nullspace.artifacts import records
+from nullspace.artifacts.spaces import NullSpaces
+from nullspace.checks import an_object, check_fields, finite, flag, map_of, optional, or_none, text, whole
 from nullspace.distributed import Job
 from nullspace.factors import LowRank
-from nullspace.parts import whole as gathered
-from nullspace.schema import an_object, check_fields, finite, flag, map_of, optional, or_none, text, whole
-from nullspace.sharded import class_of, is_spread, prepare_to_gather
-from nullspace.sites import weight_of
-from nullspace.spaces import NullSpaces
-from nullspace.wrappers import named_modules, unwrap
+from nullspace.model.linear import weight_of
+from nullspace.model.sharded import class_of, is_spread, prepare_to_gather
+from nullspace.model.sharded_tensors import whole as gathered
+from nullspace.model.wrappers import named_modules, unwrap
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -104,7 +104,7 @@ def read_adapter(directory: Path) -> Adapter:
     path = directory / ADAPTER_CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: {directory} is not a PEFT adapter")
-    config = store.read_json(path)
+    config = records.read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{path} does not describe a LoRA adapter")
     check_fields(config, _CONFIG_FIELDS, path)
@@ -113,7 +113,7 @@ def read_adapter(directory: Path) -> Adapter:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{path}: {pattern!r} in a pattern is no regular expression: {error}") from error
-    tensors = store.load_tensors(directory / ADAPTER_WEIGHTS)
+    tensors = records.load_tensors(directory / ADAPTER_WEIGHTS)
     _check_tensors(tensors, directory / ADAPTER_WEIGHTS)
     return Adapter(directory, config, tensors)
 
@@ -194,7 +194,7 @@ def init_around(directory: Path) -> dict[str, Any] | None:
         ValueError: naming the file, if it is damaged.
     """
     parent = Path(os.path.abspath(directory)).parent
-    return read_init(parent) if store.kind_of(parent) == "init" else None
+    return read_init(parent) if records.kind_of(parent) == "init" else None
 
 
 def read_init(directory: Path) -> dict[str, Any]:
@@ -203,9 +203,9 @@ def read_init(directory: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming the file, if it is damaged.
     """
-    init = store.read_manifest(directory, "init", _INIT_FIELDS)
+    init = records.read_manifest(directory, "init", _INIT_FIELDS)
     if init.get("leak") is not None:
-        check_fields(init["leak"], _LEAK_FIELDS, f"{directory / store.MANIFEST}: leak")
+        check_fields(init["leak"], _LEAK_FIELDS, f"{directory / records.MANIFEST}: leak")
     return init
 
 

@@ -15,8 +15,9 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from nullspace.integrations.peft.shell import without_weights
-from nullspace.sites import Targets, is_linear, weight_of, weight_shape
-from nullspace.wrappers import unwrapped
+from nullspace.model.linear import is_linear, weight_of, weight_shape
+from nullspace.model.sites import Targets
+from nullspace.model.wrappers import unwrapped
 
 
 def fit_config(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraConfig:

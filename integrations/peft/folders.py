@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nullspace import checkpoint, store
+from nullspace.artifacts import checkpoint, records, store
 from nullspace.integrations.peft import cards
 from nullspace.integrations.peft.checkpoints import is_residual, mark_of
 from nullspace.integrations.peft.export import A_WEIGHT, contents, described, vllm_rank
@@ -62,7 +62,7 @@ def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory")
-    if store.kind_of(directory) == "init":
+    if records.kind_of(directory) == "init":
         init = read_init(directory)
         facts = _adapter(directory / "adapter")
         return {
@@ -78,10 +78,10 @@ def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
         return _model(directory)
     if (directory / checkpoint.RUN).is_file():
         note = "What an interrupted run has finished: the same command goes on behind it."
-        facts = {"directory": str(directory), "kind": "checkpoint", "run": store.read_json(directory / checkpoint.RUN)}
+        facts = {"directory": str(directory), "kind": "checkpoint", "run": records.read_json(directory / checkpoint.RUN)}
         return {**facts, "sites_finished": checkpoint.sites_in(directory), "notes": [note]}
     raise ValueError(
-        f"{directory} holds nothing that is known here: neither {store.MANIFEST}, {ADAPTER_CONFIG} nor {MODEL_CONFIG} is in it"
+        f"{directory} holds nothing that is known here: neither {records.MANIFEST}, {ADAPTER_CONFIG} nor {MODEL_CONFIG} is in it"
     )
 
 
@@ -132,7 +132,7 @@ def base_of(adapter: Adapter) -> Base:
     """The base of an adapter: the one beside it, if both are in one init, else the one that its configuration names."""
     named = adapter.config.get("base_model_name_or_path")
     folder = Path(os.path.abspath(adapter.path))
-    if store.kind_of(folder) == "export":
+    if records.kind_of(folder) == "export":
         return Base(named, _folder(named), False, None)
     init = init_around(folder)
     beside = folder.parent / "base"
@@ -164,7 +164,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
     init = base.init or {}
     return {
         "directory": str(directory),
-        "kind": "export" if store.kind_of(directory) == "export" else "adapter",
+        "kind": "export" if records.kind_of(directory) == "export" else "adapter",
         "base": base.named,
         "base_kind": {True: "residual", False: "untouched", None: "unknown"}[base.residual],
         "base_found": None if base.place is None else str(base.place),

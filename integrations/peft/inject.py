@@ -17,10 +17,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from nullspace import residual as residual_base
-from nullspace import store
-from nullspace.covariances import Covariances
-from nullspace.distributed import Job, written_once
+from nullspace.artifacts import records, store
+from nullspace.artifacts import residual as residual_base
+from nullspace.artifacts.covariances import Covariances
+from nullspace.artifacts.residual import Change
+from nullspace.artifacts.spaces import NullSpaces
+from nullspace.artifacts.together import written_once
+from nullspace.distributed import Job
 from nullspace.factors import DAMPING
 from nullspace.integrations.peft.cards import CARD, name_base, write_card, write_cards
 from nullspace.integrations.peft.files import init_record, located, read_adapter, save_adapter
@@ -40,14 +43,12 @@ from nullspace.integrations.peft.layers import (
 )
 from nullspace.integrations.peft.shell import saving_here
 from nullspace.integrations.peft.watch import warn_of_dropout, watch
-from nullspace.memory import free_on_host
 from nullspace.methods import METHODS, Sources, check_method, check_sources
-from nullspace.parts import is_sharded, local_parts, whole, write
-from nullspace.residual import Change
-from nullspace.sharded import has_engine, is_spread, is_tensor_parallel, prepare_to_gather, shown_whole
-from nullspace.sites import weight_of
-from nullspace.spaces import NullSpaces
-from nullspace.wrappers import unwrap, unwrapped
+from nullspace.model.linear import weight_of
+from nullspace.model.sharded import has_engine, is_spread, is_tensor_parallel, prepare_to_gather, shown_whole
+from nullspace.model.sharded_tensors import is_sharded, local_parts, whole, write
+from nullspace.model.wrappers import unwrap, unwrapped
+from nullspace.planning.memory import free_on_host
 
 # In the place of the base's name, as nothing that could be loaded.
 UNSAVED = "(residual of {}: call save_init)"
@@ -135,7 +136,7 @@ def inject_adapters(
     """
     model = unwrap(model)
     job = Job() if is_spread(model) else Job.alone()
-    with job.telling(), unwrapped(model):
+    with job.sharing_errors(), unwrapped(model):
         return _inject(
             model,
             config,
@@ -294,7 +295,7 @@ def save_init(
     residual = place == "base"
     base: Any = peft_model.get_base_model()
     adapter = peft_model.active_adapter
-    config = peft_model.peft_config[adapter]
+    config: Any = peft_model.peft_config[adapter]
     original = located(config.base_model_name_or_path)
     place_of_base = os.path.abspath(out / "base") if residual else original
     facts = init_record(base, getattr(base, "name_or_path", None), peft_model.nullspace_method, config, place, spaces, record)
@@ -316,7 +317,7 @@ def save_init(
                 if tokenizer is not None:
                     tokenizer.save_pretrained(part / "base")
             write_cards(part, facts)
-            store.write_manifest(part, "init", facts)
+            records.write_manifest(part, "init", facts)
 
     written_once(out, write)
     config.base_model_name_or_path = place_of_base

@@ -18,21 +18,23 @@ from peft.utils.integrations import dequantize_bnb_weight
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from nullspace import store
+from nullspace.artifacts import identity
+from nullspace.artifacts.identity import Weight, weights_of
+from nullspace.artifacts.locks import temporary_folder
+from nullspace.artifacts.residual import described, residual_mark
+from nullspace.artifacts.sitewise import Sitewise
+from nullspace.artifacts.spaces import NullSpaces
+from nullspace.calibration.listening import unlike_linear
 from nullspace.checks import check_integer, check_real
 from nullspace.distributed import Job
 from nullspace.integrations.peft.fit import fit_config
 from nullspace.integrations.peft.shell import on_disk, plan_base, without_weights
-from nullspace.listening import unlike_linear
-from nullspace.locks import temporary_folder
 from nullspace.methods import METHODS, Layer, Sources, check_rank
-from nullspace.parts import is_sharded, shape_of
-from nullspace.residual import described, residual_mark
-from nullspace.sites import Targets, find_targets, is_conv1d, is_linear, weight_of, weight_shape
-from nullspace.sitewise import Sitewise, Weight, weights_of
-from nullspace.spaces import NullSpaces
-from nullspace.weights import restore_layout
-from nullspace.wrappers import unwrapped
+from nullspace.model.linear import is_conv1d, is_linear, weight_of, weight_shape
+from nullspace.model.sharded_tensors import is_sharded, shape_of
+from nullspace.model.sites import Targets, find_targets
+from nullspace.model.weights import restore_layout
+from nullspace.model.wrappers import unwrapped
 
 RESIDUAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Where the product that an adapter starts with is taken away again.
@@ -127,7 +129,7 @@ def _has_values(layer: nn.Module) -> bool:
     weight = weight_of(layer)
     if is_sharded(weight):  # quantised ones are packed
         return weight.is_floating_point() and sorted(shape_of(weight)) == sorted(weight_shape(layer))
-    return store.fingerprint(weight) is not None
+    return identity.fingerprint(weight) is not None
 
 
 def _is_bitsandbytes(layer: nn.Module) -> bool:

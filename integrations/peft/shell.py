@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from nullspace.parts import is_sharded, shape_of
-from nullspace.sharded import plain_classes
+from nullspace.model.sharded import plain_classes
+from nullspace.model.sharded_tensors import is_sharded, shape_of
 
 BASE_WEIGHTS = "model{suffix}.safetensors"
 # Where transformers keeps which ranks a model is spread over.

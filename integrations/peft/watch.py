@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from nullspace import residual
+from nullspace.artifacts import residual
 from nullspace.integrations.peft.layers import SUBTRACTED, lora_layers
 
 INSTEAD = (
@@ -50,7 +50,7 @@ def watch(peft_model: PeftModel, adapter: str, place: str) -> None:
         adapter: its name.
         place: what `check_servable` said.
     """
-    layer = next(iter(lora_layers(peft_model, adapter).values()), None)
+    layer: Any = next(iter(lora_layers(peft_model, adapter).values()), None)
     if layer is None or place not in ("base", "adapter") or any(_is_ours(hook) for hook in layer._forward_hooks.values()):
         return
     # PEFT sets all layers alike. It has let its own hooks choose adapters by the row when forward hooks are called.

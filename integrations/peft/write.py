@@ -17,9 +17,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
 
-from nullspace import store
-from nullspace.covariances import Covariances
-from nullspace.distributed import Job, written_once
+from nullspace.artifacts import records, store
+from nullspace.artifacts.covariances import Covariances
+from nullspace.artifacts.locks import temporary_folder
+from nullspace.artifacts.residual import Change, change_of, mark_file
+from nullspace.artifacts.spaces import NullSpaces
+from nullspace.artifacts.together import written_once
+from nullspace.distributed import Job
 from nullspace.factors import DAMPING
 from nullspace.integrations.peft.cards import write_cards
 from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, init_record, located, save_adapter
@@ -35,15 +39,12 @@ from nullspace.integrations.peft.layers import (
 )
 from nullspace.integrations.peft.shell import BASE_WEIGHTS, BasePlan, on_disk, plan_base, saving_here, without_weights
 from nullspace.integrations.peft.watch import warn_of_dropout
-from nullspace.locks import temporary_folder
 from nullspace.methods import METHODS, Sources, check_method, check_sources
+from nullspace.model.linear import weight_of
+from nullspace.model.sharded import is_spread, prepare_to_gather
+from nullspace.model.weights import execution_device, tensor_of
+from nullspace.model.wrappers import unwrap, unwrapped
 from nullspace.progress import Progress, reporter
-from nullspace.residual import Change, change_of, mark_file
-from nullspace.sharded import is_spread, prepare_to_gather
-from nullspace.sites import weight_of
-from nullspace.spaces import NullSpaces
-from nullspace.weights import execution_device, tensor_of
-from nullspace.wrappers import unwrap, unwrapped
 
 # What `save_pretrained` puts into one file at the most, by default.
 SHARD_BYTES = 50 * 10**9
@@ -96,7 +97,7 @@ def write_init(
     """
     model = unwrap(model)
     job = Job() if is_spread(model) else Job.alone()
-    with job.telling(), unwrapped(model):
+    with job.sharing_errors(), unwrapped(model):
         given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, seed=random_seed(method))
 
         def write() -> None:
@@ -184,7 +185,7 @@ def _write(
             if given.spaces is not None:
                 given.spaces.write(part / "spaces")
             shutil.copytree(plans, part, dirs_exist_ok=True)
-            with store.TensorFile(part / "adapter" / ADAPTER_WEIGHTS, of_adapter.tensors, of_adapter.metadata) as adapter_file:
+            with records.TensorFile(part / "adapter" / ADAPTER_WEIGHTS, of_adapter.tensors, of_adapter.metadata) as adapter_file:
                 if base is None:
                     rests = {f"{name}.weight": adapt(name) for name in layers}
                     if residual:
@@ -199,7 +200,7 @@ def _write(
                 tokenizer.save_pretrained(part / "base")
             facts = init_record(model, original, method, config, place, given.spaces, record)
             write_cards(part, facts)
-            store.write_manifest(part, "init", facts)
+            records.write_manifest(part, "init", facts)
         report("adapters", done, len(layers), 0)
     given.directions.warn(f"method {method!r}", stacklevel=3)
     job.exchange(None)
@@ -266,7 +267,7 @@ def _write_base(
     """The weights of the residual model, read, changed and written one by one; `targets` maps tensor names to layers."""
     split = _files(plan, max_shard_bytes)
     for filename, keys in split.filename_to_tensors.items():
-        with store.TensorFile(folder / filename, {key: plan.tensors[key] for key in keys}, plan.metadata) as file:
+        with records.TensorFile(folder / filename, {key: plan.tensors[key] for key in keys}, plan.metadata) as file:
             for key in keys:
                 name = plan.names[key]
                 value = adapt(targets[name]) if name in targets else fetch(name)

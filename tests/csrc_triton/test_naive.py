@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nullspace.csrc_triton.naive import syrk_accumulate
-from nullspace.triangle import PANEL_ROWS, LowerTriangle
+from nullspace.moments.triangle import PANEL_ROWS, LowerTriangle
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 

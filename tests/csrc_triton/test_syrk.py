@@ -17,8 +17,8 @@ import tensor_core
 from inputs import activations, randn, small_integers
 from nullspace.csrc_triton import naive, syrk_accumulate, syrk_accumulate_rows
 from nullspace.csrc_triton.tiles import HALF, HALF_DEFAULT, SINGLE, Tiling
+from nullspace.moments.triangle import PANEL_ROWS, LowerTriangle
 from nullspace.solvers import bottom_eigenpairs
-from nullspace.triangle import PANEL_ROWS, LowerTriangle
 from reference import entrywise_error, excess_leak
 
 pytest.importorskip("triton")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nullspace.csrc_triton.tiles import GROUP, triangle_tiles
-from nullspace.triangle import PANEL_ROWS, LowerTriangle
+from nullspace.moments.triangle import PANEL_ROWS, LowerTriangle
 
 CPU = torch.device("cpu")
 ORDERS = [1, 64, 65, 300, 1000, 4096, 28672]

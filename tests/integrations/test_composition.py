@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models import VOCABULARY, random_batches, tiny
-from nullspace import store
+from nullspace.artifacts import records
 from nullspace.integrations import peft as integration
 from nullspace.integrations.peft import export_lora, freeze_a, inject_adapters, save_init
 from nullspace.methods import METHODS
@@ -198,7 +198,7 @@ class PlainPeft:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        store.write_tensors(folder / "batch.safetensors", BATCH)
+        records.write_tensors(folder / "batch.safetensors", BATCH)
         self.process = subprocess.Popen(
             [sys.executable, "-c", PLAIN_PEFT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
         )

@@ -17,7 +17,7 @@ from torch import nn
 from models import random_batches, tiny
 from nullspace import Covariances, stream_covariances
 from nullspace.integrations.peft import inject_adapters, preprocess_corda
-from nullspace.sites import find_targets
+from nullspace.model.sites import find_targets
 from reference import recorded_inputs
 
 TARGETS = {"llama": ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"], "gpt2": ["c_attn", "c_fc", "c_proj"]}

@@ -16,15 +16,8 @@ from torch import nn
 
 from models import SMALL, random_batches, tiny
 from nullspace import NullSpaces, compute_null_spaces
-from nullspace.integrations.peft import (
-    fit_config,
-    get_eva_state_dict,
-    inject_adapters,
-    preprocess_corda,
-    save_init,
-    write_init,
-)
-from nullspace.sites import find_targets
+from nullspace.integrations.peft import fit_config, get_eva_state_dict, inject_adapters, preprocess_corda, save_init, write_init
+from nullspace.model.sites import find_targets
 
 RANK = 4
 BATCHES = random_batches(2, 2, 64)

@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from models import FAMILIES, random_batches, tiny
-from nullspace import NullSpaces, store
+from nullspace import NullSpaces
+from nullspace.artifacts import records
 from nullspace.integrations import peft as integration
 from nullspace.integrations.peft import attach_subtracted, export_lora, freeze_a, inject_adapters, save_init
 from reference import recorded_inputs
@@ -353,7 +354,7 @@ assert float(error) < 2e-6, float(error)
 def test_what_is_saved_loads_with_plain_peft_in_a_process_that_never_imports_us(family: str, tmp_path: Path) -> None:
     model = tiny(family)
     known = {"input_ids": BATCH["input_ids"], "logits": logits(model, {"input_ids": BATCH["input_ids"]})}
-    store.write_tensors(tmp_path / "out-known.safetensors", known)
+    records.write_tensors(tmp_path / "out-known.safetensors", known)
     adapted = inject_adapters(model, LoraConfig(r=RANK, lora_alpha=3), spaces_for(family))
     save_init(tmp_path / "out", adapted, spaces_for(family), record={"note": "x"})
     # Saving does not touch the model.

@@ -19,9 +19,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from models import random_batches, tiny
-from nullspace import Covariances, NullSpaces, compute_null_spaces, store, stream_covariances
-from nullspace.checkpoint import _hash_weights
-from nullspace.cli import app
+from nullspace import Covariances, NullSpaces, compute_null_spaces, stream_covariances
+from nullspace.artifacts import records
+from nullspace.artifacts.identity import _hash_weights, weights_of
+from nullspace.cli.commands import app
 from nullspace.integrations.peft import (
     METHODS,
     attach_subtracted,
@@ -35,8 +36,7 @@ from nullspace.integrations.peft import (
 )
 from nullspace.integrations.peft.layers import stored_weight
 from nullspace.integrations.peft.shell import without_weights
-from nullspace.sites import find_targets
-from nullspace.sitewise import weights_of
+from nullspace.model.sites import find_targets
 from reference import recorded_inputs, second_moment
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -300,7 +300,7 @@ def test_what_is_saved_loads_with_plain_peft_onto_a_quantised_checkpoint(
             noise = 0.2 * quantisation_noise(tiny_checkpoint, kind) if kind == "int8" else 2e-6 * float(wanted.norm())
             numbers = {"tolerance": noise, "subtracted": METHODS[method].changes_base and not frozen}
             known = {"input_ids": IDS, "logits": wanted, **{name: torch.tensor(value) for name, value in numbers.items()}}
-            store.write_tensors(tmp_path / f"{name}.safetensors", known)
+            records.write_tensors(tmp_path / f"{name}.safetensors", known)
             jobs[name] = kind
     subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path), json.dumps(jobs)], check=True)
 

@@ -19,9 +19,9 @@ from torch import nn
 
 from models import random_batches, tiny
 from nullspace import compute_null_spaces
+from nullspace.artifacts.residual import KEY, residual_mark
 from nullspace.integrations.peft import attach_subtracted, freeze_a, inject_adapters, save_init, write_init
 from nullspace.methods import METHODS
-from nullspace.residual import KEY, residual_mark
 
 BATCH = random_batches(1, 2, 12, seed=7)[0]
 CONFIG = LoraConfig(r=RANK, lora_alpha=12)

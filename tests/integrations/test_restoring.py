@@ -18,10 +18,10 @@ from torch import nn
 
 from models import random_batches, tiny
 from nullspace import Covariance, Covariances, compute_null_spaces
+from nullspace.artifacts.identity import weights_of
 from nullspace.integrations.peft import attach_subtracted, inject, inject_adapters, row_spaces, save_init, write_init
 from nullspace.methods import METHODS
-from nullspace.sites import find_targets
-from nullspace.sitewise import weights_of
+from nullspace.model.sites import find_targets
 
 DEAD = "model.layers.1.mlp.down_proj"
 NAN, INF = float("nan"), -float("inf")

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models import FAMILIES, random_batches, tiny
-from nullspace import NullSpaces, compute_null_spaces, store
+from nullspace import NullSpaces, compute_null_spaces
+from nullspace.artifacts import records, store
 from nullspace.integrations import peft as integration
 from nullspace.integrations.peft import inject_adapters, save_init, write, write_init
 from nullspace.integrations.transformers import load_model, offload_map
@@ -341,7 +342,7 @@ def test_the_tokenizer_and_the_record_are_written(tiny_checkpoint: Path, tmp_pat
     spaces = compute_null_spaces(load_model(tiny_checkpoint, device="cpu")[0], random_batches(), rank=4, progress=False)
     write_init(tmp_path / "out", model, LoraConfig(r=4), spaces, tokenizer=tokenizer, record={"model": "mine", "x": 1})
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "base").eos_token == "<eos>"
-    manifest = store.read_manifest(tmp_path / "out", "init")
+    manifest = records.read_manifest(tmp_path / "out", "init")
     assert (manifest["model"], manifest["x"]) == ("mine", 1)
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "out" / "base")

@@ -1,0 +1,286 @@
+"""What a long run has finished, on disk: a directory of one file a site, each written whole or not at all.
+
+`run.json` says which run it belongs to: the identity of model and data, and every setting that the result depends on. Whoever
+comes with another one is told what differs. A file is written under another name, synced, and renamed; what a crash leaves half
+done is called `.part` and is overwritten by the next run. Several processes write their own sites into one directory, and another
+number of them may go on with it.
+
+Every file carries SHA-256 digests of its facts and of each tensor, and `run.json` one of itself. A site whose file is damaged is
+computed again; without `run.json` nothing is known of the others, so that its damage is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from nullspace.artifacts import locks, records, store
+from nullspace.checks import an_object, check_fields, list_of, map_of, text
+from nullspace.distributed import Job
+from nullspace.model.linear import weight_shape
+
+RUN = "run.json"
+_FILE = re.compile(r"[0-9]{5,}")
+_RECORD_FIELDS = {"facts": an_object(), "tensors": map_of(text())}
+_FACTS_FIELDS = {"members": list_of(text(), least=1, distinct=True)}
+COVARIANCES = "covariances"  # where the command line's `init` keeps them until its adapter is written
+_OWN = re.compile(r"run\.json(\.[0-9]+)?(\.part)?|[0-9]{5,}\.safetensors(\.part)?")
+
+
+class Checkpoint:
+    """Sites that are finished.
+
+    Args:
+        directory: is made when the first site is kept.
+        run: which run this is (`fingerprint_of_run`), as JSON takes it.
+        job: the processes that write into it; this one alone by default.
+
+    Raises:
+        ValueError: naming what differs, if the directory is another run's; naming the file, if it is damaged.
+        FileExistsError: if the directory is not empty and not ours.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], run: Mapping[str, Any], job: Job | None = None) -> None:
+        self._directory = Path(directory).absolute()
+        self._run = dict(run)
+        self._job = job or Job.alone()
+        self._numbers: dict[str, int] = {}
+        self._lock, self._held = contextlib.ExitStack(), False
+        self._begun = (self._directory / RUN).exists()
+        if self._begun:
+            _compare(self._directory / RUN, self._run)
+        else:
+            check_place(self._directory)
+
+    def load(
+        self, check: Callable[[dict[str, Any], dict[str, torch.Tensor]], object] | None = None
+    ) -> Iterator[tuple[dict[str, Any], Callable[..., dict[str, torch.Tensor]]]]:
+        """What was kept, in the order in which it was first kept: facts, and what reads the tensors (all, or those named).
+
+        Every file is compared with its digests first, a share of them by each process. To be drawn to its end
+        before `hold` and `keep`.
+
+        Args:
+            check: of facts and tensors: raises `ValueError` for what cannot be this run's.
+
+        Raises:
+            ValueError: naming the file, by what reads its tensors, if it was damaged in the meantime.
+
+        Warns:
+            UserWarning: naming file and site, for every file that is damaged or refused by `check`. It is deleted, and its site
+                is to be computed again.
+        """
+        paths = sorted(path for path in self._directory.glob("*.safetensors") if _FILE.fullmatch(path.stem))
+        own: dict[str, str] = {}
+        for path in paths[self._job.number :: self._job.count]:
+            try:
+                facts, tensors = _facts(path), _read(path)
+                if check is not None:
+                    check(facts, tensors)
+            except ValueError as error:
+                own[path.name] = str(error.__cause__ or error)
+        damaged = {name: reason for theirs in self._job.exchange(own) for name, reason in theirs.items()}
+        known: dict[str, Path] = {}
+        for path in paths:
+            facts = {} if path.name in damaged else _facts(path)
+            twice = next((member for member in facts.get("members", ()) if member in known), None)
+            if twice is not None:
+                damaged[path.name] = f"{twice!r} is in {known[twice].name} already"
+            if path.name in damaged:
+                self._give_up(path, damaged[path.name])
+                continue
+            known.update(dict.fromkeys(facts["members"], path))
+            self._numbers[facts["members"][0]] = int(path.stem)
+            yield facts, functools.partial(_read, path)
+
+    def _give_up(self, path: Path, reason: str) -> None:
+        if not self._job.first:
+            return
+        warnings.warn(f"{path} is damaged: its site is computed again. {_likely_site(path)}{reason}", stacklevel=4)
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+
+    def reader(self, site: str) -> Callable[..., dict[str, torch.Tensor]]:
+        """What reads the tensors (all, or those named) of a site that was kept, by whichever process (`numbers`)."""
+        return functools.partial(_read, self._path(self._numbers[site]))
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Site → number of its file, as far as this process knows. Processes tell each other, by `update`, what they have kept."""
+        return self._numbers
+
+    def hold(self) -> None:
+        """Lock the directory, until `close`: before sites are computed that are to be kept. Several processes share the lock.
+
+        Raises:
+            FileExistsError: naming it, if another run writes to it, or has since `load`.
+        """
+        if self._held:
+            return
+        if self._job.first:  # for all
+            self._lock.enter_context(locks.locked(self._directory))
+        self._held = True
+        there = {int(path.stem) for path in self._directory.glob("*.safetensors") if _FILE.fullmatch(path.stem) and path.is_file()}
+        if self._job.first and there != set(self._numbers.values()):
+            raise locks.Busy(f"another run has written to {self._directory} in the meantime; start again, to go on behind it")
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.close()
+        self._held = False
+
+    def keep(self, site: str, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write one site, in the place of what there was of it.
+
+        Raises:
+            OSError: if it cannot be written; what was there before is still there.
+        """
+        if not self._begun:
+            self._begin()
+        if site not in self._numbers:  # the lowest that is free, as damaged files were deleted, and no other process's
+            taken = set(self._numbers.values())
+            free = (n for n in itertools.count(self._job.number, self._job.count) if n not in taken)
+            self._numbers[site] = next(n for n in free if not self._path(n).is_dir())
+        path = self._path(self._numbers[site])
+        part = path.with_name(path.name + ".part")
+        record = json.dumps({"facts": facts, "tensors": {name: _digest(tensor) for name, tensor in tensors.items()}})
+        records.write_tensors(part, tensors, metadata={"record": record, "sha256": hashlib.sha256(record.encode()).hexdigest()})
+        _make_real(part, path)
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"{number:05d}.safetensors"
+
+    def _begin(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        part = self._directory / (f"{RUN}.{self._job.number}.part" if self._job.count > 1 else f"{RUN}.part")
+        with store.writing(part):
+            part.write_text(records.sealed(self._run), encoding="utf-8")
+            _make_real(part, self._directory / RUN)
+        self._begun = True
+
+
+def check_place(directory: Path) -> None:
+    """Whether a directory is a run's checkpoint, or can become one since it is empty or does not exist.
+
+    Raises:
+        FileExistsError: if it is something else.
+        ValueError: if its `run.json` is damaged, or not ours.
+    """
+    if os.path.lexists(directory / RUN):
+        _read_run(directory / RUN)
+    elif os.path.lexists(directory) and not (
+        directory.is_dir() and all(path.name.endswith((".part", locks.SUFFIX)) for path in directory.iterdir())
+    ):
+        raise FileExistsError(f"{directory} is in the way: it is no checkpoint of nullspace (it has no {RUN}); move it")
+
+
+def sites_in(directory: Path) -> int:
+    """How many finished sites a checkpoint holds; 0 if there is none."""
+    return len(list(directory.glob("*.safetensors"))) if (directory / RUN).is_file() else 0
+
+
+def delete(directory: Path) -> None:
+    """Delete what runs have kept in a checkpoint. Files of other origin stay, and the directory with them."""
+    if not directory.is_dir():
+        return
+    store.delete_directory(directory / COVARIANCES)
+    own = [path for path in directory.iterdir() if _OWN.fullmatch(path.name) and path.is_file()]
+    for path in sorted(own, key=lambda path: path.name == RUN):  # by which it is known, last
+        path.unlink()
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A file that was kept, and its record of facts and digests. Whatever is wrong with it is a `ValueError` that names it."""
+    records.check_regular(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            if hashlib.sha256(metadata["record"].encode()).hexdigest() != metadata["sha256"]:
+                raise ValueError("its SHA-256 does not fit its facts")
+            record = json.loads(metadata["record"])
+            check_fields(record, _RECORD_FIELDS, "its record")
+            check_fields(record["facts"], _FACTS_FIELDS, "its facts")
+            yield file, record
+    except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    with _opened(path) as (_, record):
+        return dict(record["facts"])
+
+
+def _read(path: Path, *names: str) -> dict[str, torch.Tensor]:
+    found = {}
+    with _opened(path) as (file, record):
+        for name in names or record["tensors"]:
+            found[name] = file.get_tensor(name)
+            if _digest(found[name]) != record["tensors"][name]:
+                raise ValueError(f"the SHA-256 of the tensor {name!r} does not fit")
+    return found
+
+
+def _likely_site(path: Path) -> str:
+    """Which site a damaged file says it holds, if it can still be read."""
+    try:
+        records.check_regular(path)
+        with safe_open(path, framework="pt") as file:
+            return f"It held {json.loads(file.metadata()['record'])['facts']['members'][0]!r}. "
+    except Exception:  # whatever the damage: it was reported already
+        return ""
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() > 0:
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_site(facts: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
+    """Raise `ValueError` if what was kept is of layers that are none of these, or of another width."""
+    for member in facts["members"]:
+        if member not in modules or weight_shape(modules[member])[1] != facts["d_in"]:
+            raise ValueError(f"{member!r} with inputs of width {facts['d_in']} is no layer of this run")
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        return records.read_sealed(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Without it, nothing in {path.parent} can be used: delete that, or give another directory"
+        ) from error
+
+
+def _compare(path: Path, run: dict[str, Any]) -> None:
+    known = _read_run(path)
+    ours = json.loads(json.dumps(run))
+    if known == ours:
+        return
+    keys = [key for key in {**known, **ours} if known.get(key) != ours.get(key)]
+    lines = "".join(f"\n  {key}: {known.get(key)!r} there, {ours.get(key)!r} now" for key in keys)
+    raise ValueError(f"{path.parent} is the checkpoint of another run; delete it, or give another directory. It differs in:{lines}")
+
+
+def _make_real(part: Path, path: Path) -> None:
+    store.sync(part)
+    part.rename(path)
+    store.sync(path.parent)

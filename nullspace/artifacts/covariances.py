@@ -1,0 +1,227 @@
+"""`Covariances`: the second moments of a whole model, kept, added up, and used again without the model.
+
+What a calibration learns of its data is in them: null spaces, CorDA's and EVA's factors come from the files, for any rank. More
+data later, other machines and other corpora are a sum.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from nullspace.artifacts.identity import Weights, same_fingerprint
+from nullspace.artifacts.shard_account import Shards, joined, what_is_missing
+from nullspace.artifacts.sitewise import Entry, Sitewise, write_sites
+from nullspace.artifacts.store import new_directory
+from nullspace.artifacts.together import written_once
+from nullspace.checks import Field, an_object, list_of, optional
+from nullspace.model.sites import Site
+from nullspace.moments.covariance import DTYPES, FIELDS, Covariance
+
+
+class Covariances(Sitewise[Covariance]):
+    """Module name → `Covariance`; the members of a site share one object. Those that were loaded are read when they are asked for.
+
+    Args:
+        pairs: what `stream_covariances` yields.
+        weights: module name → (d_out, d_in) and fingerprint of its weight, by which the model is known again.
+
+    Attributes:
+        shards: of which shards of which data they are the sum, where data were split (`compute_covariances(shard=…)`); else empty.
+    """
+
+    KIND, WHAT, FIELDS = "covariances", "covariance", FIELDS
+    MORE_FIELDS: ClassVar[Mapping[str, Field]] = {"shards": optional(list_of(an_object()))}
+    _dtype = torch.float64
+
+    def __init__(self, pairs: Iterable[tuple[Site, Covariance]], weights: Weights | None = None) -> None:
+        super().__init__(pairs, weights)
+        self.shards: tuple[Shards, ...] = ()
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], *, partial: bool = False) -> Covariances:
+        """Read what `save` wrote, checking every byte; the tensors stay in their files until they are asked for, one by one.
+
+        Args:
+            directory: of `save`, `compute_covariances` or the command line.
+            partial: take it even if shards of its data are missing.
+
+        Raises:
+            FileNotFoundError: if there is no such directory.
+            ValueError: naming the file that is missing, truncated, altered or not ours; and naming the shards that are missing.
+        """
+        found = super().load(directory)
+        missing = what_is_missing(found.shards)
+        if missing and not partial:
+            raise ValueError(
+                f"{directory} is not of all its data: {missing} missing. Merge it with these (`nullspace merge`), or take it "
+                "as it is: partial=True, --partial"
+            )
+        return found
+
+    def _take_note(self, manifest: Mapping[str, Any]) -> None:
+        self.shards = tuple(Shards.from_json(entry) for entry in manifest.get("shards", ()))
+
+    @staticmethod
+    def _pack(value: Covariance) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return value.state()
+
+    @staticmethod
+    def _unpack(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Covariance:
+        return Covariance.from_state(facts, tensors)
+
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False, dtype: torch.dtype = torch.float64) -> None:
+        """Write a directory: `nullspace.json` and one safetensors file a site, of its lower triangle. Whole or not at all.
+
+        In a process group, one process may call this, or all of them: then one writes, and the others return when it has.
+
+        Args:
+            directory: must not exist yet, or be empty.
+            overwrite: replace an earlier directory of ours.
+            dtype: float64, or float32 for half the space: enough for CorDA and EVA, and for null spaces that leak more than
+                some 1e-4 (`NullSpace.excess_estimate` counts it in).
+
+        Raises:
+            ValueError: for another dtype, or one that the sums do not fit.
+            FileExistsError: if the directory is in the way, or another run is writing to it.
+            OSError: if it cannot be written; then nothing is left behind. All errors of one process are raised by all that call.
+        """
+        check_dtype(dtype)
+
+        def write() -> None:
+            with new_directory(directory, overwrite=overwrite) as part:
+                sites = ((each.site, *each.value().state(dtype), each.weights()) for each in self._entries)
+                write_sites(part, self.KIND, sites, content=_account(self.shards))
+
+        written_once(directory, write)
+
+    @classmethod
+    def merge(
+        cls,
+        runs: Sequence[Covariances],
+        *,
+        weights: Sequence[float] | None = None,
+        normalise: bool = False,
+        partial: bool = False,
+    ) -> Covariances:
+        """The second moments of all data together. Sites are added when they are asked for, one at a time.
+
+        Args:
+            runs: of one model and the same layers, in any order. Those of shards may be merges themselves: neither order nor
+                grouping changes more than rounding.
+            weights: a positive factor a run; 1 by default. What counts is their ratio.
+            normalise: divide each run's sums by their trace first, site by site, so that runs count alike however many tokens they
+                have and however loud these are: for several corpora or tasks, all of which a basis is to leave alone.
+            partial: shards of the data may be missing: a merge on the way, to be merged with others.
+
+        Raises:
+            ValueError: naming what differs, for runs of different layers, sites or models; for weights that are not positive,
+                or not one a run; and naming the shard, if one is missing or there twice.
+        """
+        if not runs:
+            raise ValueError("nothing to merge")
+        weights = [1.0] * len(runs) if weights is None else list(weights)
+        if len(weights) != len(runs) or any(not 0.0 < w < float("inf") for w in weights):
+            raise ValueError(f"give one positive weight a run: {len(runs)} runs, weights {weights}")
+        first = runs[0]
+        for number, run in enumerate(runs[1:], 2):
+            _check_same(first, run, number)
+        shards = joined([run.shards for run in runs])
+        missing = what_is_missing(shards)
+        if missing and not partial:
+            raise ValueError(
+                f"this is not a merge of all data: {missing} missing. Add what is missing, or say that this is a merge on the way: "
+                "partial=True, --partial"
+            )
+        unequal = normalise or any(weight != weights[0] for weight in weights)
+        lacking = next((n for n, run in enumerate(runs, start=1) if what_is_missing(run.shards)), None)
+        if unequal and lacking is not None:
+            raise ValueError(f"run {lacking} is a part of its data: merge its shards first, and weigh or normalise the sum of them")
+        found = cls(())
+        found.shards = shards
+        found._set_entries(
+            _Sum(entry.site, [run._of[entry.site.name] for run in runs], weights, normalise) for entry in first._entries
+        )
+        return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dictionary a site, of values that JSON takes."""
+        return [
+            {
+                "site": site.name,
+                "members": list(site.members),
+                "d_in": site.d_in,
+                "tokens": covariance.tokens,
+                "mass": covariance.mass,
+                "trace": covariance.trace,
+                "outliers": covariance.outliers,
+                "precision": covariance.products,
+            }
+            for site in self.sites
+            for covariance in [self[site.name]]
+        ]
+
+
+class _Sum(Entry[Covariance]):
+    """The sum of one site over several runs."""
+
+    def __init__(self, site: Site, parts: list[Entry[Covariance]], weights: list[float], normalise: bool) -> None:
+        super().__init__(site)
+        self._parts, self._by, self._normalise = parts, weights, normalise
+
+    def value(self) -> Covariance:
+        total: Covariance | None = None
+        for part, weight in zip(self._parts, self._by, strict=True):
+            covariance = Covariance.from_state(*part.value().state())  # a copy: what it is taken from stays as it is
+            if self._normalise:
+                if not covariance.trace > 0:
+                    raise ValueError(
+                        f"{self.site.name!r} has heard nothing but zeros in one of the runs: it has no trace to divide by"
+                    )
+                weight /= covariance.trace
+            if weight != 1.0:
+                covariance.scale(weight)
+            if total is None:
+                total = covariance
+            elif total.precision == covariance.precision:
+                total.merge(covariance)
+            else:
+                raise ValueError(
+                    f"{self.site.name!r} was summed with precision 'qr' in one run and not in another: they cannot be added"
+                )
+        assert total is not None
+        return total
+
+    def weights(self) -> Weights:
+        return self._parts[0].weights()
+
+
+def _account(shards: Iterable[Shards]) -> dict[str, Any]:
+    """What a manifest says of them: nothing if there are none."""
+    entries = [part.as_json() for part in shards]
+    return {"shards": entries} if entries else {}
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise `ValueError` for a dtype that covariances are not kept in."""
+    if dtype not in DTYPES:
+        raise ValueError(f"covariances are kept in float64 or float32, not {dtype}")
+
+
+def _check_same(first: Covariances, run: Covariances, number: int) -> None:
+    ours, theirs = dict.fromkeys(first.sites), dict.fromkeys(run.sites)
+    other = next((s for s in (*ours, *theirs) if s not in ours or s not in theirs), None)
+    if other is not None:
+        where = "the first one" if other in ours else f"number {number}"
+        site = f"{' + '.join(other.members)} (d_in = {other.d_in})"
+        raise ValueError(f"these runs are of different layers or models: only {where} has the site {site}")
+    for entry in first._entries:
+        mine, others = entry.weights(), run._of[entry.site.name].weights()
+        for name in mine.keys() & others.keys():
+            (shape, mark), (other_shape, other_mark) = mine[name], others[name]
+            known = mark is not None and other_mark is not None
+            if tuple(shape) != tuple(other_shape) or (known and not same_fingerprint(mark, other_mark)):  # type: ignore[arg-type]
+                raise ValueError(f"these runs are of different models: {name!r} has another weight in number {number}")

@@ -1,0 +1,213 @@
+"""`NullSpace`: the bottom eigenspace of one site's second moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nullspace import solvers
+from nullspace.checks import check_fields, check_integer, check_tensor, finite, list_of, one_of, optional, or_none, text, whole
+from nullspace.model.sites import Site
+from nullspace.moments.covariance import Covariance
+
+# What a file says of a null space, beside its tensors.
+FIELDS = {
+    "members": list_of(text(), least=1, distinct=True),
+    "d_in": whole(1),
+    "rank": whole(1),
+    "tokens": whole(),
+    "trace": finite(0),
+    "gap": finite(-1e-9, 1),
+    "outliers": whole(),
+    "nullity": whole(),
+    "precision": one_of("mixed", "fp64", "qr"),
+    "excess_estimate": finite(-1e-9),
+    "excess_bound": finite(-1e-9),
+    "effective_rank": or_none(finite(0)),
+    "excluded": optional(whole()),  # files of the first versions do not have it
+}
+
+# Relative to tr C: an eigenvalue further below zero is not rounding's.
+INDEFINITE = 1e-6
+
+# ‖UᵀU − I‖ of a basis that was written is some 1e-13: eigenvectors of float64 solvers.
+ORTHONORMAL = 1e-8
+
+# Relative to tr C: what rounding may do to the order of eigenvalues, and to their sum.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class NullSpace:
+    """The r quietest directions of one site's input: C U = U Λ (arXiv 2503.02659, eq. 6–7; U is the paper's U_null).
+
+    Attributes:
+        basis: (d_in, rank) float64, orthonormal columns, by ascending eigenvalue.
+        eigenvalues: (rank,) float64, ascending, ≥ 0: λ_i = ‖u_iᵀX‖², summed over tokens.
+        trace: tr C = ‖X‖_F².
+        tokens: tokens that were summed, padding left out.
+        gap: (λ_{r+1} − λ_r) / λ_{r+1}, between 0 and 1: how clearly the spectrum says where to cut. Near 0 the next direction is as
+            quiet as the last one, and the basis, but not its leak, depends on rounding and on the data's chance.
+        outliers: tokens whose norm exceeded 8 × the median.
+        nullity: eigenvalues, of those that were found, that are zero as far as the sum can tell: not above `Covariance.error_norm`.
+            Where it exceeds the rank, any basis within the null space would have done as well.
+        precision: `"mixed"` (float32 chains into float64 sums, outlier tokens in float64), `"fp64"` or `"qr"`.
+        excess_estimate: how much louder than the quietest basis this one may be for rounding's sake: leak / optimum − 1, by
+            second-order perturbation theory (`estimated_excess`). Rather too high than too low.
+        excess_bound: the same without any theory of how errors fall (Ky Fan's inequality, `bounded_excess`): never too low if the
+            error of the sum is what it is taken for, and often too high by many orders.
+        effective_rank: exp of the entropy of σ / Σσ of X (eq. 2–3); None unless it was asked for with `spectrum=True`.
+        site: which input, and which layers hear it.
+        avoided: how many directions the basis had to be orthogonal to (`avoid`).
+    """
+
+    basis: torch.Tensor
+    eigenvalues: torch.Tensor
+    trace: float
+    tokens: int
+    gap: float
+    outliers: int
+    nullity: int
+    precision: str
+    excess_estimate: float
+    excess_bound: float
+    site: Site
+    effective_rank: float | None = None
+    avoided: int = 0
+
+    @property
+    def rank(self) -> int:
+        """Number of basis vectors."""
+        return self.basis.shape[1]
+
+    @property
+    def leak(self) -> float:
+        """‖UᵀX‖_F / ‖X‖_F = √(Σ λ / tr C): the part of the calibration input that the space hears, 0 for a true null space."""
+        return float(self.eigenvalues.sum() / self.trace) ** 0.5 if self.trace > 0 else 0.0
+
+    @classmethod
+    def from_covariance(
+        cls,
+        covariance: Covariance,
+        rank: int,
+        *,
+        site: Site | None = None,
+        spectrum: bool = False,
+        avoid: torch.Tensor | None = None,
+    ) -> NullSpace:
+        """The bottom of a second moment.
+
+        Args:
+            covariance: the sums, with at least one token.
+            rank: 1 ≤ rank < d_in.
+            site: which input this is; a site without a name by default.
+            spectrum: report the effective rank too (of the whole input, whatever is avoided).
+            avoid: (d_in, m) orthonormal columns that the basis is to be orthogonal to: it is then the quietest such basis.
+
+        Raises:
+            ValueError: if the rank is out of range or there are no tokens.
+        """
+        avoided = 0 if avoid is None else avoid.shape[1]
+        rank = check_integer("rank", rank, least=None)
+        if not 1 <= rank < covariance.d_in - avoided:
+            limit = f"d_in - {avoided + 1} = {covariance.d_in - avoided - 1}"
+            where = f" at {site.name!r}" if site is not None else ""
+            beside = f" ({avoided} avoided)" if avoided else ""
+            raise ValueError(f"rank must be between 1 and {limit}{where}{beside}, not {rank}")
+        if covariance.tokens == 0:
+            raise ValueError("the covariance has no tokens")
+        squared = covariance.products != "qr"
+        if squared:
+            c = covariance.matrix()
+            whole = solvers.spectrum(c) if spectrum and avoid is not None else None
+            known, vectors = solvers.partial_eigh(
+                c if avoid is None else solvers.deflated(c, avoid.to(c)), rank, overwrite=True, every=spectrum
+            )
+        else:
+            root = covariance.root()
+            whole = torch.linalg.svdvals(root).square() if spectrum and avoid is not None else None
+            known, vectors = solvers.bottom_right_singular(
+                root if avoid is None else solvers.deflated_root(root, avoid.to(root)), rank
+            )
+        error, trace = covariance.error_norm, covariance.trace
+        if trace > 0 and float(known[0]) < -max(10 * error, INDEFINITE * trace):
+            where = f" of {site.name!r}" if site is not None else ""
+            raise ValueError(
+                f"the second moment{where} is none: it has the eigenvalue {float(known[0]):.3g}, and its trace is {trace:.3g}"
+            )
+        known = known.clamp(min=0).cpu()
+        values, behind = known[:rank], float(known[rank])
+        return cls(
+            basis=vectors.cpu().contiguous(),
+            eigenvalues=values.clone(),
+            trace=trace,
+            tokens=covariance.tokens,
+            gap=(behind - float(values[rank - 1])) / behind if behind > 0 else 0.0,
+            outliers=covariance.outliers,
+            nullity=int((known <= (error if squared else error**2)).sum()),
+            precision=covariance.products,
+            excess_estimate=solvers.estimated_excess(known, rank, error, trace, d_in=covariance.d_in, squared=squared),
+            excess_bound=solvers.bounded_excess(values, error, trace, squared=squared),
+            site=site or Site(members=("",), d_in=covariance.d_in),
+            effective_rank=(solvers.effective_rank((known if whole is None else whole.clamp(min=0)).sqrt()) if spectrum else None),
+            avoided=avoided,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON takes it; the inverse is `from_facts`."""
+        return {
+            "members": list(self.site.members),
+            "d_in": self.site.d_in,
+            "rank": self.rank,
+            "tokens": self.tokens,
+            "trace": self.trace,
+            "gap": self.gap,
+            "outliers": self.outliers,
+            "precision": self.precision,
+            "excess_estimate": self.excess_estimate,
+            "excess_bound": self.excess_bound,
+            "nullity": self.nullity,
+            "effective_rank": self.effective_rank,
+            "excluded": self.avoided,  # the key of directories that were written before the attribute had this name
+        }
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> NullSpace:
+        """A space of what `facts` gave and its two tensors, `basis` and `eigenvalues`; the basis may be on the meta device.
+
+        Raises:
+            ValueError: naming the fact or the tensor, if this is no null space: values of a wrong type, shape or sign, a basis
+                that is not orthonormal, or eigenvalues that do not ascend from 0 or exceed the trace.
+        """
+        check_fields(facts, FIELDS, "the facts of a null space")
+        _check_tensors(facts, tensors)
+        names = ("trace", "tokens", "gap", "outliers", "nullity", "precision", "excess_estimate", "excess_bound", "effective_rank")
+        return cls(
+            basis=tensors["basis"],
+            eigenvalues=tensors["eigenvalues"],
+            site=Site(tuple(facts["members"]), facts["d_in"]),
+            avoided=facts.get("excluded", 0),
+            **{name: facts[name] for name in names},
+        )
+
+
+def _check_tensors(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `ValueError` unless these are the orthonormal basis and the eigenvalues that the facts speak of."""
+    where = f"the null space of {facts['members'][0]!r}"
+    d_in, rank = facts["d_in"], facts["rank"]
+    basis = check_tensor(tensors, "basis", (d_in, rank), (torch.float64,), where)
+    values = check_tensor(tensors, "eigenvalues", (rank,), (torch.float64,), where)
+    if rank >= d_in:
+        raise ValueError(f"{where}: the rank {rank} should be below d_in = {d_in}")
+    rounding = ROUNDING * facts["trace"]
+    if bool((values.diff() < -rounding).any()) or float(values[0]) < 0:
+        raise ValueError(f"{where}: its eigenvalues should ascend from 0 or more")
+    if float(values.sum()) > facts["trace"] + rounding:
+        raise ValueError(f"{where}: its eigenvalues should not exceed the trace, {facts['trace']:g}")
+    if not basis.is_meta:
+        distance = float((basis.mT @ basis - torch.eye(rank, dtype=basis.dtype)).abs().max())
+        if not distance <= ORTHONORMAL:  # NaN, where squares overflow
+            raise ValueError(f"{where}: the columns of its basis are not orthonormal: they are off by {distance:.1e}")

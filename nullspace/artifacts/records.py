@@ -1,0 +1,283 @@
+"""Files with digests: JSON documents, manifests of directories, and tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nullspace.checks import Field, an_object, check_fields, is_plain_name, list_of, optional, text, whole
+
+MANIFEST = "nullspace.json"
+
+FORMAT_VERSION = 1
+
+# safetensors' names, in the order in which its files hold them.
+_DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+# What every manifest says.
+_MANIFEST_FIELDS = {"kind": text(), "format_version": whole(), "files": an_object(), "contents": optional(list_of(text()))}
+
+_FILE_FIELDS = {"bytes": whole(), "sha256": text()}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """One safetensors file; errors of the file system come as `OSError`."""
+    try:
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+class TensorFile:
+    """A safetensors file whose tensors are written one at a time, in any order: `save_file` wants them all in memory at once.
+
+    The file is laid out as `save_file` would do it, byte for byte. Use as a context manager.
+
+    Args:
+        path: of the file; replaced if it is there.
+        tensors: name → a tensor of the shape and dtype that are to come, on the meta device for instance.
+        metadata: text for the header.
+
+    Raises:
+        OSError: if it cannot be written.
+        ValueError: for a dtype that the format does not have, a tensor that is not the announced one, or one that never came.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+        odd = next((f"{name!r} is {t.dtype}" for name, t in tensors.items() if t.dtype not in _DTYPES), None)
+        if odd is not None:
+            raise ValueError(f"{odd}, which {path} cannot hold")
+        order = list(_DTYPES)
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._missing: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
+        end = 0
+        for name, t in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0].encode())):
+            begin, end = end, end + t.numel() * t.element_size()
+            header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+            self._missing[name] = (begin, t.dtype, t.shape)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # so that the data are aligned
+        self._data = 8 + len(text)
+        self._path = path
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put one tensor, from any device, in its place."""
+        begin, dtype, shape = self._missing.pop(name)
+        if (tensor.dtype, tensor.shape) != (dtype, shape):
+            raise ValueError(f"{name!r} in {self._path} should be {dtype} {tuple(shape)}, not {tensor.dtype} {tuple(tensor.shape)}")
+        if tensor.numel() > 0:
+            self._file.seek(self._data + begin)
+            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        if kind is None and self._missing:
+            raise ValueError(f"{next(iter(self._missing))!r} was never written to {self._path}")
+
+
+def looks_of(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Name → size and SHA-256 of files, as a manifest has them."""
+    return {name: {"bytes": (directory / name).stat().st_size, "sha256": _sha256(directory / name)} for name in names}
+
+
+def write_manifest(
+    directory: Path, kind: str, content: Mapping[str, Any], files: tuple[str, ...] | Mapping[str, Mapping[str, Any]] = ()
+) -> None:
+    """`nullspace.json`: what the directory is, and what its files (their names, or what `looks_of` says of them) must look like.
+
+    To be called when all files are written: it lists them, so that a file that somebody adds is not overwritten later.
+    """
+    known = files if isinstance(files, Mapping) else looks_of(directory, files)
+    body = {
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        **content,
+        "files": {name: known[name] for name in sorted(known)},
+        "contents": files_in(directory),
+    }
+    (directory / MANIFEST).write_text(sealed(body), encoding="utf-8")
+
+
+def sealed(body: Mapping[str, Any]) -> str:
+    """A JSON document with a digest of itself, by which `read_sealed` notices any change."""
+    return json.dumps({**body, "digest": _digest(body)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What was `sealed`, without its digest.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming it, if it is damaged, was altered, or never had a digest.
+    """
+    body = read_json(path)
+    if not isinstance(body, dict) or "digest" not in body:
+        raise ValueError(f"{path} was not written by nullspace")
+    if body.pop("digest") != _digest(body):
+        raise ValueError(f"{path} was altered: its digest does not fit")
+    return body
+
+
+def read_json(path: Path) -> Any:
+    """The value that a file of JSON holds.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming it, if it is no regular file (reading a pipe may never end), not UTF-8, not JSON, nested too deeply, or
+            has two fields of one name, half of a surrogate pair, or an integer of thousands of digits.
+    """
+    check_regular(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return value
+
+
+def check_regular(path: Path) -> None:
+    """Raise `FileNotFoundError` if there is no such file, `ValueError` for a directory, a pipe or a device in its place."""
+    if not path.is_file():
+        if path.exists():
+            raise ValueError(f"{path} is {'a directory' if path.is_dir() else 'a pipe or a device'}, not a file")
+        raise FileNotFoundError(f"{path} is missing")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has two fields {next(name for name in names if names.count(name) > 1)!r}")
+    return found
+
+
+def read_manifest(directory: str | os.PathLike[str], kind: str, fields: Mapping[str, Field] | None = None) -> dict[str, Any]:
+    """The checked content of a directory's `nullspace.json`.
+
+    Args:
+        directory: which was written by `write_manifest`.
+        kind: that it must be of.
+        fields: what else the manifest of this kind has to say (`nullspace.schema`).
+
+    Raises:
+        FileNotFoundError: if there is no such directory.
+        ValueError: naming the file, if it is missing, not ours, of another kind or version, altered, or says what it cannot say.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory")
+    if not path.exists():
+        raise ValueError(f"{path} is missing: {directory} was not written by nullspace, or not completely copied")
+    body = read_sealed(path)
+    check_fields(body, _MANIFEST_FIELDS, path)
+    if body["kind"] != kind:
+        raise ValueError(f"{path} describes {body['kind']!r}, not {kind!r}")
+    if body["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {body['format_version']}; this nullspace reads {FORMAT_VERSION}")
+    for name, look in body["files"].items():
+        if not is_plain_name(name):
+            raise ValueError(f"{path}: {name!r} in 'files' is not the plain name of a file")
+        check_fields(look, _FILE_FIELDS, f"{path}: {name!r} in 'files'")
+    check_fields(body, fields or {}, path)
+    return body
+
+
+def kind_of(directory: str | os.PathLike[str]) -> str | None:
+    """What a directory says it is, unchecked; None if it says nothing."""
+    try:
+        body = read_json(Path(directory) / MANIFEST)
+    except (OSError, ValueError):
+        return None
+    kind = body.get("kind") if isinstance(body, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+def check_file(directory: str | os.PathLike[str], name: str, manifest: Mapping[str, Any]) -> Path:
+    """The path of one file, after its size and SHA-256 were compared with the manifest's.
+
+    Raises:
+        ValueError: naming the file, if it is missing, truncated, altered or unknown to the manifest.
+    """
+    path = Path(directory) / name
+    expected = manifest["files"].get(name)
+    if expected is None:
+        raise ValueError(f"{path} is not listed in {MANIFEST}")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    if path.stat().st_size != expected["bytes"]:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes and should have {expected['bytes']}: truncated or altered")
+    if _sha256(path) != expected["sha256"]:
+        raise ValueError(f"{path} was altered: its SHA-256 does not fit")
+    return path
+
+
+def read_tensors(directory: str | os.PathLike[str], name: str, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of one file, after `check_file`.
+
+    Raises:
+        ValueError: naming the file, if it is missing, truncated, altered or unknown to the manifest.
+    """
+    return load_tensors(check_file(directory, name, manifest))
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file that no manifest vouches for.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming it, if it is truncated or something else, a directory or a pipe.
+    """
+    check_regular(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def files_in(directory: Path) -> list[str]:
+    """The paths of all files, relative to the directory and with forward slashes."""
+    found = (Path(folder, name).relative_to(directory) for folder, _, names in os.walk(directory) for name in names)
+    return sorted(path.as_posix() for path in found)

@@ -1,0 +1,117 @@
+"""Bases that are residuals of an adapter: a mark in their configuration, which holds as long as the weights are what they were.
+
+A residual base W₀ − s·BA without its adapter is a model of its own, and its files look like any other's. So its configuration says
+what it is (`config.json`: `"nullspace": {"residual": …}`; other libraries keep the entry and ignore it), and shows a few entries
+of one weight. When something is added to the weight again (the adapter is merged), these are no longer there and the mark is void.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from nullspace.artifacts import identity
+from nullspace.model.sharded_tensors import is_sharded
+
+KEY = "nullspace"
+# How many entries of a weight are shown.
+ENTRIES = 4
+
+
+class Change(NamedTuple):
+    """What a residual did to the entries of a weight that it changed most."""
+
+    layer: str
+    ratio: float
+    """The largest change, in units of what rounding to a 16-bit dtype may change."""
+    at: list[int]
+    """Flat indices into the weight as the layer stores it."""
+    values: list[float]
+    """What is there now."""
+
+
+def change_of(layer: str, before: torch.Tensor, after: torch.Tensor) -> Change:
+    """Of a weight, in a few of its entries; both (d_out, d_in) or the transpose, as the layer stores them."""
+    at = identity.sampled_positions(before.numel())
+    was, now = (t.detach().reshape(-1)[at.to(t.device)].to("cpu", torch.float64) for t in (before, after))
+    ratios = (now - was).abs() / (identity.FINGERPRINT_TOLERANCE * was.abs() + 1e-6)
+    chosen = ratios.topk(min(ENTRIES, len(at))).indices.sort().values
+    return Change(layer, float(ratios.max()), at[chosen].tolist(), now[chosen].tolist())
+
+
+def entry(method: str, model: str | None, change: Change) -> dict[str, Any]:
+    """The entry of the configuration.
+
+    Args:
+        method: of `nullspace.methods`.
+        model: name of the original one.
+        change: of the layer by which the residual is known again.
+    """
+    shown = {"layer": change.layer, "at": change.at, "values": change.values}
+    return {"residual": {"method": method, "model": model, **shown}}
+
+
+def mark(model: nn.Module, method: str, original: str | None, change: Change) -> None:
+    """Put the entry into a model's configuration, if it has one of transformers': `save_pretrained` keeps it."""
+    if hasattr(getattr(model, "config", None), "to_dict"):
+        setattr(model.config, KEY, entry(method, original, change))
+
+
+def mark_file(path: Path, method: str, original: str | None, change: Change) -> None:
+    """Put the entry into a `config.json`, as transformers would write it."""
+    config = {**json.loads(path.read_text(encoding="utf-8")), KEY: entry(method, original, change)}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def unmark(model: nn.Module) -> None:
+    if hasattr(getattr(model, "config", None), KEY):
+        delattr(model.config, KEY)
+
+
+def residual_mark(model: nn.Module) -> dict[str, Any] | None:
+    """What is marked in a model's configuration, if the model is a residual base still; None if it is not, or not known to be.
+
+    Where the weight cannot be looked at (on the meta device, quantised, spread over ranks), the mark is taken at its word.
+    """
+    ours = getattr(getattr(model, "config", None), KEY, None)
+    mark = ours.get("residual") if isinstance(ours, dict) else None
+    if not isinstance(mark, dict) or not isinstance(mark.get("layer"), str):
+        return None
+    at, values = mark.get("at"), mark.get("values")
+    if at is None or values is None or not _are(int, at) or not _are((int, float), values) or len(at) != len(values):
+        return None
+    module = dict(model.named_modules()).get(mark["layer"])
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or is_sharded(weight) or identity.fingerprint(weight) is None:
+        return mark
+    if at and max(at) >= weight.numel():
+        return None
+    found = weight.detach().reshape(-1)[torch.tensor(at, device=weight.device)].to("cpu", torch.float32)
+    return mark if identity.same_fingerprint(torch.tensor(values, dtype=torch.float32), found) else None
+
+
+def warn_of_residual(model: nn.Module) -> None:
+    """`UserWarning` if a model is a residual base, whose activations are not those of the original model."""
+    mark = residual_mark(model)
+    if mark is not None:
+        text = f"{type(model).__name__} {described(mark)}: calibrate that, or merge the adapter into the residual first"
+        warnings.warn(text, UserWarning, stacklevel=4)
+
+
+def described(mark: dict[str, Any]) -> str:
+    """In words, of a mark that `residual_mark` returned."""
+    return (
+        f"is the residual base of an adapter (method {mark.get('method')!r}), and not {mark.get('model') or 'the original model'}"
+    )
+
+
+def _are(kind: Any, values: Any) -> bool:
+    """Whether these are a list of finite numbers of a kind; indices are not negative."""
+    numbers = isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    return numbers and (kind is not int or min(values, default=0) >= 0)

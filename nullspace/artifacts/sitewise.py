@@ -1,0 +1,336 @@
+"""What is known of every site of a model, by module name; kept in a directory and read site by site when it is asked for.
+
+`NullSpaces` and `Covariances` are such mappings. Beside each value are the shape and the fingerprint of the weights that hear the
+input, by which the model is known again.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+import re
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from nullspace.artifacts import identity, records, store
+from nullspace.artifacts.identity import Weight, Weights, sample
+from nullspace.artifacts.together import written_once
+from nullspace.checks import Field, an_object, check_fields, check_tensor, file_name, list_of, map_of, text, whole
+from nullspace.distributed import Job
+from nullspace.model.linear import weight_shape
+from nullspace.model.sites import Site
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
+FINGERPRINT = "fingerprint."
+
+# What a manifest says of every site, beside the facts of its value.
+_SITE_FIELDS = {
+    "file": file_name(),
+    "members": list_of(text(), least=1, distinct=True),
+    "d_in": whole(1),
+    "weight_shapes": map_of(list_of(whole(1), least=2, most=2)),
+}
+
+
+class Entry(abc.ABC, Generic[T]):
+    """One site, whose value may have to be fetched first."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    @abc.abstractmethod
+    def value(self) -> T:
+        """The value: at hand, read, or made."""
+
+    @abc.abstractmethod
+    def weights(self) -> Weights:
+        """Of the site's members, as far as they are known."""
+
+
+class _AtHand(Entry[T]):
+    def __init__(self, site: Site, value: T, weights: Weights) -> None:
+        super().__init__(site)
+        self._value, self._weights = value, {m: weights[m] for m in site.members if m in weights}
+
+    def value(self) -> T:
+        return self._value
+
+    def weights(self) -> Weights:
+        return self._weights
+
+
+class _Stored(Entry[T]):
+    """A value that is read when it is asked for, and again when nobody holds it any more."""
+
+    def __init__(
+        self,
+        directory: Path,
+        entry: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+        unpack: Callable[[Mapping[str, Any], Mapping[str, torch.Tensor]], T],
+    ) -> None:
+        super().__init__(Site(tuple(entry["members"]), entry["d_in"]))
+        self._directory, self._entry, self._manifest, self._unpack = directory, entry, manifest, unpack
+        self._read_before: weakref.ref[Any] | None = None
+
+    def value(self) -> T:
+        value = None if self._read_before is None else self._read_before()
+        if value is None:
+            tensors = records.read_tensors(self._directory, self._entry["file"], self._manifest)
+            try:
+                value = self._unpack(self._entry, tensors)
+            except ValueError as error:
+                raise ValueError(f"{self._directory / self._entry['file']}: {error}") from error
+            self._read_before = weakref.ref(value)
+        return value
+
+    def weights(self) -> Weights:
+        shapes: Mapping[str, list[int]] = self._entry["weight_shapes"]
+        # Not by `read_tensors`, which takes in the whole file: what is compared here was checked when the directory was opened.
+        path = self._directory / self._entry["file"]
+        try:
+            with safe_open(path, framework="pt") as file:
+                prints = {key: file.get_tensor(key) for key in file.keys() if key.startswith(FINGERPRINT)}  # noqa: SIM118
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(f"{path} is missing or was altered since it was opened: {error}") from error
+        for key, found in prints.items():
+            check_tensor(prints, key, (min(len(found.reshape(-1)), identity.FINGERPRINT_ENTRIES),), (torch.float32,), path)
+        return {name: ((shape[0], shape[1]), prints.get(FINGERPRINT + name)) for name, shape in shapes.items()}
+
+
+class Fetched(Entry[T]):
+    """A value that is made when it is asked for, and again when nobody holds it any more.
+
+    Args:
+        site: whose value.
+        make: it.
+        weights: of the site's members, and others.
+    """
+
+    def __init__(self, site: Site, make: Callable[[], T], weights: Weights) -> None:
+        super().__init__(site)
+        self._make, self._weights = make, {m: weights[m] for m in site.members if m in weights}
+        self._made_before: weakref.ref[Any] | None = None
+
+    def value(self) -> T:
+        value = None if self._made_before is None else self._made_before()
+        if value is None:
+            value = self._make()
+            self._made_before = weakref.ref(value)
+        return value
+
+    def weights(self) -> Weights:
+        return self._weights
+
+
+class Sitewise(Mapping[str, T], Generic[T]):
+    """Module name → what is known of its input; the members of a site share one object.
+
+    Subclasses say what a value is made of: `_pack`, `_unpack`, and what the thing is called.
+    """
+
+    KIND: ClassVar[str]
+    """Of its directories (`nullspace.store`)."""
+    WHAT: ClassVar[str]
+    """For messages: "there is no … for this layer"."""
+    FIELDS: ClassVar[Mapping[str, Field]]
+    """Of the facts of a value, as they stand in the manifest."""
+    MORE_FIELDS: ClassVar[Mapping[str, Field]] = {}
+    """Of the manifest, beside the sites."""
+
+    def __init__(self, values: Iterable[tuple[Site, T]], weights: Weights | None = None) -> None:
+        self._set_entries(_AtHand(site, value, weights or {}) for site, value in values)
+
+    def _set_entries(self, entries: Iterable[Entry[T]]) -> None:
+        # The members of a site are mostly asked for one after the other: its value is held until another one's is wanted.
+        self._last: tuple[Entry[T], T] | None = None
+        self._entries: tuple[Entry[T], ...] = tuple(entries)
+        self._of = {name: entry for entry in self._entries for name in entry.site.members}
+
+    @staticmethod
+    @abc.abstractmethod
+    def _pack(value: T) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Facts, as JSON takes them, and tensors."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def _unpack(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> T:
+        """The inverse of `_pack`; the facts come with `members` and `d_in`."""
+
+    def __getitem__(self, name: str) -> T:
+        entry = self._of[name]
+        if self._last is None or self._last[0] is not entry:
+            self._last = None
+            self._last = (entry, entry.value())
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self._entries)} sites, {len(self)} layers)"
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites, in the order in which the run that made them gave them."""
+        return tuple(entry.site for entry in self._entries)
+
+    def check(self, name: str, module: nn.Module, weight: Weight | None = None) -> None:
+        """Whether this was computed for this layer of this model.
+
+        Args:
+            name: the layer's name in the model that was calibrated.
+            module: the linear layer.
+            weight: what `weights_of` says of it, if somebody has asked that already: of a sharded weight it is a collective.
+
+        Raises:
+            ValueError: showing both sides, if the name is unknown or the shape or the fingerprint differs.
+        """
+        if name not in self._of:
+            known = ", ".join(list(self._of)[:3])
+            raise ValueError(f"there is no {self.WHAT} for {name!r}; there are such for {known}, … ({len(self)} layers)")
+        shape = weight_shape(module) if weight is None else weight[0]
+        entry = self._of[name]
+        known_shape, known_print = entry.weights().get(name) or ((shape[0], entry.site.d_in), None)
+        if shape != known_shape:
+            raise ValueError(
+                f"this {self.WHAT} is of another model: {name!r} has weight {shape} here and had {known_shape} at calibration"
+            )
+        found = sample(module) if weight is None else weight[1]
+        if known_print is not None and found is not None and not identity.same_fingerprint(known_print, found):
+            raise ValueError(
+                f"this {self.WHAT} is of another model: the weight of {name!r} begins with {_head(found)} here and with "
+                f"{_head(known_print)} at calibration"
+            )
+
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a directory: `nullspace.json` and one safetensors file a site. Whole or not at all.
+
+        In a process group, one process may call this, or all of them: then one writes, and the others return when it has.
+
+        Args:
+            directory: must not exist yet, or be empty.
+            overwrite: replace an earlier directory of ours.
+
+        Raises:
+            FileExistsError: if the directory is in the way, or another run is writing to it.
+            OSError: if it cannot be written; then nothing is left behind. All errors of one process are raised by all that call.
+        """
+
+        def write() -> None:
+            with store.new_directory(directory, overwrite=overwrite) as part:
+                self.write(part)
+
+        written_once(directory, write)
+
+    def write(self, directory: Path) -> None:
+        """The content of `save`, into a directory that somebody else makes and renames."""
+        write_sites(directory, self.KIND, ((each.site, *self._pack(each.value()), each.weights()) for each in self._entries))
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote, checking every byte; the tensors stay in their files until they are asked for, one by one.
+
+        Raises:
+            FileNotFoundError: if there is no such directory.
+            ValueError: naming the file that is missing, truncated, altered or not ours.
+        """
+        return cls._open(directory, check=True)
+
+    @classmethod
+    def _open(cls, directory: str | os.PathLike[str], *, check: bool) -> Self:
+        """`load`; without the check, every file is only checked when it is read."""
+        directory = Path(directory).absolute()  # files are read later, from whichever directory is the working one then
+        manifest = records.read_manifest(directory, cls.KIND, {"sites": list_of(an_object()), **cls.MORE_FIELDS})
+        _check_sites(manifest, cls.FIELDS, directory / records.MANIFEST)
+        for entry in manifest["sites"] if check else ():
+            records.check_file(directory, entry["file"], manifest)
+        found = cls(())
+        found._set_entries(_Stored(directory, entry, manifest, cls._unpack) for entry in manifest["sites"])
+        try:
+            found._take_note(manifest)
+        except ValueError as error:
+            raise ValueError(f"{directory / records.MANIFEST}: {error}") from error
+        return found
+
+    def _take_note(self, manifest: Mapping[str, Any]) -> None:
+        """Of what a subclass keeps in the manifest beside the sites. `ValueError` if it is not what it should be."""
+
+
+def _check_sites(manifest: Mapping[str, Any], fields: Mapping[str, Field], path: Path) -> None:
+    """Raise `ValueError`, naming the file and the site, if the manifest says what no run could have written."""
+    known: dict[str, int] = {}
+    files: dict[str, int] = {}
+    for number, entry in enumerate(manifest["sites"]):
+        where = f"{path}, site {number}"
+        check_fields(entry, _SITE_FIELDS, where)
+        check_fields(entry, fields, where)
+        for name, shape in entry["weight_shapes"].items():
+            if name not in entry["members"] or shape[1] != entry["d_in"]:
+                raise ValueError(f"{where}: the weight {shape} of {name!r} is not of a layer with inputs of width {entry['d_in']}")
+        twice = next((member for member in entry["members"] if member in known), None)
+        if twice is not None:
+            raise ValueError(f"{where}: {twice!r} belongs to site {known[twice]} already")
+        if entry["file"] in files:
+            raise ValueError(f"{where}: {entry['file']!r} is the file of site {files[entry['file']]} already")
+        known.update(dict.fromkeys(entry["members"], number))
+        files[entry["file"]] = number
+
+
+def write_sites(
+    directory: Path,
+    kind: str,
+    sites: Iterable[tuple[Site, Mapping[str, Any], Mapping[str, torch.Tensor], Weights]],
+    *,
+    content: Mapping[str, Any] | None = None,
+    job: Job | None = None,
+    order: Sequence[str] = (),
+) -> None:
+    """One file a site, as they come, and then the manifest: nothing is held but the site at hand.
+
+    Args:
+        directory: which several processes fill together.
+        kind: what it is (`nullspace.store`).
+        sites: those of this process.
+        content: what else the manifest is to say.
+        job: the processes; the first one writes the manifest. This one alone by default.
+        order: names of layers: several processes number the sites' files by it.
+    """
+    job = job or Job.alone()
+    directory.mkdir(parents=True, exist_ok=True)
+    places = {name: index for index, name in enumerate(order)}
+    entries: list[dict[str, Any]] = []
+    for count, (site, facts, tensors, weights) in enumerate(sites):
+        index = count if job.count == 1 else min(places[member] for member in site.members)
+        name = f"{index:04d}-{re.sub(r'[^A-Za-z0-9._-]', '_', site.name)[:200]}.safetensors"
+        prints = {FINGERPRINT + m: found for m, (_, found) in weights.items() if found is not None}
+        records.write_tensors(directory / name, {**tensors, **prints})
+        shapes = {m: shape for m, (shape, _) in weights.items()}
+        entries.append({"file": name, "members": list(site.members), "d_in": site.d_in, **facts, "weight_shapes": shapes})
+        del tensors
+    looks = records.looks_of(directory, [entry["file"] for entry in entries])
+    written = job.exchange((entries, looks))
+    if job.first:
+        files = {name: look for _, theirs in written for name, look in theirs.items()}
+        missing = next((name for name in files if not (directory / name).is_file()), None)
+        if missing is not None:
+            raise ValueError(f"{directory / missing} was written by another process and is not here: choose a place that all see")
+        everyones = [entry for theirs, _ in written for entry in theirs]
+        in_order = everyones if job.count == 1 else sorted(everyones, key=lambda entry: str(entry["file"]))
+        records.write_manifest(directory, kind, {**(content or {}), "sites": in_order}, files)
+
+
+def _head(sample: torch.Tensor) -> str:
+    return "[" + ", ".join(f"{v:.4g}" for v in sample[:4].tolist()) + ", …]"

@@ -1,0 +1,223 @@
+"""`NullSpace` (one site), `NullSpaces` (a model) and `compute_null_spaces`: the whole calibration in one call."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from nullspace import solvers, tables
+from nullspace.artifacts.checkpoint import Checkpoint
+from nullspace.artifacts.covariances import Covariances
+from nullspace.artifacts.identity import Weights
+from nullspace.artifacts.null_space import FIELDS, NullSpace
+from nullspace.artifacts.sitewise import Fetched, Sitewise
+from nullspace.checks import (
+    check_integer,
+)
+from nullspace.model.sites import Site
+from nullspace.moments.covariance import Covariance
+from nullspace.moments.directions import Directions
+from nullspace.progress import Progress, reporter
+from nullspace.solvers.perturbation import NO_LEAK
+from nullspace.solvers.together import decompose
+
+# Excess leak, by estimate, above which a float32 sum is not trusted and the site is summed again in float64.
+TOLERANCE = 1e-4
+# What float64 sums leave of an exact null space, where no massive tokens make the norm of X meaningless.
+QUIET = 1e-7
+# And what `excess_estimate` makes of that, as a leak: at most 2e-7 where measured, and from 5e-5 on for sums kept in float32.
+FLOAT64_NOISE = 1e-6
+
+
+class NullSpaces(Sitewise[NullSpace]):
+    """Module name → `NullSpace`; the members of a site share one object.
+
+    Args:
+        spaces: one a site.
+        weights: module name → (d_out, d_in) and fingerprint (`nullspace.store.fingerprint`) of its weight, by which the model is
+            known again.
+    """
+
+    KIND, WHAT, FIELDS = "spaces", "null space", FIELDS
+
+    def __init__(self, spaces: Iterable[NullSpace], weights: Weights | None = None) -> None:
+        super().__init__(((space.site, space) for space in spaces), weights)
+
+    @staticmethod
+    def _pack(value: NullSpace) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return value.facts(), {"basis": value.basis, "eigenvalues": value.eigenvalues}
+
+    @staticmethod
+    def _unpack(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> NullSpace:
+        return NullSpace.from_facts(facts, tensors)
+
+    @classmethod
+    def _of_files(cls, spaces: Iterable[NullSpace], kept: Checkpoint, weights: Weights) -> NullSpaces:
+        """Spaces whose tensors are read from a checkpoint when they are asked for."""
+
+        def make(space: NullSpace) -> NullSpace:
+            read = kept.reader(space.site.name)()
+            return replace(space, basis=read["basis"], eigenvalues=read["eigenvalues"])
+
+        found = cls(())
+        # Not the space itself, whose basis may be at hand: none is to be held.
+        lean = [replace(space, basis=space.basis.to("meta")) for space in spaces]
+        found._set_entries(Fetched(space.site, functools.partial(make, space), weights) for space in lean)
+        return found
+
+    def summary(self) -> str:
+        """A table: site, layers, d_in, tokens, rank, leak, gap, outliers, precision, and the effective rank where known."""
+        return tables.text_table(self.rows())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dictionary a site, in the model's order, of values that JSON takes: what `summary` shows, unrounded."""
+        return [
+            {
+                "site": site.name,
+                "members": list(site.members),
+                "d_in": site.d_in,
+                "tokens": space.tokens,
+                "rank": space.rank,
+                "leak": space.leak,
+                "gap": space.gap,
+                "outliers": space.outliers,
+                "precision": space.precision,
+                "excess_estimate": space.excess_estimate,
+                "excess_bound": space.excess_bound,
+                "nullity": space.nullity,
+                "effective_rank": space.effective_rank,
+            }
+            for site in self.sites
+            for space in [self[site.name]]
+        ]
+
+    @classmethod
+    def from_covariances(
+        cls,
+        covariances: Covariances,
+        *,
+        rank: int = 128,
+        spectrum: bool = False,
+        avoid: Mapping[str, torch.Tensor] | None = None,
+        progress: bool | Progress = True,
+    ) -> NullSpaces:
+        """The null spaces of second moments that were kept: no model, no data.
+
+        Args:
+            covariances: of one run, or merged (`Covariances.merge`): with `normalise=True`, what is quiet in every one of several
+                corpora or tasks.
+            rank: as in `compute_null_spaces`.
+            spectrum: as in `compute_null_spaces`.
+            avoid: as in `compute_null_spaces`.
+            progress: True for a bar, False for none, or a callable (`nullspace.progress.Progress`).
+
+        Raises:
+            ValueError: naming the site, if the rank does not fit it.
+
+        Warns:
+            UserWarning: naming the sites that saw fewer than d_in + rank tokens, or whose tokens span fewer than d_in − rank
+                directions, and those whose sums rounding has made too coarse for their bases.
+        """
+        rank = check_integer("rank", rank, least=None)
+        report_progress = reporter(progress)
+        kept = check_avoid(avoid, covariances)
+        for site in covariances.sites:
+            check_site_rank(site, rank, kept)
+        found: list[NullSpace] = []
+        report_progress("null spaces", 0, len(covariances), 0)
+        pairs = ((site, covariances[site.name]) for site in covariances.sites)
+        for space in decompose(pairs, functools.partial(_bottom, rank=rank, spectrum=spectrum, avoid=kept)):
+            found.append(space)
+            report_progress("null spaces", sum(len(s.site.members) for s in found), len(covariances), 0)
+        # A leak that the sum is too coarse to show (a float32 file's) may be more than the computed one, which is then 0.
+        unsure = [
+            s
+            for s in found
+            if s.excess_estimate > TOLERANCE
+            and (s.outliers > 0 or s.leak > QUIET or (1 + s.excess_estimate) * NO_LEAK > FLOAT64_NOISE)
+        ]
+        if unsure:
+            warnings.warn(
+                f"rounding may have cost {len(unsure)} of {len(found)} sites more than {TOLERANCE:g} of their leak (at worst "
+                f"{max(s.excess_estimate for s in unsure):.1g}, by estimate): {_few_names(unsure)}. Sum them again with "
+                'precision="fp64" or "qr", and keep them in float64.',
+                stacklevel=2,
+            )
+        _warn_of_few_directions(found)
+        return cls(found, {name: weight for entry in covariances._entries for name, weight in entry.weights().items()})
+
+
+def check_avoid(avoid: Mapping[str, torch.Tensor] | None, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Checked rows that a basis must be orthogonal to: layer → (m, d_in) float64 on the CPU.
+
+    Raises:
+        ValueError: naming the layer, if it is none of these, or its rows are no finite matrix.
+    """
+    known, found = set(names), {}
+    for name, rows in (avoid or {}).items():
+        if name not in known:
+            raise ValueError(f"avoid: {name!r} is none of the layers; their names are like {next(iter(known))!r}")
+        if rows.ndim != 2 or not rows.is_floating_point() or not bool(torch.isfinite(rows).all()):
+            raise ValueError(
+                f"avoid: {name!r} needs a finite floating-point matrix (m, d_in), not {tuple(rows.shape)} {rows.dtype}"
+            )
+        found[name] = rows.detach().to("cpu", torch.float64)
+    return found
+
+
+def _avoided_at(site: Site, avoid: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """(d_in, m) orthonormal: the span of what is to be avoided by any member of a site; None if there is nothing."""
+    rows = [avoid[name] for name in site.members if name in avoid]
+    if not any(map(len, rows)):
+        return None
+    wrong = next((r for r in rows if r.shape[1] != site.d_in), None)
+    if wrong is not None:
+        raise ValueError(f"avoid: {site.name!r} has inputs of width {site.d_in}, and its rows are {tuple(wrong.shape)}")
+    _, sigma, vt = torch.linalg.svd(torch.cat(rows), full_matrices=False)
+    return vt[sigma > 1e-12 * sigma[0]].mT if sigma[0] > 0 else None
+
+
+def _bottom(site: Site, covariance: Covariance, *, rank: int, spectrum: bool, avoid: Mapping[str, torch.Tensor]) -> NullSpace:
+    return NullSpace.from_covariance(covariance, rank, site=site, spectrum=spectrum, avoid=_avoided_at(site, avoid))
+
+
+def check_site_rank(site: Site, rank: int, avoid: Mapping[str, torch.Tensor]) -> None:
+    """Raise `ValueError`, naming the site, if a basis of `rank` columns does not fit beside what is avoided there."""
+    avoided = _avoided_at(site, avoid)
+    left = site.d_in - (0 if avoided is None else avoided.shape[1])
+    if not 1 <= rank < left:
+        beside = "" if left == site.d_in else f", {site.d_in - left} directions of which are avoided"
+        raise ValueError(f"rank must be between 1 and {left - 1} at {site.name!r} (d_in = {site.d_in}{beside}), not {rank}")
+
+
+def _warn_of_few_directions(spaces: list[NullSpace]) -> None:
+    """One warning for sites with too few tokens, and for those whose tokens, however many, leave more than the basis untouched."""
+    short = [s for s in spaces if s.tokens < s.site.d_in + s.rank]
+    directions = Directions()
+    for s in spaces:
+        # Of the eigenvalues maybe only the bottom is known: there may be still fewer directions. Where the sum is too coarse to
+        # tell zeros from small numbers, nothing is said.
+        is_exact = (1 + s.excess_estimate) * NO_LEAK <= FLOAT64_NOISE
+        is_zero = float(s.eigenvalues[-1]) <= solvers.ZERO_EIGENVALUE * s.trace
+        lacks = s.tokens >= s.site.d_in + s.rank and is_exact and is_zero
+        directions.add(s.site.name, s.site.d_in - (s.nullity if lacks else 0), s.site.d_in - s.rank, s.site.d_in)
+    texts = [directions.text("a null space")]
+    if short:
+        needed = max(s.site.d_in + s.rank for s in short)
+        texts.insert(
+            0,
+            f"{len(short)} of {len(spaces)} sites saw fewer tokens ({min(s.tokens for s in short)}) than d_in + rank ({needed} at "
+            f"most): {_few_names(short)}. Part of their null space is only what these data did not show: use at least {needed} "
+            "tokens.",
+        )
+    if any(texts):
+        warnings.warn(" ".join(filter(None, texts)), stacklevel=3)
+
+
+def _few_names(spaces: list[NullSpace]) -> str:
+    return ", ".join(s.site.name for s in spaces[:4]) + (", …" if len(spaces) > 4 else "")

@@ -1,0 +1,1 @@
+"""Running a model over data, and the second moments and null spaces that come of it."""

@@ -1,0 +1,163 @@
+"""`compute_covariances`: one calibration whose second moments are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nullspace.artifacts.checkpoint import Checkpoint, check_site
+from nullspace.artifacts.covariances import Covariances, _account, check_dtype
+from nullspace.artifacts.identity import Weights, fingerprint_of_run, hash_data, weights_of
+from nullspace.artifacts.shard_account import Shards
+from nullspace.artifacts.sitewise import write_sites
+from nullspace.artifacts.store import reserved, resolved
+from nullspace.artifacts.together import new_shared_directory
+from nullspace.calibration.stream import check_options, resolve_strategy, stream_covariances
+from nullspace.distributed.job import Job
+from nullspace.distributed.loaders import part_of
+from nullspace.model.sharded import prepare
+from nullspace.model.sites import Site, find_targets
+from nullspace.model.weights import refuse_meta
+from nullspace.model.wrappers import unwrap
+from nullspace.moments.covariance import check_state
+from nullspace.progress import Progress, reporter
+
+
+def compute_covariances(
+    model: nn.Module,
+    loader: Iterable[Any],
+    out: str | os.PathLike[str],
+    *,
+    targets: str | Iterable[str] = "all-linear",
+    exclude: str | Iterable[str] | None = None,
+    strategy: str = "auto",
+    precision: str | Mapping[str, str] = "fp64",
+    dtype: torch.dtype = torch.float64,
+    shard: tuple[int, int] | None = None,
+    device: torch.device | str | None = None,
+    hidden_states: str = "auto",
+    checkpoint: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: bool | Progress = True,
+    job: Job | None = None,
+) -> Covariances:
+    """Run the model over the loader and keep the second moments themselves, in a directory, site by site.
+
+    Under an initialised `torch.distributed` process group, all of its processes have to call this: each reads its share of the
+    loader, and writes its share of the sites into `out`, which all of them have to see. See `stream_covariances`.
+
+    Args:
+        model, loader, targets, exclude, strategy, device, hidden_states, progress: as in `nullspace.stream_covariances`.
+        out: must not exist yet, or be empty. 4 · d_in² bytes a site (float64).
+        precision: as there. `"fp64"` by default: what a later rank or merge will ask of the sums is not known yet.
+        dtype: of the files: see `Covariances.save`.
+        shard: (i, n): of the loader's batches only every n-th, beginning with the i-th (from 1), for jobs that know nothing of each
+            other and whose sums are merged afterwards (`Covariances.merge`). All must be given the same batches, which are read
+            to their end once more, to know them again. Where processes work together too, they split the shard.
+        checkpoint: a directory for what is finished: a run that was cut off and is called again goes on behind it. It takes as
+            much space as `out`. The caller deletes it.
+        overwrite: replace an earlier directory of ours.
+        job: which processes work together; by default those of the default process group, if one is initialised.
+
+    Returns:
+        The covariances, to be read from `out` when they are asked for.
+
+    Raises:
+        ValueError: as `nullspace.stream_covariances`; for a checkpoint of another run, or whose `run.json` is damaged; and for a
+            shard that does not exist, or has no batch, or is asked for with a loader that can be read only once or is a share
+            already.
+        FileExistsError: if `out` is in the way, or another run is writing to it or to `checkpoint`.
+        OSError: if it cannot be written; then nothing is left behind.
+
+    Warns:
+        UserWarning: naming file and site, for a damaged file of the checkpoint: its site is computed again.
+    """
+    job = job or Job()
+    with job.sharing_errors(), contextlib.ExitStack() as held:
+        check_dtype(dtype)
+        out = resolved(out)
+        if job.first:
+            held.enter_context(reserved(out, overwrite=overwrite))
+        check_options(strategy, precision, hidden_states, device)
+        model = unwrap(model)
+        modules = find_targets(model, targets, exclude=exclude)
+        refuse_meta(model)
+        spread = prepare(model, modules, job, strategy)
+        shards: tuple[Shards, ...] = ()
+        if shard is not None:
+            loader, part = _sharded(loader, *shard)
+            shards = (part,)
+        if strategy == "auto":
+            strategy, hidden_states = resolve_strategy(model, loader, modules, device=device, hidden_states=hidden_states, job=job)
+            device, hidden_states = (None, "auto") if strategy == "resident" else (device, hidden_states)
+        kept: Checkpoint | None = None
+        if checkpoint is not None:
+            exact = precision if isinstance(precision, str) else dict(precision)
+            settings = {"keeps": "covariances", "precision": exact, "strategy": strategy, "dtype": str(dtype)}
+            if spread:  # fingerprints of sharded weights are collectives
+                job.exchange(None)
+            run = fingerprint_of_run(model, loader, modules, settings, job)
+            job.check_same(**run)
+            kept = Checkpoint(checkpoint, run, job)
+            held.callback(kept.close)
+        report = reporter(progress, bars=job.first)
+        if spread:
+            job.exchange(None)
+        known = weights_of(modules)
+
+        def check(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+            check_state(facts, tensors)
+            check_site(facts, modules)
+
+        def sites() -> Iterator[tuple[Site, Mapping[str, Any], Mapping[str, torch.Tensor], Weights]]:
+            done: set[str] = set()
+            for number, (facts, read) in enumerate(kept.load(check) if kept is not None else ()):
+                site = Site(tuple(facts["members"]), facts["d_in"])
+                done.update(site.members)
+                if number % job.count == job.number:
+                    yield site, {k: v for k, v in facts.items() if k != "members"}, read(), {m: known[m] for m in site.members}
+            left = modules.only(name for name in modules if name not in done)
+            if left and kept is not None:
+                kept.hold()
+            stream = stream_covariances(
+                model,
+                loader,
+                targets=left,
+                strategy=strategy,
+                precision=precision,
+                device=device,
+                hidden_states=hidden_states,
+                progress=report,
+                job=job,
+            )
+            for site, covariance in stream if left else ():
+                facts, tensors = covariance.state(dtype)
+                del covariance
+                if kept is not None:
+                    kept.keep(site.name, {"members": list(site.members), **facts}, tensors)
+                yield site, facts, tensors, {m: known[m] for m in site.members}
+                done.update(site.members)
+                report("covariances", len(done), len(modules), 0)
+                del tensors
+            modules.settle(model, quiet=not job.first, stacklevel=5)
+
+        with torch.inference_mode(False), new_shared_directory(out, job, overwrite=overwrite) as folder:
+            write_sites(Path(folder), Covariances.KIND, sites(), content=_account(shards), job=job, order=list(modules))
+        return Covariances._open(out, check=job.first)
+
+
+def _sharded(loader: Iterable[Any], number: int, count: int) -> tuple[Iterable[Any], Shards]:
+    """One shard of a loader, and which one it is."""
+    if isinstance(loader, Iterator):
+        raise ValueError("a shard needs a loader that can be read more than once: a list or a DataLoader, not an iterator")
+    part = part_of(loader, number, count)
+    whole = hash_data(loader)
+    if whole["batches"] < number:
+        raise ValueError(f"shard {number}/{count} has no batch: there are {whole['batches']}. Ask for no more shards than that")
+    return part, Shards((whole["content"], whole["batches"]), count, (number,))

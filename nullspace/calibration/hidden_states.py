@@ -1,0 +1,150 @@
+"""Hidden states between two blocks: a model's inputs at one depth, for all batches, wherever there is room for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from nullspace.artifacts.locks import TemporaryFolder
+from nullspace.model.sharded_tensors import version_of
+from nullspace.planning.memory import free_on_device, free_on_host
+
+PLACES = ("auto", "device", "host", "disk")
+# "auto" fills at most this part of the memory that is free.
+SHARE = 0.25
+
+
+def choose_place(place: str, size: int, device: torch.device) -> str:
+    """`place`, or for `"auto"` the first of device, host and disk with room for `size` bytes."""
+    if place != "auto":
+        return place
+    if device.type == "cuda" and size <= SHARE * free_on_device(device):
+        return "device"
+    free = free_on_host()
+    return "host" if free is None or size <= SHARE * free else "disk"
+
+
+class Shelf:
+    """Tensors that are put away and taken back, by batch.
+
+    Args:
+        place: `"device"`: they stay where they are. `"host"`: in host memory, pinned if they come from a GPU. `"disk"`: in files of
+            a temporary folder, one a tensor, each as large as its tensor.
+        folder: where the temporary folder is made; the system's place for such by default.
+    """
+
+    def __init__(self, place: str, folder: str | None = None) -> None:
+        self.place = place
+        self._kept: dict[tuple[int, int], torch.Tensor] = {}
+        self._versions: dict[tuple[int, int], int | None] = {}  # of tensors that are not copies
+        self._files: dict[tuple[int, int], tuple[torch.dtype, torch.Size, torch.device]] = {}
+        self._folder = TemporaryFolder(folder) if place == "disk" else None
+        self.bytes = 0
+
+    def put(self, batch: int, slot: int, tensor: torch.Tensor) -> None:
+        """Keep a tensor in the place of what the slot held before."""
+        key = (batch, slot)
+        if key not in self._kept and key not in self._files:
+            self.bytes += tensor.numel() * tensor.element_size()
+        if self._folder is not None:
+            flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            flat.numpy().tofile(self._path(key))
+            self._files[key] = (tensor.dtype, tensor.shape, tensor.device)
+        elif self.place == "host" and tensor.device.type == "cuda":
+            known = self._kept.get(key)
+            fits = known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype
+            pinned = known if known is not None and fits else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            pinned.copy_(tensor, non_blocking=True)  # what reads it comes behind it in the same stream
+            self._kept[key] = pinned
+        else:
+            self._kept[key] = tensor
+            self._versions[key] = version_of(tensor)
+
+    def get(self, batch: int, slot: int, device: torch.device) -> torch.Tensor:
+        """What a slot holds, on a device."""
+        key = (batch, slot)
+        if self._folder is None:
+            return self._kept[key].to(device, non_blocking=True)
+        dtype, shape, _ = self._files[key]
+        count = shape.numel()
+        if count == 0:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.from_numpy(np.fromfile(self._path(key), dtype=np.uint8)).view(dtype).view(shape).to(device)
+
+    def find_rewritten(self) -> int | None:
+        """The first batch with a tensor that is not as it was put away, because somebody has written to it since."""
+        return next((key[0] for key, version in self._versions.items() if version_of(self._kept[key]) != version), None)
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+        self._files.clear()
+        if self._folder is not None:
+            self._folder.delete()
+
+    def _path(self, key: tuple[int, int]) -> Path:
+        assert self._folder is not None
+        return self._folder.path / f"{key[0]}-{key[1]}.bin"
+
+
+class Arguments:
+    """The arguments that every block is called with, for all batches: hidden states, and what the blocks share beside them.
+
+    A tensor that several blocks are handed (a mask, rotary embeddings) is kept once. Slot 0 holds the hidden states.
+
+    Args:
+        shelf: where tensors go.
+    """
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._shelf = shelf
+        self._calls: dict[tuple[int, int], tuple[list[Any], Any]] = {}
+
+    def keep(self, batch: int, blocks: list[tuple[list[Any], Any]], hidden: list[int]) -> None:
+        """Put the arguments of one batch away.
+
+        Args:
+            batch: its number.
+            blocks: for every block the leaves of its `(args, kwargs)`, and their structure.
+            hidden: for every block, which leaf is its hidden states; of those, only the first block's are kept.
+        """
+        slots: dict[int, int] = {}
+        for index, ((leaves, spec), place) in enumerate(zip(blocks, hidden, strict=True)):
+            named: list[Any] = []
+            for number, leaf in enumerate(leaves):
+                if number == place:
+                    named.append(_Slot(0))
+                    if index == 0:
+                        self._shelf.put(batch, 0, leaf)
+                elif isinstance(leaf, torch.Tensor):
+                    if id(leaf) not in slots:
+                        slots[id(leaf)] = len(slots) + 1
+                        self._shelf.put(batch, slots[id(leaf)], leaf)
+                    named.append(_Slot(slots[id(leaf)]))
+                else:
+                    named.append(leaf)
+            self._calls[batch, index] = (named, spec)
+
+    def take(self, batch: int, block: int, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`(args, kwargs)` of a block."""
+        leaves, spec = self._calls[batch, block]
+        found = [self._shelf.get(batch, leaf.number, device) if isinstance(leaf, _Slot) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(found, spec)
+        return args, kwargs
+
+    def put(self, batch: int, hidden: torch.Tensor) -> None:
+        """What a block made of its hidden states: the next one's."""
+        self._shelf.put(batch, 0, hidden)
+
+    def hidden(self, batch: int, device: torch.device) -> torch.Tensor:
+        """The hidden states at the depth reached."""
+        return self._shelf.get(batch, 0, device)
+
+
+class _Slot:
+    def __init__(self, number: int) -> None:
+        self.number = number

@@ -1,0 +1,236 @@
+"""The sums of several processes, added up at the processes that solve them.
+
+Second moments add up, so this approximates nothing. Each process sums its own batches. Each site is added up once, at its *owner*,
+which solves it; no other process keeps it. A site travels as one float64 vector: the lower triangle of Σ x xᵀ, Σ x and a few
+counts, d (d + 1) / 2 + O(d) numbers. Roots (`precision="qr"`) cannot be added. They are combined pairwise, in ⌈log₂ n⌉ rounds of a
+QR decomposition (Demmel et al. 2012, arXiv 0808.2664).
+
+All sites that are known at one time are reduced before the first of them is solved, so that the owners solve at the same time. In a
+layerwise run, the reductions of one block run during the next block's forward pass, and each process sets its own sites aside until
+all have enough to do (`Totals`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from nullspace.calibration.listening import Listener
+from nullspace.distributed import Job
+from nullspace.distributed.job import Reduction
+from nullspace.model.sites import Site
+from nullspace.moments.covariance import Covariance
+
+
+class Arriving:
+    """One site whose sums are being added up at its owner.
+
+    Args:
+        site: which one.
+        own: this process's part of the sums at the owner, where it becomes the total; None elsewhere.
+        vector: what the part was compressed to; None for a root, which is complete already.
+        reduction: that adds the vectors up.
+    """
+
+    def __init__(
+        self, site: Site, own: Covariance | None, vector: torch.Tensor | None = None, reduction: Reduction | None = None
+    ) -> None:
+        self.site, self.own = site, own
+        self._vector, self._reduction = vector, reduction
+
+    def wait(self) -> None:
+        """Until the reduction is done. Elsewhere than at the owner, frees the sums."""
+        if self._reduction is not None:
+            self._reduction.wait()
+        self._reduction = None
+        if self.own is None:
+            self._vector = None
+
+    def take(self) -> Covariance:
+        """The total; this object drops its reference."""
+        own, self.own = self.own, None
+        assert own is not None
+        if self._vector is not None:
+            own.expand()
+            self._vector = None
+        return own
+
+
+def silent_everywhere(sums: Listener, job: Job) -> dict[str, nn.Module]:
+    """Collective: the targets that were not called in any process, after all have left out what any of them left out."""
+    reports = job.exchange((list(sums.silent), sums.left_out))
+    for _, left_out in reports:
+        for name, why in left_out.items():
+            sums.leave_out(name, why)
+    everywhere = set.intersection(*(set(silent) for silent, _ in reports))
+    return {name: module for name, module in sums.silent.items() if name in everywhere}
+
+
+def begin(job: Job, covariance: Covariance, site: Site, owner: int) -> Arriving:
+    """Begin to add up a site's sums at its owner. The caller must not keep the covariance."""
+    what = f"the reduction of {site.name!r}"
+    job.enters(what)
+    with job.naming_rank(what):
+        if covariance.precision == "qr":
+            return Arriving(site, _folded(job, covariance, owner, what))
+        vector = covariance.compress()
+        return Arriving(site, covariance if owner == job.number else None, vector, job.reduce(vector, owner, what))
+
+
+def _folded(job: Job, covariance: Covariance, owner: int, what: str) -> Covariance | None:
+    """The total of all processes' roots, at the owner; None elsewhere."""
+    place, step = (job.number - owner) % job.count, 1
+    while step < job.count:
+        if place % (2 * step):
+            facts, tensors = covariance.state()
+            del covariance
+            job.send(_packed(facts, tensors), owner + place - step, what)
+            return None
+        if place + step < job.count:
+            facts, tensors = covariance.state()
+            vector = job.receive(_packed(facts, tensors), owner + place + step, what)
+            del tensors
+            covariance.merge(Covariance.from_state(*_unpacked(vector, facts), device=covariance.device))
+            del vector
+        step *= 2
+    return covariance
+
+
+class Totals:
+    """What all processes have summed in one pass: being added up, or added up and waiting to be worked on.
+
+    What only one process works on keeps the others waiting, as nothing can be added up without its share. So nobody begins before
+    there is enough for all: on average as much a process as all sites of one block, by memory. They come to that at the same time,
+    as all know of all sites; and wait for the block that made it enough, rather than hold it beside what they work on.
+
+    Args:
+        job: of the processes.
+        loads: per process, what it was dealt before (Σ d³): updated here. Nothing by default.
+    """
+
+    def __init__(self, job: Job, loads: list[float] | None = None) -> None:
+        self._job = job
+        self._loads = [0.0] * job.count if loads is None else loads
+        self._under_way: list[Arriving] = []
+        self._here: list[Arriving] = []
+        self._waiting = self._enough = 0  # entries of all processes' sites; of a block's sites
+
+    def add(self, sums: Listener) -> Iterator[tuple[Site, Covariance]]:
+        """Begin to add up some sites, and give them out of hand.
+
+        Reductions run on by themselves until more is added. Everything else that the processes do together in the meantime, they
+        have to do in the same order.
+
+        Yields:
+            This process's own sites, with the sums of all, that are to be worked on now.
+
+        Raises:
+            ValueError: naming the layer and the processes, if an input is shared in one and not in the other; or if there is no
+                token at a site in any of them.
+        """
+        job = self._job
+        if job.count == 1:
+            yield from sums.release()
+            return
+        self._arrive()
+        sums.flush()  # what it raises must be raised before the first reduction
+        heard = _all_sites(job.exchange([(site, c.tokens, c.device.type) for site, c in sums.peek()]))
+        deaf = next((site for site, (tokens, _) in heard.items() if tokens == 0), None)
+        if deaf is not None:
+            raise ValueError(f"no tokens at {deaf.name!r}: {sums.MASKED}")
+        owners = self.deal([site.d_in for site in heard])
+        for (site, (_, kind)), owner in zip(heard.items(), owners, strict=True):
+            self._under_way.append(begin(job, sums.take(site, torch.device(kind)), site, owner))
+        added = sum(site.d_in**2 for site in heard)
+        self._waiting += added
+        self._enough = max(self._enough, added)
+        if self._waiting >= job.count * self._enough:
+            yield from self.rest()
+
+    def deal(self, widths: Sequence[int]) -> list[int]:
+        """The owners of some sites, by `deal`, on top of what was dealt before. The widths are the same on all processes."""
+        owners = deal(widths, self._job.count, self._loads)
+        for d, owner in zip(widths, owners, strict=True):
+            self._loads[owner] += float(d) ** 3
+        return owners
+
+    def rest(self) -> Iterator[tuple[Site, Covariance]]:
+        """All that has been added and was not yielded."""
+        self._arrive()  # all of it, before the first is solved
+        self._here.sort(key=lambda each: each.site.d_in)  # by the time of the largest, nothing else is in memory
+        self._waiting = 0
+        while self._here:
+            each = self._here.pop(0)
+            self._job.enters(f"the work on {each.site.name!r}")
+            yield each.site, each.take()
+
+    def _arrive(self) -> None:
+        while self._under_way:
+            each = self._under_way.pop(0)
+            each.wait()
+            if each.own is not None:
+                self._here.append(each)
+
+
+def deal(widths: Sequence[int], count: int, loads: Sequence[float] = ()) -> list[int]:
+    """Which of `count` processes solves which site: the largest first, each to whoever has least to do.
+
+    No process then has more than 4/3 of what the best way to deal them would give it (Graham 1969), if they begin alike.
+
+    Args:
+        widths: d_in of the sites; an eigenproblem costs d_in³.
+        count: of processes.
+        loads: what they have been dealt before; nothing by default.
+
+    Returns:
+        For every site, its owner.
+
+    Example:
+        >>> deal([48, 48, 48, 112], 2)
+        [1, 1, 1, 0]
+    """
+    work = list(loads) or [0.0] * count
+    owners = [0] * len(widths)
+    for index in sorted(range(len(widths)), key=lambda i: -widths[i]):
+        owners[index] = min(range(count), key=work.__getitem__)
+        work[owners[index]] += float(widths[index]) ** 3
+    return owners
+
+
+def _all_sites(heard: Sequence[Sequence[tuple[Site, int, str]]]) -> dict[Site, tuple[int, str]]:
+    """Site → tokens in all processes, and the kind of device that sums it; `ValueError` unless all agree on who shares an input."""
+    found: dict[Site, tuple[int, str]] = {}
+    whose: dict[str, tuple[Site, int]] = {}
+    for number, sites in enumerate(heard):
+        for site, tokens, kind in sites:
+            for member in site.members:
+                other, before = whose.setdefault(member, (site, number))
+                if other != site:
+                    raise ValueError(
+                        f"{member!r} shares its input with {_others(member, other)} on rank {before}, and with "
+                        f"{_others(member, site)} on rank {number}: one sum cannot serve both. Calibrate them in separate runs "
+                        f"(targets=[{member!r}], …)."
+                    )
+            found[site] = (found.get(site, (0, ""))[0] + tokens, found.get(site, (0, kind))[1])
+    return found
+
+
+def _others(member: str, site: Site) -> str:
+    return " and ".join(repr(name) for name in site.members if name != member) or "no other layer"
+
+
+def _packed(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The state of a root as one vector."""
+    numbers = [facts["tokens"], facts["mass"], facts["outliers"], *facts["sums"].values()]
+    return torch.cat([tensors["root"], tensors["total"], tensors["root"].new_tensor(numbers)])
+
+
+def _unpacked(vector: torch.Tensor, like: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    d = like["d_in"]
+    entries, total, numbers = vector.split([d * (d + 1) // 2, d, 3 + len(like["sums"])])
+    tokens, mass, outliers, *sums = numbers.tolist()
+    facts = {"d_in": d, "tokens": int(tokens), "mass": mass, "outliers": int(outliers)}
+    return {**facts, "sums": dict(zip(like["sums"], sums, strict=True))}, {"root": entries, "total": total}

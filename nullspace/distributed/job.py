@@ -1,0 +1,288 @@
+"""`Job`: the processes of a `torch.distributed` group and what they exchange; one process alone where no group is initialised.
+
+A process is named by its torch rank. What goes from process to process, in an order that is the same for all:
+
+- *exchanges*: small Python objects, from each to all. A process that has failed takes part in the next exchange with its error,
+  and all raise it, with the rank of that process. So no process waits for one that will not come.
+- *reductions*: vectors that are added up at one process, while all go on (`Reduction`).
+- *send*, *receive*, *broadcast*: vectors from one process to another, or to all.
+
+A process that dies cannot report an error. Each process writes its current step into the group's store (`Job.enters`). One that
+loses the others asks all to answer in the store; its error (`RankLost`) names those that did not answer and their last steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from nullspace.distributed.errors import RankLost, as_shared, described, rebuilt, was_shared
+from nullspace.distributed.loaders import Share
+
+T = TypeVar("T")
+# How long a process that has lost the others waits for their answers.
+ANSWER_TIME = datetime.timedelta(seconds=5)
+# Keys of the group's store, by rank: the step that a process is in; whether it has answered.
+_STEP, _HERE = "nullspace/at/{}", "nullspace/here/{}"
+
+
+class Job:
+    """The processes of a `torch.distributed` group, seen from one of them; this process alone if no group is initialised.
+
+    All processes of the group make the same calls with the same arguments, except for their shares of the data.
+
+    Args:
+        group: the default group, by default.
+        split: False if every loader holds one process's share already and its samplers do not show it: nothing is split then.
+
+    Attributes:
+        number: of this process in the group, from 0 (torch's rank).
+        count: of processes.
+        split: as given.
+
+    Raises:
+        ValueError: if this process is not in the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, split: bool = True) -> None:
+        joined = dist.is_available() and dist.is_initialized()
+        self._group = group
+        self.number = dist.get_rank(group) if joined else 0
+        self.count = dist.get_world_size(group) if joined else 1
+        self.split = split
+        self._store = default_store() if self.count > 1 else None
+        if self.number < 0:
+            raise ValueError("this process is not in the group")
+        self.enters("its preparations")
+
+    @classmethod
+    def alone(cls) -> Job:
+        """A job of this process alone, even inside an initialised group."""
+        job = cls()
+        job.number, job.count, job._store = 0, 1, None
+        return job
+
+    @property
+    def first(self) -> bool:
+        """Whether this is process 0, which prints and writes for all."""
+        return self.number == 0
+
+    # ---- exchanges
+
+    def exchange(self, value: T) -> list[T]:
+        """Collective: the values of all processes, in the order of their numbers.
+
+        Raises:
+            ValueError, RuntimeError, …: on all processes if one of them has failed (`sharing_errors`): of the same kind, naming it.
+            RankLost: if a process has died.
+        """
+        return [value] if self.count == 1 else self._exchange(value, None)
+
+    @contextlib.contextmanager
+    def sharing_errors(self) -> Iterator[None]:
+        """Context manager: an exception inside is raised on all processes, by their next exchange."""
+        try:
+            yield
+        except Exception as error:
+            if self.count > 1 and not was_shared(error):
+                self._exchange(None, error)
+            raise
+
+    def check_same(self, **facts: Any) -> None:
+        """Collective: raise `ValueError`, naming the fact and the process, unless all processes give the same facts."""
+        first, *others = self.exchange(facts)
+        for number, theirs in enumerate(others, start=1):
+            different = next((name for name in facts if first.get(name) != theirs.get(name)), None)
+            if different is not None:
+                raise ValueError(
+                    f"{different} is not the same on all ranks: {_short(first.get(different))} on rank 0, "
+                    f"{_short(theirs.get(different))} on rank {number}"
+                )
+
+    def _exchange(self, value: Any, error: Exception | None) -> list[Any]:
+        failure = None if error is None else described(error)
+        gathered: list[Any] = [None] * self.count
+        with self._in_touch("an exchange"):
+            dist.all_gather_object(gathered, (failure, value), group=self._group)
+        failed = [(number, *theirs) for number, (theirs, _) in enumerate(gathered) if theirs is not None]
+        if not failed:
+            return [value for _, value in gathered]
+        number, kind, text = failed[0]
+        if len(failed) == self.count and all(other == text for *_, other in failed):
+            assert error is not None
+            raise as_shared(error)  # all have raised the same by themselves
+        more = f" (and {len(failed) - 1} more ranks failed)" if len(failed) > 1 else ""
+        raise rebuilt(kind, f"rank {number}: {text}{more}") from error
+
+    # ---- lost processes
+
+    def enters(self, what: str) -> None:
+        """Write the current step into the group's store, for the error of the others if this process dies in it."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # the next exchange raises it
+                self._store.set(_STEP.format(self._global(self.number)), what)
+
+    @contextlib.contextmanager
+    def _in_touch(self, what: str) -> Iterator[None]:
+        """Context manager for a collective: an error inside is the network's, and `RankLost` names the processes that are gone."""
+        try:
+            yield
+        except RuntimeError as error:  # marked as shared, since no exchange can reach a process that is gone
+            missing, who = self._missing()
+            text = f"rank {self.number} of {self.count} has lost {who} in {what}: {error}"
+            left = min((k for k in range(self.count) if k not in missing), default=self.number)
+            raise as_shared(RankLost(text, reports=self.number == left)) from error
+
+    def _missing(self) -> tuple[list[int], str]:
+        """The processes that do not answer, and the same in words."""
+        if self._store is None:
+            return [], "the others"
+        until = time.monotonic() + ANSWER_TIME.total_seconds()
+        try:
+            self._store.set(_HERE.format(self._global(self.number)), "")
+            missing = [k for k in range(self.count) if k != self.number and not self._answers(k, until)]
+            words = [f"rank {k} ({self._last_word(k)})" for k in missing]
+        except RuntimeError:
+            return [], "the others, and the store of their group with them (rank 0 keeps it, if torchrun does not)"
+        if not missing:
+            return [], "the others, all of which have said so too"
+        return missing, " and ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
+
+    def _answers(self, number: int, until: float) -> bool:
+        assert self._store is not None
+        left = datetime.timedelta(seconds=max(until - time.monotonic(), 0.05))
+        try:
+            self._store.wait([_HERE.format(self._global(number))], left)
+        except RuntimeError:
+            self._store.num_keys()  # raises if it is the store that is gone
+            return False
+        return True
+
+    def _last_word(self, number: int) -> str:
+        assert self._store is not None
+        key = _STEP.format(self._global(number))
+        return f"last heard of in {self._store.get(key).decode()}" if self._store.check([key]) else "never heard of"
+
+    @contextlib.contextmanager
+    def naming_rank(self, what: str) -> Iterator[None]:
+        """Context manager for work between two reductions, where no exchange is possible: an error inside is raised here alone.
+
+        It names this process. The others wait until it exits or the group's timeout ends.
+        """
+        try:
+            yield
+        except Exception as error:
+            if was_shared(error):
+                raise
+            kind, text = described(error)
+            raise rebuilt(
+                kind, f"rank {self.number}: {text} (in {what}; the other ranks wait for it, and are to be ended)"
+            ) from error
+
+    # ---- the data
+
+    def share(self, loader: Iterable[Any]) -> Share:
+        """The batches of a loader that this process reads; iterating over them makes collectives."""
+        compare = self._compare if self.count > 1 else None
+        return Share(loader, self.number, self.count, split=self.split, compare=compare)
+
+    def check_share(self, share: Share) -> None:
+        """Collective: raise `ValueError` on all processes unless the shares that were read are of one loader and not all empty."""
+        self._compare(share.digest, again=True)
+        if sum(self.exchange(share.read)) == 0:
+            raise ValueError("the loader is empty: there is nothing to calibrate on")
+
+    def _compare(self, digest: str | None, *, again: bool = False) -> None:
+        first, *others = self.exchange(digest)
+        other = next((number for number, theirs in enumerate(others, start=1) if theirs != first), None)
+        if other is not None:
+            where = " behind the first one" if again else ""
+            raise ValueError(
+                f"ranks 0 and {other} were given different batches{where}, and a loader is split between the ranks: give all of "
+                "them the same batches in the same order (shuffled by the same seed), or each its own share: a DataLoader with a "
+                "DistributedSampler, or job=Job(split=False)"
+            )
+
+    # ---- tensors
+
+    def reduce(self, vector: torch.Tensor, owner: int, what: str) -> Reduction:
+        """Begin to add up a vector at its owner, in place.
+
+        Args:
+            vector: this process's part, on any device; not to be touched before `Reduction.wait`.
+            owner: number of the process that gets the total.
+            what: for the error, if a process is lost meanwhile.
+        """
+        sent = vector.to(self._device)
+        with self._in_touch(what):
+            work = dist.reduce(sent, self._global(owner), op=dist.ReduceOp.SUM, group=self._group, async_op=True)
+        return Reduction(self, work, vector, sent, what, is_owner=owner == self.number)
+
+    def send(self, vector: torch.Tensor, receiver: int, what: str) -> None:
+        """Send a vector to another process, which calls `receive`."""
+        with self._in_touch(what):
+            dist.send(vector.to(self._device), self._global(receiver % self.count), group=self._group)
+
+    def receive(self, like: torch.Tensor, sender: int, what: str) -> torch.Tensor:
+        """What another process sends: of the shape and dtype of `like`, where the group receives."""
+        vector = torch.empty_like(like, device=self._device)
+        with self._in_touch(what):
+            dist.recv(vector, self._global(sender % self.count), group=self._group)
+        return vector
+
+    def broadcast(self, tensor: torch.Tensor, owner: int) -> torch.Tensor:
+        """Collective: the owner's tensor, on the CPU of every process. The others give shape and dtype ("meta" will do)."""
+        own = owner == self.number
+        there = tensor.to(self._device) if own else torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        with self._in_touch("a broadcast"):
+            dist.broadcast(there, self._global(owner), group=self._group)
+        return tensor if own else there.cpu()
+
+    # ---- ranks and devices
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of the processes in the default group."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return (0,)
+        return (dist.get_rank(),) if self.count == 1 else tuple(self._global(number) for number in range(self.count))
+
+    @property
+    def _device(self) -> torch.device:
+        """The device of tensors that are sent: the same kind on all processes."""
+        over_nccl = "nccl" in dist.get_backend_config(self._group) and torch.cuda.is_available()
+        return torch.device("cuda", torch.cuda.current_device()) if over_nccl else torch.device("cpu")
+
+    def _global(self, number: int) -> int:
+        return number if self._group is None else dist.get_global_rank(self._group, number)
+
+
+class Reduction:
+    """A sum that is under way between the processes of a job."""
+
+    def __init__(self, job: Job, work: dist.Work, vector: torch.Tensor, sent: torch.Tensor, what: str, *, is_owner: bool) -> None:
+        self._job, self._work, self._vector, self._sent, self._what, self._is_owner = job, work, vector, sent, what, is_owner
+
+    def wait(self) -> None:
+        """Until it is done: the owner's vector then holds the total, the others' values mean nothing."""
+        with self._job._in_touch(self._what):
+            self._work.wait()
+        if self._is_owner and self._sent is not self._vector:
+            self._vector.copy_(self._sent)
+
+
+def default_store() -> dist.Store | None:
+    """The store of the default process group."""
+    get = getattr(dist.distributed_c10d, "_get_default_store", None)
+    return None if get is None else get()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

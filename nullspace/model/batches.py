@@ -1,0 +1,183 @@
+"""What a loader yields, and what a model is handed of it: arguments, padding, tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from nullspace.model.blocks import is_encoder_decoder
+from nullspace.model.linear import output_head
+from nullspace.model.padding import Padding, PaddingReader, looks_like_mask
+from nullspace.model.sharded_tensors import device_of
+from nullspace.model.wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from nullspace.distributed.loaders import Share
+
+
+class Call(NamedTuple):
+    """One forward pass.
+
+    Attributes:
+        number: of the batch, from 1.
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model, without labels (a loss is not wanted).
+        padding: which of its tokens count.
+    """
+
+    number: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    padding: Padding
+
+
+def calls(model: nn.Module, share: Share, device: torch.device | None = None) -> Iterator[Call]:
+    """What to call the model with, batch by batch.
+
+    Args:
+        model: to see which arguments it takes.
+        share: of a loader of mappings, tensors or tuples of tensors.
+        device: where the arguments go; by default where the model's embeddings are.
+
+    Raises:
+        TypeError: for a batch that is none of these.
+        ValueError: for a tuple that holds a mask which the model's `forward` does not name; at the end, if there were fewer
+            batches than the loader announced.
+
+    Warns:
+        UserWarning: once, for tokens that look like padding and are counted, and for padding that moves the tokens behind it.
+    """
+    reader = PaddingReader(model)
+    for number, batch in share:
+        named, by_name = _named(batch, number, model)
+        padding = reader.read(number, named)
+        args, kwargs = _arguments(named, by_name, device or input_device(model), model)
+        if by_name:
+            reader.check_positions(model, kwargs, padding)
+        yield Call(number, args, kwargs, padding)
+
+
+@contextlib.contextmanager
+def naming_batch(call: Call) -> Iterator[None]:
+    """Turns the `IndexError` of an embedding into a `ValueError` that names the batch, and how long its sequences are."""
+    try:
+        yield
+    except IndexError as error:
+        ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
+        shape = f" {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else ""
+        raise ValueError(
+            f"batch {call.number}{shape}: the model has no embedding for one of its token ids or positions ({error}): use shorter "
+            "sequences, or the model's own tokenizer"
+        ) from error
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, without key-value caches, compiled graphs and wrappers; afterwards all is as it was.
+
+    A model may take `use_cache` only through `**kwargs`, or not at all, and then does as its configurations say.
+    """
+    training = [m for m in model.modules() if m.training]
+    caching = [config for config in _configurations(model) if getattr(config, "use_cache", None) is True]
+    model.eval()
+    for config in caching:
+        config.use_cache = False
+    try:
+        with unwrapped(model):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for config in caching:
+            config.use_cache = True
+
+
+def _configurations(model: nn.Module) -> list[Any]:
+    """Those of a model and its parts, and the ones inside of these, such as a text model's."""
+    left = [config for module in model.modules() if (config := module.__dict__.get("config")) is not None]
+    found: dict[int, Any] = {}
+    while left:
+        config = left.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            left += [value for value in getattr(config, "__dict__", {}).values() if hasattr(value, "use_cache")]
+    return list(found.values())
+
+
+def forward_options(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, Any]:
+    """What spares work that no site hears: the key-value cache, and the logits of all tokens but the last."""
+    takes = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {}
+    if "use_cache" in takes:
+        options["use_cache"] = False
+    head = output_head(model)
+    if "logits_to_keep" in takes and head is not None and all(m is not head for m in targets.values()):
+        options["logits_to_keep"] = 1
+    return options
+
+
+def padded_batch(model: nn.Module, loader: Iterable[Any]) -> int | None:
+    """The number of a loader's first batch with padding, where a look at all of them costs nothing; else None."""
+    if not isinstance(loader, Sequence):
+        return None
+    reader = PaddingReader(model)
+    return next((n for n, batch in enumerate(loader, 1) if reader.padding_of(_named(batch, n, model)[0]).hides), None)
+
+
+def _arguments(
+    named: Mapping[str, Any], by_name: bool, device: torch.device | None, model: nn.Module
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    moved = {
+        name: value.to(device) if isinstance(value, torch.Tensor) and device is not None else value for name, value in named.items()
+    }
+    if not by_name:
+        return tuple(moved.values()), {}
+    if hasattr(model, "config") and not is_encoder_decoder(model):
+        moved.pop("labels", None)  # no loss is wanted; encoder–decoder models make their decoder's inputs of them
+    return (), moved
+
+
+def _named(batch: Any, number: int, model: nn.Module) -> tuple[dict[str, Any], bool]:
+    """A batch as argument name → value, and whether the model is to be called with names."""
+    if isinstance(batch, Mapping):
+        return {str(key): value for key, value in batch.items()}, True
+    values = (batch,) if isinstance(batch, torch.Tensor) else batch
+    if not isinstance(values, (tuple, list)) or not values or not all(isinstance(value, torch.Tensor) for value in values):
+        raise TypeError(f"batch {number} is {type(batch).__name__}; expected a mapping, a tensor or a tuple of tensors")
+    names, own = parameter_names(model, len(values))
+    if len(names) < len(values):
+        if any(looks_like_mask(value, values[0]) for value in values[max(1, len(names)) :]):
+            raise ValueError(
+                f"batch {number}: one of its {len(values)} tensors looks like an attention_mask, but the forward of "
+                f"{type(model).__name__} does not name its arguments: give batches as mappings with 'attention_mask'"
+            )
+        names += [f"argument {index}" for index in range(len(names), len(values))]
+    return dict(zip(names, values, strict=False)), own and "attention_mask" in names and isinstance(batch, (tuple, list))
+
+
+def parameter_names(model: nn.Module, count: int) -> tuple[list[str], bool]:
+    """The names of the first arguments, and whether they are the model's own: a wrapper passes on what it does not name."""
+    module, own = model, True
+    while True:
+        parameters = inspect.signature(module.forward).parameters.values()
+        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:count]
+        children = list(module.children())
+        if named or len(children) != 1 or not any(p.kind == p.VAR_POSITIONAL for p in parameters):
+            return named, own
+        module, own = children[0], False
+
+
+def input_device(model: nn.Module) -> torch.device | None:
+    """Where a model's embeddings are."""
+    get = getattr(model, "get_input_embeddings", None)
+    with contextlib.suppress(NotImplementedError):
+        embeddings = get() if callable(get) else None
+        weight = getattr(embeddings, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.device.type != "meta":
+            return device_of(weight)
+    return next((device_of(p) for p in model.parameters() if p.device.type != "meta"), None)

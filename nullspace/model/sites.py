@@ -1,0 +1,346 @@
+"""Which linear layers, and which of them share one input.
+
+A *target* is a linear layer that the user asked for, under its name in `model.named_modules()`. A *site* is one input: its
+*members* are the targets that are handed the very same tensor (q, k and v; gate and up), so one sum serves them all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from nullspace.checks import check_integer
+from nullspace.model.linear import is_linear, is_of_class, output_head, weight_shape
+from nullspace.model.sharded_tensors import shape_of
+from nullspace.model.wrappers import named_modules, unwrap
+
+
+@dataclass(frozen=True)
+class Site:
+    """One input of the model and the linear layers that hear it.
+
+    Attributes:
+        members: names of the layers, in the order in which they were called.
+        d_in: width of the input.
+    """
+
+    members: tuple[str, ...]
+    d_in: int
+
+    @property
+    def name(self) -> str:
+        """The first member's name, which stands for the site."""
+        return self.members[0]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Targets(dict[str, nn.Module]):
+    """Module name → linear layer, in the model's order, and what `"all-linear"` leaves out.
+
+    Args:
+        layers: name → layer.
+        optional: whether a layer that turns out to be no target is left out (`"all-linear"`); otherwise it is an error.
+        excluded: names that the user does not want.
+        left_out: name → why it is left out. Selections made by `only` share it.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        *,
+        optional: bool = False,
+        excluded: Iterable[str] = (),
+        left_out: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(layers)
+        self.optional = optional
+        self.excluded = frozenset(excluded)
+        self.left_out: dict[str, str] = {} if left_out is None else left_out
+
+    def only(self, names: Iterable[str]) -> Targets:
+        """Some of them, in the model's order."""
+        wanted = set(names)
+        some = {name: module for name, module in self.items() if name in wanted}
+        return Targets(some, optional=self.optional, excluded=self.excluded, left_out=self.left_out)
+
+    def of_twin(self, modules: Mapping[str, nn.Module]) -> Targets:
+        """The same names in another model."""
+        twins = {name: modules[name] for name in self}
+        return Targets(twins, optional=self.optional, excluded=self.excluded, left_out=self.left_out)
+
+    def leave_out(self, name: str, why: str) -> None:
+        """Remove a layer that cannot be a target: `ValueError` if the user has asked for it."""
+        if not self.optional:
+            raise ValueError(f"target {name!r} {why}. Leave it out of targets")
+        self.left_out[name] = why
+        self.pop(name, None)
+
+    def refuse_empty(self) -> None:
+        """Raise `ValueError`, with the first reason, if all layers are left out."""
+        if not self and self.left_out:
+            name, why = next(iter(self.left_out.items()))
+            raise ValueError(f"'all-linear' leaves no layer: {name!r} {why} (the first of {len(self.left_out)})")
+
+    def settle(self, model: nn.Module, *, quiet: bool = False, stacklevel: int = 3) -> None:
+        """Remove what selections made by `only` have left out, and say once what `"all-linear"` did not take.
+
+        Raises:
+            ValueError: if nothing is left.
+
+        Warns:
+            UserWarning: naming layers that were left out, and other matrices (experts that are one tensor) from 1 % of the
+                parameters on; with their share of the parameters of all matrices but embeddings and output head. Unless `quiet`.
+        """
+        if not self.optional:
+            return
+        for name in self.left_out:
+            self.pop(name, None)
+        self.refuse_empty()
+        if quiet:
+            return
+        reasons = dict(self.left_out)
+        sizes = {name: size for name, size in _matrices(model) if not self.excluded & {name, name.rpartition(".")[0]}}
+        modules = named_modules(unwrap(model))
+        others = {name: size for name, size in sorted(sizes.items(), key=lambda each: -each[1]) if name not in modules}
+        total = sum(sizes.values())
+        if sum(others.values()) >= NOTEWORTHY * total:
+            holders = {name: type(modules[name.rpartition(".")[0]]).__name__ for name in others}
+            reasons.update({name: f"is a parameter of {holder}, not a linear layer" for name, holder in holders.items()})
+        if reasons:
+            missed = sum(size for name, size in sizes.items() if name in reasons or name in others) / max(total, 1)
+            warnings.warn(
+                f"'all-linear' leaves out {_listed_by_kind(reasons)}. {missed:.2%} of the parameters in the model's matrices "
+                "(embeddings and output head aside) are left out in all.",
+                stacklevel=stacklevel,
+            )
+
+
+# Share of the parameters from which on matrices that are no linear layers are worth a warning by themselves.
+NOTEWORTHY = 0.01
+
+
+def find_targets(
+    model: nn.Module,
+    targets: str | Iterable[str] = "all-linear",
+    *,
+    exclude: str | Iterable[str] | None = None,
+    rank: int | None = None,
+) -> Targets:
+    """The linear layers (`nn.Linear` and its subclasses, transformers' `Conv1D`) that `targets` names and `exclude` does not.
+
+    Args:
+        model: any module; wrappers are left out, of it and of its parts (`nullspace.wrappers`).
+        targets: `"all-linear"`: every linear layer but the output head, layers that are registered under two names, and, where a
+            rank is given, layers smaller than that. Another string: a regular expression that must match a whole module name.
+            A list: names, or endings of names behind a dot (`"q_proj"`), as PEFT's `target_modules`.
+        exclude: what to take away from that: an expression or a list, as for `targets`.
+        rank: of the adapters; None if it is not known yet.
+
+    Returns:
+        Module name → layer, in the model's own order; never empty. What `"all-linear"` leaves out is in its `left_out`.
+
+    Raises:
+        ValueError: if an entry, or the expression, matches nothing or a module that is not linear, if `exclude` takes nothing or
+            everything away, if a layer that was asked for is registered under two names, if the rank does not fit a layer
+            (of `"all-linear"`: layers with half of the parameters), or if the model carries an adapter of PEFT's.
+        TypeError: if `exclude` is a mapping.
+    """
+    if isinstance(targets, Targets):
+        return targets
+    model = unwrap(model)
+    modules = named_modules(model)  # a layer's second name is no typing error
+    adapter = next((name for name, module in modules.items() if _carries_adapter(module)), None)
+    if adapter is not None:
+        raise ValueError(f"the model already carries a LoRA adapter or another of PEFT's ({adapter!r}); merge or unload it first")
+    optional = targets == "all-linear"
+    if optional:
+        head = output_head(model)
+        found = {name: m for name, m in modules.items() if name and is_linear(m) and m is not head}
+        if not found:
+            raise ValueError(f"'all-linear': {type(model).__name__} has no linear layer")
+    elif isinstance(targets, str):
+        found = _match_expression(modules, targets)
+    else:
+        found = _match_endings(modules, list(targets))
+    excluded = _excluded(model, found, exclude, optional)
+    chosen = Targets({name: m for name, m in found.items() if name not in excluded}, optional=optional, excluded=excluded)
+    if not chosen:
+        raise ValueError(f"exclude={exclude!r} takes away all of targets={targets!r}: no layer is left")
+    _leave_out_repeated(modules, chosen)
+    chosen.refuse_empty()
+    if rank is not None:
+        _leave_out_small(chosen, rank)
+    return chosen
+
+
+def check_rank(layers: Mapping[str, nn.Module], rank: int) -> None:
+    """Raise `ValueError`, naming the layer, if a basis of `rank` columns does not fit it."""
+    check_integer("rank", rank)
+    for name, layer in layers.items():
+        d_out, d_in = weight_shape(layer)
+        if rank >= d_in:
+            raise ValueError(f"rank {rank} does not leave {name!r} (d_in = {d_in}) anything to hear: it must be below d_in")
+        if rank > d_out:
+            raise ValueError(
+                f"rank {rank} is larger than the weight of {name!r} ({d_out} × {d_in}) allows: choose rank ≤ {d_out}, or leave "
+                "the layer out of targets"
+            )
+
+
+def _carries_adapter(module: nn.Module) -> bool:
+    return is_of_class(module, "BaseTunerLayer", "peft.tuners.tuners_utils")
+
+
+def _match_expression(modules: dict[str, nn.Module], expression: str) -> dict[str, nn.Module]:
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"targets={expression!r} is not a regular expression ({error}); for one name, use a list") from None
+    matched = {name: m for name, m in modules.items() if name and pattern.fullmatch(name)}
+    found = {name: m for name, m in matched.items() if is_linear(m)}
+    if not found:
+        what = f"matches only modules that are not linear, such as {next(iter(matched))!r}" if matched else "matches no module"
+        raise ValueError(
+            f"targets={expression!r} {what}. A string is a regular expression for whole module names, "
+            f"such as {_example(modules)!r}; for endings of names, use a list. {_names(modules)}"
+        )
+    return found
+
+
+def _match_endings(modules: dict[str, nn.Module], endings: list[str]) -> dict[str, nn.Module]:
+    if not endings:
+        raise ValueError("targets is empty")
+    wanted: set[str] = set()
+    for ending in endings:
+        matched = [name for name in modules if name and (name == ending or name.endswith(f".{ending}"))]
+        if not matched:
+            last_parts = {name.rpartition(".")[2] for name, m in modules.items() if is_linear(m)}
+            close = difflib.get_close_matches(ending.rpartition(".")[2], sorted(last_parts), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"target {ending!r} matches no module.{hint} {_names(modules)}")
+        wrong = next((name for name in matched if not is_linear(modules[name])), None)
+        if wrong is not None:
+            raise ValueError(f"target {ending!r} matches {wrong!r}, which is {type(modules[wrong]).__name__}, not a linear layer")
+        wanted.update(matched)
+    return {name: m for name, m in modules.items() if name in wanted}
+
+
+def _excluded(
+    model: nn.Module, found: Mapping[str, nn.Module], exclude: str | Iterable[str] | None, optional: bool
+) -> frozenset[str]:
+    """Names that `exclude` matches: of targets and, beside `"all-linear"`, of other matrices, which it would warn of."""
+    if exclude is None:
+        return frozenset()
+    if isinstance(exclude, Mapping):
+        raise TypeError("exclude names layers; rows that a basis is to be orthogonal to (row_spaces) belong to avoid=")
+    names = list(dict.fromkeys([*found, *(name for name, _ in _matrices(model))] if optional else found))
+    if isinstance(exclude, str):
+        try:
+            pattern = re.compile(exclude)
+        except re.error as error:
+            raise ValueError(f"exclude={exclude!r} is not a regular expression ({error}); for one name, use a list") from None
+        matched = [name for name in names if pattern.fullmatch(name)]
+        if not matched:
+            raise ValueError(
+                f"exclude={exclude!r} matches no target. A string is a regular expression for whole module names, such as "
+                f"{_example(found)!r}; for endings of names, use a list. {_names(found)}"
+            )
+        return frozenset(matched)
+    endings = list(exclude)
+    if not endings:
+        raise ValueError("exclude is empty: leave it out")
+    matched = []
+    for ending in endings:
+        own = [name for name in names if name == ending or name.endswith(f".{ending}")]
+        if not own:
+            raise ValueError(f"exclude: {ending!r} matches no target. {_names(found)}")
+        matched += own
+    return frozenset(matched)
+
+
+def _leave_out_repeated(modules: Mapping[str, nn.Module], chosen: Targets) -> None:
+    """An adapter would replace a layer under one of its names only."""
+    names: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        names.setdefault(id(module), []).append(name)
+    for name, module in list(chosen.items()):
+        others = [other for other in names[id(module)] if other != name]
+        if others and name in chosen:
+            chosen.leave_out(
+                name,
+                f"and {others[0]!r} are the same layer registered twice: an adapter would replace only one of them; give each "
+                "place its own layer",
+            )
+
+
+def _leave_out_small(chosen: Targets, rank: int) -> None:
+    """Layers that a basis of so many columns does not fit; if that is half of the model, the rank is what is wrong."""
+    if not chosen.optional:
+        check_rank(chosen, rank)
+        return
+    rank = check_integer("rank", rank)
+    sizes = {name: math.prod(weight_shape(layer)) for name, layer in chosen.items()}
+    small = [name for name, layer in chosen.items() if rank > weight_shape(layer)[0] or rank >= weight_shape(layer)[1]]
+    if 2 * sum(sizes[name] for name in small) >= sum(sizes.values()):
+        check_rank(chosen, rank)
+    for name in small:
+        d_out, d_in = weight_shape(chosen[name])
+        chosen.leave_out(name, f"({d_out} × {d_in}) is smaller than rank {rank} asks for")
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Name and size of every linear layer's weight (by the layer's name) and of other parameters with two axes or more (by
+    their own), embeddings and output head left out, tied ones once."""
+    model = unwrap(model)
+    head, seen = output_head(model), set[int]()
+    linear: list[str] = []
+    once = {id(module): name for name, module in reversed(named_modules(model).items())}
+    for name, module in named_modules(model).items():
+        if once[id(module)] != name:
+            continue
+        if isinstance(module, nn.Embedding) or module is head or any(name.startswith(f"{each}.") for each in linear[-1:]):
+            seen.update(id(p) for p in module.parameters(recurse=False))
+            continue
+        if is_linear(module):
+            linear.append(name)
+            if id(module.weight) not in seen:
+                yield name, math.prod(weight_shape(module))
+            seen.add(id(module.weight))
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            shape = shape_of(parameter)
+            if len(shape) > 1 and id(parameter) not in seen:
+                yield f"{name}.{own}" if name else own, math.prod(shape)
+            seen.add(id(parameter))
+
+
+def _listed_by_kind(reasons: Mapping[str, str], most: int = 6) -> str:
+    """The count, and the first of each kind (names that differ in numbers alone) with its reason."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, why in reasons.items():
+        kinds.setdefault((re.sub(r"\d+", "", name), re.sub(r"'.*?'", "", why)), []).append(name)
+    parts = []
+    for names in list(kinds.values())[:most]:
+        more = f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
+        parts.append(f"{names[0]!r}{more} {reasons[names[0]]}")
+    parts += ["…"] if len(kinds) > most else []
+    what = "layer" if len(reasons) == 1 else "layers or parameters"
+    return f"{len(reasons)} {what}: {'; '.join(parts)}"
+
+
+def _names(modules: Mapping[str, nn.Module]) -> str:
+    last_parts = list(dict.fromkeys(name.rpartition(".")[2] for name, m in modules.items() if name and is_linear(m)))
+    return f"Linear layers here end in: {', '.join(last_parts[:20])}."
+
+
+def _example(modules: Mapping[str, nn.Module]) -> str:
+    last = next((name.rpartition(".")[2] for name, m in modules.items() if name and is_linear(m)), "q_proj")
+    return rf".*\.{last}"

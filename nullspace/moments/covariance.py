@@ -1,0 +1,395 @@
+"""`Covariance`: one running second moment. The only place where activations become numbers.
+
+"Covariance" is the field's word for the *uncentred* second moment C = Σ_t x_t x_tᵀ; Σ_t x_t is kept beside it for the methods
+that centre.
+
+The sum has two precisions. `"fp64"` takes every product in float64. `"auto"` takes them in float32 over short chains of tokens,
+each chain added to a wider sum, and takes *outlier tokens* (norm above 8 × the median) out of the chains and adds them by
+a float64 product: a single massive activation in a float32 partial sum rounds away everything that the quiet directions had
+put there, and no wider master brings it back. Some spectra are too steep for float32 chains without any outlier: on a CPU the first
+tokens are therefore summed in float64, and where they show that the bottom of the spectrum would be lost, so are all others;
+everywhere `error_norm` says what may have been lost. `"mixed"` does without that look, for whoever damps the bottom of the spectrum
+anyway (CorDA).
+
+Who takes the products: the Triton kernels on a CUDA device (`nullspace.sums_triton`), PyTorch elsewhere (`nullspace.sums_torch`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+import nullspace.csrc_triton as csrc_triton
+from nullspace.checks import an_object, check_fields, check_tensor, finite, list_of, optional, whole
+from nullspace.moments.sums import GramSums, Sums, TokenMask, nonfinite
+from nullspace.moments.sums_qr import QrSums
+from nullspace.moments.sums_torch import TorchSums
+from nullspace.moments.sums_triton import TritonSums
+
+PRECISIONS = ("auto", "mixed", "fp64", "qr")
+# What a file says of a covariance, beside its tensors; `sums` is checked when it is known what the tensors are.
+FIELDS = {
+    "d_in": whole(1),
+    "tokens": whole(),
+    "mass": finite(0),
+    "outliers": whole(),
+    "sums": an_object(),
+    "samples": optional(list_of(finite(0), least=2, most=2)),  # earlier versions did not keep them
+}
+# Of the one large tensor in a file.
+DTYPES = (torch.float64, torch.float32)
+
+
+class Covariance:
+    """The running second moment C = Σ_t x_t x_tᵀ of the inputs of one site (arXiv 2503.02659, X_pre X_preᵀ of eq. 6).
+
+    Args:
+        d_in: width of the inputs, at least 1.
+        device: where the sums live; inputs are moved there.
+        precision: `"auto"` (float32 chains into a wider sum, outlier tokens in float64; all in float64 where the first tokens ask
+            for it), `"mixed"` (the same whatever the first tokens say), `"fp64"` (every product in float64) or `"qr"` (no product
+            at all: the root R of C = RᵀR by streaming QR in float64, some ten times the time of `"fp64"`).
+            float64 inputs are never summed in less.
+
+    Cost: n · d_in² flops for n tokens. Memory: 4 · d_in² bytes for the triangle; beside it, on a CPU at most 512 rows of
+    input, on a GPU, until the sums are read, a buffer of min(8192, max(512, 2 · d_in)) rows.
+
+    Raises:
+        ValueError: if `d_in` is smaller than 1, or `precision` is unknown.
+
+    Warns:
+        UserWarning: once, if the kernels cannot run on a CUDA device (an old one, or no Triton): PyTorch's products are used.
+
+    Example:
+        >>> import torch
+        >>> from nullspace import Covariance
+        >>> covariance = Covariance(3)
+        >>> covariance.update(torch.tensor([[1.0, 2.0, 0.0], [9.0, 9.0, 9.0]]), mask=torch.tensor([1, 0]))
+        >>> covariance.tokens, covariance.matrix()[0].tolist()
+        (1, [1.0, 2.0, 0.0])
+    """
+
+    def __init__(self, d_in: int, *, device: torch.device | str = "cpu", precision: str = "auto") -> None:
+        if d_in < 1:
+            raise ValueError(f"d_in must be at least 1, not {d_in}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, not {precision!r}")
+        self.d_in = d_in
+        self.device = torch.device(device)
+        self.precision = precision
+        self._sums = _new_sums(d_in, self.device, precision)
+        self._tokens = 0
+        self._mass = 0.0
+        self._samples = _Samples(self._sums.device)
+
+    @torch.no_grad()
+    def update(self, x: torch.Tensor, mask: torch.Tensor | TokenMask | None = None) -> None:
+        """Add the tokens of one batch. If it raises, nothing was added.
+
+        Args:
+            x: (..., d_in), any floating dtype and device. It may be overwritten afterwards.
+            mask: as many entries as `x` has rows (tokens); zero or False leaves the row out (padding). None keeps all.
+                On a GPU, looking at a mask waits for the device: wrap one that serves many inputs in a `TokenMask`.
+
+        Raises:
+            ValueError: on a wrong width, a mask of another size, or NaN or Inf in a row that counts. Where the kernels take the
+                products, nothing waits for the device here, and NaN or Inf is raised by whatever reads the sums next.
+            TypeError: if `x` is not floating point.
+        """
+        if not x.is_floating_point():
+            raise TypeError(f"activations must be floating point, not {x.dtype}")
+        if x.ndim == 0 or x.shape[-1] != self.d_in:
+            raise ValueError(f"expected inputs of width {self.d_in}, got shape {tuple(x.shape)}")
+        rows = x.detach().reshape(-1, self.d_in)
+        if isinstance(mask, torch.Tensor):
+            mask = TokenMask(mask)
+        if mask is not None and mask.rows != len(rows):
+            raise ValueError(f"the mask has {mask.rows} entries for {len(rows)} rows (input {tuple(x.shape)})")
+        if mask is not None and mask.count == len(rows):
+            mask = None
+        count = len(rows) if mask is None else mask.count
+        if count > 0:
+            self._sums.add(rows, mask)
+            self._samples.add(x.detach(), mask)
+            self._tokens += count
+            self._mass += count
+
+    def merge(self, other: Covariance) -> None:
+        """Add another covariance of the same width: the result is that of all tokens together. `other` keeps its sums.
+
+        Raises:
+            ValueError: if the widths or the precisions differ.
+        """
+        if other.d_in != self.d_in or other.precision != self.precision:
+            raise ValueError(
+                f"cannot merge a covariance of width {other.d_in} and precision {other.precision!r} "
+                f"into one of width {self.d_in} and precision {self.precision!r}"
+            )
+        self._sums.merge(other._sums)
+        self._samples.sums += other._samples.sums.to(self._samples.sums.device)
+        self._tokens += other._tokens
+        self._mass += other._mass
+
+    @classmethod
+    def from_matrix(cls, matrix: torch.Tensor, *, tokens: int = 1) -> Covariance:
+        """A covariance that somebody else has summed, on the matrix's device; its Σ x is not known, and taken for zero.
+
+        Args:
+            matrix: (d_in, d_in) symmetric and positive semi-definite; taken in float64, its lower triangle.
+            tokens: how many were summed.
+        """
+        found = cls(len(matrix), device=matrix.device, precision="fp64")
+        rows = torch.cat([matrix[i, : i + 1] for i in range(len(matrix))])
+        assert isinstance(found._sums, GramSums)
+        found._sums.triangle.set_rows(rows)
+        found._sums.count_rounding(matrix.dtype)
+        found._tokens, found._mass = tokens, float(tokens)
+        return found
+
+    def scale(self, weight: float) -> None:
+        """Let every token that was added so far count `weight` times: C, Σ x and `mass` are multiplied by it, `tokens` is not.
+
+        Raises:
+            ValueError: if the weight is not a positive number.
+        """
+        if not 0.0 < weight < float("inf"):
+            raise ValueError(f"a weight must be a positive number, not {weight}")
+        self._sums.scale(weight)
+        self._samples.sums *= weight
+        self._mass *= weight
+
+    def state(self, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """All of it, to keep in a file: facts as JSON takes them, and tensors; the inverse is `from_state`.
+
+        Args:
+            dtype: of the one large tensor, d_in (d_in + 1) / 2 entries: float64, or float32 for half the space and 7 digits.
+
+        Raises:
+            ValueError: if it does not fit the range of float32.
+        """
+        sums = self._flushed()
+        numbers, tensors = sums.state(dtype)
+        facts = {"d_in": self.d_in, "tokens": self._tokens, "mass": self._mass, "outliers": sums.outliers, "sums": numbers}
+        return {**facts, "samples": self._samples.numbers()}, tensors
+
+    @classmethod
+    def from_state(
+        cls,
+        facts: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "fp64",
+    ) -> Covariance:
+        """The covariance whose `state` this is.
+
+        Args:
+            facts, tensors: what `state` gave.
+            device: where its sums are to live.
+            precision: for what may be added to it. `"qr"` for a root, whatever is given here.
+
+        Raises:
+            ValueError: naming the fact or the tensor, if these cannot be sums: values of a wrong type, shape or sign. The tensors'
+                sizes are compared with `d_in` before anything of that size is allocated.
+        """
+        check_state(facts, tensors)
+        found = cls(facts["d_in"], device=device, precision="qr" if "root" in tensors else precision)
+        found._sums.load_state(facts["sums"], tensors)
+        found._sums.outliers = facts["outliers"]
+        found._tokens, found._mass = facts["tokens"], facts["mass"]
+        found._samples.sums.copy_(torch.tensor(facts.get("samples", [0.0, 0.0]), dtype=torch.float64))
+        return found
+
+    def compress(self) -> torch.Tensor:
+        """All of it as one vector, in the memory that holds it, for sums over parts of the data: they add up entry by entry.
+
+        Until `expand`, which goes on with what the vector holds by then, nothing else is to be asked of this covariance.
+
+        Returns:
+            (d (d + 1) / 2 + d + 9,) float64. Counts of tokens are exact up to 2⁵³.
+
+        Raises:
+            ValueError: for a root (`precision="qr"`): roots cannot be added.
+        """
+        sums = self._flushed()
+        if not isinstance(sums, GramSums):
+            raise ValueError(f"no sum under precision={self.precision!r}: roots cannot be added")
+        return sums.compress([self._tokens, self._mass, sums.outliers, *self._samples.numbers()])
+
+    def expand(self) -> None:
+        """Undo `compress`."""
+        assert isinstance(self._sums, GramSums)
+        tokens, self._mass, outliers, *samples = self._sums.expand(5)
+        self._tokens, self._sums.outliers = int(tokens), int(outliers)
+        self._samples.sums.copy_(torch.tensor(samples, dtype=torch.float64))
+
+    def flush(self) -> None:
+        """Sum what is still on its way, as whatever reads the sums does first.
+
+        Raises:
+            ValueError: for NaN or Inf that `update` has left to be found.
+        """
+        self._sums.flush()
+
+    def matrix(self) -> torch.Tensor:
+        """C as a new (d_in, d_in) float64 tensor, symmetric to the bit. 8 · d_in² bytes."""
+        return self._flushed().square()
+
+    def root(self) -> torch.Tensor:
+        """R, (d_in, d_in) upper triangular float64, with RᵀR = C: what `precision="qr"` holds, and has lost nothing of.
+
+        Raises:
+            ValueError: under another precision.
+        """
+        sums = self._flushed()
+        if not isinstance(sums, QrSums):
+            raise ValueError(f'only precision="qr" keeps a root, not {self.precision!r}')
+        return sums.root.clone()
+
+    def mean(self) -> torch.Tensor:
+        """Σ x / n: (d_in,) float64. NaN without tokens."""
+        total = self._flushed().total
+        return total / self._mass if self._tokens else torch.full_like(total, float("nan"))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were added: padding is not counted."""
+        return self._tokens
+
+    @property
+    def mass(self) -> float:
+        """The sum of the tokens' weights: `tokens`, unless `scale` gave some a weight other than 1."""
+        return self._mass
+
+    @property
+    def outliers(self) -> int:
+        """Tokens whose norm exceeded 8 × the median norm of those that were summed with them."""
+        return self._flushed().outliers
+
+    @property
+    def trace(self) -> float:
+        """tr C = Σ_t ‖x_t‖²."""
+        return self._flushed().trace
+
+    @property
+    def peft_trace(self) -> float | None:
+        """The trace that this second moment has in PEFT's CorDA: the mean of ‖X‖²_F / (max X)² over samples.
+
+        A sample is one entry of the first axis of what `update` was given, or all of it if there are no more than two axes. None
+        where that is not known: for sums that somebody else has made, or that were kept by earlier versions.
+        """
+        self._flushed()
+        energy, count = self._samples.numbers()
+        return energy / count if energy > 0 and count > 0 else None
+
+    @property
+    def products(self) -> str:
+        """`"mixed"` if float32 chains took part in the sum, `"fp64"` if every product was taken in float64, or `"qr"`."""
+        return self._flushed().products
+
+    @property
+    def error_norm(self) -> float:
+        """About how far `matrix()` is from the true C, ‖E‖_F: what float32 chains and float64 sums lose to rounding.
+
+        An error that is proportional to C is not counted: it moves no eigenvector. Outlier tokens never pass through a chain.
+        Under `"qr"`, how far X is from the one whose root `root()` is.
+        """
+        return self._flushed().error_norm
+
+    def _flushed(self) -> Sums:
+        self._sums.flush()
+        return self._sums
+
+
+class _Samples:
+    """Σ ‖X‖²_F / (max X)² over samples, and their number: what PEFT's CorDA divides a sample by, and the sum by, is in them.
+
+    Attributes:
+        sums: (2,) float64.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, x: torch.Tensor, mask: TokenMask | None) -> None:
+        """Add an input (…, d_in) with at least one row that counts, without waiting for the device."""
+        samples = len(x) if x.ndim > 2 else 1
+        rows = x.reshape(samples, -1, x.shape[-1])
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        rows = rows.to(wide) if x.dtype.itemsize == 1 else rows
+        norms, peaks = torch.linalg.vector_norm(rows, dim=-1, dtype=wide), rows.amax(dim=-1).to(wide)
+        if mask is not None:
+            padding = ~mask.keep(x.device).view(norms.shape)
+            norms, peaks = norms.masked_fill(padding, 0.0), peaks.masked_fill(padding, -math.inf)
+        peak = peaks.amax(dim=1).abs()
+        counts = (peak > 0) & (peak < math.inf)
+        energy = torch.where(counts, (norms / peak[:, None]).square().sum(dim=1), 0.0)
+        self.sums += torch.stack([energy.sum(), counts.sum().to(wide)]).to(self.sums.device).double()
+
+    def numbers(self) -> list[float]:
+        """Both as numbers, and zeros where they are beyond the range of float32."""
+        found: list[float] = self.sums.tolist()
+        return found if all(map(math.isfinite, found)) else [0.0, 0.0]
+
+
+def check_state(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `ValueError` unless facts and tensors are those of a covariance."""
+    where = "the facts of a covariance"
+    check_fields(facts, FIELDS, where)
+    kind, name = (QrSums, "root") if "root" in tensors else (GramSums, "triangle")
+    check_fields(facts["sums"], dict.fromkeys(kind.LOSSES, finite(0)), f"{where}, 'sums'")
+    d = facts["d_in"]
+    large = check_tensor(tensors, name, (d * (d + 1) // 2,), DTYPES, "a covariance")
+    check_tensor(tensors, "total", (d,), (torch.float64,), "a covariance")
+    if name == "triangle":
+        diagonal = large[torch.arange(1, d + 1).cumsum(0) - 1]
+        if bool((diagonal < 0).any()):
+            raise ValueError("a covariance: the diagonal of its triangle holds sums of squares, and one is negative")
+        trace = float(diagonal.sum(dtype=torch.float64))
+    else:
+        norm = float(torch.linalg.vector_norm(large, dtype=torch.float64))
+        trace = norm * norm
+    if trace == math.inf:
+        raise ValueError("a covariance: its trace is beyond the range of float64")
+
+
+def find_nonfinite(covariances: Sequence[Covariance]) -> tuple[Covariance, str] | None:
+    """The first covariance that was given NaN or Inf since this was last asked, and what to say of it.
+
+    One wait for the device, however many covariances. Where `update` looks for itself there is nothing to find.
+    """
+    fresh = [(c, norms) for c in covariances for norms in c._sums.unchecked]
+    if nonfinite([norms.sum()[None].to(fresh[0][1].device, non_blocking=True) for _, norms in fresh]):
+        return next(((c, text) for c in covariances for text in [nonfinite(c._sums.unchecked)] if text), None)
+    for c in covariances:
+        c._sums.unchecked.clear()
+    return None
+
+
+def _new_sums(d_in: int, device: torch.device, precision: str) -> Sums:
+    if device.type == "cuda" and precision in ("auto", "mixed"):
+        obstacle = csrc_triton.unavailable(device)
+        if obstacle is None:
+            return TritonSums(d_in, device)
+        _warn_of_fallback(obstacle)
+    if precision == "qr":
+        return QrSums(d_in, device)
+    return TorchSums(d_in, device, mixed=precision != "fp64", probe=precision == "auto" and device.type == "cpu")
+
+
+@functools.cache
+def _warn_of_fallback(obstacle: str) -> None:
+    warnings.warn(f"{obstacle}: second moments are summed by PyTorch's matrix products, which is slower", stacklevel=4)
+
+
+def precision_of(name: str, precision: str | Mapping[str, str]) -> str:
+    """What a precision says of one layer."""
+    if isinstance(precision, str):
+        return precision
+    return next((value for pattern, value in precision.items() if re.fullmatch(pattern, name)), "auto")

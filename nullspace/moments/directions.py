@@ -1,0 +1,90 @@
+"""Whether data span as many directions as is asked of them: `Directions` collects the sites where they do not, for one warning."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import NamedTuple
+
+import torch
+
+from nullspace import solvers
+from nullspace.moments.covariance import Covariance
+
+# Of the names in a warning, that many are written out.
+NAMES = 4
+
+
+class Short(NamedTuple):
+    """A site, or a layer, whose data span too few directions."""
+
+    name: str
+    spanned: int
+    needed: int
+    d_in: int
+
+
+class Directions:
+    """The sites of one call whose data span fewer directions than are needed."""
+
+    def __init__(self) -> None:
+        self._looked_at: set[str] = set()
+        self._short: dict[str, Short] = {}
+        self._known: weakref.WeakKeyDictionary[Covariance, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+    def add(self, name: str, spanned: int, needed: int, d_in: int) -> None:
+        """Note how many directions the data of a site span, and how many are needed."""
+        self._looked_at.add(name)
+        if spanned < needed and name not in self._short:
+            self._short[name] = Short(name, spanned, needed, d_in)
+
+    def look_at(self, name: str, covariance: Covariance, needed: int, c: torch.Tensor, *, spared: int | None = None) -> None:
+        """Count the directions of one layer's data: there are no more than tokens.
+
+        Args:
+            name: of the layer.
+            covariance: whose sums they are; looked at once, whatever the number of layers that share it.
+            needed: how many directions have to be there, certainly.
+            c: (d_in, d_in) float64, its matrix; centred or not, but all alike of one covariance.
+            spared: all directions but so many have to be there. What float32 chains cannot tell from zero is then no lack.
+
+        Cost: d_in³ / 3 flops, or 5/3 · d_in³ where some directions are missing.
+        """
+        most = needed if spared is None else max(needed, len(c) - spared)
+        certain = possible = covariance.tokens
+        if certain >= most:
+            if covariance not in self._known:
+                self._known[covariance] = solvers.numerical_rank(c, noise_of(covariance))
+            certain, possible = (min(n, covariance.tokens) for n in self._known[covariance])
+        if certain < needed:
+            self.add(name, certain, most, len(c))
+        else:
+            self.add(name, possible, most, len(c))
+
+    def warn(self, what: str, *, stacklevel: int = 2) -> None:
+        """Say so, in one `UserWarning`, if there are any.
+
+        Args:
+            what: needs the directions: "method 'eva'".
+            stacklevel: as of `warnings.warn`, counted from the caller.
+        """
+        text = self.text(what)
+        if text:
+            warnings.warn(text, stacklevel=stacklevel + 1)
+
+    def text(self, what: str) -> str:
+        """What `warn` says; empty if there is nothing to say."""
+        if not self._short:
+            return ""
+        short = list(self._short.values())
+        named = ", ".join(f"{s.name} ({s.spanned} of {s.d_in} directions, {s.needed} needed)" for s in short[:NAMES])
+        return (
+            f"the data of {len(short)} of {len(self._looked_at)} layers span fewer directions than {what} needs: {named}"
+            f"{', …' if len(short) > NAMES else ''}. The rest is not what the data ask for: use more data, and more varied ones, "
+            "or a smaller rank; or leave out layers whose inputs have no more directions."
+        )
+
+
+def noise_of(covariance: Covariance) -> float:
+    """Eigenvalues of a covariance up to this size may be rounding's."""
+    return covariance.error_norm**2 if covariance.products == "qr" else covariance.error_norm

@@ -1,0 +1,248 @@
+"""`Sums`: what a running second moment is made of, whatever takes the products; and `TokenMask`, which tokens count."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from nullspace.moments.triangle import LowerTriangle
+
+# A token is an outlier if its norm exceeds this many times the median norm of those around it.
+OUTLIER_RATIO = 8.0
+# Fewer rows than this are no sample to take a median norm of, and are not worth a product.
+STAGE_TOKENS = 512
+# Median norms outside this range would under- or overflow in float32 products: such rows are summed in float64.
+FLOAT32_NORMS = (1e-12, 1e14)
+# ‖E‖_F / ‖C‖_F of a float64 sum, where C + E is what the sum comes to and its eigensolver makes of it: an upper end of what was
+# measured, as the excess leak under massive tokens of 1e3 to 3e6 times the others' norm.
+FLOAT64_RESOLUTION = 2.5e-15
+
+
+class TokenMask:
+    """Which rows of an input are tokens and which are padding. Looked at once, however many inputs it is for.
+
+    Args:
+        mask: as many entries as there are rows, of any shape; zero or False is padding.
+    """
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self._indices = mask.reshape(-1).nonzero().flatten()  # waits for the device, if the mask is on one
+        self.rows = mask.numel()
+        self.count = len(self._indices)
+
+    def indices(self, device: torch.device) -> torch.Tensor:
+        """(count,) int64: the rows that count, ascending."""
+        if self._indices.device != device:
+            self._indices = self._indices.to(device)
+        return self._indices
+
+    def keep(self, device: torch.device) -> torch.Tensor:
+        """(rows,) bool: which rows count."""
+        return torch.zeros(self.rows, dtype=torch.bool, device=device).index_fill_(0, self.indices(device), True)
+
+
+class Sums(abc.ABC):
+    """Σ x xᵀ and Σ x of the tokens added so far.
+
+    Attributes:
+        total: Σ x, (d_in,) float64.
+        outliers: tokens whose norm exceeded `OUTLIER_RATIO` × the median of those that were summed with them.
+        unchecked: norms of tokens that nobody has looked at yet, for NaN and Inf.
+
+    They, and whatever is read of Σ x xᵀ, are complete after `flush`.
+    """
+
+    def __init__(self, d_in: int, device: torch.device) -> None:
+        self.d_in = d_in
+        self.total = torch.zeros(d_in, dtype=torch.float64, device=device)
+        self.device = self.total.device  # with its index, whatever the current device will be
+        self.outliers = 0
+        self.unchecked: list[torch.Tensor] = []
+
+    @abc.abstractmethod
+    def add(self, x_nd: torch.Tensor, mask: TokenMask | None) -> None:
+        """Add the rows of x, or those of them that the mask names. x may be overwritten as soon as this returns."""
+
+    @abc.abstractmethod
+    def flush(self) -> None:
+        """Bring everything up to date.
+
+        Raises:
+            ValueError: for NaN or Inf that was not found while adding.
+        """
+
+    def merge(self, other: Sums) -> None:
+        """Add all that another one, of the same precision, holds."""
+        self.flush()
+        other.flush()
+        self.total += other.total.to(self.device)
+        self.outliers += other.outliers
+
+    def scale(self, weight: float) -> None:
+        """Multiply Σ x xᵀ and Σ x by a positive number."""
+        self.flush()
+        self.total *= weight
+
+    @abc.abstractmethod
+    def state(self, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        """Numbers and tensors to keep, the large tensor in `dtype`, as `(d (d + 1) / 2,)`; complete after `flush`.
+
+        Raises:
+            ValueError: if it does not fit the range of `dtype`.
+        """
+
+    @abc.abstractmethod
+    def load_state(self, numbers: Mapping[str, float], tensors: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of `state`, into new sums."""
+
+    @abc.abstractmethod
+    def square(self) -> torch.Tensor:
+        """Σ x xᵀ as a new (d, d) matrix, symmetric to the bit."""
+
+    @property
+    @abc.abstractmethod
+    def trace(self) -> float:
+        """Σ ‖x‖²."""
+
+    @property
+    @abc.abstractmethod
+    def products(self) -> str:
+        """How the products were taken: `"mixed"`, `"fp64"` or `"qr"`."""
+
+    @property
+    @abc.abstractmethod
+    def error_norm(self) -> float:
+        """About ‖E‖_F of what rounding has cost: C + E is what the sum comes to, or, of a root, X + E is whose root it is."""
+
+
+class GramSums(Sums):
+    """Sums that form the products: the lower triangle of Σ x xᵀ, and an account of what rounding may have done to it."""
+
+    LOSSES = ("mixed_energy", "independent_loss", "common_loss", "storage_loss")
+
+    def __init__(self, d_in: int, device: torch.device) -> None:
+        super().__init__(d_in, device)
+        self.triangle = LowerTriangle(d_in, device=device)
+        # Σ‖x‖² over the tokens whose products were not taken in float64; and what these may have lost, as Frobenius norms: the sum
+        # of squares of independent errors, and the sum of those that point the same way.
+        self._mixed_energy = 0.0
+        self._independent_loss = 0.0
+        self._common_loss = 0.0
+        self._storage_loss = 0.0  # absolute: ‖·‖_F of what a narrower dtype in a file has cost
+
+    def scale(self, weight: float) -> None:
+        super().scale(weight)
+        self.triangle.packed.mul_(weight)
+        self._mixed_energy *= weight
+        self._independent_loss *= weight**2
+        self._common_loss *= weight
+        self._storage_loss *= weight
+
+    def count_rounding(self, dtype: torch.dtype) -> None:
+        """Take note that what is summed so far was kept in a dtype narrower than float64."""
+        if dtype != torch.float64:
+            self._storage_loss += torch.finfo(dtype).eps * self.triangle.norm()
+
+    def state(self, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        rows = self.triangle.rows()
+        narrow, lost = narrowed(rows, dtype)
+        numbers = {
+            "mixed_energy": self._mixed_energy,
+            "independent_loss": self._independent_loss,
+            "common_loss": self._common_loss,
+            "storage_loss": self._storage_loss + 2**0.5 * lost,  # entries beside the diagonal count twice
+        }
+        return numbers, {"triangle": narrow, "total": self.total.clone()}
+
+    def load_state(self, numbers: Mapping[str, float], tensors: Mapping[str, torch.Tensor]) -> None:
+        self.triangle.set_rows(tensors["triangle"])
+        self.total.copy_(tensors["total"])
+        self._load_losses(numbers)
+
+    def _load_losses(self, numbers: Mapping[str, float]) -> None:
+        self._mixed_energy, self._independent_loss = numbers["mixed_energy"], numbers["independent_loss"]
+        self._common_loss, self._storage_loss = numbers["common_loss"], numbers["storage_loss"]
+
+    def compress(self, counts: Sequence[float]) -> torch.Tensor:
+        """All of it, and some counts, as one vector in the memory that holds it: complete after `flush`, and undone by `expand`.
+
+        Vectors of parts of the data add up to that of all.
+
+        Returns:
+            (d (d + 1) / 2 + d + 4 + len(counts),) float64.
+        """
+        losses = [self._mixed_energy, self._independent_loss, self._common_loss, self._storage_loss]
+        return self.triangle.compress(torch.cat([self.total, self.total.new_tensor([*losses, *counts])]))
+
+    def expand(self, count: int) -> list[float]:
+        """Go on with what the vector of `compress` holds by now; its `count` counts."""
+        beside = self.triangle.expand()
+        self.total.copy_(beside[: self.d_in])
+        numbers: list[float] = beside[self.d_in : self.d_in + 4 + count].tolist()
+        self._load_losses(dict(zip(self.LOSSES, numbers[:4], strict=True)))
+        return numbers[4:]
+
+    def merge(self, other: Sums) -> None:
+        assert isinstance(other, GramSums)  # `Covariance.merge` compares the precisions
+        super().merge(other)
+        self.triangle.add_(other.triangle)
+        self._mixed_energy += other._mixed_energy
+        self._independent_loss += other._independent_loss
+        self._common_loss += other._common_loss
+        self._storage_loss += other._storage_loss
+
+    def square(self) -> torch.Tensor:
+        return self.triangle.square()
+
+    @property
+    def trace(self) -> float:
+        return float(self.triangle.diagonal().sum())
+
+    @property
+    def products(self) -> str:
+        return "mixed" if self._mixed_energy > 0 else "fp64"
+
+    @property
+    def error_norm(self) -> float:
+        # The losses were counted relative to the energy of the tokens, which bounds the norm of their sum from above.
+        norm = self.triangle.norm()
+        lost = FLOAT64_RESOLUTION * norm + self._storage_loss
+        if self._mixed_energy > 0:
+            lost += (math.sqrt(self._independent_loss) + self._common_loss) * min(norm / self._mixed_energy, 1.0)
+        return lost
+
+
+def narrowed(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """float64 numbers in `dtype`, and the norm of what they lose by it. `rows` is overwritten.
+
+    Raises:
+        ValueError: if one is beyond the range of `dtype`.
+    """
+    if dtype == torch.float64:
+        return rows, 0.0
+    narrow = rows.to(dtype)
+    lost = float(torch.linalg.vector_norm(rows.sub_(narrow)))
+    if not math.isfinite(lost):
+        raise ValueError(f"the sums exceed the range of {dtype}: keep them in float64")
+    return narrow, lost
+
+
+def nonfinite(norms: Sequence[torch.Tensor]) -> str | None:
+    """What to say of tokens whose norms are NaN or Inf; None if there are none. Waits for the device."""
+    if not norms:
+        return None
+    bad = ~torch.isfinite(torch.cat(list(norms)))
+    if not bad.any():
+        return None
+    return f"NaN or Inf in {int(bad.sum())} of {len(bad)} tokens (the first one is token {int(bad.nonzero()[0])})"
+
+
+def find_outliers(norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(outlier, median)`: which norms exceed `OUTLIER_RATIO` × the median of those that are not zero (0 if all are)."""
+    zeros = (norms == 0).sum()
+    # Not `nanmedian`, nor an index in brackets: on a GPU both make the host wait.
+    median = norms.sort().values.gather(0, (zeros + (len(norms) - zeros - 1).div(2, rounding_mode="floor"))[None])
+    return norms > OUTLIER_RATIO * median, median

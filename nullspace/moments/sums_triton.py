@@ -1,0 +1,124 @@
+"""`TritonSums`: second moments on a GPU, by the kernels of `csrc_triton`, with nothing on the way that the host waits for.
+
+Tokens are copied into a buffer (padding left behind, norms and Σ x taken on the way) until a launch is worth the float64
+triangle's own traffic. What the host decides elsewhere, the device decides here: which of the tokens are outliers is a list and
+a count in its memory, the float64 kernel reads both, and the buffer's outlier rows are zeroed before the fast kernel runs.
+NaN and Inf are therefore found later: by `Covariance`'s readers, or by the stream at the end of a batch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import nullspace.csrc_triton as csrc_triton
+from nullspace.moments.sums import FLOAT32_NORMS, STAGE_TOKENS, GramSums, TokenMask, find_outliers, nonfinite
+from nullspace.moments.triangle import PANEL_ROWS
+
+# ‖E‖_F / ‖C‖_F, the part of E that is proportional to C left out (it moves no eigenvector): tensor-core chains lose by rounding
+# toward zero, all the same way. For 16-bit inputs, an upper end of simulations of Hopper's rounding: 0.7e-8 to 2.5e-8 on Gaussian
+# inputs, 2.4e-8 to 5.7e-8 on those of SmolLM2, where most of it is harmless: a chain's early tokens weigh a little less than its
+# late ones, and what no token has, no weighted sum has either. For float32 inputs, which TF32 products stand for, float32's own.
+# To be measured on a device: `python -m benchmarks.gpu_syrk`.
+HALF_RESOLUTION = 6e-8
+SINGLE_RESOLUTION = 2e-7
+# Reading and writing the triangle takes about 1300 / tokens of a launch's arithmetic on a GPU of Hopper's balance.
+LAUNCH_TOKENS = 8192
+
+
+class TritonSums(GramSums):
+    """Sums by the Triton kernels.
+
+    Args:
+        d_in: width of the inputs.
+        device: a CUDA device (any, where Triton interprets).
+    """
+
+    def __init__(self, d_in: int, device: torch.device) -> None:
+        super().__init__(d_in, device)
+        # In 16 bits, no more memory than the triangle's own, unless that is tiny.
+        self.launch_tokens = min(LAUNCH_TOKENS, max(STAGE_TOKENS, 2 * d_in))
+        self._buffer: torch.Tensor | None = None
+        self._filled = 0
+        self._norms: list[torch.Tensor] = []
+        self._outliers = torch.zeros((), dtype=torch.int64, device=device)
+        self._energy = torch.zeros((), dtype=torch.float64, device=device)  # of what the fast kernel summed
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, x_nd: torch.Tensor, mask: TokenMask | None) -> None:
+        """Add rows, without waiting for the device."""
+        # What the kernels do not know (8-bit floats) fits into float32.
+        known = x_nd.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        x_nd = x_nd.to(self.device, x_nd.dtype if known else torch.float32)
+        if x_nd.dtype == torch.float64:
+            self._add_float64(x_nd if mask is None else x_nd.index_select(0, mask.indices(self.device)))
+            return
+        if x_nd.shape[1] > 1 and x_nd.stride(1) != 1:
+            x_nd = x_nd.contiguous()
+        if self._buffer is None or self._buffer.dtype != x_nd.dtype:
+            self._absorb()
+            self._buffer = self._new_buffer(x_nd.dtype)
+        done, count = 0, len(x_nd) if mask is None else mask.count
+        while done < count:
+            part = min(count - done, self.launch_tokens - self._filled)
+            out = self._buffer[self._filled : self._filled + part]
+            if mask is None:
+                norms, total = csrc_triton.stage_rows(x_nd[done : done + part], out)
+            else:
+                norms, total = csrc_triton.stage_rows(x_nd, out, mask.indices(self.device)[done : done + part])
+            self._norms.append(norms)
+            self.unchecked.append(norms)
+            self.total += total
+            self._filled += part
+            done += part
+            if self._filled == self.launch_tokens:
+                self._absorb()
+
+    def flush(self) -> None:
+        self._absorb()
+        self._buffer = None  # whoever reads the sums is done with most of them, and needs the memory
+        complaint = nonfinite(self.unchecked)
+        if complaint:
+            raise ValueError(complaint)
+        self.unchecked.clear()
+        self.outliers += int(self._outliers)
+        self._mixed_energy += float(self._energy)
+        self._common_loss += float(self._loss)
+        for counter in (self._outliers, self._energy, self._loss):
+            counter.zero_()
+
+    def _new_buffer(self, dtype: torch.dtype) -> torch.Tensor:
+        step = 16 // dtype.itemsize  # tensor descriptors want rows at multiples of 16 bytes
+        width = -(-self.d_in // step) * step
+        return torch.empty(self.launch_tokens, width, dtype=dtype, device=self.device)[:, : self.d_in]
+
+    def _absorb(self) -> None:
+        if self._buffer is None or self._filled == 0:
+            return
+        rows, norms = self._buffer[: self._filled], torch.cat(self._norms)
+        self._filled, self._norms = 0, []
+        outlier, median = find_outliers(norms)
+        self._outliers += outlier.sum()
+        low, high = FLOAT32_NORMS
+        in_float64 = outlier | (median <= low) | (median >= high)  # all of them, if that is where the median lies
+        # Whoever reads the sums early leaves a few rows, whose median may be that of massive tokens.
+        few = len(rows) < STAGE_TOKENS
+        if few:
+            in_float64 = torch.ones_like(outlier)
+        chosen = (~in_float64).to(torch.int8).argsort(stable=True)
+        count = in_float64.sum()
+        packed = self.triangle.packed
+        csrc_triton.syrk_accumulate_rows(packed, rows, chosen, count, panel_rows=PANEL_ROWS)
+        if not few:
+            csrc_triton.zero_rows(rows, chosen, count)
+            csrc_triton.syrk_accumulate(packed, rows, panel_rows=PANEL_ROWS)
+            energy = torch.where(in_float64, 0.0, norms).square().sum()
+            self._energy += energy
+            self._loss += (SINGLE_RESOLUTION if rows.dtype == torch.float32 else HALF_RESOLUTION) * energy
+
+    def _add_float64(self, rows_nd: torch.Tensor) -> None:
+        self._absorb()
+        norms = torch.linalg.vector_norm(rows_nd, dim=1)
+        self.unchecked.append(norms)
+        self._outliers += find_outliers(norms)[0].sum()
+        self.total += rows_nd.sum(0)
+        self.triangle.add_gram(rows_nd)

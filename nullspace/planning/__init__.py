@@ -1,0 +1,1 @@
+"""Forecasts: memory, time and the strategy that fits, before a model is run."""

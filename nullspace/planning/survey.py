@@ -1,0 +1,257 @@
+"""What a calibration's forecast must know of a model: its sites, weights, activations and flops, from shapes alone."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from nullspace.model.batches import evaluating, forward_options
+from nullspace.model.blocks import find_blocks
+from nullspace.model.linear import is_linear, weight_shape
+from nullspace.model.sites import find_targets
+from nullspace.model.weights import size_in_bytes
+from nullspace.model.wrappers import unwrap
+from nullspace.moments.sums import STAGE_TOKENS
+from nullspace.moments.sums_torch import CHAIN_TOKENS
+from nullspace.moments.sums_triton import LAUNCH_TOKENS
+from nullspace.moments.triangle import LowerTriangle
+from nullspace.planning.meta_run import LiveBytes, to_meta, watch
+
+
+class SiteShape(NamedTuple):
+    """An input of linear layers, by the first that hears it.
+
+    Attributes:
+        name: of that layer.
+        d_in: width.
+        block: which of the model's blocks it lies in; None outside of them.
+        triangle: bytes of its sums.
+        staging: bytes that the sums keep beside that until they are read.
+    """
+
+    name: str
+    d_in: int
+    block: int | None
+    triangle: int
+    staging: int
+
+
+class Survey:
+    """What a model's shapes say of one batch. All sizes in bytes.
+
+    Args:
+        model: on any device; one on the meta device will do.
+        targets: as `nullspace.sites.find_targets` takes them.
+        batch_size, length: sequences a batch, and tokens a sequence.
+        device: `"cuda"` or `"cpu"`: what will compute.
+        batch: an example, for models that take something else than `input_ids`; its size counts then.
+
+    Attributes:
+        sites: in the order in which they are called.
+        weights: all of them; `block_weights` by block, `outside` of the blocks, of the `largest_layer` and the `largest_tensor`.
+        dtype: of the weights.
+        activations: the peak of a forward pass, its hooks included; `block_activations` by block, without the block's own input;
+            `prologue`, before the first block.
+        hidden, arguments: of a block's call: the hidden states, and its other tensors (masks, rotary tables).
+        flops: of the forward pass; `block_flops` by block.
+        tracked: whether activations, flops and sites were seen, or estimated from the shapes of the layers, rather too high.
+        layered: whether the blocks are one chain and all sites lie in them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        targets: str | Iterable[str] = "all-linear",
+        batch_size: int = 4,
+        length: int = 1024,
+        device: str = "cuda",
+        batch: Any = None,
+    ) -> None:
+        model = unwrap(model)
+        chosen = find_targets(model, targets)
+        example = _example(batch, batch_size, length)
+        self._device = device
+        blocks = _blocks(model)
+        self.block_weights = [size_in_bytes(block) for _, block in blocks]
+        self.weights = size_in_bytes(model)
+        self.outside = max(0, self.weights - sum(self.block_weights))
+        self.largest_layer = max(
+            (sum(t.numel() * t.element_size() for t in m.parameters(recurse=False)) for m in model.modules()), default=0
+        )
+        self.largest_tensor = max((t.numel() * t.element_size() for t in model.parameters()), default=0)
+        self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self.activations = self.prologue = self.hidden = self.arguments = 0
+        self.block_activations = [0] * len(blocks)
+        self.flops = 0.0
+        self.block_flops = [0.0] * len(blocks)
+        self.tracked = True
+        self.sites: list[SiteShape] = []
+        self._of_block = {id(part): i for i, (_, block) in enumerate(blocks) for part in block.modules()}
+        try:
+            self._run(model, chosen, [block for _, block in blocks], *example)
+        except Exception:  # whatever a model does that needs data: routing tokens to experts, custom kernels, …
+            self.block_activations, self.block_flops = [0] * len(blocks), [0.0] * len(blocks)
+            self._guess(model, chosen, blocks, batch_shape(batch) or (batch_size, length))
+        self.layered = bool(blocks) and all(site.block is not None for site in self.sites)
+
+    def _run(
+        self,
+        model: nn.Module,
+        targets: dict[str, nn.Module],
+        blocks: list[nn.Module],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+
+        heard: list[weakref.ref[torch.Tensor]] = []
+        found: list[SiteShape] = []
+        overall, entry, flops = 0, 0, 0
+
+        def hear(name: str, module: nn.Module, live: LiveBytes) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+                if any(ref() is x for ref in heard):
+                    return
+                heard.append(weakref.ref(x))
+                d_in = weight_shape(module)[1]
+                rows = x.numel() // d_in
+                live.held(_update_bytes(rows, d_in, self._device))
+                if all(site.name != name for site in found):  # a layer may be called several times
+                    found.append(self._site(name, module, d_in, rows, x.dtype))
+
+            return hook
+
+        def enter(index: int, live: LiveBytes) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                nonlocal overall, entry, flops
+                overall = max(overall, live.peak)
+                if index == 0:
+                    self.prologue = live.peak
+                    self.hidden, self.arguments = _argument_bytes(args, kwargs)
+                live.restart()
+                entry, flops = live.live, live.flops
+
+            return hook
+
+        def leave(index: int, live: LiveBytes) -> Any:
+            def hook(*_: Any) -> None:
+                nonlocal overall
+                overall = max(overall, live.peak)
+                self.block_activations[index] = max(self.block_activations[index], live.peak - entry)
+                self.block_flops[index] += live.flops - flops
+
+            return hook
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(model))
+            live, run = stack.enter_context(watch(model))
+            for name, module in targets.items():
+                handle = module.register_forward_pre_hook(hear(name, module, live), with_kwargs=True)
+                stack.callback(handle.remove)
+            for index, block in enumerate(blocks):
+                stack.callback(block.register_forward_pre_hook(enter(index, live), with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(leave(index, live)).remove)
+            run(*args, **{**forward_options(model, targets), **kwargs})
+            self.activations, self.flops = max(overall, live.peak), live.flops
+        if blocks and (not self.hidden or not all(self.block_activations)):
+            raise ValueError("a block was not called")
+        self.sites = found
+
+    def _guess(
+        self,
+        model: nn.Module,
+        targets: dict[str, nn.Module],
+        blocks: list[tuple[str, nn.Module]],
+        shape: tuple[int, int],
+    ) -> None:
+        """Every linear layer's output of a block at once, and four hidden states; layers of one parent and width share an input."""
+        self.tracked = False
+        tokens, itemsize = math.prod(shape), self.dtype.itemsize
+
+        def outputs(module: nn.Module) -> int:
+            return sum(weight_shape(m)[0] for m in module.modules() if is_linear(m))
+
+        def products(module: nn.Module) -> float:
+            return 2.0 * tokens * sum(math.prod(weight_shape(m)) for m in module.modules() if is_linear(m))
+
+        inputs: dict[tuple[str, int], tuple[str, nn.Module]] = {}
+        for name, module in targets.items():
+            inputs.setdefault((name.rpartition(".")[0], weight_shape(module)[1]), (name, module))
+        width = max((weight_shape(m)[1] for _, m in inputs.values()), default=0)
+        self.hidden = tokens * width * itemsize
+        self.sites = [self._site(name, module, d_in, tokens, self.dtype) for (_, d_in), (name, module) in inputs.items()]
+        update = max((_update_bytes(tokens, site.d_in, self._device) for site in self.sites), default=0)
+        self.block_activations = [tokens * itemsize * outputs(block) + 4 * self.hidden + update for _, block in blocks]
+        self.block_flops = [products(block) for _, block in blocks]
+        self.prologue, self.arguments = 2 * self.hidden, 0
+        self.activations = max(self.block_activations, default=tokens * itemsize * outputs(model) + update) + self.hidden
+        self.flops = products(model)
+
+    def _site(self, name: str, module: nn.Module, d_in: int, rows: int, dtype: torch.dtype) -> SiteShape:
+        triangle = LowerTriangle(d_in, device="meta").packed.nbytes + 8 * d_in
+        return SiteShape(name, d_in, self._of_block.get(id(module)), triangle, _staging_bytes(rows, d_in, dtype, self._device))
+
+
+def _update_bytes(rows: int, d: int, device: str) -> int:
+    """What `Covariance.update` takes for a moment. On a GPU tokens go straight into a buffer, which `_staging_bytes` counts."""
+    if device == "cuda":
+        return 0
+    if rows < STAGE_TOKENS:  # the staged rows are joined, and their norms taken in float64
+        rows = -(-STAGE_TOKENS // rows) * rows
+    return 16 * min(rows, CHAIN_TOKENS) * d  # float64 copies of one chain, for its norms, its sum and its products
+
+
+def _staging_bytes(rows: int, d: int, dtype: torch.dtype, device: str) -> int:
+    """What a sum keeps beside its triangle until it is read."""
+    if device == "cuda":
+        if dtype == torch.float64:
+            return 0
+        step = 16 // dtype.itemsize
+        return min(LAUNCH_TOKENS, max(STAGE_TOKENS, 2 * d)) * -(-d // step) * step * dtype.itemsize
+    return -(-STAGE_TOKENS // rows) * rows * d * dtype.itemsize if 0 < rows < STAGE_TOKENS else 0
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    try:
+        return list(find_blocks(model).items())
+    except ValueError:
+        return []
+
+
+def _argument_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Of a block's call: bytes of the hidden states (its first tensor), and of the other tensors."""
+    flat = torch.utils._pytree.tree_leaves((args, kwargs))
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in flat if isinstance(t, torch.Tensor)}
+    hidden, *others = sizes.values()
+    return hidden, sum(others)
+
+
+def _example(batch: Any, batch_size: int, length: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch's arguments, on the meta device."""
+    if batch is None:
+        return (), {"input_ids": torch.zeros(batch_size, length, dtype=torch.long, device="meta")}
+    if isinstance(batch, Mapping):
+        return (), {name: value for name, value in to_meta(batch).items() if name != "labels"}
+    values = (batch,) if isinstance(batch, torch.Tensor) else tuple(batch)
+    return tuple(to_meta(dict(enumerate(values))).values()), {}  # type: ignore[arg-type]
+
+
+def batch_shape(batch: Any) -> tuple[int, int] | None:
+    """(sequences, tokens) of a batch, if it says so."""
+    if isinstance(batch, Mapping):
+        names = ("input_ids", "inputs_embeds", *batch)
+        first = next((batch[n] for n in names if isinstance(batch.get(n), torch.Tensor)), None)
+    elif isinstance(batch, (tuple, list)):
+        first = next((value for value in batch if isinstance(value, torch.Tensor)), None)
+    else:
+        first = batch
+    if not isinstance(first, torch.Tensor) or first.ndim == 0 or first.numel() == 0:
+        return None
+    return (first.shape[0], first.shape[1]) if first.ndim > 1 else (1, first.shape[0])

@@ -1,0 +1,222 @@
+"""Every option of every command, beside every source: it has an effect, or it is refused by name before anything is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+import typer
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from nullspace.cli.commands import app
+from nullspace.cli.options import COMMANDS, flag
+from nullspace.integrations.transformers import positions
+
+INSTALLED: Any = get_command(app)
+OF_DATA = {"samples", "length", "batch_size", "precision", "strategy", "hidden_states", "fresh", "timeout"}
+OF_MODEL = {"targets", "exclude", "dtype", "device", "offload"}
+OF_ROWS, OF_HUB = {"field"}, {"split"}
+ALL_OF_DATA = OF_DATA | OF_ROWS | OF_HUB
+NUMBERS = {"sigma_scale", "beta", "damping", "preserve"}
+
+# (command, its source) → the options that have no effect there. Paths do not exist: nothing may be looked at before the options.
+SOURCES: dict[tuple[str, str], set[str]] = {
+    ("init", "MODEL --data a.txt"): {*OF_ROWS, *OF_HUB, "partial", *NUMBERS - {"sigma_scale"}},
+    ("init", "MODEL --data a.md --method b-zero"): {*OF_ROWS, *OF_HUB, "partial", *NUMBERS},
+    ("init", "MODEL --data a.jsonl"): {*OF_HUB, "partial", *NUMBERS - {"sigma_scale"}},
+    ("init", "MODEL --data a.parquet --method eva"): {*OF_HUB, "partial", "avoid", "spectrum", *NUMBERS},
+    ("init", "MODEL --data some/set --method corda-kpm"): {"partial", "avoid", "spectrum", *NUMBERS - {"damping"}},
+    ("init", "MODEL --data set:part --strategy resident"): {"hidden_states", "partial", *NUMBERS - {"sigma_scale"}},
+    ("init", "MODEL --spaces s"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - {"sigma_scale"}},
+    ("init", "MODEL --covariances c"): {*ALL_OF_DATA, *NUMBERS - {"sigma_scale"}},
+    ("init", "MODEL --covariances c --method corda-ipm"): {*ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - {"damping"}},
+    ("init", "MODEL --covariances c --method corda-exact"): {*ALL_OF_DATA, "avoid", "spectrum", *NUMBERS},
+    ("init", "MODEL --data a.csv --method sc-lora --preserve p"): {*OF_HUB, "avoid", "spectrum", "sigma_scale", "damping"},
+    ("init", "MODEL --method pissa"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS},
+    ("init", "MODEL --method orthogonal"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS},
+    ("compute", "MODEL --data a.json"): {*OF_HUB, "partial"},
+    ("compute", "MODEL --data a.txt --strategy resident"): {*OF_ROWS, *OF_HUB, "hidden_states", "partial"},
+    ("compute", "--covariances c"): {*ALL_OF_DATA, *OF_MODEL},
+    ("covariances", "MODEL --data a.txt"): {*OF_ROWS, *OF_HUB},
+    ("covariances", "MODEL --data some/set"): set(),
+    ("merge", "c d"): set(),
+    ("inspect", "d"): set(),
+    ("report", "--covariances c"): {"offload"},
+    ("report", "--spaces s --model m"): set(),
+    ("report", "--adapter x=a,b"): {"offload"},
+    ("report", "--study s"): {"model", "offload"},
+    ("export", "t --initial i"): set(),
+    ("plan", "MODEL"): set(),
+    ("plan", "MODEL --device cpu"): {"device_memory"},
+    ("demo", ""): set(),
+}  # fmt: skip
+# What is given for an option that wants a value, where the default's own text is none that could be typed.
+VALUES = {
+    "device": "cpu", "field": "text", "alpha": "4", "preserve": "p", "avoid": "a", "spaces": "s", "covariances": "c", "study": "s",
+    "data": "a.txt", "shard": "1/2", "weights": "1,1", "model": "m", "adapter": "x=a", "initial": "i", "base": "b", "out": "o",
+    "exclude": "lm_head", "device_memory": "8GB", "host_memory": "8GB",
+}  # fmt: skip
+OF_PLAN = {"weights": "host"}
+
+
+def exit_code(command: str, *arguments: str) -> int:
+    """As `CliRunner` does, which looks at the signatures of all commands every time."""
+    installed = INSTALLED.commands[command]
+    try:
+        with installed.make_context(command, list(arguments)) as context:
+            installed.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
+
+
+def parameters(command: str) -> dict[str, Any]:
+    return {each.name: each for each in INSTALLED.commands[command].params if each.name not in ("help", "debug")}
+
+
+def test_the_table_has_every_option_of_every_command() -> None:
+    assert set(COMMANDS) == set(INSTALLED.commands)
+    for command, table in COMMANDS.items():
+        assert set(table) == set(parameters(command)), command
+        for name, each in parameters(command).items():
+            if each.param_type_name == "option":
+                assert flag(name) in each.opts
+
+
+def test_every_command_has_a_source_here() -> None:
+    assert {command for command, _ in SOURCES} == set(COMMANDS)
+    for (command, _), refused in SOURCES.items():
+        assert refused <= set(COMMANDS[command])
+
+
+@pytest.mark.parametrize(("command", "source"), SOURCES)
+def test_every_option_has_an_effect_or_is_refused(
+    command: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {part for part in (*source.split(), "a.txt") if part.startswith("a.")}
+    for file in files:
+        Path(file).touch()
+    ran: list[str] = []
+
+    @contextlib.contextmanager
+    def not_run(name: str, minutes: float) -> Iterator[bool]:
+        ran.append(name)
+        yield False
+
+    monkeypatch.setattr("nullspace.cli.commands._joined", not_run)
+    given = source.split()
+    for name, each in parameters(command).items():
+        if each.param_type_name != "option" or flag(name) in given:
+            continue
+        option = [flag(name)]
+        if not each.is_flag:
+            option.append({**VALUES, **(OF_PLAN if command == "plan" else {})}.get(name) or str(each.default))
+        out = [] if name == "out" or command in ("inspect", "plan") else ["--out", "o"]
+        ran.clear()
+        code = exit_code(command, *given, *option, *out)
+        said = capsys.readouterr().err
+        if name in SOURCES[command, source]:
+            assert code == 2, (option, said)
+            assert f"error: {flag(name)} belongs to " in said
+            assert not ran
+        else:
+            assert code == 0, (option, said)
+            assert ran
+    assert {path.name for path in tmp_path.iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        *((f"init m --method pissa --alpha {value}", "--alpha must be a positive number") for value in ("0", "nan", "inf", "-4")),
+        *((f"init m --data a.txt --sigma-scale {value}", "--sigma-scale must be") for value in ("0", "nan", "inf", "-1")),
+        *((f"init m --data a --method sc-lora --preserve p --beta {v}", "--beta must be between") for v in ("nan", "-1", "1.5")),
+        *((f"init m --data a --method corda-kpm --damping {v}", "--damping must be a number ≥ 0") for v in ("nan", "inf", "-1")),
+        ("compute m --data a.txt --timeout inf", "--timeout must be a positive number"),
+        *((f"compute m --data a.txt --{n} 0", f"--{n} must be at least 1") for n in ("samples", "length", "batch-size", "rank")),
+        ("covariances m --data a.txt --precision banana", "--precision must be auto, mixed, fp64 or qr, not 'banana'"),
+        ("covariances m --data a.txt --strategy banana", "--strategy must be auto, resident or layerwise"),
+        ("covariances m --data a.txt --hidden-states banana", "--hidden-states must be auto, device, host or disk"),
+        ("covariances m --data a.txt --dtype float8", "--dtype must be auto, float32, bfloat16 or float16"),
+        ("covariances m --data a.txt --device tpu", "--device: device 'tpu' cannot be used here"),
+        ("covariances m --data a.txt --shard 0/2", "--shard: a shard is written i/n"),
+        ("covariances m --data a.txt --targets re:(", "--targets: '(' is not a regular expression"),
+        ("covariances m --data a.txt --targets ,", "--targets: no layer is named in ','"),
+        ("merge c --weights 1,nan", "--weights must be a positive number, not nan"),
+        ("report --adapter x", "--adapter must be NAME=INITIAL"),
+        ("plan m --device-memory much", "--device-memory: 'much' is no size"),
+        ("plan m --device tpu", "--device must be cuda or cpu"),
+        ("plan m --weights moon", "--weights must be device, host or disk"),
+        ("init m --method banana", "--method must be lora-null, b-zero"),
+        ("init m --data none.jsonl", "--data: none.jsonl is not a file"),
+        ("demo --rank 0", "--rank must be at least 1"),
+    ],
+)
+def test_a_bad_value_is_refused_by_the_options_name(
+    command: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").touch()
+    out = [] if command.startswith("plan") else ["--out", "o"]
+    result = CliRunner().invoke(app, [*command.split(), *out])
+    assert result.exit_code == 2, result.output
+    assert f"error: {words}" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+POSITIONS = 32
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2", "n_positions": POSITIONS},
+    "opt": {"model_type": "opt", "max_position_embeddings": POSITIONS},
+    "llama": {"model_type": "llama", "max_position_embeddings": POSITIONS},
+    "gemma3": {"model_type": "gemma3_text", "max_position_embeddings": POSITIONS},
+    "llama, scaled": {
+        "model_type": "llama",
+        "max_position_embeddings": 8,
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 8},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [*(("covariances", kind) for kind in CONFIGURATIONS), *((c, "gpt2") for c in ("init", "compute", "plan"))]
+)
+def test_sequences_longer_than_the_models_positions_are_refused_before_weights_are_looked_for(
+    command: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps(CONFIGURATIONS[kind]))
+    Path("a.txt").write_text("text")
+    of_data = [] if command == "plan" else ["--data", "a.txt", "--out", "o"]
+    lengths = [POSITIONS + 1] if command == "plan" else [POSITIONS + 1, POSITIONS]
+    for length in lengths:
+        said = length > POSITIONS
+        result = CliRunner().invoke(app, [command, "model", *of_data, "--length", str(length)])
+        assert (f"--length {length} is more than the {POSITIONS} positions that model has" in result.stderr) == said
+        if said:
+            assert result.exit_code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "model"]
+
+
+def test_models_without_a_limit_have_none() -> None:
+    unlimited = [
+        transformers.T5Config(),
+        transformers.BloomConfig(),
+        transformers.MambaConfig(),
+        transformers.FalconConfig(alibi=True),
+        transformers.XLNetConfig(),
+    ]
+    assert [positions(config) for config in unlimited] == [None] * len(unlimited)
+    assert positions(transformers.BartConfig(max_position_embeddings=12)) == 12
+    extended = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+    extended["original_max_position_embeddings"] = 8192
+    assert positions(transformers.LlamaConfig(max_position_embeddings=131072, rope_parameters=extended)) == 131072
