@@ -26,7 +26,7 @@ from torch import nn
 from nullspace import solvers
 from nullspace.artifacts import records, store
 from nullspace.artifacts.locks import locked
-from nullspace.calibration.listening import Listener, leave_out_silent, listening
+from nullspace.calibration.input_sums import InputSums, leave_out_uncalled, recording
 from nullspace.factors import CORDA_MODES, DAMPING, ZERO
 from nullspace.integrations.peft.fit import refuse_other_layers
 from nullspace.integrations.peft.layers import RESIDUAL_DTYPES, check_scaling, chosen_layers, rank_of
@@ -219,12 +219,12 @@ def _run(
         return x.double() / x.max().abs()  # in float32 the quotient's rounding would be what the sum loses most by
 
     layers = targets.of_twin(modules)
-    sums = _CountingListener(layers, "mixed", None if parity else TokenRows(hooked), weigh=weigh if parity else None)
-    with torch.inference_mode(False), evaluating(hooked), listening(hooked, layers, sums):
+    sums = _CountingSums(layers, "mixed", None if parity else TokenRows(hooked), weigh=weigh if parity else None)
+    with torch.inference_mode(False), evaluating(hooked), recording(hooked, layers, sums):
         with _batches(hooked, sums), without_graphs():  # it may run a compiled model
             run_model()
         sums.end_batch()
-    leave_out_silent(sums.silent, targets)
+    leave_out_uncalled(sums.uncalled, targets)
     calls.update(sums.calls)
     for site, covariance in sums.release():
         if parity:
@@ -233,20 +233,20 @@ def _run(
         del covariance
 
 
-class _CountingListener(Listener):
+class _CountingSums(InputSums):
     """Counts the calls of every target, PEFT's `sample_count`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.calls: Counter[str] = Counter()
 
-    def hear(self, name: str, x: torch.Tensor) -> None:
-        super().hear(name, x)
+    def receive(self, name: str, x: torch.Tensor) -> None:
+        super().receive(name, x)
         self.calls[name] += 1
 
 
 @contextlib.contextmanager
-def _batches(model: nn.Module, sums: Listener) -> Iterator[None]:
+def _batches(model: nn.Module, sums: InputSums) -> Iterator[None]:
     """Every call of the whole model is a batch, with its own padding; calls of its parts alone have none."""
     number, reader = 0, PaddingReader(model)
     sums.begin_batch(number, Padding())

@@ -37,7 +37,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from nullspace import factors, solvers
-from nullspace.calibration.listening import Listener, leave_out_silent, listening
+from nullspace.calibration.input_sums import InputSums, leave_out_uncalled, recording
 from nullspace.distributed.loaders import length
 from nullspace.integrations.peft.layers import check_scaling, chosen_layers, rank_of
 from nullspace.model.batches import evaluating
@@ -227,7 +227,7 @@ def _run(
 ) -> None:
     number, total = 0, length(dataloader)
     adapters_off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
-    with adapters_off, listening(model, layers, sums), evaluating(model), torch.inference_mode(False), torch.no_grad():
+    with adapters_off, recording(model, layers, sums), evaluating(model), torch.inference_mode(False), torch.no_grad():
         for number, batch in enumerate(dataloader, start=1):
             inputs = batch if device is None else peft_eva.move_inputs_to_device(batch, device)
             sums.begin(number, inputs)
@@ -238,10 +238,10 @@ def _run(
                 break
     if number == 0:
         raise ValueError("dataloader is empty")
-    leave_out_silent(sums.silent, layers)
+    leave_out_uncalled(sums.uncalled, layers)
 
 
-class _Tokens(Listener):
+class _Tokens(InputSums):
     """Hears the inputs of a language model, without padding and without the tokens that labels leave out."""
 
     MASKED = "every token is masked, as padding or by its label: EvaConfig(use_label_mask=False) counts the latter"
@@ -270,7 +270,7 @@ class _Tokens(Listener):
         self.begin_batch(number, padding)
 
 
-class _PreparedRows(Listener):
+class _PreparedRows(InputSums):
     """Hears, in place of a layer's input, the rows that a function makes of it."""
 
     def __init__(
@@ -301,7 +301,7 @@ class _PreparedRows(Listener):
         self._model_inputs = copy.deepcopy(inputs) if prepare is None else prepare(inputs, self._config)
         self.begin_batch(number, Padding())
 
-    def hear(self, name: str, x: torch.Tensor) -> None:
+    def receive(self, name: str, x: torch.Tensor) -> None:
         rows = self._functions[name]((x,), self._model_inputs, name)
         if not isinstance(rows, torch.Tensor) or rows.ndim != 2:
             what = f"a tensor of shape {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else type(rows).__name__
@@ -313,7 +313,7 @@ class _PreparedRows(Listener):
         equal = next((each for each in known if torch.equal(each, rows)), None)
         if equal is None:
             known.append(rows)
-        super().hear(name, rows if equal is None else equal)
+        super().receive(name, rows if equal is None else equal)
 
     def end_batch(self) -> None:
         self._latest = None
@@ -348,11 +348,11 @@ class _Settled:
         self._next = 1
         self._before: dict[str, _Components] = {}
 
-    def __call__(self, number: int, sums: Listener) -> bool:
+    def __call__(self, number: int, sums: InputSums) -> bool:
         if number < self._next:
             return False
         self._next = 2 * number
-        sites = sums.peek()
+        sites = sums.partial()
         if sum(len(site.members) for site, _ in sites) < len(self._layers):
             return False
         if any(covariance.tokens < EARLIEST * site.d_in for site, covariance in sites):

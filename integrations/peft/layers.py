@@ -24,13 +24,12 @@ from nullspace.artifacts.locks import temporary_folder
 from nullspace.artifacts.residual import described, residual_mark
 from nullspace.artifacts.sitewise import Sitewise
 from nullspace.artifacts.spaces import NullSpaces
-from nullspace.calibration.listening import unlike_linear
 from nullspace.checks import check_integer, check_real
 from nullspace.distributed import Job
 from nullspace.integrations.peft.fit import fit_config
 from nullspace.integrations.peft.shell import on_disk, plan_base, without_weights
 from nullspace.methods import METHODS, Layer, Sources, check_rank
-from nullspace.model.linear import is_conv1d, is_linear, weight_of, weight_shape
+from nullspace.model.linear import is_conv1d, is_linear, unlike_linear, weight_of, weight_shape
 from nullspace.model.sharded_tensors import is_sharded, shape_of
 from nullspace.model.sites import Targets, find_targets
 from nullspace.model.weights import restore_layout

@@ -22,8 +22,8 @@ from torch import nn
 
 from nullspace.calibration.chain import Chain
 from nullspace.calibration.hidden_states import Arguments, Shelf, choose_place
-from nullspace.calibration.listening import Listener, leave_out_silent, listening
-from nullspace.calibration.totals import Totals, silent_everywhere
+from nullspace.calibration.input_sums import InputSums, leave_out_uncalled, recording
+from nullspace.calibration.totals import Totals, uncalled_everywhere
 from nullspace.distributed import Job
 from nullspace.model.batches import calls, evaluating, forward_options, padded_batch
 from nullspace.model.blocks import refuse_chain
@@ -66,7 +66,7 @@ def stream_by_block(
     paddings: dict[int, Padding] = {}
     later = functools.cache(lambda: padded_batch(model, loader))
     rows = TokenRows(model, lambda: next((n for n, each in paddings.items() if each.hides), None) or later())
-    ahead = Listener(outside, precision, rows)
+    ahead = InputSums(outside, precision, rows)
     shelf: Shelf | None = None
     arguments: Arguments | None = None  # None if all batches are other processes'
     job = job or Job.alone()
@@ -89,7 +89,7 @@ def stream_by_block(
             contextlib.closing(around),
             around,
             aside(model),
-            listening(model, outside, ahead),
+            recording(model, outside, ahead),
             evaluating(model),
             torch.inference_mode(False),
             torch.no_grad(),
@@ -97,9 +97,9 @@ def stream_by_block(
             for call in calls(model, share, device):
                 ahead.begin_batch(call.number, call.padding)
                 if shelf is None:
-                    ahead.deaf = True
+                    ahead.paused = True
                     chain.rehearse(call, options, first, needed)
-                    ahead.deaf = False
+                    ahead.paused = False
                 handed = chain.prepare(call, options)
                 ahead.end_batch()
                 if shelf is None or arguments is None:
@@ -114,7 +114,7 @@ def stream_by_block(
         if rewritten is not None:
             raise refuse_chain(model, f"writes again to a tensor that it handed its blocks in batch {rewritten}")
         job.check_share(share)
-        behind = outside.only(silent_everywhere(ahead, job))
+        behind = outside.only(uncalled_everywhere(ahead, job))
         totals = Totals(job)
         yield from totals.add(ahead)
         needed = len(chain.blocks) if behind else needed if any(inside) else 0
@@ -123,7 +123,7 @@ def stream_by_block(
         for index in range(needed):
             began = time.perf_counter()
             job.enters(f"the forward pass of {chain.names[index]!r}")
-            sums = Listener(inside[index], precision, rows)
+            sums = InputSums(inside[index], precision, rows)
             loaded = ready or Loaded(chain.blocks[index], chain.device_of(index), within=model)
             ready = Loaded(chain.blocks[index + 1], chain.device_of(index + 1), within=model) if index + 1 < needed else None
             if spread:
@@ -132,7 +132,7 @@ def stream_by_block(
                 contextlib.closing(loaded),
                 loaded,
                 aside(chain.blocks[index]),
-                listening(model, inside[index], sums),
+                recording(model, inside[index], sums),
                 evaluating(model),
                 torch.inference_mode(False),
                 torch.no_grad(),
@@ -144,7 +144,7 @@ def stream_by_block(
                     sums.end_batch()
                     step = index * len(paddings) + done
                     report("forward", step, steps, tokens * step // steps)
-            leave_out_silent(silent_everywhere(sums, job), inside[index])
+            leave_out_uncalled(uncalled_everywhere(sums, job), inside[index])
             _log(chain.names[index], time.perf_counter() - began, tokens, chain.device_of(index))
             yield from totals.add(sums)
         if behind:
@@ -175,11 +175,11 @@ def _tail(
     totals: Totals,
 ) -> Iterator[tuple[Site, Covariance]]:
     """What the model does behind its blocks, for the targets that were not called ahead of them."""
-    sums = Listener(behind, precision, rows)
+    sums = InputSums(behind, precision, rows)
     with (
         weights,
         aside(model),
-        listening(model, behind, sums),
+        recording(model, behind, sums),
         evaluating(model),
         torch.inference_mode(False),
         torch.no_grad(),
@@ -189,7 +189,7 @@ def _tail(
             sums.begin_batch(number, padding)
             chain.finish(number, arguments, options)
             sums.end_batch()
-    leave_out_silent(silent_everywhere(sums, job), behind)
+    leave_out_uncalled(uncalled_everywhere(sums, job), behind)
     yield from totals.add(sums)
 
 

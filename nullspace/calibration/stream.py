@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 from nullspace.artifacts.identity import weights_of
 from nullspace.artifacts.residual import warn_of_residual
 from nullspace.calibration.hidden_states import PLACES
+from nullspace.calibration.input_sums import InputSums, leave_out_uncalled, recording
 from nullspace.calibration.layerwise import stream_by_block
-from nullspace.calibration.listening import Listener, leave_out_silent, listening
-from nullspace.calibration.totals import Totals, silent_everywhere
+from nullspace.calibration.totals import Totals, uncalled_everywhere
 from nullspace.checks import check_device
 from nullspace.distributed import Job
 from nullspace.distributed.loaders import digest_of, example_of, length
@@ -210,7 +210,7 @@ def _resident(
     job: Job,
 ) -> Iterator[tuple[Site, Covariance]]:
     rows = TokenRows(model, functools.cache(lambda: padded_batch(model, loader)))
-    sums = Listener(targets, precision, rows)
+    sums = InputSums(targets, precision, rows)
     options = forward_options(model, targets)
     share = job.share(loader)
     total, tokens = share.length, 0
@@ -225,7 +225,7 @@ def _resident(
 
     steps = _in_step(model, own, begin, job) if in_step else _one_by_one(own, begin)
     # Inference mode, if the caller is in it, would hide writes to an input and tie the sums to that mode.
-    with listening(model, targets, sums, later=later), evaluating(model), torch.inference_mode(False), torch.no_grad():
+    with recording(model, targets, sums, later=later), evaluating(model), torch.inference_mode(False), torch.no_grad():
         for call, counts in steps:
             gathering = (
                 job.naming_rank("a forward pass that gathers weights from all ranks") if in_step else contextlib.nullcontext()
@@ -239,7 +239,7 @@ def _resident(
                 tokens += call.padding.tokens
                 report("forward", share.read, total, tokens)
     job.check_share(share)
-    leave_out_silent(silent_everywhere(sums, job), targets)
+    leave_out_uncalled(uncalled_everywhere(sums, job), targets)
     totals = Totals(job)
     yield from totals.add(sums)
     yield from totals.rest()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nullspace.calibration.listening import Listener
+from nullspace.calibration.input_sums import InputSums
 from nullspace.distributed import Job
 from nullspace.distributed.job import Reduction
 from nullspace.model.sites import Site
@@ -59,14 +59,14 @@ class Arriving:
         return own
 
 
-def silent_everywhere(sums: Listener, job: Job) -> dict[str, nn.Module]:
+def uncalled_everywhere(sums: InputSums, job: Job) -> dict[str, nn.Module]:
     """Collective: the targets that were not called in any process, after all have left out what any of them left out."""
-    reports = job.exchange((list(sums.silent), sums.left_out))
+    reports = job.exchange((list(sums.uncalled), sums.left_out))
     for _, left_out in reports:
         for name, why in left_out.items():
             sums.leave_out(name, why)
     everywhere = set.intersection(*(set(silent) for silent, _ in reports))
-    return {name: module for name, module in sums.silent.items() if name in everywhere}
+    return {name: module for name, module in sums.uncalled.items() if name in everywhere}
 
 
 def begin(job: Job, covariance: Covariance, site: Site, owner: int) -> Arriving:
@@ -118,7 +118,7 @@ class Totals:
         self._here: list[Arriving] = []
         self._waiting = self._enough = 0  # entries of all processes' sites; of a block's sites
 
-    def add(self, sums: Listener) -> Iterator[tuple[Site, Covariance]]:
+    def add(self, sums: InputSums) -> Iterator[tuple[Site, Covariance]]:
         """Begin to add up some sites, and give them out of hand.
 
         Reductions run on by themselves until more is added. Everything else that the processes do together in the meantime, they
@@ -137,7 +137,7 @@ class Totals:
             return
         self._arrive()
         sums.flush()  # what it raises must be raised before the first reduction
-        heard = _all_sites(job.exchange([(site, c.tokens, c.device.type) for site, c in sums.peek()]))
+        heard = _all_sites(job.exchange([(site, c.tokens, c.device.type) for site, c in sums.partial()]))
         deaf = next((site for site, (tokens, _) in heard.items() if tokens == 0), None)
         if deaf is not None:
             raise ValueError(f"no tokens at {deaf.name!r}: {sums.MASKED}")

@@ -1,11 +1,13 @@
-"""Linear layers, whatever library they are of: their weights and shapes."""
+"""Linear layers of torch and transformers: their weights and shapes, and whether their output is W x + b."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
-from nullspace.model.sharded_tensors import shape_of
+from nullspace.model.sharded_tensors import is_sharded, shape_of
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -46,3 +48,53 @@ def output_head(model: nn.Module) -> nn.Module | None:
         # transformers' convention for classification heads, which are new and have nothing to preserve.
         head = next((getattr(model, name) for name in ("score", "classifier") if hasattr(model, name)), None)
     return head
+
+
+@torch.no_grad()
+def unlike_linear(layer: nn.Module, x: Any, output: Any) -> str | None:
+    """What is wrong with the output of a layer, if it is not W x + b; None if nothing is.
+
+    The shape is looked at, and where the weight's values are at hand a few entries: of some rows, in some columns, computed in
+    float64. They may differ by the rounding of the inputs' and the output's dtype.
+    """
+    kind, (d_out, d_in) = type(layer).__name__, weight_shape(layer)
+    advice = "an adapter adds B A x to the output of W x + b"
+    if not isinstance(output, torch.Tensor):
+        return f"({kind}) returns {type(output).__name__}, not a tensor: {advice}"
+    stored = weight_of(layer)
+    if not isinstance(x, torch.Tensor) or is_sharded(stored):
+        return None
+    if output.shape != (*x.shape[:-1], d_out):
+        return f"({kind}, {d_out} × {d_in}) turns {tuple(x.shape)} into {tuple(output.shape)}: {advice}"
+    if type(stored) is not nn.Parameter or stored.dtype not in _EXACT or stored.device.type == "meta" or output.numel() == 0:
+        return None
+    weight = stored.T if is_conv1d(layer) else stored
+    if weight.shape != (d_out, d_in) or not output.is_floating_point() or not x.is_floating_point():
+        return None
+    rows = _some(x.numel() // d_in, x.device)
+    columns = _some(d_out, weight.device)
+    x_nd, w_od = x.reshape(-1, d_in)[rows].double(), weight[columns].double()
+    seen_no = output.reshape(-1, d_out)[rows][:, columns.to(output.device)].double()
+    bias = getattr(layer, "bias", None)
+    wanted_no = x_nd @ w_od.T.to(x_nd.device)
+    spread = (x_nd.square() @ w_od.T.to(x_nd.device).square()).sum()
+    if isinstance(bias, torch.Tensor):
+        wanted_no = wanted_no + bias[columns].double().to(x_nd.device)
+    eps = max(torch.finfo(t.dtype).eps for t in (x, stored, output))
+    if x.is_cuda:
+        eps = max(eps, torch.finfo(torch.float16).eps)  # TF32 has as many digits
+    allowed = (4 * eps + SUMMATION) * (wanted_no.square().sum() + spread).sqrt()
+    if bool((seen_no.to(wanted_no.device) - wanted_no).norm() > allowed):  # not if anything is NaN, which is refused elsewhere
+        return f"({kind}) does not return W x + b: {advice}"
+    return None
+
+
+# What the summation over d_in may lose in any dtype, relative to the norm of the products.
+SUMMATION = 1e-4
+
+_EXACT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _some(count: int, device: torch.device) -> torch.Tensor:
+    """Up to eight indices below `count`, spread evenly."""
+    return torch.linspace(0, count - 1, min(count, 8), device=device).long()

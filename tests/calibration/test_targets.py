@@ -14,7 +14,7 @@ from torch import nn
 
 from models import SMALL, random_batches, tiny
 from nullspace import NullSpaces, compute_covariances, compute_null_spaces, stream_covariances
-from nullspace.calibration.listening import unlike_linear
+from nullspace.model.linear import unlike_linear
 from nullspace.model.sites import find_targets
 from nullspace.planning.plan import Workload, forecast
 

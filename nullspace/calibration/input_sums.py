@@ -1,0 +1,337 @@
+"""`InputSums`: the second moments of the inputs of linear layers while the model runs, and which layers share an input.
+
+A layer that gets the very tensor object that another layer got in the same batch joins that layer's site. From then on it must get
+that layer's input in every batch: otherwise one sum could not serve both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from nullspace.model.linear import unlike_linear, weight_of, weight_shape
+from nullspace.model.padding import Padding, TokenRows
+from nullspace.model.sharded import input_of
+from nullspace.model.sharded_tensors import is_sharded, version_of
+from nullspace.model.sites import Site, Targets
+from nullspace.moments.covariance import Covariance, find_nonfinite, precision_of
+from nullspace.moments.sums import TokenMask
+
+
+class _SiteSum:
+    """One site while the model runs."""
+
+    def __init__(self, name: str, covariance: Covariance) -> None:
+        self.members = [name]
+        self.covariance = covariance
+        self.joinable = True  # until its first input has passed
+        self._input: weakref.ref[torch.Tensor] | None = None
+        self._version: int | None = None
+        self._received: set[str] = set()
+
+    def is_current(self, x: torch.Tensor) -> bool:
+        """Whether x is the site's present input: the same object, not written to since."""
+        return self._input is not None and self._input() is x and self._version == version_of(x)
+
+    def begin_input(self, name: str, x: torch.Tensor, summed: torch.Tensor, mask: TokenMask | None) -> None:
+        self.covariance.update(summed, mask)
+        # A weak reference holds no memory, and gives None, not another tensor at the same address, when x is freed.
+        self._input, self._version, self._received = weakref.ref(x), version_of(x), {name}
+
+    def note(self, name: str) -> None:
+        self._received.add(name)
+
+    def has_received(self, name: str) -> bool:
+        return name in self._received
+
+    def remove(self, name: str) -> None:
+        self.members.remove(name)
+        self._received.discard(name)
+
+    def end_input(self) -> str | None:
+        """End the present input; returns a member that did not get it, if there is one."""
+        missing = next((m for m in self.members if m not in self._received), None) if self._received else None
+        self._input, self._received, self.joinable = None, set(), False
+        return missing
+
+
+class InputSums:
+    """The sums of all sites of some targets while the model runs. Which layers share an input is checked at every call.
+
+    Args:
+        targets: module name → linear layer.
+        precision: as in `stream_covariances`.
+        rows: which rows of an input count; by default all.
+        weigh: (name of the first member, input) → the tensor that is summed in its place.
+
+    Attributes:
+        paused: True between two batches: inputs do not count then.
+        left_out: targets whose output is not W x + b → what is wrong with it. Their inputs are not summed any more.
+    """
+
+    MASKED = "everything is masked as padding"
+
+    def __init__(
+        self,
+        targets: Mapping[str, nn.Module],
+        precision: str | Mapping[str, str],
+        rows: TokenRows | None = None,
+        *,
+        weigh: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self.paused = True
+        self._rows = rows
+        self.left_out: dict[str, str] = {}
+        self._targets = targets
+        self._precision = precision
+        self._weigh = weigh
+        self._sums: list[_SiteSum] = []
+        self._of: dict[str, _SiteSum] = {}
+        self._batch = 0
+
+    @property
+    def uncalled(self) -> dict[str, nn.Module]:
+        """The targets that were not called so far."""
+        return {name: m for name, m in self._targets.items() if name not in self._of and name not in self.left_out}
+
+    def begin_batch(self, batch: int, padding: Padding) -> None:
+        """Begin a batch with this padding."""
+        self._batch, self.paused = batch, False
+        if self._rows is not None:
+            self._rows.begin(batch, padding)
+
+    def receive(self, name: str, x: torch.Tensor) -> None:
+        """Add the input of a target that is about to be called."""
+        if self.paused or name in self.left_out:
+            return
+        member_of = self._of.get(name)
+        if member_of is None:
+            joined = next((s for s in self._sums if s.joinable and s.is_current(x)), None)
+            if joined is None:
+                joined = _SiteSum(name, self._new_covariance(name, x.device))
+                self._begin_input(joined, name, x)
+                self._sums.append(joined)
+            else:
+                joined.members.append(name)
+                joined.note(name)
+            self._of[name] = joined
+        elif member_of.is_current(x) and not member_of.has_received(name):
+            member_of.note(name)
+        else:  # another call of the layer in this batch, or its first one
+            self._end_input(member_of)
+            self._begin_input(member_of, name, x)
+
+    def check_output(self, name: str, x: Any, output: Any) -> None:
+        """Leave a target out if its output is not W x + b."""
+        why = unlike_linear(self._targets[name], x, output)
+        if why is not None:
+            self.leave_out(name, why)
+
+    def leave_out(self, name: str, why: str) -> None:
+        """Do not sum a target's inputs any more.
+
+        Raises:
+            ValueError: naming it, if it was asked for by name.
+        """
+        if name in self.left_out or name not in self._targets:
+            return
+        if not isinstance(self._targets, Targets):
+            raise ValueError(f"target {name!r} {why}. Leave it out of targets")
+        self._targets.leave_out(name, why)
+        self.left_out[name] = why
+        each = self._of.pop(name, None)
+        if each is not None:
+            each.remove(name)
+            self._sums = [one for one in self._sums if one.members]
+
+    def end_batch(self) -> None:
+        """End a batch.
+
+        Raises:
+            ValueError: naming the layer, if a member of a site did not get the site's input, or an input held NaN or Inf.
+        """
+        self.paused = True
+        for each in self._sums:
+            self._end_input(each)
+        nonfinite = find_nonfinite([each.covariance for each in self._sums])
+        if nonfinite is not None:
+            covariance, text = nonfinite
+            name = next(each.members[0] for each in self._sums if each.covariance is covariance)
+            raise ValueError(f"{name}, batch {self._batch}: {text}")
+
+    def partial(self) -> list[tuple[Site, Covariance]]:
+        """The sites and their sums so far, between two batches. Later batches change both."""
+        return [(Site(tuple(each.members), each.covariance.d_in), each.covariance) for each in self._sums]
+
+    def release(self) -> Iterator[tuple[Site, Covariance]]:
+        """Yields the sites and their sums in the order of their first calls, and drops its reference to each.
+
+        Raises:
+            ValueError: naming a site without tokens.
+        """
+        empty = next((s for s in self._sums if s.covariance.tokens == 0), None)
+        if empty is not None:
+            raise ValueError(f"no tokens at {empty.members[0]!r}: {self.MASKED}")
+        self._of.clear()
+        while self._sums:
+            each = self._sums.pop(0)
+            site, covariance = Site(tuple(each.members), each.covariance.d_in), each.covariance
+            del each
+            yield site, covariance
+            del covariance
+
+    def flush(self) -> None:
+        """Add what is staged to all sums.
+
+        Raises:
+            ValueError: naming the layer, for NaN or Inf that no end of a batch has found.
+        """
+        for each in self._sums:
+            try:
+                each.covariance.flush()
+            except ValueError as error:
+                raise ValueError(f"{each.members[0]}: {error}") from error
+
+    def take(self, site: Site, device: torch.device) -> Covariance:
+        """The sums of one site, dropped here; empty ones, on `device`, if this process had none of its inputs."""
+        index = next((i for i, each in enumerate(self._sums) if each.members[0] == site.name), None)
+        if index is None:
+            return self._new_covariance(site.name, device)
+        for name in site.members:
+            del self._of[name]
+        return self._sums.pop(index).covariance
+
+    def _new_covariance(self, name: str, device: torch.device) -> Covariance:
+        device = device if device.type in ("cpu", "cuda") else torch.device("cpu")  # elsewhere there is no float64
+        return Covariance(weight_shape(self._targets[name])[1], device=device, precision=precision_of(name, self._precision))
+
+    def _begin_input(self, each: _SiteSum, name: str, x: torch.Tensor) -> None:
+        mask = None if self._rows is None else self._rows.of(name, x)
+        try:
+            summed = x if self._weigh is None else self._weigh(each.members[0], x)
+            each.begin_input(name, x, summed, mask)
+        except ValueError as error:
+            raise ValueError(f"{name}, batch {self._batch}: {error}") from error
+
+    def _end_input(self, each: _SiteSum) -> None:
+        missing = each.end_input()
+        if missing is not None:
+            other = next(m for m in each.members if m != missing)
+            raise ValueError(
+                f"{missing!r} shared its input with {other!r} in the batch in which they were first called, but not in batch "
+                f"{self._batch}: one sum cannot serve both. Calibrate them in separate runs (targets=[{missing!r}], …)."
+            )
+
+
+def leave_out_uncalled(uncalled: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]) -> None:
+    """Remove targets that were never called from `targets`; `ValueError`, naming the first, if they were asked for by name."""
+    if not uncalled:
+        return
+    if isinstance(targets, Targets) and targets.optional:
+        for name in uncalled:
+            targets.leave_out(name, "was never called: these data do not reach it")
+        return
+    more = f" and {len(uncalled) - 1} more" if len(uncalled) > 1 else ""
+    raise ValueError(
+        f"target {next(iter(uncalled))!r}{more} was never called: these data do not reach it. Leave it out of targets, or add "
+        "data that do."
+    )
+
+
+class _Hooks:
+    """The hooks of one target."""
+
+    def __init__(self, name: str, sums: InputSums, later: list[Exception] | None) -> None:
+        self._name, self._sums, self._later = name, sums, later
+        self._handed: Any = None
+        self._is_checked = False
+
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the call: sum the input."""
+        if not self._later:
+            with _keeping(self._later):
+                self._sums.receive(self._name, _first(args, kwargs))
+
+    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the hooks that gather a sharded weight: keep the input."""
+        self._handed = _first(args, kwargs)
+
+    def read_through(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """After them: sum the input that was kept, or what they made of it."""
+        handed, self._handed = self._handed, None
+        if not self._later:
+            with _keeping(self._later):
+                self._sums.receive(self._name, input_of(self._name, handed, _first(args, kwargs)))
+
+    def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After the first call that counts: check the output."""
+        if not (self._is_checked or self._sums.paused or self._later):
+            self._is_checked = True
+            with _keeping(self._later):
+                self._sums.check_output(self._name, _first(args, kwargs), output)
+
+
+@contextlib.contextmanager
+def recording(
+    model: nn.Module, targets: Mapping[str, nn.Module], sums: InputSums, *, later: list[Exception] | None = None
+) -> Iterator[None]:
+    """Context manager: hooks on the targets hand their inputs to `sums`.
+
+    Args:
+        model: that the targets are parts of.
+        targets: module name → linear layer.
+        sums: gets the inputs.
+        later: collects the first exception of `sums`, after which no input counts: for a forward pass that must not stop half way,
+            because its gathering of weights is a collective (`nullspace.model.sharded`).
+
+    Raises:
+        ValueError: at the end, naming the layer, if the model has removed the hook or replaced the layer.
+    """
+
+    outputs: list[Any] = []
+    handles: list[tuple[str, nn.Module, Any]] = []
+    for name, module in list(targets.items()):
+        hooks = _Hooks(name, sums, later)
+        sharded = is_sharded(weight_of(module))
+        if sharded:
+            handles.append((name, module, module.register_forward_pre_hook(hooks.keep, with_kwargs=True, prepend=True)))
+        read = hooks.read_through if sharded else hooks.read
+        handles.append((name, module, module.register_forward_pre_hook(read, with_kwargs=True)))
+        outputs.append(module.register_forward_hook(hooks.check, with_kwargs=True, prepend=True))
+    try:
+        yield
+        _check_standing(model, handles)
+    finally:
+        for handle in (*outputs, *(handle for _, _, handle in handles)):
+            handle.remove()
+
+
+def _check_standing(model: nn.Module, handles: list[tuple[str, nn.Module, Any]]) -> None:
+    there = {id(module) for module in model.modules()}
+    for name, module, handle in handles:
+        if handle.id not in module._forward_pre_hooks or id(module) not in there:
+            what = "was replaced" if id(module) not in there else "lost the hook that reads its inputs"
+            raise ValueError(
+                f"{name!r} {what} while the model ran: not all of its inputs were summed. Something in the model's forward pass "
+                "does that: switch it off, or leave the layer out of targets."
+            )
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+@contextlib.contextmanager
+def _keeping(later: list[Exception] | None) -> Iterator[None]:
+    """Context manager: appends an exception to `later` instead of raising it, if `later` is a list."""
+    try:
+        yield
+    except Exception as error:
+        if later is None:
+            raise
+        later.append(error)
