@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from nullspace.fronts import Study, at_equal_loss, read_study
+from nullspace.reporting.study import Study, at_equal_loss, read_study
 
 HERE = Path(__file__).parent
 RECORDS = HERE.parents[1] / "benchmarks" / "results" / "preservation-cpu.jsonl"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nullspace.fronts import Spread, at_equal_loss, knowledge_lost, read_study
+from nullspace.reporting.study import Spread, at_equal_loss, knowledge_lost, read_study
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
