@@ -1,4 +1,4 @@
-"""Rows of data files and hub data sets, and texts of rows. What cannot be read is a `ValueError` naming file and row."""
+"""Rows of data files and hub data sets, and their texts. Errors are `ValueError`s that name file and row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nullspace.checks import shown
 
 Row = Mapping[str, Any]
 TEXTS = (".txt", ".md")
-# Pairs of fields that are joined into one text where `field` is not given; the first of them that all are present wins.
+# Fields that are joined into one text if `field` is not given: the first entry whose fields are all present.
 KNOWN_FIELDS = (
     ("text",),
     ("question", "answer"),
@@ -24,7 +24,7 @@ KNOWN_FIELDS = (
     ("problem", "solution"),
     ("content",),
 )
-# Of chat messages, and of their older form.
+# Fields of chat messages, in both common forms.
 _MESSAGE_FIELDS = (("role", "content"), ("from", "value"))
 NO_CHAT = "chat messages, which are not supported yet: give a field that holds plain text (field / --field)"
 
@@ -53,7 +53,7 @@ def rows_of(data: str | os.PathLike[str], split: str) -> Iterator[Row]:
 
 
 def paragraphs(path: Path) -> Iterator[str]:
-    """The parts of a text, which blank lines divide."""
+    """The paragraphs of a text file, separated by blank lines."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -65,12 +65,12 @@ def text_of(row: Row, field: str | None, where: str) -> str:
     """The text of a row: one field, or several, joined by line breaks.
 
     Args:
-        row: its fields hold text, or lists of texts, of which the first counts. None is no text.
-        field: names with commas between them; by default the first of `KNOWN_FIELDS` that are all there.
-        where: the row's place, for messages.
+        row: its fields hold text, lists of texts (of which the first is taken), or None (no text).
+        field: names separated by commas; by default the first of `KNOWN_FIELDS` that are all present.
+        where: file and row number, for messages.
 
     Raises:
-        ValueError: listing the fields, if one is missing; naming it, if it holds anything but text.
+        ValueError: listing the fields, if one is missing; naming it, if it is not text.
     """
     if field is not None:
         names: tuple[str, ...] = tuple(name.strip() for name in field.split(","))
@@ -84,10 +84,10 @@ def text_of(row: Row, field: str | None, where: str) -> str:
 
 
 def as_text(row: Row, name: str, where: str) -> str:
-    """What one field says: text, the first of a list of texts, or nothing.
+    """One field: its text, the first of a list of texts, or an empty string for None.
 
     Raises:
-        ValueError: naming it, if it holds something else: numbers, objects and messages are not written out as text.
+        ValueError: naming it, if it holds something else: numbers, objects and messages are not converted to text.
     """
     value = row[name]
     if _is_chat(value):
@@ -111,7 +111,7 @@ def as_text(row: Row, name: str, where: str) -> str:
 
 
 def fields_of(row: Row) -> str:
-    """The names of a row's fields, for messages, and which of them hold chat."""
+    """The names of a row's fields, and which of them holds chat messages: for error messages."""
     chat = next((name for name, value in row.items() if _is_chat(value)), None)
     return ", ".join(map(str, row)) + (f"; {chat!r} holds {NO_CHAT}" if chat is not None else "")
 
@@ -141,25 +141,25 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """A list of objects (or of texts), one object, or several objects: one a line, or one behind the other."""
+    """A list of objects (or of texts), one object, or several objects, one per line or concatenated."""
     if _begins_with_an_object(path):
         yield from _json_lines(path)
         return
     try:
-        found = _values(path.read_text(encoding="utf-8-sig"))
+        rows = _values(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as json: {error}") from error
-    if len(found) == 1 and isinstance(found[0], list):
-        found = [{"text": row} if isinstance(row, str) else row for row in found[0] if row is not None]
-    odd = [row for row in found if not isinstance(row, dict)]
+    if len(rows) == 1 and isinstance(rows[0], list):
+        rows = [{"text": row} if isinstance(row, str) else row for row in rows[0] if row is not None]
+    odd = [row for row in rows if not isinstance(row, dict)]
     if odd:
         raise ValueError(f"{path} holds {shown(odd[0])}: a list of objects, or one object a line, is needed")
-    names = dict.fromkeys(name for row in found for name in row)
-    yield from ({name: row.get(name) for name in names} for row in found)
+    names = dict.fromkeys(name for row in rows for name in row)
+    yield from ({name: row.get(name) for name in names} for row in rows)
 
 
 def _begins_with_an_object(path: Path) -> bool:
-    """Whether the first line that is not blank is a whole JSON object: then every line is one, and they are read one by one."""
+    """Whether the first line that is not blank is a complete JSON object: the file is then read as JSON Lines."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             first = next((line for line in file if line.strip()), "")
@@ -169,18 +169,18 @@ def _begins_with_an_object(path: Path) -> bool:
 
 
 def _values(text: str) -> list[Any]:
-    """The JSON values that stand one behind the other in a text."""
-    found, decoder, blank = [], json.JSONDecoder(), re.compile(r"\s*")
+    """The concatenated JSON values of a text."""
+    values, decoder, blank = [], json.JSONDecoder(), re.compile(r"\s*")
     at = blank.match(text).end()  # type: ignore[union-attr]
     while at < len(text):
         value, at = decoder.raw_decode(text, at)
         at = blank.match(text, at).end()  # type: ignore[union-attr]
-        found.append(value)
-    return found
+        values.append(value)
+    return values
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    """Every value is text, as it stands in the file."""
+    """All values are strings, as in the file."""
     csv.field_size_limit(2**31 - 1)  # a text may be longer than the 128 KiB that are allowed by default
     number = 1
     try:

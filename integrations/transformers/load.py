@@ -1,0 +1,176 @@
+"""Models and tokenizers by hub name, folder or GGUF file; configurations, and models of a configuration alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from nullspace.artifacts.records import read_json
+from nullspace.checks import check_device
+from nullspace.integrations.transformers.offload import load_offloaded, offload_map
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    offload: bool = False,
+    offload_folder: str | os.PathLike[str] | None = None,
+) -> tuple[nn.Module, Any]:
+    """A model in eval mode and its tokenizer.
+
+    Args:
+        name: a hub name, a folder, or a `.gguf` file (needs the package `gguf`; its weights are dequantised, to float32 by
+            default).
+        dtype: of the weights; `"auto"` takes the checkpoint's own.
+        device: where the model is put or, with `offload`, computes. By default CUDA if there is one, else the CPU.
+        offload: leave the weights of the transformer blocks, the embeddings and the head in the checkpoint's files, from which
+            accelerate reads them when they are needed: see `offload_map`.
+        offload_folder: for weights that cannot stay in the checkpoint's own files (it is not safetensors, or the model joins
+            tensors that the checkpoint stores separately). By default a temporary directory, which is deleted with the model.
+
+    Returns:
+        `(model, tokenizer)`. The class is the one that the checkpoint names; if it names none, a causal language model.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: naming the model, if it cannot be loaded; if this machine has no such device; with `offload`, if the model is
+            quantised, a GGUF file, or has no blocks.
+    """
+    path = Path(name)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = check_device(device)
+    if path.suffix == ".gguf":
+        if offload:
+            raise ValueError(f"{name} is dequantised while it is loaded, so its weights cannot stay on the disk: load it whole")
+        return _load_gguf(path, torch.float32 if dtype == "auto" else dtype, device)
+    config = read_config(name)
+    model_class = _model_class(config)
+    if not offload:
+        with _naming(name):
+            model: nn.Module = model_class.from_pretrained(name, dtype=dtype)
+            return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{name} is quantised, and its weights are unpacked while it is loaded: load it whole")
+    placed = offload_map(empty_model(name, dtype=dtype), device)
+    with _naming(name):
+        model = load_offloaded(model_class, name, dtype, placed, offload_folder)
+        return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | str, device: torch.device) -> tuple[nn.Module, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    folder, options = str(path.parent), {"gguf_file": path.name}
+    with _naming(path):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    drop_quantizer(model)
+    model.config._name_or_path = model.name_or_path = str(path)
+    module: nn.Module = model
+    return module.to(device).eval(), tokenizer
+
+
+def drop_quantizer(model: Any) -> None:
+    """Make an ordinary model of one that was dequantised while loading (GGUF), so that `save_pretrained` takes it."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def empty_model(name: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """A model of a configuration alone, on the meta device: shapes, no weights. In eval mode, of `load_model`'s class.
+
+    Args:
+        name: a hub name, or a folder with a `config.json`.
+        dtype: of the weights; `"auto"` takes the configuration's own, float32 if it names none.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the model, if there is no such configuration, or no model can be built from it.
+    """
+    config = read_config(name)
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    build = _model_class(config)
+    with _naming(name), torch.device("meta"):
+        # Model classes have only `_from_config`, Auto classes only `from_config`.
+        model: nn.Module = (build.from_config if hasattr(build, "from_config") else build._from_config)(config, dtype=dtype)
+    return model.eval()
+
+
+def _model_class(config: Any) -> Any:
+    names = getattr(config, "architectures", None) or []
+    named = getattr(transformers, names[0], None) if names else None
+    if named is not None:
+        return named
+    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+
+
+def read_config(name: str | os.PathLike[str]) -> Any:
+    """transformers' configuration of a model.
+
+    Raises:
+        FileNotFoundError: naming the model, if there is none.
+        ValueError: naming the model, or its file if it is a local one, if it is not a valid configuration.
+    """
+    path = Path(name, "config.json")
+    if not path.exists():
+        with _naming(name):
+            return AutoConfig.from_pretrained(name)
+    if not isinstance(read_json(path), dict):
+        raise ValueError(f"{path} is no configuration of a model: it should hold an object")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:  # configuration classes validate themselves, with exceptions of many types
+        raise ValueError(f"{path} is no configuration of a model that transformers knows: {_line(error)}") from error
+
+
+def positions(config: Any) -> int | None:
+    """The largest sequence length that a model's configuration allows, in tokens; None if it sets no limit.
+
+    Beyond it, learned positions have no embedding, and rotary embeddings take angles that the model was not trained on. The number
+    is `max_position_embeddings` (or what the model calls it) of the text model. Where scaled rotary embeddings (`rope_parameters`)
+    reach further, factor · `original_max_position_embeddings` counts. ALiBi has no limit.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1 or getattr(text, "alibi", False):
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]  # one per type of attention, or one for all
+    scaled = ((kind.get("factor") or 1) * (kind.get("original_max_position_embeddings") or limit) for kind in kinds)
+    return max(limit, *(int(each) for each in scaled))
+
+
+@contextlib.contextmanager
+def _naming(name: str | os.PathLike[str]) -> Iterator[None]:
+    """Context manager: name the model in errors of loading. transformers and its readers raise many types; few name a file."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        text = _line(error)
+        if getattr(error, "errno", None) is not None or "out of memory" in text or "can't allocate memory" in text:
+            raise
+        if isinstance(error, OSError) and not Path(name).exists():
+            raise FileNotFoundError(f"{name} is neither a folder nor a model that the hub gives: {text}") from error
+        raise ValueError(f"{name} cannot be loaded: {text}") from error
+
+
+def _line(error: Exception) -> str:
+    """An error's message in one line, with its type unless that is an `OSError` or a `ValueError`."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
