@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nullspace.calibration.covariances import compute_covariances
     from nullspace.calibration.null_spaces import compute_null_spaces
     from nullspace.calibration.stream import stream_covariances
+    from nullspace.errors import NullspaceError, NullspaceWarning
     from nullspace.model.sites import Site
     from nullspace.moments.covariance import Covariance
 
@@ -32,6 +33,8 @@ __all__ = [
     "Covariances",
     "NullSpace",
     "NullSpaces",
+    "NullspaceError",
+    "NullspaceWarning",
     "Site",
     "__version__",
     "compute_covariances",
@@ -44,12 +47,14 @@ _MODULES = {
     "Covariances": "artifacts.covariances",
     "NullSpace": "artifacts.null_space",
     "NullSpaces": "artifacts.spaces",
+    "NullspaceError": "errors",
+    "NullspaceWarning": "errors",
     "Site": "model.sites",
     "compute_covariances": "calibration.covariances",
     "compute_null_spaces": "calibration.null_spaces",
     "stream_covariances": "calibration.stream",
 }
-_SUBMODULES = ("analysis", "cli", "csrc_triton", "distributed", "factors", "integrations", "methods", "solvers")
+_SUBMODULES = ("analysis", "cli", "csrc_triton", "distributed", "errors", "factors", "integrations", "methods", "solvers")
 
 
 def __getattr__(name: str) -> Any:

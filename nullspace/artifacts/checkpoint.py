@@ -30,6 +30,7 @@ from torch import nn
 from nullspace.artifacts import locks, records, store
 from nullspace.checks import an_object, check_fields, list_of, map_of, text
 from nullspace.distributed import Job
+from nullspace.errors import Busy
 from nullspace.model.linear import weight_shape
 
 RUN = "run.json"
@@ -135,7 +136,7 @@ class Checkpoint:
         self._held = True
         there = {int(path.stem) for path in self._directory.glob("*.safetensors") if _FILE.fullmatch(path.stem) and path.is_file()}
         if self._job.first and there != set(self._numbers.values()):
-            raise locks.Busy(f"another run has written to {self._directory} in the meantime; start again, to go on behind it")
+            raise Busy(f"another run has written to {self._directory} in the meantime; start again, to go on behind it")
 
     def close(self) -> None:
         """Release the lock."""

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from nullspace import __version__
 from nullspace.distributed.job import Job
 from nullspace.distributed.loaders import add_to_digest
 from nullspace.model.linear import weight_of, weight_shape
@@ -142,6 +143,8 @@ def _short(digest: Any) -> str:
 
 
 def _version(package: str) -> str:
+    if package == "nullspace-lora":
+        return __version__  # a checkout need not be installed
     try:
         return version(package)
     except PackageNotFoundError:

@@ -24,15 +24,13 @@ from pathlib import Path
 
 import filelock
 
+from nullspace.errors import Busy
+
 SUFFIX = ".nullspace-lock"
 PREFIX = "nullspace-"
 # How often a lock file that vanishes while it is being opened is tried again, each time after a few milliseconds.
 ATTEMPTS = 200
 _held: dict[Path, tuple[int, int]] = {}  # place → process and thread
-
-
-class Busy(FileExistsError):
-    """Another run is writing to the same place."""
 
 
 @contextlib.contextmanager

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nullspace.artifacts.locks import Busy, locked
+from nullspace.artifacts.locks import locked
 from nullspace.artifacts.store import new_directory, resolved
 from nullspace.distributed import Job
 from nullspace.distributed.errors import described, rebuilt
 from nullspace.distributed.job import default_store
+from nullspace.errors import Busy
 
 # Seconds in which a process that has acquired a lock says so to its group, and in which all machines see what one has written.
 HANDOVER = 5.0

@@ -1,11 +1,24 @@
-"""Errors of one process that all processes of a job raise, and the error that names a process that is lost."""
+"""Errors of one process that all processes of a job raise."""
 
 from __future__ import annotations
 
 import torch
 
+from nullspace import errors
+
 # What an error of another process is raised as: the first that it is an instance of.
 KINDS: tuple[type[Exception], ...] = (
+    errors.DamagedFileError,
+    errors.OtherModelError,
+    errors.InputError,
+    errors.InputTypeError,
+    errors.MissingFileError,
+    errors.Busy,
+    errors.OutputExistsError,
+    errors.OutputError,
+    errors.InsufficientMemoryError,
+    errors.MissingPackageError,
+    errors.RunError,
     ValueError,
     TypeError,
     FileNotFoundError,
@@ -15,19 +28,6 @@ KINDS: tuple[type[Exception], ...] = (
     MemoryError,
     RuntimeError,
 )
-
-
-class RankLost(RuntimeError):
-    """A process has died, or does not answer in the time that the group gives it.
-
-    Args:
-        text: names it, and the last step that it reported.
-        reports: whether this process is the first of those that are left, which prints the error for all.
-    """
-
-    def __init__(self, text: str, *, reports: bool = True) -> None:
-        super().__init__(text)
-        self.reports = reports
 
 
 def was_shared(error: BaseException | None) -> bool:

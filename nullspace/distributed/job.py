@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from nullspace.distributed.errors import RankLost, as_shared, described, rebuilt, was_shared
+from nullspace.distributed.errors import as_shared, described, rebuilt, was_shared
 from nullspace.distributed.loaders import Share
+from nullspace.errors import RankLost
 
 T = TypeVar("T")
 # How long a process that has lost the others waits for their answers.
