@@ -24,7 +24,7 @@ from nullspace.artifacts.covariances import Covariances
 from nullspace.artifacts.null_space import NullSpace
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.factors import LowRank
-from nullspace.model.layer_names import Place, is_attention, places
+from nullspace.model.layer_names import Location, is_attention, locations
 from nullspace.model.linear import is_conv1d, weight_shape
 from nullspace.model.sites import Site
 from nullspace.model.weights import tensor_of
@@ -252,7 +252,7 @@ def analyse(
     report = reporter(progress)
     sites = _sites(covariances, spaces, courses)
     layers = [name for site in sites for name in site.members]
-    where = places(layers)
+    where = locations(layers)
     _check_courses(courses, covariances, modules)
     if modules is not None:
         _check_modules(modules, layers, covariances, spaces)
@@ -291,7 +291,7 @@ class _Move(NamedTuple):
 class _Look:
     """What `decompose` calls for every site: the input's spectrum, and what every adapter there hears of it."""
 
-    def __init__(self, modules: Mapping[str, nn.Module] | None, courses: Sequence[Course], where: Mapping[str, Place]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module] | None, courses: Sequence[Course], where: Mapping[str, Location]) -> None:
         self._modules, self._courses, self._where = modules, courses, where
 
     def __call__(self, site: Site, covariance: Covariance) -> tuple[Row, list[Row]]:
@@ -327,7 +327,7 @@ def _decomposed(covariance: Covariance, c: torch.Tensor, *, vectors: bool) -> tu
     return values.clamp(min=0).sqrt().flip(0), directions.flip(1)
 
 
-def _moves(site: Site, courses: Sequence[Course], where: Mapping[str, Place]) -> list[_Move]:
+def _moves(site: Site, courses: Sequence[Course], where: Mapping[str, Location]) -> list[_Move]:
     """A site's adapters, with what A alone can tell."""
     found = []
     for name in site.members:
@@ -342,7 +342,7 @@ def _moves(site: Site, courses: Sequence[Course], where: Mapping[str, Place]) ->
     return found
 
 
-def _input_row(site: Site, facts: Row, space: NullSpace | None, where: Mapping[str, Place]) -> Row:
+def _input_row(site: Site, facts: Row, space: NullSpace | None, where: Mapping[str, Location]) -> Row:
     nothing = dict.fromkeys(("tokens", "outliers", "outlier_share", "effective_rank", "spectrum", "rank", "leak", "gap"))
     known: Row = {}
     if space is not None:
@@ -360,13 +360,13 @@ def _input_row(site: Site, facts: Row, space: NullSpace | None, where: Mapping[s
     }
 
 
-def _weight_row(name: str, site: Site, module: nn.Module, place: Place) -> Row:
+def _weight_row(name: str, site: Site, module: nn.Module, location: Location) -> Row:
     weight = _weight(name, module)
     sigma = singular_values(weight)
     return {
         "layer": name,
         "site": site.name,
-        **place._asdict(),
+        **location._asdict(),
         "d_out": weight.shape[0],
         "d_in": weight.shape[1],
         "effective_rank": solvers.effective_rank(sigma),

@@ -23,7 +23,7 @@ from nullspace.checks import an_object, check_fields, finite, flag, map_of, opti
 from nullspace.distributed import Job
 from nullspace.factors import LowRank
 from nullspace.model.linear import weight_of
-from nullspace.model.sharded import class_of, is_spread, prepare_to_gather
+from nullspace.model.sharded import class_of, is_model_sharded, prepare_to_gather
 from nullspace.model.sharded_tensors import whole as gathered
 from nullspace.model.wrappers import named_modules, unwrap
 
@@ -60,7 +60,7 @@ def save_adapter(peft_model: PeftModel, adapter: str, directory: Path, state_dic
         directory: where to.
         state_dict: what to save in place of the model's state.
     """
-    if state_dict is None and is_spread(peft_model):
+    if state_dict is None and is_model_sharded(peft_model):
         prepare_to_gather(peft_model, Job())
         state_dict = _gathered(peft_model, adapter)
     peft_model.save_pretrained(str(directory), selected_adapters=[adapter], save_embedding_layers=False, state_dict=state_dict)
@@ -240,7 +240,7 @@ def row_spaces(*adapters: str | os.PathLike[str] | PeftModel) -> dict[str, torch
 
 
 def _rows_of(peft_model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
-    prepare_to_gather(peft_model, Job() if is_spread(peft_model) else Job.alone())
+    prepare_to_gather(peft_model, Job() if is_model_sharded(peft_model) else Job.alone())
     for name, layer in named_modules(peft_model.get_base_model()).items():
         if isinstance(layer, LoraLayer):
             for factor in layer.lora_A.values():

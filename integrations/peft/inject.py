@@ -45,7 +45,13 @@ from nullspace.integrations.peft.shell import saving_here
 from nullspace.integrations.peft.watch import warn_of_dropout, watch
 from nullspace.methods import METHODS, Sources, check_method, check_sources
 from nullspace.model.linear import weight_of
-from nullspace.model.sharded import has_engine, is_spread, is_tensor_parallel, prepare_to_gather, shown_whole
+from nullspace.model.sharded import (
+    has_deepspeed_engine,
+    is_model_sharded,
+    is_tensor_parallel,
+    placeholder_weights,
+    prepare_to_gather,
+)
 from nullspace.model.sharded_tensors import is_sharded, local_parts, whole, write
 from nullspace.model.wrappers import unwrap, unwrapped
 from nullspace.planning.memory import free_on_host
@@ -135,7 +141,7 @@ def inject_adapters(
             (another one alone is active, `disable_adapter()`, `unload()`).
     """
     model = unwrap(model)
-    job = Job() if is_spread(model) else Job.alone()
+    job = Job() if is_model_sharded(model) else Job.alone()
     with job.sharing_errors(), unwrapped(model):
         return _inject(
             model,
@@ -162,7 +168,7 @@ def _inject(
 ) -> PeftModel:
     check_method(method, given)
     check_sources(method, given)
-    if has_engine(model):
+    if has_deepspeed_engine(model):
         raise ValueError(
             f"{type(model).__name__} is in a DeepSpeed engine, whose optimizer would not know the adapters: call inject_adapters "
             "before deepspeed.initialize"
@@ -174,11 +180,11 @@ def _inject(
             f"{type(model).__name__} is split by tensor parallelism, and an adapter beside a part of a layer is not the layer's: "
             "call write_init, which gathers the weights, and load what it writes, or shard the model with fully_shard (FSDP2)"
         )
-    if config.use_dora and is_spread(model):
+    if config.use_dora and is_model_sharded(model):
         raise ValueError("use_dora asks for the norms of weights that are spread over several ranks: load the model whole for it")
     with _as_it_was_on_error(model):
         own = {id(p) for p in model.parameters()}
-        with shown_whole(model):
+        with placeholder_weights(model):
             peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
         _freeze_base(peft_model, own, config)
         layers = lora_layers(peft_model, adapter_name)
@@ -246,7 +252,7 @@ def freeze_a(peft_model: PeftModel, adapter_name: str = "default") -> None:
     layers = lora_layers(unwrap(peft_model), adapter_name)
     if not layers:
         raise ValueError(f"the model has no LoRA adapter named {adapter_name!r}")
-    if has_engine(peft_model) and any(layer.lora_A[adapter_name].weight.requires_grad for layer in layers.values()):
+    if has_deepspeed_engine(peft_model) and any(layer.lora_A[adapter_name].weight.requires_grad for layer in layers.values()):
         raise ValueError("A is a parameter of a DeepSpeed engine's optimizer already: call freeze_a before deepspeed.initialize")
     freeze_layers(layers, adapter_name)
     if residual_base.residual_mark(peft_model.get_base_model()) is not None:
@@ -288,7 +294,7 @@ def save_init(
     """
     out, peft_model = Path(out), unwrap(peft_model)
     place = getattr(peft_model, "nullspace_residual", None)
-    if is_spread(peft_model):
+    if is_model_sharded(peft_model):
         raise ValueError("the base is spread over several ranks: call write_init on it instead, before it gets its adapters")
     if place is None:
         raise ValueError("the model does not come from inject_adapters: what its base was before is not known")
@@ -484,7 +490,7 @@ def _subtract(peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, An
     config = copy.deepcopy(config)
     config.lora_dropout, config.bias, config.lora_bias = 0.0, "none", False
     config.modules_to_save = None
-    with shown_whole(peft_model):
+    with placeholder_weights(peft_model):
         peft_model.add_adapter(second, config)
     for layer in layers.values():
         with torch.no_grad():

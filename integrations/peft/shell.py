@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from nullspace.model.sharded import plain_classes
+from nullspace.model.sharded import without_fsdp_classes
 from nullspace.model.sharded_tensors import is_sharded, shape_of
 
 BASE_WEIGHTS = "model{suffix}.safetensors"
@@ -63,7 +63,7 @@ def without_weights(model: nn.Module) -> Any:
             if isinstance(t, nn.Parameter):
                 empty = nn.Parameter(empty, requires_grad=t.requires_grad)
             memo[id(t)] = twins.setdefault(place or id(t), empty)
-    with plain_classes(model):
+    with without_fsdp_classes(model):
         shell = copy.deepcopy(model, memo)
     for module in shell.modules():
         if module.__dict__.pop("_old_forward", None) is not None:

@@ -41,7 +41,7 @@ from nullspace.integrations.peft.shell import BASE_WEIGHTS, BasePlan, on_disk, p
 from nullspace.integrations.peft.watch import warn_of_dropout
 from nullspace.methods import METHODS, Sources, check_method, check_sources
 from nullspace.model.linear import weight_of
-from nullspace.model.sharded import is_spread, prepare_to_gather
+from nullspace.model.sharded import is_model_sharded, prepare_to_gather
 from nullspace.model.weights import execution_device, tensor_of
 from nullspace.model.wrappers import unwrap, unwrapped
 from nullspace.progress import Progress, reporter
@@ -96,7 +96,7 @@ def write_init(
         OSError: if it cannot be written; then nothing is left behind.
     """
     model = unwrap(model)
-    job = Job() if is_spread(model) else Job.alone()
+    job = Job() if is_model_sharded(model) else Job.alone()
     with job.sharing_errors(), unwrapped(model):
         given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, seed=random_seed(method))
 

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from nullspace.calibration.hidden_states import Arguments
 from nullspace.model.batches import Call, naming_batch
 from nullspace.model.blocks import refuse_chain
-from nullspace.model.sharded import class_of, is_spread
+from nullspace.model.sharded import class_of, is_model_sharded
 from nullspace.model.sharded_tensors import version_of
 from nullspace.model.weights import Loaded, execution_device, is_loaded
 
@@ -193,7 +193,7 @@ class Chain:
 
     def _representatives(self) -> list[int]:
         """For every block, the one that is called in its place."""
-        if is_spread(self._model):
+        if is_model_sharded(self._model):
             return [0] * len(self.blocks)
         first: dict[type, int] = {}
         return [
@@ -269,7 +269,7 @@ class Chain:
 
     # ---- the model's own forward, with something in the place of the blocks
 
-    def prepare(self, call: Call, options: Mapping[str, Any]) -> Handed:
+    def prepare_sharded(self, call: Call, options: Mapping[str, Any]) -> Handed:
         """Run the model's forward up to its last block, whose stand-in ends it.
 
         Raises:

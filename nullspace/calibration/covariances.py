@@ -21,7 +21,7 @@ from nullspace.artifacts.together import new_shared_directory
 from nullspace.calibration.stream import check_options, resolve_strategy, stream_covariances
 from nullspace.distributed.job import Job
 from nullspace.distributed.loaders import part_of
-from nullspace.model.sharded import prepare
+from nullspace.model.sharded import prepare_sharded
 from nullspace.model.sites import Site, find_targets
 from nullspace.model.weights import refuse_meta
 from nullspace.model.wrappers import unwrap
@@ -88,7 +88,7 @@ def compute_covariances(
         model = unwrap(model)
         modules = find_targets(model, targets, exclude=exclude)
         refuse_meta(model)
-        spread = prepare(model, modules, job, strategy)
+        spread = prepare_sharded(model, modules, job, strategy)
         shards: tuple[Shards, ...] = ()
         if shard is not None:
             loader, part = _sharded(loader, *shard)

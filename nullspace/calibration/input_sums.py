@@ -16,7 +16,7 @@ from torch import nn
 
 from nullspace.model.linear import unlike_linear, weight_of, weight_shape
 from nullspace.model.padding import Padding, TokenRows
-from nullspace.model.sharded import input_of
+from nullspace.model.sharded import layer_input
 from nullspace.model.sharded_tensors import is_sharded, version_of
 from nullspace.model.sites import Site, Targets
 from nullspace.moments.covariance import Covariance, find_nonfinite, precision_of
@@ -266,7 +266,7 @@ class _Hooks:
         handed, self._handed = self._handed, None
         if not self._later:
             with _keeping(self._later):
-                self._sums.receive(self._name, input_of(self._name, handed, _first(args, kwargs)))
+                self._sums.receive(self._name, layer_input(self._name, handed, _first(args, kwargs)))
 
     def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After the first call that counts: check the output."""

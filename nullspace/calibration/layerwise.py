@@ -29,7 +29,7 @@ from nullspace.model.batches import calls, evaluating, forward_options, padded_b
 from nullspace.model.blocks import refuse_chain
 from nullspace.model.linear import output_head
 from nullspace.model.padding import Padding, TokenRows
-from nullspace.model.sharded import aside, is_spread
+from nullspace.model.sharded import is_model_sharded, without_gather_hooks
 from nullspace.model.sites import Site, Targets
 from nullspace.model.weights import Loaded
 from nullspace.moments.covariance import Covariance
@@ -75,7 +75,7 @@ def stream_by_block(
     options = forward_options(model, dict(targets))
     unused = (*chain.blocks, *(() if head is None or outside else (head,)))
     needed = 1 + max((index for index, own in enumerate(inside) if own), default=0)
-    spread = is_spread(model)
+    spread = is_model_sharded(model)
     first = Loaded(chain.blocks[0], chain.device_of(0), within=model)
     ready: Loaded | None = first
     try:
@@ -88,7 +88,7 @@ def stream_by_block(
         with (
             contextlib.closing(around),
             around,
-            aside(model),
+            without_gather_hooks(model),
             recording(model, outside, ahead),
             evaluating(model),
             torch.inference_mode(False),
@@ -131,7 +131,7 @@ def stream_by_block(
             with (
                 contextlib.closing(loaded),
                 loaded,
-                aside(chain.blocks[index]),
+                without_gather_hooks(chain.blocks[index]),
                 recording(model, inside[index], sums),
                 evaluating(model),
                 torch.inference_mode(False),
@@ -178,7 +178,7 @@ def _tail(
     sums = InputSums(behind, precision, rows)
     with (
         weights,
-        aside(model),
+        without_gather_hooks(model),
         recording(model, behind, sums),
         evaluating(model),
         torch.inference_mode(False),

@@ -33,7 +33,7 @@ from nullspace.checks import Range, check_integer, check_real
 from nullspace.distributed.job import Job
 from nullspace.distributed.loaders import example_of, length
 from nullspace.model.linear import weight_shape
-from nullspace.model.sharded import bring_to_rest, prepare
+from nullspace.model.sharded import prepare_sharded, reshard_model
 from nullspace.model.sites import Site, find_targets
 from nullspace.model.weights import refuse_meta
 from nullspace.model.wrappers import unwrap
@@ -125,7 +125,7 @@ def compute_null_spaces(
         model = unwrap(model)
         modules = find_targets(model, targets, exclude=exclude, rank=rank)
         refuse_meta(model)
-        spread = prepare(model, modules, job, strategy)
+        spread = prepare_sharded(model, modules, job, strategy)
         avoided = check_avoid(avoid, modules)
         for name in avoided:
             check_site_rank(Site((name,), weight_shape(modules[name])[1]), rank, avoided)
@@ -238,7 +238,7 @@ def compute_null_spaces(
         if job.first:
             _warn_of_few_directions(spaces)
         if spread:
-            bring_to_rest(model)
+            reshard_model(model)
             job.exchange(None)
         weights = weights_of(modules)
         place = {name: index for index, name in enumerate(modules)}  # one process does not see in which order all are called

@@ -27,7 +27,7 @@ from nullspace.distributed.loaders import digest_of, example_of, length
 from nullspace.model.batches import Call, calls, evaluating, forward_options, input_device, naming_batch, padded_batch
 from nullspace.model.blocks import find_blocks
 from nullspace.model.padding import TokenRows
-from nullspace.model.sharded import gathers, is_spread, prepare, strategy_of
+from nullspace.model.sharded import gathers_weights, is_model_sharded, prepare_sharded, sharded_strategy
 from nullspace.model.sites import Site, Targets, find_targets
 from nullspace.model.weights import refuse_meta
 from nullspace.model.wrappers import unwrap
@@ -117,7 +117,7 @@ def stream_covariances(
         chosen = find_targets(model, targets, exclude=exclude)
         refuse_meta(model)
         warn_of_residual(model)
-        spread = prepare(model, chosen, job, strategy)
+        spread = prepare_sharded(model, chosen, job, strategy)
         if strategy == "auto":
             strategy, hidden_states = resolve_strategy(model, loader, chosen, device=device, hidden_states=hidden_states, job=job)
             device = None if strategy == "resident" else device
@@ -172,8 +172,8 @@ def resolve_strategy(
 
     Args: as of `stream_covariances` and `compute_null_spaces`.
     """
-    if is_spread(model):
-        return strategy_of(model, lambda: find_blocks(model)), hidden_states
+    if is_model_sharded(model):
+        return sharded_strategy(model, lambda: find_blocks(model)), hidden_states
     choice = choose_strategy(
         model,
         targets=targets,
@@ -216,7 +216,7 @@ def _resident(
     total, tokens = share.length, 0
     job.enters("the forward pass")
     report("forward", 0, total, 0)
-    in_step = job.count > 1 and gathers(model)
+    in_step = job.count > 1 and gathers_weights(model)
     later: list[Exception] | None = [] if in_step else None
     own = calls(model, share)
 

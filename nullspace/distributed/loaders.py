@@ -1,9 +1,9 @@
 """Which batches of a loader one of several processes reads: `Share`.
 
-A plain loader, which all of them hold alike, is split batch by batch: of n processes the k-th (from 0) takes batches k, k + n, …
+A plain loader, of which every process has an equal one, is split batch by batch: process k of n (from 0) reads batches k, k + n, …
 A loader that is a share already is read as it is: a `DataLoader` whose sampler, batch sampler or data set says which part of how
-many it is (PyTorch's `DistributedSampler`, what accelerate prepares). Samples that such a sampler repeats, to make the shares even,
-would count twice; they are left out where it can be seen which ones they are.
+many it is (PyTorch's `DistributedSampler`, loaders that accelerate prepares). Such samplers repeat samples to make the shares even.
+Repeated samples would count twice: they are left out, where PyTorch's or accelerate's own classes repeat them.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class Share:
         loader: of all batches, or of this process's alone (`is_share`).
         number: of the process, from 0.
         count: of processes.
-        split: False if the loader is this process's share, whatever it looks like.
-        compare: is handed the digest of the whole loader's first batch (None if there is none) as soon as it is known.
+        split: False if the loader is this process's share, even if it does not say so.
+        compare: called with the digest of the whole loader's first batch (None if there is none) as soon as it is known.
 
     Attributes:
         split: whether this is a part of what the loader yields.
-        read: batches of this share that were read.
-        digest: of what must be the same for all processes: for a sequence its length and both its ends, for anything else all
+        read: how many batches of this share were read.
+        digest: of what must be equal on all processes: for a sequence its length, first and last batch; for any other loader all
             batches; complete when the share has been read to its end. None if the loader is not split.
 
     Raises:
-        ValueError: if the loader deals its data out to another number of processes.
+        ValueError: if the loader divides its data between another number of processes.
     """
 
     def __init__(
@@ -52,32 +52,32 @@ class Share:
         compare: Callable[[str | None], None] | None = None,
     ) -> None:
         self._loader, self._number, self._count, self._compare = loader, number, count, compare
-        dealt = replicas(loader) if count > 1 and split else None
-        if dealt is not None and dealt != count:
+        shares = replicas(loader) if count > 1 and split else None
+        if shares is not None and shares != count:
             raise ValueError(
-                f"the loader deals its data out to {dealt} processes, and {count} are here: their sums would not be of all data"
+                f"the loader divides its data between {shares} processes, and this job has {count}: its sums would not be of all "
+                "data. Make the sampler for the processes of the job"
             )
-        self.split = count > 1 and split and dealt is None
+        self.split = count > 1 and split and shares is None
         self.read = 0
         self.digest: str | None = None
 
     @property
     def length(self) -> int | None:
-        """How many batches this share announces, if its loader does."""
+        """How many batches this share has, if its loader has a length."""
         if self._count == 1:
             return length(self._loader)
-        with _without_repeats(self._loader):
-            own = _samples(self._loader)
-            total = length(self._loader) if own is None else own
+        total = length(_without_repeats(self._loader))
         return total if total is None or not self.split else len(range(self._number, total, self._count))
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """`(number, batch)`, numbers from 1.
 
         Raises:
-            ValueError: at the end, if there were fewer than were announced.
+            ValueError: at the end, if there were fewer batches than `length`.
         """
-        total = None if self._count > 1 and _is_accelerates(self._loader) else self.length  # which announces what it would repeat
+        # accelerate's batch sampler counts repeated batches in its length.
+        total = None if self._count > 1 and _is_accelerates(self._loader) else self.length
         own = enumerate(self._loader, start=1) if self._count == 1 else self._split() if self.split else self._whole()
         for number, batch in own:
             self.read += 1
@@ -88,8 +88,7 @@ class Share:
     def _whole(self) -> Iterator[tuple[int, Any]]:
         if self._compare is not None:
             self._compare(None)
-        with _without_repeats(self._loader):
-            yield from enumerate(itertools.islice(self._loader, _samples(self._loader)), start=1)
+        yield from enumerate(_without_repeats(self._loader), start=1)
 
     def _split(self) -> Iterator[tuple[int, Any]]:
         compare, loader = self._compare or (lambda _: None), self._loader
@@ -115,7 +114,7 @@ class Share:
 
 
 class Part(Sequence[Any]):
-    """Every n-th batch of a sequence, for jobs that know nothing of each other.
+    """Every n-th batch of a sequence, for jobs that run independently.
 
     Args:
         batches: all of them.
@@ -137,7 +136,7 @@ def part_of(loader: Iterable[Any], number: int, count: int) -> Iterable[Any]:
     """Every n-th batch of a loader that can be read more than once: batches number, number + count, … (from 1).
 
     Args:
-        loader: a sequence, or what gives the same batches whenever it is read, such as a `DataLoader` that does not shuffle.
+        loader: a sequence, or another iterable that gives the same batches each time, such as a `DataLoader` that does not shuffle.
         number: which part, from 1.
         count: of how many.
 
@@ -167,19 +166,19 @@ def is_share(loader: Iterable[Any]) -> bool:
 
 
 def replicas(loader: Iterable[Any]) -> int | None:
-    """Among how many processes a loader says that it deals the data out; None if it says nothing of the kind."""
+    """The number of processes between which a loader, its samplers or its data set divide the data; None if they do not say so."""
     for holder in _holders(loader):
         for number, count in _PART_OF_HOW_MANY:
-            found = getattr(holder, count, None)
-            if isinstance(found, int) and found > 1 and isinstance(getattr(holder, number, None), int):
-                return found
+            shares = getattr(holder, count, None)
+            if isinstance(shares, int) and shares > 1 and isinstance(getattr(holder, number, None), int):
+                return shares
         if any(c.__name__ == "DataLoaderDispatcher" for c in type(holder).__mro__):  # accelerate's: one process reads for all
             return int(holder.state.num_processes)
     return None
 
 
 def digest_of(batches: Iterable[Any]) -> str:
-    """SHA-256 of all that some batches hold."""
+    """SHA-256 of the contents of batches, as `add_to_digest` reads them."""
     digest = hashlib.sha256()
     for batch in batches:
         add_to_digest(digest, batch)
@@ -187,7 +186,7 @@ def digest_of(batches: Iterable[Any]) -> str:
 
 
 def add_to_digest(digest: Any, batch: Any) -> None:
-    """Take in the structure of a batch, and the shapes, dtypes and bytes of its tensors."""
+    """Update a digest with a batch's structure, and its tensors' shapes, dtypes and bytes."""
     leaves, structure = pytree.tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
     digest.update(str(structure).encode())
     for leaf in leaves:
@@ -199,21 +198,21 @@ def add_to_digest(digest: Any, batch: Any) -> None:
 
 
 def _holders(loader: Iterable[Any]) -> list[Any]:
-    """All that may say which part of the data a loader yields."""
+    """The loader, its data set and all of its samplers: each may say which part of the data it yields."""
     if not isinstance(loader, DataLoader):
         return [loader]
-    found: list[Any] = [loader, loader.dataset]
+    holders: list[Any] = [loader, loader.dataset]
     pending = [loader.batch_sampler, loader.sampler]
     while pending:
         each = pending.pop()
-        if each is not None and all(each is not known for known in found):
-            found.append(each)
+        if each is not None and all(each is not known for known in holders):
+            holders.append(each)
             pending += [getattr(each, "sampler", None), getattr(each, "batch_sampler", None)]
-    return found
+    return holders
 
 
 class _Unrepeated:
-    """A `DistributedSampler` without what it repeats: sample k of its share is sample rank + k · n of the padded whole."""
+    """A `DistributedSampler` without repeated samples: sample k of its share is sample rank + k · n of the padded whole."""
 
     def __init__(self, sampler: DistributedSampler[Any]) -> None:
         self._sampler = sampler
@@ -226,7 +225,7 @@ class _Unrepeated:
 
 
 class _UnrepeatedStream(IterableDataset[Any]):
-    """accelerate's `IterableDatasetShard` without what it repeats: of each round of batches this process's one, whole or not."""
+    """accelerate's `IterableDatasetShard` without repeated samples: this process's batch of each round, complete or not."""
 
     def __init__(self, shard: Any) -> None:
         self._shard = shard
@@ -244,61 +243,64 @@ class _UnrepeatedStream(IterableDataset[Any]):
 
 
 def _pads(sampler: Any) -> bool:
-    """Whether this is PyTorch's own way to make shares even; a subclass may have another."""
+    """Whether a sampler repeats samples as PyTorch's `DistributedSampler` does; a subclass may override that."""
     return (
         isinstance(sampler, DistributedSampler) and type(sampler).__iter__ is DistributedSampler.__iter__ and not sampler.drop_last
     )
 
 
 def _is_accelerates(loader: Iterable[Any]) -> bool:
-    """Whether the batches are dealt out by accelerate's `BatchSamplerShard`, or what works like it."""
+    """Whether accelerate's `BatchSamplerShard`, or a class with the same attributes, divides the batches."""
     batches: Any = loader.batch_sampler if isinstance(loader, DataLoader) else None
     return hasattr(batches, "even_batches") and hasattr(batches, "process_index")
 
 
 def _is_accelerates_stream(data: Any) -> bool:
-    """Whether samples are dealt out by accelerate's `IterableDatasetShard`, which makes its last batches whole by repeating."""
+    """Whether accelerate's `IterableDatasetShard` divides the samples, and completes its last batches by repeating some."""
     return any(c.__name__ == "IterableDatasetShard" for c in type(data).__mro__) and not data.drop_last
 
 
-@contextlib.contextmanager
-def _without_repeats(loader: Iterable[Any]) -> Iterator[None]:
-    """Inside, the loader's batch sampler does not repeat samples to make the shares even."""
-    batches: Any = loader.batch_sampler if isinstance(loader, DataLoader) else None
-    holder: dict[str, Any]
-    other: Any
+def _without_repeats(loader: Iterable[Any]) -> Iterable[Any]:
+    """The loader, or a copy of it whose samplers repeat no samples to make the shares even.
+
+    The samplers are copied too: the loader, and all that belongs to it, stay as they are.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    batches: Any = loader.batch_sampler
+    if batches is None and _pads(loader.sampler):
+        return _copied(loader, sampler=_Unrepeated(loader.sampler))  # type: ignore[arg-type]
     if _pads(getattr(batches, "sampler", None)):
-        holder, name, other = vars(batches), "sampler", _Unrepeated(batches.sampler)
-    elif _is_accelerates(loader):
-        holder, name, other = vars(batches), "even_batches", False
-    elif isinstance(loader, DataLoader) and _is_accelerates_stream(loader.dataset):
-        # Of the loader that accelerate wraps; a `DataLoader` lets nobody else exchange its data set.
-        holder, name, other = vars(getattr(loader, "base_dataloader", loader)), "dataset", _UnrepeatedStream(loader.dataset)
-    else:
-        yield
-        return
-    before = holder[name]
-    holder[name] = other
-    try:
-        yield
-    finally:
-        holder[name] = before
+        return _copied(loader, batch_sampler=_changed(batches, sampler=_Unrepeated(batches.sampler)))
+    if _is_accelerates(loader):
+        return _copied(loader, batch_sampler=_changed(batches, even_batches=False))
+    if _is_accelerates_stream(loader.dataset):
+        return _copied(loader, dataset=_UnrepeatedStream(loader.dataset))
+    return loader
 
 
-def _samples(loader: Iterable[Any]) -> int | None:
-    """How many a loader that does not batch should give; None for all."""
-    if isinstance(loader, DataLoader) and loader.batch_sampler is None and _pads(loader.sampler):
-        return len(_Unrepeated(loader.sampler))  # type: ignore[arg-type]
-    return None
+def _copied(loader: Any, **changes: Any) -> Any:
+    """A copy of a `DataLoader` with other attributes. Persistent workers would go on with the samplers of the original."""
+    inner = getattr(loader, "base_dataloader", None)  # of the loader that accelerate wraps
+    if inner is not None:
+        return _changed(loader, base_dataloader=_copied(inner, **changes))
+    return _changed(loader, persistent_workers=False, **changes)
+
+
+def _changed(thing: Any, **changes: Any) -> Any:
+    """A shallow copy with other attributes, some of which a `DataLoader` would refuse to assign."""
+    other = object.__new__(type(thing))
+    vars(other).update(vars(thing), **changes)
+    return other
 
 
 def length(loader: Iterable[Any]) -> int | None:
-    """How many batches a loader announces, if it does."""
+    """`len(loader)`, if it has one."""
     with contextlib.suppress(TypeError):  # a DataLoader has `__len__`, but its dataset may have none
         return len(loader) if isinstance(loader, Sized) else None
     return None
 
 
 def example_of(loader: Iterable[Any]) -> Any:
-    """A loader's first batch where a look at it costs nothing; else None."""
+    """A loader's first batch if it is a sequence, which costs nothing to look at; else None."""
     return loader[0] if isinstance(loader, Sequence) and len(loader) else None

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Block and projection of a layer."""
 
     block: int | str | None
@@ -16,25 +16,25 @@ class Place(NamedTuple):
     """The name's last part; the whole name behind the block's number where the last part alone would mean two layers."""
 
 
-def places(names: Iterable[str]) -> dict[str, Place]:
-    """Name → place. The first number in a name is that of its block; later ones, such as an expert's, are left out.
+def locations(names: Iterable[str]) -> dict[str, Location]:
+    """Name → location. The first number in a name is that of its block; later ones, such as an expert's, are left out.
 
     Example:
-        >>> places(["model.layers.3.self_attn.q_proj", "model.layers.3.mlp.up_proj"])["model.layers.3.mlp.up_proj"]
-        Place(block=3, projection='up_proj')
-        >>> places(["h.0.attn.c_proj", "h.0.mlp.c_proj"])["h.0.mlp.c_proj"]
-        Place(block=0, projection='mlp.c_proj')
+        >>> locations(["model.layers.3.self_attn.q_proj", "model.layers.3.mlp.up_proj"])["model.layers.3.mlp.up_proj"]
+        Location(block=3, projection='up_proj')
+        >>> locations(["h.0.attn.c_proj", "h.0.mlp.c_proj"])["h.0.mlp.c_proj"]
+        Location(block=0, projection='mlp.c_proj')
     """
     parted = {name: _parted(name.split(".")) for name in names}
     prefixes = {prefix for prefix, number, _ in parted.values() if number is not None}
     last = Counter(tail.rpartition(".")[2] for tail in {tail for _, _, tail in parted.values()})
 
-    def place(prefix: str, number: int | None, tail: str) -> Place:
+    def locate(prefix: str, number: int | None, tail: str) -> Location:
         end = tail.rpartition(".")[2]
         block = number if number is None or len(prefixes) == 1 else f"{prefix}.{number}"
-        return Place(block, end if last[end] == 1 else tail)
+        return Location(block, end if last[end] == 1 else tail)
 
-    return {name: place(*parts) for name, parts in parted.items()}
+    return {name: locate(*parts) for name, parts in parted.items()}
 
 
 def is_attention(name: str) -> bool:

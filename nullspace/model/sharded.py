@@ -1,12 +1,16 @@
-"""Models whose weights are spread over several ranks: what FSDP2, ZeRO-3 and tensor parallelism look like, and what to do about it.
+"""Models whose weights are sharded over several ranks by FSDP2, ZeRO-3 or tensor parallelism.
 
 - FSDP2 (`torch.distributed.fsdp.fully_shard`) and DeepSpeed's ZeRO-3 keep a part of every weight on each rank. Hooks on modules
-  gather them for a forward pass.
+  gather the weights for a forward pass.
 - Tensor parallelism (`parallelize_module`, transformers' `tp_plan`) computes with the parts. All ranks must read the same batches,
-  and a layer whose weight is cut along d_in hears a part of its input only.
+  and a layer whose weight is split along d_in receives only a part of its input.
 
-To gather is a collective: all ranks that share a weight must ask for the same ones in the same order. So every gather is preceded
-by an exchange (`Job.exchange`), which raises on all what has gone wrong on one, and nothing that fails on one alone stands between.
+A gather is a collective: all ranks that share a weight must gather the same weights in the same order. So an exchange
+(`Job.exchange`) precedes every gather and raises the error of one rank on all, and nothing that can fail on one rank lies between.
+
+A layerwise run calls blocks by hand, as often as a rank has batches. FSDP2's `unshard` and `set_reshard_after_forward` do not serve
+there: FSDP2's hooks take a block that is called by hand for the root of the model and then refuse the root, a forward prefetch
+gathers in calls that not all ranks make, and no public method reads `reshard_after_forward`, which could not be restored.
 """
 
 from __future__ import annotations
@@ -28,19 +32,16 @@ from nullspace.model.sharded_tensors import is_dtensor, is_sharded, is_zero
 if TYPE_CHECKING:
     from nullspace.distributed import Job
 
-# Where the hooks that gather weights are defined.
-_THEIRS = ("torch.distributed.fsdp", "deepspeed")
+# Modules in which the hooks that gather weights are defined.
+_GATHER_HOOKS = ("torch.distributed.fsdp", "deepspeed")
 INSTEAD = (
-    "Choose targets whose inputs are whole (targets=['q_proj', 'k_proj', 'v_proj', 'gate_proj', 'up_proj']), or spread the weights "
+    "Choose targets whose inputs are whole (targets=['q_proj', 'k_proj', 'v_proj', 'gate_proj', 'up_proj']), or shard the weights "
     "without splitting inputs: fully_shard (FSDP2) or a device_map"
 )
 
 
-# ---- one module
-
-
 def class_of(module: nn.Module) -> type:
-    """A module's own class: `fully_shard` gives it another one."""
+    """A module's original class: `fully_shard` replaces it by a subclass."""
     kind = _fsdp_kind("FSDPModule")
     return next(c for c in type(module).__mro__ if kind is None or (c is not kind and kind not in c.__bases__))
 
@@ -55,31 +56,27 @@ def _is_a(module: nn.Module, name: str) -> bool:
 
 
 def _states(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """FSDP2's state of every module that has been handed to `fully_shard`."""
+    """Every module that `fully_shard` was called with, and its FSDP2 state. A module precedes its submodules."""
     for module in model.modules():
         if _is_a(module, "FSDPModule"):
             yield module, module._get_fsdp_state()  # type: ignore[operator]
 
 
 def compute_dtypes(model: nn.Module) -> dict[int, torch.dtype]:
-    """By a module's identity: the dtype that FSDP2 computes in there, where its mixed precision says so."""
-    found: dict[int, torch.dtype] = {}
-    for module, state in _states(model):  # a module comes before what is in it
-        dtype = state._mp_policy.param_dtype
-        for part in module.modules():
-            found.pop(id(part), None)
-            if dtype is not None:
-                found[id(part)] = dtype
-    return found
+    """`id(module)` → `param_dtype` of FSDP2's mixed-precision policy, for the modules that have one."""
+    dtypes: dict[int, torch.dtype | None] = {}
+    for module, state in _states(model):
+        dtypes.update({id(part): state._mp_policy.param_dtype for part in module.modules()})
+    return {key: dtype for key, dtype in dtypes.items() if dtype is not None}
 
 
 @contextlib.contextmanager
-def aside(model: nn.Module) -> Iterator[None]:
-    """Inside, the hooks that gather weights stand aside, and what is handed to modules is cast as they would."""
+def without_gather_hooks(model: nn.Module) -> Iterator[None]:
+    """Context manager: removes FSDP2's and ZeRO-3's gather hooks and emulates FSDP2's mixed-precision casts."""
     before = []
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            theirs = [key for key, hook in hooks.items() if (getattr(hook, "__module__", None) or "").startswith(_THEIRS)]
+            theirs = [key for key, hook in hooks.items() if (getattr(hook, "__module__", None) or "").startswith(_GATHER_HOOKS)]
             if theirs:
                 before.append((hooks, dict(hooks), theirs))
     handles = []
@@ -115,8 +112,8 @@ def _cast(dtype: torch.dtype, value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def plain_classes(model: nn.Module) -> Iterator[None]:
-    """Inside, modules have their own classes and no state of FSDP2, and can be copied."""
+def without_fsdp_classes(model: nn.Module) -> Iterator[None]:
+    """Context manager: modules have their original classes and no FSDP2 state, so that they can be copied."""
     before: list[tuple[nn.Module, type, dict[str, Any]]] = []
     for module, _ in list(_states(model)):
         contract: Any = sys.modules["torch.distributed._composable.contract"]
@@ -125,7 +122,7 @@ def plain_classes(model: nn.Module) -> Iterator[None]:
         before.append((module, type(module), {key: module.__dict__.pop(key) for key in keys}))
         module.__class__ = class_of(module)
     try:
-        with aside(model):
+        with without_gather_hooks(model):
             yield
     finally:
         for module, kind, state in before:
@@ -134,10 +131,10 @@ def plain_classes(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def shown_whole(model: nn.Module) -> Iterator[None]:
-    """Inside, the DTensors that are linear layers' weights look like whole tensors, of no values and without their memory.
+def placeholder_weights(model: nn.Module) -> Iterator[None]:
+    """Context manager: replaces linear layers' DTensor weights by placeholders of the whole shape that take no memory.
 
-    PEFT makes adapters in the shape of what it sees, and takes FSDP2 for tensor parallelism unless the mesh has a name it knows.
+    PEFT makes adapters in the shape of the weight, and takes FSDP2 for tensor parallelism unless it knows the name of the mesh.
     """
     before = []
     for module in model.modules():
@@ -154,52 +151,53 @@ def shown_whole(model: nn.Module) -> Iterator[None]:
             module._parameters["weight"] = own
 
 
-# ---- a whole model
-
-
-def gathers(model: nn.Module) -> bool:
-    """Whether the model gathers its weights from several ranks when it runs (FSDP2, ZeRO-3)."""
+def gathers_weights(model: nn.Module) -> bool:
+    """Whether a forward pass gathers weights from several ranks (FSDP2, ZeRO-3)."""
     return any(True for _ in _states(model)) or any(is_zero(p) for p in model.parameters())
 
 
-def is_spread(model: nn.Module) -> bool:
-    """Whether any of a model's weights is one rank's part of a larger one."""
+def is_model_sharded(model: nn.Module) -> bool:
+    """Whether any parameter or buffer is one rank's part of a larger tensor."""
     return any(True for _ in _states(model)) or any(map(is_sharded, (*model.parameters(), *model.buffers())))
 
 
-def has_engine(model: nn.Module) -> bool:
-    """Whether `deepspeed.initialize` was called with the model: its engine has put hooks on it."""
+def has_deepspeed_engine(model: nn.Module) -> bool:
+    """Whether `deepspeed.initialize` was called with the model: its engine has registered hooks."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     return any((getattr(hook, "__module__", None) or "").startswith("deepspeed") for hook in hooks)
 
 
-def bring_to_rest(model: nn.Module) -> None:
-    """Give up weights that FSDP2 still holds from the last forward pass: what is then a part is a part on all ranks."""
+def reshard_model(model: nn.Module) -> None:
+    """Reshard weights that FSDP2 still holds whole since the last forward pass, so that all ranks see the same sharding."""
     for module, _ in _states(model):
         module.reshard()  # type: ignore[operator]
 
 
-def prepare(model: nn.Module, targets: Mapping[str, nn.Module], job: Job, strategy: str = "auto") -> bool:
-    """Whether a model is spread over ranks; if so it is brought to rest, and everybody is here: weights may be gathered next.
+def prepare_sharded(model: nn.Module, targets: Mapping[str, nn.Module], job: Job, strategy: str = "auto") -> bool:
+    """Check that the covariances of a sharded model can be computed, and reshard it. Collective if it is sharded.
 
     Args:
         model: any.
-        targets: which layers are listened to.
+        targets: name → linear layer.
         job: the processes that work together.
         strategy: of `nullspace.stream_covariances`.
 
+    Returns:
+        Whether the model is sharded. All ranks are then synchronised: a gather may follow.
+
     Raises:
-        ValueError: naming the layer or the ranks, and what would work, for what cannot be listened to or not together.
+        ValueError: naming the layer or the ranks, and what would work, if a target's input is split, or if the job's processes
+            cannot compute together.
     """
     _refuse_wrappers(model)
-    if not is_spread(model) and not _cut_by_hand(model):
+    if not is_model_sharded(model) and not _cut_by_hand(model):
         return False
-    bring_to_rest(model)
+    reshard_model(model)
     gathered, together = _groups(model)
     for name, layer in targets.items():
         if _is_cut_along_input(name, layer, gathered):
             raise ValueError(
-                f"{name!r} hears only a part of its input on each rank (tensor parallelism, split along d_in). {INSTEAD}."
+                f"{name!r} receives only a part of its input on each rank (tensor parallelism, split along d_in). {INSTEAD}."
             )
     _refuse_absent(gathered, job)
     members = set(job.ranks)
@@ -222,15 +220,18 @@ def prepare(model: nn.Module, targets: Mapping[str, nn.Module], job: Job, strate
 
 
 def prepare_to_gather(model: nn.Module, job: Job) -> bool:
-    """Whether a model is spread over ranks; if so it is brought to rest, and everybody is here: weights may be gathered next.
+    """Check that the weights of a sharded model can be gathered, and reshard it. Collective if it is sharded.
+
+    Returns:
+        Whether the model is sharded. All ranks are then synchronised: a gather may follow.
 
     Raises:
-        ValueError: saying what would work, for weights that nobody can gather.
+        ValueError: saying what would work, for weights that cannot be gathered.
     """
     _refuse_wrappers(model)
-    if not is_spread(model) and not _cut_by_hand(model):
+    if not is_model_sharded(model) and not _cut_by_hand(model):
         return False
-    bring_to_rest(model)
+    reshard_model(model)
     _refuse_cut_by_hand(model)
     _refuse_absent(set.union(*map(set, _groups(model))), job)
     job.exchange(None)
@@ -242,50 +243,54 @@ def is_tensor_parallel(model: nn.Module) -> bool:
     return bool(_groups(model)[1])
 
 
-def strategy_of(model: nn.Module, is_chain: Callable[[], object]) -> str:
-    """What `strategy="auto"` comes to for a model that is spread over ranks.
+def sharded_strategy(model: nn.Module, check_chain: Callable[[], object]) -> str:
+    """The strategy that `"auto"` chooses for a sharded model.
 
     Args:
-        model: brought to rest (`prepare`).
-        is_chain: raises `ValueError` if its blocks are not a chain.
+        model: checked by `prepare_sharded`.
+        check_chain: raises `ValueError` if the model's blocks are not a chain.
     """
     gathered, together = _groups(model)
     if not gathered or together:
         return "resident"
     try:
-        is_chain()
+        check_chain()
     except ValueError:
         _refuse_without_hooks(model)
         return "resident"
     return "layerwise"
 
 
-def input_of(name: str, before: Any, after: Any) -> torch.Tensor:
-    """What a layer hears, of its argument as it was handed over and as it came through hooks.
+def layer_input(name: str, before: Any, after: Any) -> torch.Tensor:
+    """A layer's input as a plain tensor; `before` itself where hooks have only made a new tensor of the same memory.
 
-    Hooks of tensor parallelism and of ZeRO-3 make new tensors of the same memory, for each of the layers that share one input.
+    Hooks of tensor parallelism and of ZeRO-3 do so for each of the layers that share one input, which share it by identity.
+
+    Args:
+        name: of the layer.
+        before: its argument ahead of the hooks of others.
+        after: its argument behind them.
 
     Raises:
-        ValueError: naming the layer, if it is a part of the input.
+        ValueError: naming the layer, if `after` is only a part of the input.
     """
-    found = after
+    x = after
     if is_dtensor(after):
         if not all(p.is_replicate() for p in after.placements):
-            raise ValueError(f"{name!r} hears only a part of its input on each rank ({after.placements}). {INSTEAD}.")
-        found = after._local_tensor
-        if type(found) is not torch.Tensor:  # still on its way
-            found = after.to_local().contiguous()
+            raise ValueError(f"{name!r} receives only a part of its input on each rank ({after.placements}). {INSTEAD}.")
+        x = after._local_tensor
+        if type(x) is not torch.Tensor:  # the result of a collective that may still run
+            x = after.to_local().contiguous()
     same = (
         isinstance(before, torch.Tensor)
         and not is_dtensor(before)
-        and (before.data_ptr(), before.shape, before.stride(), before.dtype)
-        == (found.data_ptr(), found.shape, found.stride(), found.dtype)
+        and (before.data_ptr(), before.shape, before.stride(), before.dtype) == (x.data_ptr(), x.shape, x.stride(), x.dtype)
     )
-    return before if same else found
+    return before if same else x
 
 
 def _groups(model: nn.Module) -> tuple[set[frozenset[int]], set[frozenset[int]]]:
-    """Ranks that gather weights from each other, and ranks that compute with parts of them; groups of one are none."""
+    """Groups of ranks that gather weights from each other, and groups that compute with parts; without groups of one rank."""
     of_fsdp: set[frozenset[int]] = set()
     for _, state in _states(model):
         groups = getattr(state, "_fsdp_param_groups", None)
@@ -321,7 +326,7 @@ def _is_cut_along_input(name: str, layer: nn.Module, gathered: set[frozenset[int
 
 
 def _cut_by_hand(model: nn.Module) -> bool:
-    """Whether plain tensors are parts of weights: as earlier versions of transformers do tensor parallelism."""
+    """Whether plain tensors are parts of weights: earlier versions of transformers shard so for tensor parallelism."""
     return (getattr(model, "_tp_size", None) or 1) > 1 and any(map(_is_plain_part, model.modules()))
 
 
@@ -364,7 +369,7 @@ def _refuse_cut_by_hand(model: nn.Module) -> None:
 def _refuse_without_hooks(model: nn.Module) -> None:
     if not any(is_zero(p) for p in model.parameters()):
         return
-    if not has_engine(model):
+    if not has_deepspeed_engine(model):
         raise ValueError(
             "the weights are partitioned (ZeRO-3), and without an engine nothing gathers them in a forward pass: call "
             "deepspeed.initialize and give engine.module, or use strategy='layerwise'"

@@ -32,7 +32,7 @@ def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
         return whole(tensor)
     if tensor.device.type != "meta":
         return tensor
-    weights = _offloaded(module)
+    weights = offloaded_weights(module)
     if weights is None or name not in weights:
         raise ValueError(f"{name!r} of a {type(module).__name__} is on the meta device: its values were never loaded")
     value: torch.Tensor = weights[name]
@@ -53,7 +53,7 @@ def restore_layout(module: nn.Module) -> None:
 def execution_device(module: nn.Module) -> torch.device | None:
     """Where a module computes: where its weights are, or where accelerate would bring them; None if it has none."""
     for part in module.modules():
-        if _offloaded(part) is not None:
+        if offloaded_weights(part) is not None:
             return _as_device(part._hf_hook.execution_device)  # type: ignore[union-attr]
         for tensor in _own_tensors(part).values():
             if tensor.device.type != "meta":
@@ -82,7 +82,7 @@ def refuse_meta(model: nn.Module, skip: Iterable[nn.Module] = ()) -> None:
     served = {id(part) for module in skip for part in module.modules()}
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
-        if _offloaded(module) is not None:
+        if offloaded_weights(module) is not None:
             brings_all = any(getattr(each, "place_submodules", False) for each in getattr(hook, "hooks", (hook,)))
             served |= {id(part) for part in (module.modules() if brings_all else (module,))}
     for name, module in model.named_modules():
@@ -103,7 +103,7 @@ class Loaded:
 
     Weights that are spread over ranks are not read ahead but gathered when the module is first entered, or before that by `gather`:
     collectives must come in the same order on all ranks, which no thread of one of them knows. Ranks may then call the module as
-    often as they like, with FSDP2's and ZeRO-3's hooks `nullspace.sharded.aside`.
+    often as they like, with FSDP2's and ZeRO-3's hooks removed by `nullspace.model.sharded.without_gather_hooks`.
 
     Args:
         module: what to load, with everything below it, but for
@@ -124,7 +124,9 @@ class Loaded:
         self._wanted = [
             (part, name)
             for part, name, tensor in own
-            if not is_sharded(tensor) and tensor.device != device and (tensor.device.type != "meta" or _offloaded(part) is not None)
+            if not is_sharded(tensor)
+            and tensor.device != device
+            and (tensor.device.type != "meta" or offloaded_weights(part) is not None)
         ]
         self._read: dict[int, torch.Tensor] = {}  # by the identity of the module's own tensor: tied weights are read once
         self._event: Any = None
@@ -193,7 +195,7 @@ class Loaded:
         self._read = {}
 
 
-def _offloaded(module: nn.Module) -> Any:
+def offloaded_weights(module: nn.Module) -> Any:
     """accelerate's mapping from the names of a module's own tensors to their values, if they are kept elsewhere."""
     hook: Any = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):  # a sequence of hooks, or one

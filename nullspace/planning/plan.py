@@ -25,7 +25,7 @@ from nullspace import solvers
 from nullspace.checks import check_integer
 from nullspace.model.linear import is_linear, weight_shape
 from nullspace.model.sites import find_targets
-from nullspace.model.weights import _offloaded, execution_device, size_in_bytes
+from nullspace.model.weights import execution_device, offloaded_weights, size_in_bytes
 from nullspace.model.wrappers import unwrap
 from nullspace.moments.sums import STAGE_TOKENS
 from nullspace.planning.memory import free_on_device, free_on_host
@@ -681,7 +681,7 @@ def _whereabouts(model: nn.Module, where: torch.device) -> tuple[str, int, int]:
     def total(kind: str) -> int:
         return sum(t.numel() * t.element_size() for t in tensors if t.device.type == kind)
 
-    stored = [weights for weights in map(_offloaded, model.modules()) if weights is not None]
+    stored = [weights for weights in map(offloaded_weights, model.modules()) if weights is not None]
     on_disk = any(getattr(getattr(weights, "dataset", weights), "index", None) for weights in stored)
     if on_disk:
         place = "disk"

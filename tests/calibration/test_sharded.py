@@ -48,7 +48,7 @@ from nullspace.integrations.peft import (
 from nullspace.methods import METHODS
 from nullspace.model.blocks import find_blocks
 from nullspace.model.linear import weight_shape
-from nullspace.model.sharded import bring_to_rest, input_of
+from nullspace.model.sharded import layer_input, reshard_model
 from nullspace.model.sharded_tensors import is_sharded
 from nullspace.model.sharded_tensors import whole as whole_of
 from nullspace.model.sites import find_targets
@@ -188,7 +188,7 @@ def the_model_goes_on_as_it_was(rank: int, count: int, folder: Path) -> None:
         compute(model, random_batches(1), strategy=strategy)
         assert hooks == [(dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in model.modules()]
         assert all(module.training for module in model.modules())
-        bring_to_rest(model)
+        reshard_model(model)
         assert all(isinstance(p, DTensor) for p in model.parameters())
         model(input_ids=ids, labels=ids).loss.backward()
         for name, p in model.named_parameters():
@@ -469,7 +469,7 @@ def tensor_parallel_layers_that_hear_all_are_summed(rank: int, count: int, folde
     for strategy in STRATEGIES:
         refused(
             ValueError,
-            r"^'model\.layers\.0\.self_attn\.o_proj' hears only a part of its input .* fully_shard",
+            r"^'model\.layers\.0\.self_attn\.o_proj' receives only a part of its input .* fully_shard",
             lambda strategy=strategy: stream(model, batches, strategy=strategy, job=Job.alone()),
         )
         refused(
@@ -493,9 +493,9 @@ def what_hooks_make_of_an_input_is_heard(rank: int, count: int, folder: Path) ->
         assert found[site].tokens == 40
         assert relative_error(found[site].matrix(), total.matrix()) <= ROUNDING
     part = DTensor.from_local(whole.chunk(count)[rank], mesh, [Shard(0)])
-    with pytest.raises(ValueError, match=r"'0' hears only a part of its input .*Shard"):
-        input_of("0", part, part)
-    assert input_of("0", whole, DTensor.from_local(whole, mesh, [Replicate()])) is whole
+    with pytest.raises(ValueError, match=r"'0' receives only a part of its input .*Shard"):
+        layer_input("0", part, part)
+    assert layer_input("0", whole, DTensor.from_local(whole, mesh, [Replicate()])) is whole
 
 
 @check(2)
@@ -520,7 +520,7 @@ def transformers_tensor_parallelism_is_known_too(rank: int, count: int, folder: 
     model = transformers.LlamaForCausalLM.from_pretrained(folder / "model", **plan)
     torch.testing.assert_close(logits(model), logits(whole), rtol=0, atol=1e-5)
     columns_are_summed(model, whole, Job.alone())
-    refused(ValueError, "o_proj' hears only a part of its input", lambda: stream(model, random_batches(1), job=Job.alone()))
+    refused(ValueError, "o_proj' receives only a part of its input", lambda: stream(model, random_batches(1), job=Job.alone()))
     refused(ValueError, "^ranks 0, 1 compute the same", lambda: stream(model, random_batches(1), targets=COLUMNS))
 
 
@@ -550,7 +550,7 @@ def adapters_are_those_of_the_model_in_one_piece(
         if runs:
             torch.testing.assert_close(logits(found), before, rtol=0, atol=1e-5)
         assert found.nullspace_residual == expected.nullspace_residual
-        bring_to_rest(found)
+        reshard_model(found)
         ours, theirs = dict(found.named_parameters()), dict(expected.named_parameters())
         assert ours.keys() == theirs.keys()
         for name, own in theirs.items():
@@ -589,7 +589,7 @@ def adapters_of_weights_that_are_sharded_otherwise(rank: int, count: int, folder
     for options, residual in itertools.product(ways, ("base", "adapter")):
         found = inject_adapters(fsdp(**options), config, spaces, residual=residual, freeze_a=True)
         expected = dict(inject_adapters(copy.deepcopy(whole), config, spaces, residual=residual, freeze_a=True).named_parameters())
-        bring_to_rest(found)
+        reshard_model(found)
         assert {name for name, _ in found.named_parameters()} == set(expected)
         for name, p in found.named_parameters():
             assert p.requires_grad == expected[name].requires_grad
@@ -612,7 +612,7 @@ def adapters_that_fsdp2_shards_too(rank: int, count: int, folder: Path) -> None:
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
     adapted(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
-    bring_to_rest(adapted)
+    reshard_model(adapted)
     a_live_adapter_is_read_whole(adapted, folder / "init", folder / "plain")
 
 
