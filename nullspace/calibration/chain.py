@@ -269,7 +269,7 @@ class Chain:
 
     # ---- the model's own forward, with something in the place of the blocks
 
-    def prepare_sharded(self, call: Call, options: Mapping[str, Any]) -> Handed:
+    def prepare(self, call: Call, options: Mapping[str, Any]) -> Handed:
         """Run the model's forward up to its last block, whose stand-in ends it.
 
         Raises:
