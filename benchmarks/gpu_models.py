@@ -193,7 +193,8 @@ def forecasts(options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from benchmarks import shapes
-    from nullspace.planning.plan import Workload, forecast
+    from nullspace.planning.forecast import forecast
+    from nullspace.planning.plan import Workload
 
     said: dict[str, float] = {}
     for variant, (strategy, weights, hidden) in OURS.items():

@@ -26,7 +26,8 @@ def run(strategy: str, name: str, blocks: int | None, batch_size: int, length: i
 
     from benchmarks import shapes
     from nullspace import compute_null_spaces
-    from nullspace.planning.plan import Rates, Workload, forecast
+    from nullspace.planning.forecast import forecast
+    from nullspace.planning.plan import Rates, Workload
 
     workload = Workload(samples=2 * batch_size, length=length, batch_size=batch_size, rank=rank, device="cpu", weights="host")
     empty = shapes.empty(name, blocks=blocks, dtype=torch.float32)

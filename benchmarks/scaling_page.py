@@ -10,7 +10,8 @@ from typing import Any
 
 from benchmarks.scaling_model import Chain, Cluster, Cost, cost, h100, site_bytes, worth_having
 from nullspace.moments.triangle import PANEL_ROWS
-from nullspace.planning.plan import Workload, forecast
+from nullspace.planning.forecast import forecast
+from nullspace.planning.plan import Workload
 from nullspace.planning.survey import Survey
 
 RANKS = (8, 64, 1024)

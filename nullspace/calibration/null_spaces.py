@@ -38,7 +38,7 @@ from nullspace.model.sites import Site, find_targets
 from nullspace.model.weights import refuse_meta
 from nullspace.model.wrappers import unwrap
 from nullspace.moments.covariance import precision_of
-from nullspace.planning import plan
+from nullspace.planning.choice import advice
 from nullspace.progress import Progress, reporter
 from nullspace.solvers.together import decompose
 
@@ -115,7 +115,7 @@ def compute_null_spaces(
             whose site is computed again.
 
     Out of memory, PyTorch's error comes with what the run was going to take, and the cheapest setting that fits
-    (`nullspace.plan`).
+    (`nullspace.planning`).
     """
     job = job or Job()
     with job.sharing_errors(), contextlib.ExitStack() as held:
@@ -166,7 +166,7 @@ def compute_null_spaces(
         bottom_of = functools.partial(_bottom, rank=rank, spectrum=spectrum, avoid=avoided)
 
         def explain() -> str:
-            return plan.advice(
+            return advice(
                 model,
                 targets=modules,
                 strategy=strategy,

@@ -32,7 +32,7 @@ from nullspace.model.sites import Site, Targets, find_targets
 from nullspace.model.weights import refuse_meta
 from nullspace.model.wrappers import unwrap
 from nullspace.moments.covariance import PRECISIONS, Covariance
-from nullspace.planning.plan import choose_strategy
+from nullspace.planning.choice import choose_strategy
 from nullspace.progress import Progress, reporter
 
 STRATEGIES = ("auto", "resident", "layerwise")
@@ -77,7 +77,7 @@ def stream_covariances(
             once. For models whose blocks are one chain (`nullspace.blocks.find_blocks`, `nullspace.chain`): anything else is
             refused by name before the first site. That takes two more forward passes of the first batch.
             `"auto"`: layerwise for a model that is not whole where it computes, or that leaves no room there for all sums
-            (`nullspace.plan.choose_strategy`); resident otherwise.
+            (`nullspace.planning.choice.choose_strategy`); resident otherwise.
             Of weights that FSDP2 or ZeRO-3 spread over the processes, a layerwise run gathers a block at a time, once; a resident
             one gathers them for every batch, through the model's own hooks, and the processes keep in step: who has no batch left
             runs one that does not count.

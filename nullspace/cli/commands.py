@@ -713,14 +713,17 @@ def plan(
 
     from nullspace.integrations.transformers import empty_model
     from nullspace.model.sites import find_targets
-    from nullspace.planning import plan as planning
+    from nullspace.planning.choice import fit
+    from nullspace.planning.forecast import forecast
+    from nullspace.planning.plan import Workload, cells, describe
+    from nullspace.planning.units import parse_size
 
     empty = empty_model(model, dtype=dtype)
     _check_length(empty.config, model, length)
     chosen_layers = find_targets(empty, parse_targets(targets), exclude=parse_exclude(exclude), rank=rank)
     chosen_layers.settle(empty)
-    limits = tuple(planning.parse_size(text) if text else None for text in (device_memory, host_memory))
-    workload = planning.Workload(
+    limits = tuple(parse_size(text) if text else None for text in (device_memory, host_memory))
+    workload = Workload(
         samples=samples,
         length=length,
         batch_size=batch_size,
@@ -729,19 +732,19 @@ def plan(
         device=device or ("cuda" if device_memory or torch.cuda.is_available() else "cpu"),
         weights=weights,
     )
-    plans = planning.forecast(empty, workload)
+    plans = forecast(empty, workload)
     chosen, lack = None, None
     try:
-        chosen = planning.fit(empty, workload, device_memory=limits[0], host_memory=limits[1])
+        chosen = fit(empty, workload, device_memory=limits[0], host_memory=limits[1])
     except MemoryError as error:
         lack = str(error)
     if as_json:
         facts = {"model": model, "device_memory": limits[0], "host_memory": limits[1], "plans": [p.as_dict() for p in plans]}
         _print_json({**facts, "choice": chosen.as_dict() if chosen else None, "missing": lack})
         return
-    _show_table([planning.cells(p, fits=not p.missing(*limits)) for p in plans])
+    _show_table([cells(p, fits=not p.missing(*limits)) for p in plans])
     stdout.print(
-        f"\nThe fastest that fits: {planning.describe(chosen)}" if chosen else f"\n{lack}",
+        f"\nThe fastest that fits: {describe(chosen)}" if chosen else f"\n{lack}",
         soft_wrap=True,
         highlight=False,
         markup=False,

@@ -18,7 +18,7 @@ from nullspace.checks import FRACTION, NOT_NEGATIVE, POSITIVE, check_device, che
 from nullspace.methods import METHODS, takers
 from nullspace.moments.covariance import PRECISIONS
 from nullspace.planning.plan import PLACES as WEIGHT_PLACES
-from nullspace.planning.plan import parse_size
+from nullspace.planning.units import parse_size
 
 Values = Mapping[str, Any]
 """A command's arguments: parameter name → value."""

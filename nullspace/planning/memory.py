@@ -1,4 +1,4 @@
-"""How much memory can still be had."""
+"""Free memory of a device and of the host."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def free_on_device(device: torch.device) -> int:
-    """Bytes that this process can still fill: free ones, and those that PyTorch holds and does not use."""
+    """Bytes that this process can still allocate: free ones, and those that PyTorch has reserved and does not use."""
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
     room = free + torch.cuda.memory_reserved(device) - allocated
@@ -19,18 +19,18 @@ def free_on_device(device: torch.device) -> int:
 
 
 def free_on_host() -> int | None:
-    """Bytes that can be had without swapping, of the machine and of the control group; None if the system does not say."""
-    found = []
+    """Bytes available without swapping, in the machine and in the control group; None if the system does not report them."""
+    limits = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+        limits.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
         room = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # Files that were read count as used, and go when the memory is wanted.
-        found.append(room + sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file")))
-    if not found:
+        # Cached files count as used, and are dropped when memory is needed.
+        limits.append(room + sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file")))
+    if not limits:
         with contextlib.suppress(OSError, ValueError):
-            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return max(0, min(found)) if found else None
+            limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    return max(0, min(limits)) if limits else None

@@ -1,8 +1,8 @@
-"""What a forward pass holds in memory, found by running it without data: on the meta device, where tensors have no bytes.
+"""Memory and flops of a forward pass, measured by running it on the meta device, where tensors have no data.
 
-`watch` runs a module with meta tensors in the place of its weights under a dispatch mode that follows every storage from its
-making to its end, so that any architecture is right, and counts the flops on the way. Attention is taken as one fused operation,
-as CPUs and GPUs do it; on the meta device PyTorch would write out the matrix of all pairs of tokens.
+`watch` runs a module with meta tensors in place of its weights, under a dispatch mode that follows every storage from allocation
+to release and counts flops, for any architecture. Attention counts as one fused operation, as CPUs and GPUs compute it: on the
+meta device PyTorch would form the matrix of all pairs of tokens.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.utils.flop_counter import flop_registry
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that are made while it is on. All tensors become meta tensors.
+    """Counts the bytes of storages that are allocated while it is on. All tensors become meta tensors.
 
     Attributes:
-        live: bytes that are alive now.
-        peak: the largest `live` since `restart`; it may be set.
+        live: bytes allocated now.
+        peak: the largest `live` since `restart`.
         flops: of matrix products and attention so far.
     """
 
@@ -35,23 +35,23 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def restart(self) -> None:
-        """Begin a new peak."""
+        """Start to measure a new peak."""
         self.peak = self.live
 
     def held(self, extra: int) -> None:
-        """`extra` bytes are held for a moment beside what is alive."""
+        """Count `extra` bytes that exist for a moment beside those that are live."""
         self.peak = max(self.peak, self.live + extra)
 
     def ignore(self, tensor: torch.Tensor) -> None:
-        """Do not count this one: a weight."""
+        """Leave a tensor out of the count: a weight."""
         storage = tensor.untyped_storage()
         self._alive[storage._cdata] = weakref.ref(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # A constant that the model keeps beside its parameters and buffers has a device of its own.
+        # Constants that the model keeps beside its parameters and buffers are on a real device.
         args, kwargs = tree_map(_to_meta, (args, kwargs or {}))
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return True  # what models ask of their data: is nothing masked, is this one sequence a row
+            return True  # models branch on their data: whether nothing is masked, whether a row is one sequence
         out = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
@@ -68,16 +68,16 @@ class LiveBytes(TorchDispatchMode):
         if key in self._alive:
             return
 
-        def gone(_: Any) -> None:
+        def release(_: Any) -> None:
             if self._alive.pop(key, None) is not None:
                 self.live -= size
 
-        self._alive[key] = weakref.ref(storage, gone)
+        self._alive[key] = weakref.ref(storage, release)
         self.live += size
 
 
 class _FusedAttention(TorchFunctionMode):
-    """`scaled_dot_product_attention` without the matrix of all pairs: an output, one number a query, half the flops if causal."""
+    """`scaled_dot_product_attention` without the matrix of all pairs: its output, one number a query; half the flops if causal."""
 
     def __init__(self, live: LiveBytes) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class _FusedAttention(TorchFunctionMode):
         keys, out_width = key.shape[-2], value.shape[-1]
         pairs = query.numel() // width * keys
         self._live.flops += 2 * pairs * (width + out_width) // (2 if is_causal else 1)
-        heads = batch.pop()  # the kernels lay their output out by tokens, so that no copy is needed behind them
+        heads = batch.pop()  # kernels store their output by tokens, so that no copy follows
         out = query.new_empty(*batch, queries, heads, out_width).transpose(-2, -3)
         self._live.held(query.numel() // width * 4)  # log Σ exp, float32
         return out
@@ -103,9 +103,10 @@ class _FusedAttention(TorchFunctionMode):
 
 @contextlib.contextmanager
 def watch(model: nn.Module) -> Iterator[tuple[LiveBytes, Callable[..., Any]]]:
-    """A model without its weights: `(live, run)`, where `run(*args, **kwargs)` is its forward pass on meta tensors.
+    """Yields `(live, run)`; `run(*args, **kwargs)` is the model's forward pass on meta tensors.
 
-    Nothing is loaded or computed. Hooks that the model has, or is given, fire; accelerate's stand aside. Weights are not counted.
+    Nothing is loaded or computed, and weights are not counted. The model's hooks run, also those added inside, but accelerate's do
+    not.
     """
     originals = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     stand_ins = {name: _stand_in(tensor) for name, tensor in originals.items()}

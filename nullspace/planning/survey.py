@@ -1,4 +1,4 @@
-"""What a calibration's forecast must know of a model: its sites, weights, activations and flops, from shapes alone."""
+"""What a forecast needs to know of a model: its sites, weights, activations and flops, from shapes alone."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from nullspace.planning.meta_run import LiveBytes, to_meta, watch
 
 
 class SiteShape(NamedTuple):
-    """An input of linear layers, by the first that hears it.
+    """A site as far as shapes tell.
 
     Attributes:
-        name: of that layer.
+        name: of its first layer.
         d_in: width.
-        block: which of the model's blocks it lies in; None outside of them.
+        block: index of the block that it lies in; None outside of the blocks.
         triangle: bytes of its sums.
-        staging: bytes that the sums keep beside that until they are read.
+        staging: bytes that the sums keep beside the triangle until they are read.
     """
 
     name: str
@@ -43,14 +43,14 @@ class SiteShape(NamedTuple):
 
 
 class Survey:
-    """What a model's shapes say of one batch. All sizes in bytes.
+    """Sites, weights, activations and flops of a model for batches of one shape. All sizes in bytes.
 
     Args:
-        model: on any device; one on the meta device will do.
-        targets: as `nullspace.sites.find_targets` takes them.
+        model: on any device, the meta device included.
+        targets: as for `nullspace.model.sites.find_targets`.
         batch_size, length: sequences a batch, and tokens a sequence.
-        device: `"cuda"` or `"cpu"`: what will compute.
-        batch: an example, for models that take something else than `input_ids`; its size counts then.
+        device: `"cuda"` or `"cpu"`: the one that will compute.
+        batch: an example, for models that take something else than `input_ids`; then its size counts.
 
     Attributes:
         sites: in the order in which they are called.
@@ -60,7 +60,8 @@ class Survey:
             `prologue`, before the first block.
         hidden, arguments: of a block's call: the hidden states, and its other tensors (masks, rotary tables).
         flops: of the forward pass; `block_flops` by block.
-        tracked: whether activations, flops and sites were seen, or estimated from the shapes of the layers, rather too high.
+        tracked: whether activations, flops and sites come from a forward pass on the meta device. If not, they are estimated from
+            the shapes of the layers, with a tendency to be too high.
         layered: whether the blocks are one chain and all sites lie in them.
     """
 
@@ -79,27 +80,23 @@ class Survey:
         example = _example(batch, batch_size, length)
         self._device = device
         blocks = _blocks(model)
-        self.block_weights = [size_in_bytes(block) for _, block in blocks]
+        self.block_weights = [size_in_bytes(block) for block in blocks]
         self.weights = size_in_bytes(model)
         self.outside = max(0, self.weights - sum(self.block_weights))
-        self.largest_layer = max(
-            (sum(t.numel() * t.element_size() for t in m.parameters(recurse=False)) for m in model.modules()), default=0
-        )
-        self.largest_tensor = max((t.numel() * t.element_size() for t in model.parameters()), default=0)
+        own = [[t.numel() * t.element_size() for t in m.parameters(recurse=False)] for m in model.modules()]
+        self.largest_layer = max(map(sum, own), default=0)
+        self.largest_tensor = max((size for sizes in own for size in sizes), default=0)
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        self.activations = self.prologue = self.hidden = self.arguments = 0
-        self.block_activations = [0] * len(blocks)
-        self.flops = 0.0
-        self.block_flops = [0.0] * len(blocks)
-        self.tracked = True
-        self.sites: list[SiteShape] = []
-        self._of_block = {id(part): i for i, (_, block) in enumerate(blocks) for part in block.modules()}
+        self._block_of = {id(part): i for i, block in enumerate(blocks) for part in block.modules()}
         try:
-            self._run(model, chosen, [block for _, block in blocks], *example)
-        except Exception:  # whatever a model does that needs data: routing tokens to experts, custom kernels, …
-            self.block_activations, self.block_flops = [0] * len(blocks), [0.0] * len(blocks)
-            self._guess(model, chosen, blocks, batch_shape(batch) or (batch_size, length))
+            self._run(model, chosen, blocks, *example)
+        except Exception:  # models that need data, to route tokens to experts for instance, and custom kernels
+            self._estimate(model, chosen, blocks, batch_shape(batch) or (batch_size, length))
         self.layered = bool(blocks) and all(site.block is not None for site in self.sites)
+
+    def sites_of(self, block: int) -> list[SiteShape]:
+        """The sites of a block, by its index."""
+        return [site for site in self.sites if site.block == block]
 
     def _run(
         self,
@@ -109,69 +106,42 @@ class Survey:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-
-        heard: list[weakref.ref[torch.Tensor]] = []
-        found: list[SiteShape] = []
-        overall, entry, flops = 0, 0, 0
-
-        def hear(name: str, module: nn.Module, live: LiveBytes) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
-                if any(ref() is x for ref in heard):
-                    return
-                heard.append(weakref.ref(x))
-                d_in = weight_shape(module)[1]
-                rows = x.numel() // d_in
-                live.held(_update_bytes(rows, d_in, self._device))
-                if all(site.name != name for site in found):  # a layer may be called several times
-                    found.append(self._site(name, module, d_in, rows, x.dtype))
-
-            return hook
-
-        def enter(index: int, live: LiveBytes) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                nonlocal overall, entry, flops
-                overall = max(overall, live.peak)
-                if index == 0:
-                    self.prologue = live.peak
-                    self.hidden, self.arguments = _argument_bytes(args, kwargs)
-                live.restart()
-                entry, flops = live.live, live.flops
-
-            return hook
-
-        def leave(index: int, live: LiveBytes) -> Any:
-            def hook(*_: Any) -> None:
-                nonlocal overall
-                overall = max(overall, live.peak)
-                self.block_activations[index] = max(self.block_activations[index], live.peak - entry)
-                self.block_flops[index] += live.flops - flops
-
-            return hook
-
         with contextlib.ExitStack() as stack:
             stack.enter_context(evaluating(model))
             live, run = stack.enter_context(watch(model))
-            for name, module in targets.items():
-                handle = module.register_forward_pre_hook(hear(name, module, live), with_kwargs=True)
-                stack.callback(handle.remove)
-            for index, block in enumerate(blocks):
-                stack.callback(block.register_forward_pre_hook(enter(index, live), with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(leave(index, live)).remove)
-            run(*args, **{**forward_options(model, targets), **kwargs})
-            self.activations, self.flops = max(overall, live.peak), live.flops
-        if blocks and (not self.hidden or not all(self.block_activations)):
-            raise ValueError("a block was not called")
-        self.sites = found
+            record = _Record(live, len(blocks))
 
-    def _guess(
-        self,
-        model: nn.Module,
-        targets: dict[str, nn.Module],
-        blocks: list[tuple[str, nn.Module]],
-        shape: tuple[int, int],
-    ) -> None:
-        """Every linear layer's output of a block at once, and four hidden states; layers of one parent and width share an input."""
+            def look(name: str, module: nn.Module) -> Any:
+                def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                    x: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+                    if not record.is_new(x):
+                        return
+                    d_in = weight_shape(module)[1]
+                    rows = x.numel() // d_in
+                    live.held(_update_bytes(rows, d_in, self._device))
+                    if name not in record.sites:  # a layer may be called several times
+                        record.sites[name] = self._site(name, module, d_in, rows, x.dtype)
+
+                return hook
+
+            for name, module in targets.items():
+                stack.callback(module.register_forward_pre_hook(look(name, module), with_kwargs=True).remove)
+            for index, block in enumerate(blocks):
+                stack.callback(block.register_forward_pre_hook(record.enter(index), with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(record.leave(index)).remove)
+            run(*args, **{**forward_options(model, targets), **kwargs})
+            record.see_peak()
+        if blocks and (not record.hidden or not all(record.block_activations)):
+            raise ValueError("a block was not called")
+        self.tracked = True
+        self.sites = list(record.sites.values())
+        self.activations, self.prologue = record.peak, record.prologue
+        self.hidden, self.arguments = record.hidden, record.arguments
+        self.block_activations, self.block_flops, self.flops = record.block_activations, record.block_flops, float(live.flops)
+
+    def _estimate(self, model: nn.Module, targets: dict[str, nn.Module], blocks: list[nn.Module], shape: tuple[int, int]) -> None:
+        """Assumes the outputs of all linear layers of a block at once and four hidden states, and one input for layers of the same
+        parent and width."""
         self.tracked = False
         tokens, itemsize = math.prod(shape), self.dtype.itemsize
 
@@ -188,19 +158,64 @@ class Survey:
         self.hidden = tokens * width * itemsize
         self.sites = [self._site(name, module, d_in, tokens, self.dtype) for (_, d_in), (name, module) in inputs.items()]
         update = max((_update_bytes(tokens, site.d_in, self._device) for site in self.sites), default=0)
-        self.block_activations = [tokens * itemsize * outputs(block) + 4 * self.hidden + update for _, block in blocks]
-        self.block_flops = [products(block) for _, block in blocks]
+        self.block_activations = [tokens * itemsize * outputs(block) + 4 * self.hidden + update for block in blocks]
+        self.block_flops = [products(block) for block in blocks]
         self.prologue, self.arguments = 2 * self.hidden, 0
         self.activations = max(self.block_activations, default=tokens * itemsize * outputs(model) + update) + self.hidden
         self.flops = products(model)
 
     def _site(self, name: str, module: nn.Module, d_in: int, rows: int, dtype: torch.dtype) -> SiteShape:
         triangle = LowerTriangle(d_in, device="meta").packed.nbytes + 8 * d_in
-        return SiteShape(name, d_in, self._of_block.get(id(module)), triangle, _staging_bytes(rows, d_in, dtype, self._device))
+        return SiteShape(name, d_in, self._block_of.get(id(module)), triangle, _staging_bytes(rows, d_in, dtype, self._device))
+
+
+class _Record:
+    """What one forward pass on the meta device shows: its sites, and memory and flops of each block."""
+
+    def __init__(self, live: LiveBytes, blocks: int) -> None:
+        self.sites: dict[str, SiteShape] = {}
+        self.peak = self.prologue = self.hidden = self.arguments = 0
+        self.block_activations, self.block_flops = [0] * blocks, [0.0] * blocks
+        self._live, self._inputs = live, list[weakref.ref[torch.Tensor]]()
+        self._entry = self._flops = 0
+
+    def is_new(self, x: torch.Tensor) -> bool:
+        """Whether no layer had this tensor as its input before."""
+        if any(ref() is x for ref in self._inputs):
+            return False
+        self._inputs.append(weakref.ref(x))
+        return True
+
+    def see_peak(self) -> None:
+        """Take the peak since the last restart into account."""
+        self.peak = max(self.peak, self._live.peak)
+
+    def enter(self, index: int) -> Any:
+        """A pre-hook of a block."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.see_peak()
+            if index == 0:
+                self.prologue = self._live.peak
+                self.hidden, self.arguments = _argument_bytes(args, kwargs)
+            self._live.restart()
+            self._entry, self._flops = self._live.live, self._live.flops
+
+        return hook
+
+    def leave(self, index: int) -> Any:
+        """A hook of a block."""
+
+        def hook(*_: Any) -> None:
+            self.see_peak()
+            self.block_activations[index] = max(self.block_activations[index], self._live.peak - self._entry)
+            self.block_flops[index] += self._live.flops - self._flops
+
+        return hook
 
 
 def _update_bytes(rows: int, d: int, device: str) -> int:
-    """What `Covariance.update` takes for a moment. On a GPU tokens go straight into a buffer, which `_staging_bytes` counts."""
+    """Temporary memory of `Covariance.update`. On a GPU tokens go straight into a buffer, which `_staging_bytes` counts."""
     if device == "cuda":
         return 0
     if rows < STAGE_TOKENS:  # the staged rows are joined, and their norms taken in float64
@@ -209,7 +224,7 @@ def _update_bytes(rows: int, d: int, device: str) -> int:
 
 
 def _staging_bytes(rows: int, d: int, dtype: torch.dtype, device: str) -> int:
-    """What a sum keeps beside its triangle until it is read."""
+    """Memory of a sum beside its triangle until it is read."""
     if device == "cuda":
         if dtype == torch.float64:
             return 0
@@ -218,9 +233,9 @@ def _staging_bytes(rows: int, d: int, dtype: torch.dtype, device: str) -> int:
     return -(-STAGE_TOKENS // rows) * rows * d * dtype.itemsize if 0 < rows < STAGE_TOKENS else 0
 
 
-def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _blocks(model: nn.Module) -> list[nn.Module]:
     try:
-        return list(find_blocks(model).items())
+        return list(find_blocks(model).values())
     except ValueError:
         return []
 
@@ -244,7 +259,7 @@ def _example(batch: Any, batch_size: int, length: int) -> tuple[tuple[Any, ...],
 
 
 def batch_shape(batch: Any) -> tuple[int, int] | None:
-    """(sequences, tokens) of a batch, if it says so."""
+    """(sequences, tokens) of a batch; None if it has no tensor with elements."""
     if isinstance(batch, Mapping):
         names = ("input_ids", "inputs_embeds", *batch)
         first = next((batch[n] for n in names if isinstance(batch.get(n), torch.Tensor)), None)

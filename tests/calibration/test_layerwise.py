@@ -302,8 +302,8 @@ def test_auto_goes_by_blocks_where_the_model_is_not_whole_in_memory(on_disk: tup
 def test_auto_goes_by_blocks_where_the_sums_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = 10**8
     model = tiny("llama")
-    monkeypatch.setattr("nullspace.planning.plan.free_on_host", lambda: sums)
-    monkeypatch.setattr("nullspace.planning.plan.LIBRARIES", {"cpu": sums, "cuda": 0})
+    monkeypatch.setattr("nullspace.planning.choice.free_on_host", lambda: sums)
+    monkeypatch.setattr("nullspace.planning.forecast.LIBRARIES", {"cpu": sums, "cuda": 0})
     with pytest.warns(UserWarning, match="out of memory is to be expected"):
         assert chosen(model) == "layerwise"
 

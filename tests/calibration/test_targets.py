@@ -16,7 +16,8 @@ from models import SMALL, random_batches, tiny
 from nullspace import NullSpaces, compute_covariances, compute_null_spaces, stream_covariances
 from nullspace.model.linear import unlike_linear
 from nullspace.model.sites import find_targets
-from nullspace.planning.plan import Workload, forecast
+from nullspace.planning.forecast import forecast
+from nullspace.planning.plan import Workload
 
 RANK = 4
 BATCHES = random_batches(2, 2, 64)

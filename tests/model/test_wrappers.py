@@ -25,7 +25,7 @@ from nullspace.integrations.peft import (
     write_init,
 )
 from nullspace.model.wrappers import unwrap
-from nullspace.planning import plan
+from nullspace.planning.forecast import forecast
 from nullspace.planning.plan import Workload
 
 BATCHES = random_batches(2, 3, 24)
@@ -146,7 +146,7 @@ def test_every_door_takes_the_model_inside(how: str, tmp_path: Path) -> None:
     sums = compute_covariances(model, BATCHES, tmp_path / "sums", targets=TARGETS, progress=False)
     assert list(sums) == list(spaces)
     workload = Workload(device="cpu", batch_size=1, length=16, targets=TARGETS)  # of shapes alone
-    forecasts = [plan.forecast(each, workload) for each in (plain, model)]
+    forecasts = [forecast(each, workload) for each in (plain, model)]
     assert [each.as_dict() for each in forecasts[0]] == [each.as_dict() for each in forecasts[1]]
     config = LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
     names = sorted(name for name, _ in inject_adapters(tiny("llama"), config, spaces).named_parameters())

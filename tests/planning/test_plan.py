@@ -20,10 +20,12 @@ from nullspace import compute_null_spaces
 from nullspace.calibration.stream import stream_covariances
 from nullspace.cli.commands import app
 from nullspace.moments.triangle import LowerTriangle
-from nullspace.planning import plan as planning
+from nullspace.planning.choice import choose, choose_strategy, closest, fit
+from nullspace.planning.forecast import forecast
 from nullspace.planning.meta_run import LiveBytes, watch
-from nullspace.planning.plan import Plan, Rates, Workload, choose, choose_strategy, fit, forecast
+from nullspace.planning.plan import MARGIN, Plan, Rates, Workload
 from nullspace.planning.survey import Survey
+from nullspace.planning.units import parse_size
 
 HIDDEN, INNER, ITEM = 64, 176, 4
 WORK = Workload(samples=8, length=32, batch_size=2, rank=8)
@@ -190,7 +192,7 @@ def test_choose_takes_the_fastest_that_fits() -> None:
     plans = forecast(llama(8), replace(WORK, rates=RATES, length=512))
     assert choose(plans).total_seconds == min(p.total_seconds for p in plans)
     for memory in sorted({p.device_bytes for p in plans}):
-        limit = (memory + 1) / planning.MARGIN
+        limit = (memory + 1) / MARGIN
         chosen = choose(plans, limit)
         fitting = [p for p in plans if p.device_bytes <= memory]
         assert chosen in fitting
@@ -202,8 +204,8 @@ def test_choose_says_what_is_missing() -> None:
     least = min(p.device_bytes for p in plans)
     with pytest.raises(MemoryError, match=r"nothing fits. layerwise, .* of device memory .* too much"):
         choose(plans, device_memory=least / 2)
-    lack = planning.closest(plans, least / 2).missing(least / 2, None)
-    assert lack == {"device": math.ceil(least - planning.MARGIN * least / 2)}
+    lack = closest(plans, least / 2).missing(least / 2, None)
+    assert lack == {"device": math.ceil(least - MARGIN * least / 2)}
     with pytest.raises(ValueError, match="no plans"):
         choose([])
 
@@ -227,7 +229,7 @@ def test_choose_strategy_of_a_loaded_model() -> None:
     resident = find(plans, "resident", "host")
     roomy = choose_strategy(model, batch=batch, batches=4, host_memory=1.1 * resident.host_bytes)
     assert roomy.strategy == "resident"
-    short = (resident.host_bytes - 1) / planning.MARGIN
+    short = (resident.host_bytes - 1) / MARGIN
     tight = choose_strategy(model, batch=batch, batches=4, host_memory=short)
     assert tight.strategy == "layerwise"
     asked = choose_strategy(model, batch=batch, batches=4, host_memory=short, hidden_states="disk")
@@ -270,13 +272,13 @@ def test_choose_strategy_keeps_to_resident_without_blocks() -> None:
     ("text", "size"), [("24GB", 24 * 10**9), ("1.5 gib", 3 * 2**29), ("800M", 8 * 10**8), ("123", 123), ("5 b", 5)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert planning.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "24 GB of it", "-3GB", "1e9"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="no size"):
-        planning.parse_size(text)
+        parse_size(text)
 
 
 @pytest.mark.parametrize("wrong", [{"samples": 0}, {"device": "tpu"}, {"weights": "cloud"}])

@@ -1,0 +1,265 @@
+"""A forecast of memory and time for every way to run a calibration, before anything is loaded.
+
+`forecast` takes a model, which may be on the meta device (shapes, no weights), and a `Workload`, and returns one `Plan` for each
+strategy and each place where weights and hidden states can be.
+
+Memory is counted: sums from `LowerTriangle` itself, activations from a forward pass on the meta device
+(`nullspace.planning.survey`), the workspace of the solvers as they allocate it. Time is flops and bytes over throughputs (`Rates`);
+with their defaults, which are estimates, it ranks plans and predicts no run time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from nullspace.model.sites import find_targets
+from nullspace.planning.plan import PLACES, Plan, Rates, Workload, decomposition_cost
+from nullspace.planning.survey import SiteShape, Survey
+from nullspace.solvers import eigen
+
+# Memory that libraries keep. On a GPU, buffers: 32 MiB of cuBLAS on Hopper, less of cuSOLVER (an estimate). On a CPU also freed
+# pieces below 32 MiB that the C library keeps, for every thread: 30 to 250 MB were measured (`benchmarks.plan_check`).
+LIBRARIES = {"cuda": 48 * 2**20, "cpu": 160 * 2**20}
+
+Parts = dict[str, int]
+"""Bytes of one memory by name."""
+
+
+def forecast(model: nn.Module, workload: Workload | None = None, *, batch: Any = None, survey: Survey | None = None) -> list[Plan]:
+    """One plan for each strategy, place of the weights and place of the hidden states.
+
+    Args:
+        model: any module, on any device, the meta device included. It is not changed, and nothing is computed.
+        workload: the data and the device.
+        batch: an example of a batch (a mapping, a tensor or a tuple, as for `stream_covariances`), for models that take something
+            else than `input_ids`; only its shapes and dtypes count.
+        survey: of this model for this workload, if it was made before.
+
+    Returns:
+        The fastest first. Without layerwise plans where the blocks are no chain (`nullspace.model.blocks.find_blocks`), or a target
+        lies outside of them.
+
+    Raises:
+        ValueError: if a target matches nothing (`find_targets`).
+    """
+    workload = workload or Workload()
+    survey = survey or Survey(
+        model,
+        targets=find_targets(model, workload.targets, exclude=workload.exclude),
+        batch_size=workload.batch_size,
+        length=workload.length,
+        device=workload.device,
+        batch=batch,
+    )
+    places, between = [workload.weights] if workload.weights else list(PLACES), list(PLACES)
+    if workload.device == "cpu":  # its own memory is the host's
+        places = list(dict.fromkeys("host" if place == "device" else place for place in places))
+        between = ["host", "disk"]
+    settings = [_Setting(survey, workload, place) for place in places]
+    plans = [_resident(setting) for setting in settings]
+    if survey.layered:
+        plans += [_layerwise(setting, hidden) for setting in settings for hidden in between]
+    return sorted(plans, key=lambda plan: plan.total_seconds)
+
+
+class _Setting(NamedTuple):
+    """What the plans of both strategies are computed from."""
+
+    survey: Survey
+    workload: Workload
+    weights: str
+
+    @property
+    def rates(self) -> Rates:
+        return self.workload.rates or Rates.of(self.workload.device, self.survey.dtype)
+
+    @property
+    def weight_rate(self) -> float:
+        """Bytes a second at which weights come to the device that computes."""
+        return min(self.rates.disk, self.rates.transfer) if self.weights == "disk" else self.rates.transfer
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the device that computes holds all weights; a CPU also computes with those of the host."""
+        return self.weights == "device" or (self.workload.device == "cpu" and self.weights != "disk")
+
+    @property
+    def libraries(self) -> Parts:
+        return {"libraries": LIBRARIES[self.workload.device]}
+
+    def host_weights(self) -> Parts:
+        """A GPU's weights on the host: all and a pinned copy of one tensor, or one tensor and its copy. None beside a CPU's own."""
+        if self.workload.device == "cpu" or self.weights == "device":
+            return {"weights": 0}
+        tensor = self.survey.largest_tensor
+        return {"weights": self.survey.weights + tensor if self.weights == "host" else 2 * tensor}
+
+    def decomposition(self, site: SiteShape) -> tuple[int, float, float]:
+        """Bytes, flops, and flops at the rate of `torch.linalg.eigh`."""
+        return decomposition_cost(site.d_in, self.workload.rank, self.workload.device)
+
+    def basis(self, site: SiteShape) -> int:
+        """Bytes of a site's basis."""
+        return 8 * site.d_in * min(self.workload.rank, site.d_in - 1)
+
+    def sum_flops(self, sites: Iterable[SiteShape]) -> float:
+        return float(sum(site.d_in**2 for site in sites)) * self.workload.samples * self.workload.length
+
+    def read_one_by_one(self, sites: list[SiteShape], weights: Parts, held: Parts) -> Iterator[tuple[Parts, int]]:
+        """The device's memory while each site in turn is decomposed, and the bytes of the bases until then."""
+        left, bases = sum(site.triangle + site.staging for site in sites), 0
+        for site in sites:
+            left -= site.staging  # the buffer is freed when the site is read, the triangle when the next site is asked for
+            bases += self.basis(site)
+            yield {**weights, "sums": left, "decomposition": self.decomposition(site)[0], **held}, bases
+            left -= site.triangle
+
+
+def _resident(setting: _Setting) -> Plan:
+    survey, workload = setting.survey, setting.workload
+    # Weights that are elsewhere are brought by accelerate layer by layer, for every batch.
+    weights = {"weights": survey.weights if setting.in_place else survey.largest_layer}
+    sums = sum(site.triangle + site.staging for site in survey.sites)
+    host = setting.host_weights()
+    phases = [({**weights, "sums": sums, "activations": survey.activations, **setting.libraries}, host)]
+    for device, bases in setting.read_one_by_one(survey.sites, weights, setting.libraries):
+        phases.append((device, {**host, "bases": bases}))
+    return _plan(
+        setting,
+        strategy="resident",
+        hidden_states="host" if workload.device == "cpu" else "device",
+        phases=phases,
+        forward=survey.flops * workload.batches,
+        weight_seconds=0.0 if setting.in_place else workload.batches * survey.weights / setting.weight_rate,
+    )
+
+
+def _layerwise(setting: _Setting, hidden_states: str) -> Plan:
+    survey, workload = setting.survey, setting.workload
+    kept = survey.hidden * workload.batches
+    held, host_held = _held_between_blocks(setting, hidden_states)
+    outside = survey.weights if setting.in_place else survey.outside
+    phases = [
+        ({"weights": outside, "activations": survey.prologue, **held}, host_held),
+        (_first_batch(setting), host_held),
+    ]
+    count, bases = len(survey.block_weights), 0
+    for index in range(count):
+        made = 0
+        for device, made in _block(setting, index, held):
+            phases.append((device, {**host_held, "bases": bases + made}))
+        bases += made
+    slow = {"device": math.inf, "host": setting.rates.transfer, "disk": setting.rates.disk}[hidden_states]
+    return _plan(
+        setting,
+        strategy="layerwise",
+        hidden_states=hidden_states,
+        phases=phases,
+        forward=sum(survey.block_flops) * workload.batches,
+        weight_seconds=0.0 if setting.in_place else _loading_seconds(setting),
+        hidden_seconds=2 * count * kept / slow,
+        disk_bytes=kept if hidden_states == "disk" else 0,
+    )
+
+
+def _held_between_blocks(setting: _Setting, hidden_states: str) -> tuple[Parts, Parts]:
+    """What a layerwise run holds in every block but the weights: of the device, and of the host."""
+    survey, batches = setting.survey, setting.workload.batches
+    kept = {hidden_states: survey.hidden * batches}
+    # Of hidden states that are kept elsewhere, those of one batch are in use, and those of the next and the last are in transfer.
+    if setting.workload.device == "cpu":
+        passing, staged = 2 if hidden_states == "disk" else 0, 0
+    else:
+        passing, staged = 0 if hidden_states == "device" else 3, 2 if hidden_states == "disk" else 0
+    hidden = kept.get("device", 0) + passing * survey.hidden
+    device = {"arguments": survey.arguments * batches, "hidden states": hidden, **setting.libraries}
+    return device, {**setting.host_weights(), "hidden states": kept.get("host", 0) + staged * survey.hidden}
+
+
+def _first_batch(setting: _Setting) -> Parts:
+    """The device's memory while the first batch is run to check that the blocks are a chain.
+
+    Weights: those outside of the blocks, the first block and one more. Hidden states: those of the embeddings and a copy, a block's
+    input and a copy, and the first output. Other arguments: themselves and two copies.
+    """
+    survey = setting.survey
+    two_blocks = survey.outside + survey.block_weights[0] + max(survey.block_weights)
+    return {
+        "weights": survey.weights if setting.in_place else two_blocks,
+        "activations": max(survey.block_activations),
+        "arguments": 3 * survey.arguments,
+        "hidden states": 5 * survey.hidden,
+        **setting.libraries,
+    }
+
+
+def _block(setting: _Setting, index: int, held: Parts) -> Iterator[tuple[Parts, int]]:
+    """The device's memory in a block's forward passes and at each decomposition, and the bytes of the block's bases until then."""
+    survey = setting.survey
+    two_blocks = sum(survey.block_weights[index : index + 2])  # the next one is loaded while this one computes
+    weights = {"weights": survey.weights if setting.in_place else two_blocks}
+    sites = survey.sites_of(index)
+    sums = sum(site.triangle + site.staging for site in sites)
+    if setting.workload.device == "cpu":  # small sites of the block before may still wait, to be decomposed together with others
+        sums += min(eigen.TOGETHER_BYTES, sum(site.triangle for site in survey.sites_of(index - 1)))
+    yield {**weights, "sums": sums, "activations": survey.block_activations[index], **held}, 0
+    yield from setting.read_one_by_one(sites, weights, held)
+
+
+def _loading_seconds(setting: _Setting) -> float:
+    """The first block's loading, and of each other's what exceeds the computation in the block before."""
+    survey, rates = setting.survey, setting.rates
+    seconds = 0.0
+    for index, here in enumerate(survey.block_weights):
+        following = sum(survey.block_weights[index + 1 : index + 2])
+        busy = survey.block_flops[index] * setting.workload.batches / rates.forward
+        busy += setting.sum_flops(survey.sites_of(index)) / rates.sums
+        seconds += max(0.0, following / setting.weight_rate - busy) + (here / setting.weight_rate if index == 0 else 0.0)
+    return seconds
+
+
+def _plan(
+    setting: _Setting,
+    *,
+    strategy: str,
+    hidden_states: str,
+    phases: list[tuple[Parts, Parts]],
+    forward: float,
+    weight_seconds: float,
+    hidden_seconds: float = 0.0,
+    disk_bytes: int = 0,
+) -> Plan:
+    """A plan whose memory is that of the largest of its phases, (device, host) each."""
+    survey, workload, rates = setting.survey, setting.workload, setting.rates
+    if workload.device == "cpu":  # one memory
+        phases = [({}, {name: device.get(name, 0) + host.get(name, 0) for name in device | host}) for device, host in phases]
+    costs = [setting.decomposition(site) for site in survey.sites]
+    flops = {
+        "forward": float(forward),
+        "sums": setting.sum_flops(survey.sites),
+        "decomposition": sum(flops for _, flops, _ in costs),
+    }
+    return Plan(
+        strategy=strategy,
+        weights=setting.weights,
+        hidden_states=hidden_states,
+        batch_size=workload.batch_size,
+        device=workload.device,
+        device_parts=max((device for device, _ in phases), key=lambda parts: sum(parts.values())),
+        host_parts=max((host for _, host in phases), key=lambda parts: sum(parts.values())),
+        disk_bytes=disk_bytes,
+        flops=flops,
+        seconds={
+            "forward": flops["forward"] / rates.forward,
+            "sums": flops["sums"] / rates.sums,
+            "decomposition": sum(at_eigh_rate for _, _, at_eigh_rate in costs) / rates.decomposition,
+            "weights": weight_seconds,
+            "hidden states": hidden_seconds,
+        },
+        tracked=survey.tracked,
+        estimated_rates=rates.estimated,
+    )
