@@ -189,7 +189,7 @@ def run_variant(options: argparse.Namespace, variant: str) -> dict[str, Any]:
 
 
 def forecasts(options: argparse.Namespace) -> dict[str, float]:
-    """What `nullspace.plan` says of each variant's peak, in GB, for the result to be held against."""
+    """What `nullspace.planning` says of each variant's peak, in GB, for the result to be held against."""
     import torch
 
     from benchmarks import shapes

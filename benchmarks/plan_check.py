@@ -1,4 +1,4 @@
-"""Forecast against measurement: peak memory of `compute_null_spaces` on the CPU, and what `nullspace.plan` says of it.
+"""Forecast against measurement: peak memory of `compute_null_spaces` on the CPU, and what `nullspace.planning` says of it.
 
     python -m benchmarks.plan_check [--model half-gigabyte] [--blocks N]     # writes benchmarks/results/plan-check-cpu.json
 

@@ -10,10 +10,10 @@ WebQuestions and, on request, TriviaQA (log-likelihood of the gold answer; exact
 standing before each), WikiText (perplexity), and the task (loss, accuracy of response tokens, GSM8K's final number on request).
 
 Each method runs at several learning rates (`--learning-rates`), LoRA-Null on request with scaled singular values too
-(`--sigma-scales`, the paper's Table 5), since methods move at different speeds for one learning rate; `nullspace.fronts` compares
+(`--sigma-scales`, the paper's Table 5), since methods move at different speeds for one learning rate; `nullspace.reporting.study` compares
 them where they have learned as much.
 
-OUT/results.jsonl gets a line when a run is finished (`nullspace.fronts` says what is in it), OUT/runs the adapters before and
+OUT/results.jsonl gets a line when a run is finished (`nullspace.reporting.study` says what is in it), OUT/runs the adapters before and
 after, OUT/covariances and OUT/spaces the calibration. The same command goes on where it was cut off; more methods, rates and seeds
 may be added; other settings are refused. `--compare OTHER` says whether another study's records have the same numbers.
 

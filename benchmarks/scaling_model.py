@@ -374,7 +374,7 @@ def worth_having(total: Callable[[int], float], most: int = 4096) -> int:
         most: not more than these.
 
     Example:
-        >>> from nullspace.scaling import worth_having
+        >>> from benchmarks.scaling_model import worth_having
         >>> worth_having(lambda n: 100 / n + 20)  # a part that is shared, and one that all wait for
         32
     """

@@ -82,7 +82,7 @@ def _head() -> str:
     return f"""
 # What n GPUs cost, and whether they help
 
-Made by `python -m benchmarks.scaling --page` from the model in `nullspace/scaling.py` and from `scaling-cpu.json`. **No figure for
+Made by `python -m benchmarks.scaling --page` from the model in `benchmarks/scaling_model.py` and from `scaling-cpu.json`. **No figure for
 a GPU on this page was measured.** Bytes are counted; seconds follow from data sheets and guesses, which the last section names.
 What was checked is the model: against 1, 2 and 4 processes over gloo on one machine without GPUs.
 
@@ -140,7 +140,7 @@ def _case(case: tuple[str, str, str]) -> str:
     ]
     cluster = h100()
     gigabytes = plan.device_bytes / 1e9 if weights != "device" or strategy == "resident" else None
-    memory = f"Device memory, by `nullspace.plan`: {_n(gigabytes)} GB" if gigabytes else ""
+    memory = f"Device memory, by `nullspace.planning`: {_n(gigabytes)} GB" if gigabytes else ""
     if gigabytes and plan.device_bytes > cluster.memory:
         most = max(plan.device_parts, key=lambda part: plan.device_parts[part])
         memory += (
@@ -420,7 +420,7 @@ def _assumptions(result: Mapping[str, Any]) -> str:
     return f"""
 ## What is assumed, and what was measured
 
-Assumed, of the GPUs (`nullspace.scaling.h100`):
+Assumed, of the GPUs (`benchmarks.scaling_model.h100`):
 
 {_table(["", "", "from"], rows)}
 

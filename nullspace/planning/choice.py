@@ -13,7 +13,7 @@ from torch import nn
 
 from nullspace.model.linear import is_linear, weight_shape
 from nullspace.model.sites import find_targets
-from nullspace.model.weights import offloaded_weights, execution_device, size_in_bytes
+from nullspace.model.weights import execution_device, offloaded_weights, size_in_bytes
 from nullspace.model.wrappers import unwrap
 from nullspace.moments.sums import STAGE_TOKENS
 from nullspace.planning.forecast import LIBRARIES, forecast

@@ -249,7 +249,7 @@ def outliers(inputs: Sequence[Row]) -> Figure:
     return figure
 
 
-# What `nullspace.fronts.MEASURES` measure, for an axis.
+# What `nullspace.reporting.study.MEASURES` measure, for an axis.
 LOST = {"knowledge": "knowledge: nats lost an answer", "text": "text: nats lost a token"}
 
 

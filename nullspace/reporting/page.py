@@ -1,7 +1,7 @@
 """`nullspace report`: what `nullspace.analysis` and a preservation study find, as one HTML file that needs nothing else.
 
 A page is a list of `Section`s. Each builder in `SECTIONS` makes one from an `Analysis`, whether its numbers are there or not: where
-they are not, the section says what they ask for. `study_sections` makes those of a study (`nullspace.fronts`).
+they are not, the section says what they ask for. `study_sections` makes those of a study (`nullspace.reporting.study`).
 """
 
 from __future__ import annotations
