@@ -24,7 +24,7 @@ bench: .venv/installed
 # Into site/. A broken link or anchor fails, and so does a public name without a docstring (tests/docs/test_reference.py).
 docs: .venv/docs
 	$(BIN)/python -m pytest -q tests/docs/test_reference.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # SmolLM2-135M by seven methods, in sizes for two CPU cores. DATA is a folder with the data sets' files; without it they come from the hub.
 preservation: .venv/installed
