@@ -121,3 +121,11 @@ def test_make_targets_and_extras_that_are_named_exist() -> None:
                     program, target, *_ = line
                     assert program == "make", (name(page), line)
                     assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), (name(page), line)
+
+
+def test_files_that_the_readme_links_to_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", readme) if "://" not in link]
+    assert "docs/methods.md" in links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert len(readme.splitlines()) <= 150
