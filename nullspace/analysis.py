@@ -63,8 +63,8 @@ def leak(a: torch.Tensor, c: torch.Tensor) -> float:
 def update(initial: LowRank, trained: LowRank) -> LowRank:
     """What training has added to a layer's weight, ΔW = B A − B₀ A₀, as thin factors.
 
-    [B − B₀, B₀] [A; A − A₀]: differences are taken before products, so that nothing cancels however small the update is. The second
-    halves are left out where A stayed as it was or B₀ is zero.
+    `[B − B₀, B₀] [A; A − A₀]`: differences are taken before products, so that nothing cancels however small the update is. The
+    second halves are left out where A stayed as it was or B₀ is zero.
 
     Args:
         initial: A₀ (r, d_in) and B₀ (d_out, r), B with the adapter's scaling in it.

@@ -49,7 +49,7 @@ def export_lora(
     """After training: a plain LoRA for the *untouched* base model, which does what the trained adapter does on the residual one.
 
     With W₀ = W_res + s·B₀A₀, the trained model is W_res + s·BA = W₀ + s·(BA − B₀A₀). Where A was frozen that is s·(B − B₀)A₀, of
-    rank r; otherwise [s·B, −s·B₀][A; A₀], of rank 2r.
+    rank r; otherwise `[s·B, −s·B₀][A; A₀]`, of rank 2r.
 
     The scaling s is in B, so that α = r, without rsLoRA and without patterns: consumers that read only `r` and `lora_alpha`
     (llama.cpp, older vLLM) apply what PEFT does. Layers of a smaller rank are padded with zeros to the largest. The factors have
