@@ -58,9 +58,12 @@ def with_members(name: str, value: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{name}.{member}", each
 
 
+ENTRIES = {page: documented(page) for page in PAGES}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=title)
-def test_a_page_has_every_public_name_of_its_module_and_each_has_a_docstring(page: Path) -> None:
-    entries = documented(page)
-    assert public_names(importlib.import_module(title(page))) <= {name for name, _ in entries}
-    bare = [name for entry in entries for name, value in with_members(*entry) if not (value.__doc__ or "").strip()]
+def test_every_public_name_of_a_module_is_in_the_reference_and_has_a_docstring(page: Path) -> None:
+    anywhere = {name for entries in ENTRIES.values() for name, _ in entries}
+    assert public_names(importlib.import_module(title(page))) <= anywhere
+    bare = [name for entry in ENTRIES[page] for name, value in with_members(*entry) if not (value.__doc__ or "").strip()]
     assert bare == []
