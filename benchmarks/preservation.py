@@ -1,4 +1,4 @@
-"""Does it preserve knowledge? Fine-tuning by several methods on one model, and what each has forgotten when it has learned as much.
+"""Does it preserve knowledge? Fine-tuning by several methods on one model, and what each has forgotten at equal task loss.
 
     python -m benchmarks.preservation --out study --reduced --data FOLDER --workers 2      # SmolLM2-135M, two CPU cores
     python -m benchmarks.preservation --out study --model meta-llama/Llama-3.1-8B          # the paper's sizes, one GPU
@@ -10,12 +10,12 @@ WebQuestions and, on request, TriviaQA (log-likelihood of the gold answer; exact
 standing before each), WikiText (perplexity), and the task (loss, accuracy of response tokens, GSM8K's final number on request).
 
 Each method runs at several learning rates (`--learning-rates`), LoRA-Null on request with scaled singular values too
-(`--sigma-scales`, the paper's Table 5), since methods move at different speeds for one learning rate; `nullspace.reporting.study` compares
-them where they have learned as much.
+(`--sigma-scales`, the paper's Table 5), since methods move at different speeds for one learning rate;
+`nullspace.reporting.study` compares them at equal task loss.
 
-OUT/results.jsonl gets a line when a run is finished (`nullspace.reporting.study` says what is in it), OUT/runs the adapters before and
-after, OUT/covariances and OUT/spaces the calibration. The same command goes on where it was cut off; more methods, rates and seeds
-may be added; other settings are refused. `--compare OTHER` says whether another study's records have the same numbers.
+OUT/results.jsonl gets a line when a run is finished (its format: `nullspace.reporting.study`). OUT/runs holds the adapters before
+and after, OUT/covariances and OUT/spaces the calibration. The same command resumes an interrupted study; methods, rates and
+seeds may be added; other settings are refused. `--compare OTHER` compares the numbers with those of another study.
 
 A data source is a file (text, JSON Lines, JSON, CSV, Parquet) or a hub data set, `name`, `name:configuration`, `name@split`.
 """

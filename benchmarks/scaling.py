@@ -1,4 +1,4 @@
-"""What n ranks cost: the model of `benchmarks.scaling_model` beside measurements with 1, 2 and 4 processes on one machine, over gloo.
+"""The cost of n ranks: `benchmarks.scaling_model` beside measurements with 1, 2 and 4 processes on one machine, over gloo.
 
     python -m benchmarks.scaling [--rounds 3]       # writes benchmarks/results/scaling-cpu.json and scaling.md
     python -m benchmarks.scaling --page             # scaling.md alone, from the json that is there

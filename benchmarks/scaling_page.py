@@ -82,9 +82,9 @@ def _head() -> str:
     return f"""
 # What n GPUs cost, and whether they help
 
-Made by `python -m benchmarks.scaling --page` from the model in `benchmarks/scaling_model.py` and from `scaling-cpu.json`. **No figure for
-a GPU on this page was measured.** Bytes are counted; seconds follow from data sheets and guesses, which the last section names.
-What was checked is the model: against 1, 2 and 4 processes over gloo on one machine without GPUs.
+Made by `python -m benchmarks.scaling --page` from the model in `benchmarks/scaling_model.py` and from `scaling-cpu.json`. **No
+figure for a GPU on this page was measured.** Bytes are counted; seconds follow from data sheets and guesses, which the last section
+names. What was checked is the model: against 1, 2 and 4 processes over gloo on one machine without GPUs.
 
 The work: `compute_null_spaces` on {WORK.samples} sequences of {WORK.length:,} tokens in batches of one, all linear layers, rank
 {WORK.rank}. Nodes of eight H100 with NVLink, and between nodes 400 Gb/s a GPU.
