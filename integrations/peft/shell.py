@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from nullspace.model.sharded import without_fsdp_classes
 from nullspace.model.sharded_tensors import is_sharded, shape_of
+from nullspace.model.weights import own_tensors
 
 BASE_WEIGHTS = "model{suffix}.safetensors"
 # Where transformers keeps which ranks a model is spread over.
@@ -51,9 +52,7 @@ def without_weights(model: nn.Module) -> Any:
                 memo[id(value)] = None
             if type(value).__module__.startswith("bitsandbytes."):  # a layer's scales, and its weight once more
                 memo[id(value)] = value
-        for t in (*module._parameters.values(), *module._buffers.values()):
-            if t is None:
-                continue
+        for t in own_tensors(module).values():
             if not (type(t) in (nn.Parameter, torch.Tensor) or is_sharded(t)) or not t.is_floating_point():
                 memo[id(t)] = t
                 continue

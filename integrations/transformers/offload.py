@@ -18,6 +18,7 @@ from torch import nn
 from nullspace.artifacts.locks import TemporaryFolder
 from nullspace.model.blocks import marked_blocks
 from nullspace.model.linear import is_linear
+from nullspace.model.weights import own_tensors
 
 
 def offload_map(model: nn.Module, device: torch.device | str) -> dict[str, str]:
@@ -73,9 +74,8 @@ def _cover(name: str, module: nn.Module, on_disk: Mapping[str, nn.Module], devic
     elif name and not any(other.startswith(prefix) for other in on_disk):
         yield name, device
     else:
-        for tensor, value in (*module._parameters.items(), *module._buffers.items()):
-            if value is not None:
-                yield prefix + tensor, device
+        for tensor in own_tensors(module):
+            yield prefix + tensor, device
         for child_name, child in module.named_children():
             yield from _cover(prefix + child_name, child, on_disk, device)
 

@@ -17,7 +17,7 @@ from nullspace.distributed.loaders import add_to_digest
 from nullspace.model.linear import weight_of, weight_shape
 from nullspace.model.sharded import class_of
 from nullspace.model.sharded_tensors import entries, is_sharded, shape_of
-from nullspace.model.weights import execution_device, restore_layout, tensor_of
+from nullspace.model.weights import execution_device, own_tensors, restore_layout, tensor_of
 
 # A fingerprint is this many entries of a weight, evenly spaced.
 FINGERPRINT_ENTRIES = 64
@@ -107,8 +107,8 @@ def _hash_weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         restore_layout(module)
-        for key, own in (*module._parameters.items(), *module._buffers.items()):
-            if own is None or key in module._non_persistent_buffers_set:
+        for key, own in own_tensors(module).items():
+            if key in module._non_persistent_buffers_set:
                 continue
             value = own if is_sharded(own) else tensor_of(module, key)
             digest.update(f"{name}.{key} {tuple(shape_of(value))} {value.dtype}".encode())

@@ -81,7 +81,7 @@ def stream_by_block(
     try:
         share = job.share(loader)
         total = share.length
-        around = Loaded(model, chain.device_of(0), but=unused)
+        around = Loaded(model, chain.device_of(0), skip=unused)
         if spread:  # before weights are gathered, whoever has failed must have told it
             job.exchange(None)
             first.gather()
@@ -148,7 +148,7 @@ def stream_by_block(
             _log(chain.names[index], time.perf_counter() - began, tokens, chain.device_of(index))
             yield from totals.add(sums)
         if behind:
-            around = Loaded(model, chain.device_of(-1), but=tuple(chain.blocks))
+            around = Loaded(model, chain.device_of(-1), skip=tuple(chain.blocks))
             if spread:
                 job.exchange(None)
             with contextlib.closing(around):

@@ -138,17 +138,17 @@ def placeholder_weights(model: nn.Module) -> Iterator[None]:
     """
     before = []
     for module in model.modules():
-        own: Any = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-        if is_dtensor(own):
+        own: Any = getattr(module, "weight", None) if isinstance(module, nn.Linear) else None
+        if isinstance(own, nn.Parameter) and is_dtensor(own):
             shape = torch.empty(1, dtype=own.dtype, device=own.device).expand(own.shape)
-            module._parameters["weight"] = nn.Parameter(shape, requires_grad=own.requires_grad)
+            module.weight = nn.Parameter(shape, requires_grad=own.requires_grad)
             before.append((module, own))
     try:
         yield
     finally:
         for module, own in before:
             own.requires_grad_(module.weight.requires_grad)
-            module._parameters["weight"] = own
+            module.weight = own
 
 
 def gathers_weights(model: nn.Module) -> bool:
@@ -278,9 +278,10 @@ def layer_input(name: str, before: Any, after: Any) -> torch.Tensor:
     if is_dtensor(after):
         if not all(p.is_replicate() for p in after.placements):
             raise ValueError(f"{name!r} receives only a part of its input on each rank ({after.placements}). {INSTEAD}.")
-        x = after._local_tensor
+        with torch.no_grad():
+            x = after.to_local()
         if type(x) is not torch.Tensor:  # the result of a collective that may still run
-            x = after.to_local().contiguous()
+            x = x.contiguous()
     same = (
         isinstance(before, torch.Tensor)
         and not is_dtensor(before)
@@ -327,7 +328,7 @@ def _is_cut_along_input(name: str, layer: nn.Module, gathered: set[frozenset[int
 
 def _cut_by_hand(model: nn.Module) -> bool:
     """Whether plain tensors are parts of weights: earlier versions of transformers shard so for tensor parallelism."""
-    return (getattr(model, "_tp_size", None) or 1) > 1 and any(map(_is_plain_part, model.modules()))
+    return (getattr(model, "tp_size", None) or 1) > 1 and any(map(_is_plain_part, model.modules()))
 
 
 def _is_plain_part(layer: nn.Module) -> bool:
