@@ -76,7 +76,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | str, device: torch.device) -> tu
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     drop_quantizer(model)
-    model.config._name_or_path = model.name_or_path = str(path)
+    model.config.name_or_path = model.name_or_path = str(path)
     module: nn.Module = model
     return module.to(device).eval(), tokenizer
 
