@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench docs preservation clean
+.PHONY: demo test quick lint bench docs preservation clean
 
 demo: .venv/installed
 	$(BIN)/nullspace demo --overwrite
@@ -11,6 +11,10 @@ demo: .venv/installed
 # Two processes of one thread each: on two cores that is faster than one of two, whose threads wait for each other by spinning.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# In under two minutes: no other processes, and no kernel in Triton's interpreter, which is slow.
+quick: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --quick
 
 lint: .venv/installed
 	$(BIN)/ruff check .
