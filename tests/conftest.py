@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -25,9 +27,55 @@ from nullspace.artifacts import store
 LONGEST = ("smollm2", "sharded", "distributed", "interrupted", "preservation", "checkpoint", "composition", "cli", "evaluation")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# What `--quick` leaves out, and what a test that has none of these marks is refused then.
+LEFT_OUT = ("slow", "processes", "interpreter")
+# Libraries ask these for what the machine has.
+TOOLS = ("ldconfig", "gcc", "cc", "ld", "uname", "lsb_release", "git", "nvidia-smi", "ptxas", "nvcc")
+_running: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help=f"leave out tests that are marked {', '.join(LEFT_OUT)}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("quick"):
+        sys.addaudithook(_refuse_processes)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    if config.getoption("quick"):
+        left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in LEFT_OUT)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn") and _running:
+        tool = Path(os.fsdecode(arguments[0])).name if event in ("subprocess.Popen", "os.posix_spawn") and arguments[0] else ""
+        assert tool in TOOLS, f"{_running[-1]} starts a process ({event} {tool}): mark it with @pytest.mark.processes"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """With `--quick`, for as long as a test runs: no process and no interpreted kernel is started."""
+    if not item.config.getoption("quick"):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        interpreter = sys.modules.get("triton.runtime.interpreter")
+        if interpreter is not None:
+
+            def refuse(*arguments: Any, **options: Any) -> None:
+                pytest.fail(f"{item.nodeid} runs an interpreted kernel: mark it with @pytest.mark.interpreter")
+
+            patch.setattr(interpreter.GridExecutor, "__call__", refuse)
+        _running.append(item.nodeid)
+        try:
+            return (yield)
+        finally:
+            _running.pop()
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +83,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", id="interpreter", marks=pytest.mark.interpreter),
+        pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
+    ]
+)
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the kernels run: on a GPU where there is one, and through Triton's interpreter where there is none."""
     pytest.importorskip("triton")

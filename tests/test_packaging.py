@@ -17,6 +17,8 @@ import yaml
 import nullspace
 from nullspace.artifacts import identity
 
+pytestmark = pytest.mark.processes
+
 pytest.importorskip("setuptools", minversion="77")
 
 ROOT = Path(__file__).parents[1]

@@ -10,6 +10,8 @@ import pytest
 
 import patience
 
+pytestmark = pytest.mark.processes
+
 READY = "import sys; sys.stdout.write('ready\\n'); sys.stdout.flush(); "
 
 

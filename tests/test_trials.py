@@ -24,6 +24,8 @@ from nullspace import NullSpaces
 from patience import wait_for
 from processes import forking
 
+pytestmark = pytest.mark.processes
+
 ALL = os.environ.get("NULLSPACE_TRIALS") == "all"
 KILLS, PAIRED_SAVES, PAIRED_INITS = (120, 150, 50) if ALL else (6, 12, 1)
 SMALL = ["--data", "../data.txt", "--samples", "6", "--length", "64", "--batch-size", "2"]

@@ -16,6 +16,8 @@ import pytest
 from nullspace.artifacts import locks, records, store
 from nullspace.artifacts.locks import TemporaryFolder, locked, temporary_folder
 
+pytestmark = pytest.mark.processes
+
 # Holds a lock and a temporary folder until it is killed.
 HOLDER = """
 import sys

@@ -18,6 +18,8 @@ from benchmarks import evaluation
 from benchmarks.evaluation import IGNORED, Question
 from nullspace.integrations.transformers import PackedBatches
 
+pytestmark = pytest.mark.slow
+
 ASKED = [
     Question("Question: who wrote it?\nAnswer:", ("Ada", "Lovelace")),
     Question("Question: what is the longest river of the continent?\nAnswer:", ("the Nile",)),

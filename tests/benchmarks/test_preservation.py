@@ -17,6 +17,8 @@ from benchmarks import preservation
 from benchmarks.preservation import DEFAULT_METHODS, Settings, Variant
 from nullspace.reporting import study as fronts
 
+pytestmark = pytest.mark.slow
+
 RATES = [1e-3, 1e-2]
 
 

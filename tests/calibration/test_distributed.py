@@ -49,6 +49,8 @@ from processes import Checks
 from reference import relative_error
 from together import alone, assert_as_good, compute, refused, stream
 
+pytestmark = pytest.mark.processes
+
 STRATEGIES = ("resident", "layerwise")
 PRECISIONS = ("auto", "fp64", "qr")
 # Sums of the same numbers in another order.

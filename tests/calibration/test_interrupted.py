@@ -30,6 +30,8 @@ from patience import finish, run, slowness, wait_for
 from processes import GROUP_SECONDS, forking
 from reference import excess_over
 
+pytestmark = pytest.mark.processes
+
 # How many calibrate until one is killed, and how many go on.
 TRIALS = [(2, 1), (1, 2), (2, 1), (2, 2), (2, 1), (3, 2), (1, 2), (2, 1), (2, 3), (2, 1)]
 PLACES = r"its preparations|the forward pass( of '[^']+')?|(the reduction of|the work on) '[^']+'"

@@ -57,6 +57,8 @@ from processes import Checks
 from reference import relative_error
 from together import alone, assert_as_good, compute, refused, stream
 
+pytestmark = pytest.mark.processes
+
 STRATEGIES = ("layerwise", "resident")
 # Sums of the same numbers in another order.
 ROUNDING = 1e-12

@@ -19,6 +19,8 @@ from nullspace.integrations.transformers import PackedBatches, load_model
 from nullspace.progress import reporter
 from reference import excess_leak, leak, recorded_inputs
 
+pytestmark = pytest.mark.slow
+
 RANK = 32
 # Every kind of site at both ends, where the spectra are extreme, and in the middle.
 SITES = [

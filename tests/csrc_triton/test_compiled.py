@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 pytest.importorskip("triton")
 CAPABILITIES = (80, 89, 90)
 # Shared memory that one block may take (CUDA C++ programming guide, "Technical Specifications per Compute Capability").

@@ -7,10 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 # Lines with an `E:` must give an error with this text, all others none.
 CALLS = """
 from pathlib import Path
+
+import pytest
 
 import torch
 from peft import LoraConfig

@@ -343,7 +343,7 @@ def test_tokens_that_look_like_padding_are_told_of(pad: int | None, inputs: dict
             assert reader.read(number, inputs).mask is None
     assert len(caught) == (count is not None)
     for warning in caught:
-        assert warning.category is UserWarning
+        assert issubclass(warning.category, UserWarning)
         assert str(warning.message).startswith("batch 1: ")
         assert f"{count} " in str(warning.message)
         assert "'attention_mask' (batch, tokens)" in str(warning.message)

@@ -30,7 +30,11 @@ def said(call: Callable[[], Any]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    return [str(w.message) for w in caught if w.category is UserWarning and re.search("directions|fewer tokens", str(w.message))]
+    return [
+        str(w.message)
+        for w in caught
+        if issubclass(w.category, UserWarning) and re.search("directions|fewer tokens", str(w.message))
+    ]
 
 
 def moments(batches: list[dict[str, torch.Tensor]]) -> Covariances:
