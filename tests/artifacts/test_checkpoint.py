@@ -324,6 +324,7 @@ def files(directory: Path) -> Iterator[tuple[str, bytes]]:
         yield path.name, path.read_bytes()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("strategy", ["layerwise"])  # both, by several processes, in test_interrupted.py
 def test_kill_minus_9_at_random_moments_and_the_directory_ends_the_same(tmp_path: Path, strategy: str) -> None:
     moments = random.Random(strategy)

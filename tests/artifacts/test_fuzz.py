@@ -583,6 +583,7 @@ def run(numbers: range, root: Path, report: Callable[[int, str], object]) -> col
     return count
 
 
+@pytest.mark.slow
 def test_damaged_and_forged_files_are_refused_by_name_or_read_for_what_they_are(tmp_path: Path) -> None:
     failures: dict[int, str] = {}
     if COUNT <= 1000:

@@ -64,6 +64,7 @@ def test_a_shard_is_every_nth_batch(whole: Covariances, shards: list[Covariances
     assert whole.shards == ()
 
 
+@pytest.mark.slow
 def test_neither_order_nor_grouping_matters(tmp_path: Path, whole: Covariances, shards: list[Covariances]) -> None:
     for number, order in enumerate(itertools.permutations(shards)):
         a, b, c, d = order

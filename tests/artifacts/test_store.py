@@ -206,6 +206,7 @@ def test_what_is_free_is_known_beforehand(tmp_path: Path) -> None:
 MOMENTS = 8
 
 
+@pytest.mark.processes
 def test_kill_9_at_any_moment_leaves_nothing_or_everything(tmp_path: Path) -> None:
     spaces = random_spaces(0, sites=25)
     run_script(
@@ -237,6 +238,7 @@ for i in range({MOMENTS}):
     assert interrupted > 0  # or nothing was tested
 
 
+@pytest.mark.processes
 def test_a_crash_or_an_error_around_the_rename_leaves_the_old_the_new_or_nothing(tmp_path: Path) -> None:
     """While a directory is overwritten there are two renames: the old one away, the new one in."""
     old, new = random_spaces(1, sites=2), random_spaces(2, sites=2)
@@ -291,6 +293,7 @@ for how in ("kill", "raise"):
 # ---- a full disk
 
 
+@pytest.mark.processes
 def test_a_disk_that_is_full_is_an_os_error_and_leaves_nothing_new(tmp_path: Path) -> None:
     """The limit on file sizes stands in for the disk's: the same calls fail at the same places."""
     old, new = random_spaces(1, sites=40), random_spaces(2, sites=40)

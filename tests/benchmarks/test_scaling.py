@@ -63,6 +63,7 @@ def check_bytes(rank: int, count: int, folder: Path) -> None:
         assert sum(sent) == found.reduced
 
 
+@pytest.mark.processes
 def test_bytes_reduced_are_those_that_are_sent(tmp_path: Path) -> None:
     said = outcomes(__file__, 2, ["check_bytes"], tmp_path / "together")
     assert said == {"check_bytes": ["", ""]}, said

@@ -237,6 +237,7 @@ def test_blocks_without_transformers_mark_are_found_by_their_list() -> None:
 # --- memory ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_sums_of_one_block_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[Covariance] = weakref.WeakSet()
     most = 0

@@ -81,6 +81,7 @@ def test_shares_have_every_sample_once_and_change_no_sampler(kind: str, samples:
     assert sorted(every) == list(range(samples))
 
 
+@pytest.mark.processes
 def test_persistent_workers_of_the_user_are_not_given_other_samplers() -> None:
     loader = sampled(5, 1, 2, batch_size=2, num_workers=1, persistent_workers=True)
     own = [batch.tolist() for batch in loader]  # with a repeated sample

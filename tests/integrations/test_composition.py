@@ -249,6 +249,7 @@ def check_base(base: Path, original: Path, adapted: PeftModel) -> None:
         assert torch.equal(residual[name], tensor), name
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("name", "method"), CASES)
 def test_starts_as_the_base_and_what_is_saved_is_what_was_trained(
     name: str, method: str, tmp_path: Path, plain_peft: PlainPeft
@@ -331,6 +332,7 @@ def test_gradient_checkpointing_gives_the_gradients_that_there_are_without(use_r
     assert all(close(again[name], plain[name], 1e-6) for name in plain)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("method", THOROUGH)
 def test_a_second_adapter_beside_ours(method: str, tmp_path: Path, plain_peft: PlainPeft) -> None:
     adapted, before = small(tmp_path, method)
@@ -358,6 +360,7 @@ def test_a_second_adapter_beside_ours(method: str, tmp_path: Path, plain_peft: P
         assert close(plain_peft.logits(adapters["default"], base=again), one, SAME[torch.float32])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "config",
     [
@@ -481,6 +484,7 @@ TRAINED = [
 ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("method", "frozen"), TRAINED)
 def test_transformers_trainer_trains_saves_and_resumes(method: str, frozen: bool, tmp_path: Path, plain_peft: PlainPeft) -> None:
     adapted, _ = small(tmp_path, method, freeze_a=frozen)
@@ -504,6 +508,7 @@ def test_transformers_trainer_trains_saves_and_resumes(method: str, frozen: bool
     assert all(close(p, straight[name], 1e-6) for name, p in again.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("method", "frozen"), TRAINED)
 def test_trl_sft_trainer(method: str, frozen: bool, tmp_path: Path, plain_peft: PlainPeft, tokenizer: Any) -> None:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")

@@ -130,6 +130,7 @@ def test_as_much_variance_as_peft_after_its_convergence() -> None:
         assert r == 0 or explained(a[:r], x) >= explained(theirs[name][:r], x) - 1e-7
 
 
+@pytest.mark.slow
 def test_as_much_variance_as_peft_on_real_text(smollm2: Path, prose: list[str]) -> None:
     model, tokenizer = load_model(smollm2, device="cpu")
     model.model.layers = model.model.layers[:2]
@@ -607,6 +608,7 @@ def of_one_rank(rank: int, folder: str, batches: Batches) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux" or not torch.distributed.is_available(), reason="needs fork and gloo")
 def test_ranks_add_up(tmp_path: Path) -> None:
     batches = random_batches(3)

@@ -350,6 +350,7 @@ assert float(error) < 2e-6, float(error)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_what_is_saved_loads_with_plain_peft_in_a_process_that_never_imports_us(family: str, tmp_path: Path) -> None:
     model = tiny(family)

@@ -283,6 +283,7 @@ for name, bits in jobs.items():
 """
 
 
+@pytest.mark.processes
 def test_what_is_saved_loads_with_plain_peft_onto_a_quantised_checkpoint(
     base: Any, sources: Any, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -348,6 +348,7 @@ def test_the_tokenizer_and_the_record_are_written(tiny_checkpoint: Path, tmp_pat
     assert config["base_model_name_or_path"] == str(tmp_path / "out" / "base")
 
 
+@pytest.mark.processes
 def test_two_processes_write_the_same_bytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
     spaces = tmp_path / "spaces"
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint)

@@ -435,6 +435,7 @@ def test_without_matplotlib_the_command_says_what_to_install(made: Path, tmp_pat
     assert "pip install 'nullspace-lora[report]'" in " ".join(result.stderr.split())
 
 
+@pytest.mark.processes
 def test_the_library_imports_no_matplotlib() -> None:
     code = (
         "import sys, nullspace, nullspace.analysis, nullspace.cli; print([m for m in ('matplotlib', 'peft') if m in sys.modules])"
