@@ -1,12 +1,11 @@
-"""The methods by name: what each needs to know, whether it changes the base, and how its factors come about.
+"""The methods by name: what each needs, whether it changes the base, and how its factors are computed.
 
-`nullspace.factors` holds the mathematics, one pure function a method; this is the list that `inject_adapters`, `write_init` and
-the command line choose from.
+`nullspace.factors` has the mathematics, one pure function a method; `METHODS` is the list that `inject_adapters`, `write_init` and
+the command line choose from. A new method is a function there and an entry here.
 """
 
 from __future__ import annotations
 
-import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,18 +26,18 @@ from nullspace.moments.directions import Directions
 
 @dataclass(frozen=True)
 class Sources:
-    """What the factors are made of, beside the weight.
+    """What the factors are computed from, beside the weight.
 
     Attributes:
         spaces: null spaces (`"lora-null"`, `"b-zero"`).
-        covariances: second moments: of what is to be preserved (`"corda-kpm"`, `"corda-exact"`, and null spaces, if `spaces` is
+        covariances: second moments: of the data to be preserved (`"corda-kpm"`, `"corda-exact"`, and null spaces, if `spaces` is
             None), or of the task (`"corda-ipm"`, `"eva"`, `"sc-lora"`).
-        preserve: second moments of what is to be preserved, for `"sc-lora"`.
+        preserve: second moments of the data to be preserved, for `"sc-lora"`.
         sigma_scale: see `nullspace.factors.lora_null`.
         beta: see `nullspace.factors.sc_lora`.
         damping: see `nullspace.factors.corda`.
         seed: of random numbers (`"orthogonal"`), at least 0.
-        directions: takes note of layers whose data span too few of them.
+        directions: collects the layers whose data span too few directions.
     """
 
     spaces: NullSpaces | None = None
@@ -61,7 +60,7 @@ class Layer:
 
     Attributes:
         name: in the base model.
-        weight: (d_out, d_in) W₀, None for a method that does not look at it.
+        weight: (d_out, d_in) W₀; None for a method that does not change the base.
         d_out: rows of the weight.
         d_in: its columns.
         rank: r of the adapter.
@@ -81,17 +80,20 @@ class Method:
     """How adapters start.
 
     Attributes:
-        needs: of `Sources`: names of what must be there; `"spaces"` may be made of `covariances`.
-        changes_base: whether the product B A is different from zero, so that something has to take it away again. These are the
-            methods that look at the weight, too.
-        options: which numbers of `Sources` it takes.
-        start: the factors.
+        needs: the sources that must be given, by their names in `Sources`; `"spaces"` may be computed from `covariances`.
+        changes_base: whether the product B A is not zero, so that it has to be subtracted somewhere. These methods read the weight.
+        options: the numbers of `Sources` that it takes, by name.
+        start: computes the factors.
+        draws: whether it draws random numbers, by `Sources.seed`.
+        even: whether the rank must be even.
     """
 
     needs: tuple[str, ...]
     changes_base: bool
     options: tuple[str, ...]
     start: Callable[[Layer, Sources], LowRank]
+    draws: bool = False
+    even: bool = False
 
 
 def _weight(layer: Layer) -> torch.Tensor:
@@ -104,22 +106,10 @@ def _basis(layer: Layer, given: Sources) -> torch.Tensor:
     return given.spaces[layer.name].basis
 
 
-def _covariance(layer: Layer, known: Covariances | None) -> Covariance:
-    assert known is not None
-    return known[layer.name]
-
-
-def _lora_null(layer: Layer, given: Sources) -> LowRank:
-    return factors.lora_null(_weight(layer), _basis(layer, given), rank=layer.rank, sigma_scale=given.sigma_scale)
-
-
-def _b_zero(layer: Layer, given: Sources) -> LowRank:
-    return factors.b_zero(_basis(layer, given), layer.d_out, rank=layer.rank)
-
-
-def _moment(layer: Layer, given: Sources, known: Covariances | None, *, mode: str = "ipm") -> tuple[Covariance, torch.Tensor]:
-    """A layer's covariance and its matrix, whose directions are counted."""
-    covariance = _covariance(layer, known)
+def _moment(layer: Layer, given: Sources, source: Covariances | None, *, mode: str = "ipm") -> tuple[Covariance, torch.Tensor]:
+    """A layer's covariance and its matrix, whose rank is compared with what the method needs."""
+    assert source is not None
+    covariance = source[layer.name]
     c = covariance.matrix()
     given.directions.look_at(layer.name, covariance, layer.rank, c, spared=spared(mode, layer.d_out, layer.d_in, layer.rank))
     return covariance, c
@@ -130,59 +120,66 @@ def spared(mode: str, d_out: int, d_in: int, rank: int) -> int | None:
     return d_in - (min(d_out, d_in) - rank) if mode == "kpm" else None
 
 
-def _corda(layer: Layer, given: Sources, mode: str) -> LowRank:
-    covariance, c = _moment(layer, given, given.covariances, mode=mode)
-    return factors.corda(_weight(layer), c, rank=layer.rank, mode=mode, damping=given.damping, trace=covariance.peft_trace)
+def _corda(mode: str) -> Callable[[Layer, Sources], LowRank]:
+    def start(layer: Layer, given: Sources) -> LowRank:
+        covariance, c = _moment(layer, given, given.covariances, mode=mode)
+        return factors.corda(_weight(layer), c, rank=layer.rank, mode=mode, damping=given.damping, trace=covariance.peft_trace)
 
-
-def _corda_exact(layer: Layer, given: Sources) -> LowRank:
-    _, c = _moment(layer, given, given.covariances, mode="kpm")
-    return factors.corda_exact(_weight(layer), c, rank=layer.rank)
-
-
-def _milora(layer: Layer, given: Sources) -> LowRank:
-    return factors.milora(_weight(layer), rank=layer.rank)
-
-
-def _pissa(layer: Layer, given: Sources) -> LowRank:
-    return factors.pissa(_weight(layer), rank=layer.rank)
+    return start
 
 
 def _eva(layer: Layer, given: Sources) -> LowRank:
-    covariance = _covariance(layer, given.covariances)
+    assert given.covariances is not None
+    covariance = given.covariances[layer.name]
     c, mean = covariance.matrix(), covariance.mean()
     given.directions.look_at(layer.name, covariance, layer.rank, factors.centred(c, mean, covariance.mass))
     return factors.eva(c, mean, covariance.mass, layer.d_out, rank=layer.rank)
 
 
 def _sc_lora(layer: Layer, given: Sources) -> LowRank:
-    moments = [_moment(layer, given, known) for known in (given.covariances, given.preserve)]
+    moments = [_moment(layer, given, source) for source in (given.covariances, given.preserve)]
     per_token = [c / covariance.mass for covariance, c in moments]
     return factors.sc_lora(_weight(layer), *per_token, rank=layer.rank, beta=given.beta)
 
 
 def _orthogonal(layer: Layer, given: Sources) -> LowRank:
-    # By name, so that the order in which layers are asked for does not matter.
+    # Seeded by the layer's name, so that the order of the layers does not matter.
     generator = torch.Generator().manual_seed(given.seed ^ zlib.crc32(layer.name.encode()))
     return factors.orthogonal(layer.d_in, layer.d_out, rank=layer.rank, generator=generator, device=layer.device)
 
 
 METHODS: Mapping[str, Method] = {
-    "lora-null": Method(("spaces",), True, ("sigma_scale",), _lora_null),
-    "b-zero": Method(("spaces",), False, (), _b_zero),
-    "corda-kpm": Method(("covariances",), True, ("damping",), functools.partial(_corda, mode="kpm")),
-    "corda-ipm": Method(("covariances",), True, ("damping",), functools.partial(_corda, mode="ipm")),
-    "corda-exact": Method(("covariances",), True, (), _corda_exact),
+    "lora-null": Method(
+        needs=("spaces",),
+        changes_base=True,
+        options=("sigma_scale",),
+        start=lambda layer, given: factors.lora_null(
+            _weight(layer), _basis(layer, given), rank=layer.rank, sigma_scale=given.sigma_scale
+        ),
+    ),
+    "b-zero": Method(
+        ("spaces",), False, (), lambda layer, given: factors.b_zero(_basis(layer, given), layer.d_out, rank=layer.rank)
+    ),
+    "corda-kpm": Method(("covariances",), True, ("damping",), _corda("kpm")),
+    "corda-ipm": Method(("covariances",), True, ("damping",), _corda("ipm")),
+    "corda-exact": Method(
+        needs=("covariances",),
+        changes_base=True,
+        options=(),
+        start=lambda layer, given: factors.corda_exact(
+            _weight(layer), _moment(layer, given, given.covariances, mode="kpm")[1], rank=layer.rank
+        ),
+    ),
     "sc-lora": Method(("covariances", "preserve"), True, ("beta",), _sc_lora),
-    "milora": Method((), True, (), _milora),
-    "pissa": Method((), True, (), _pissa),
+    "milora": Method((), True, (), lambda layer, _: factors.milora(_weight(layer), rank=layer.rank)),
+    "pissa": Method((), True, (), lambda layer, _: factors.pissa(_weight(layer), rank=layer.rank)),
     "eva": Method(("covariances",), False, (), _eva),
-    "orthogonal": Method((), False, (), _orthogonal),
+    "orthogonal": Method((), False, (), _orthogonal, draws=True, even=True),
 }
 
 
 OPTIONS: Mapping[str, Range] = {"sigma_scale": POSITIVE, "beta": FRACTION, "damping": NOT_NEGATIVE}
-"""The numbers of `Sources`, and what they may be."""
+"""The numbers of `Sources` and their ranges."""
 
 
 def takers(option: str) -> list[str]:
@@ -191,7 +188,7 @@ def takers(option: str) -> list[str]:
 
 
 def check_method(method: str, given: Sources | None = None) -> None:
-    """Raise `ValueError` for a method that does not exist, or lacks something, or is given a number that it does not take."""
+    """Raise `ValueError` for an unknown method, and for a number of `given` that is out of range or not one of its options."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}")
     if given is None:
@@ -205,18 +202,18 @@ def check_method(method: str, given: Sources | None = None) -> None:
 
 
 def check_sources(method: str, given: Sources) -> None:
-    """Raise `ValueError` if a method is not given what it needs, or is given what it makes no use of."""
+    """Raise `ValueError` if a source that the method needs is missing, or one is given that it does not use."""
     needs = METHODS[method].needs
     for what in needs:
         if getattr(given, what) is None and not (what == "spaces" and given.covariances is not None):
-            raise ValueError(f"method {method!r} needs {_CALLED[what]}")
+            raise ValueError(f"method {method!r} needs {_SOURCES[what]}")
     used = {*needs, *(("covariances",) if "spaces" in needs and given.spaces is None else ())}
-    for what in _CALLED:
+    for what in _SOURCES:
         if getattr(given, what) is not None and what not in used:
             raise ValueError(f"method {method!r} makes no use of {what}: leave it out")
 
 
-_CALLED = {
+_SOURCES = {
     "spaces": "null spaces (spaces=), or covariances to find them in (covariances=)",
     "covariances": "the second moments of its data (covariances=): nullspace.compute_covariances",
     "preserve": "the second moments of what is to be preserved (preserve=): nullspace.compute_covariances",
@@ -236,5 +233,5 @@ def check_rank(method: str, given: Sources, name: str, module: nn.Module, rank: 
             )
     if rank > min(d_in, d_out):
         raise ValueError(f"the adapter of {name!r} has rank {rank}, but its weight is {d_out} × {d_in}: use r ≤ {min(d_in, d_out)}")
-    if method == "orthogonal" and rank % 2:
-        raise ValueError(f"the adapter of {name!r} has rank {rank}: an orthogonal start needs an even one")
+    if METHODS[method].even and rank % 2:
+        raise ValueError(f"the adapter of {name!r} has rank {rank}: method {method!r} needs an even one")

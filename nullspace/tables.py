@@ -1,32 +1,21 @@
-"""What there is to say about null spaces, as rows for programs and as a table for people."""
+"""Rows about null spaces and covariances as cells of a table, and as aligned text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 Row = dict[str, Any]
 
 
-def _printable(name: str) -> str:
-    """A name without characters that move a terminal's cursor or change its colours: they are written out."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-
-
 def cells(row: Row) -> dict[str, str]:
-    """A row as it is shown: column title → text."""
+    """A row of `NullSpaces.rows` as text: column title → cell."""
     shown = {
-        "site": _printable(row["site"]) + (f" +{len(row['members']) - 1}" if len(row["members"]) > 1 else ""),
-        "d_in": str(row["d_in"]),
-        "tokens": f"{row['tokens']:,}",
+        **_site(row),
         "rank": str(row["rank"]),
         "leak": f"{row['leak']:.2e}",
         "gap": f"{row['gap']:.1%}",
-        "outliers": f"{row['outliers']:,}",
-        "sums": row["precision"],
+        **_sums(row),
         "rounding": f"{row['excess_estimate']:.0e}",
     }
     if row["effective_rank"] is not None:
@@ -35,19 +24,27 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def covariance_cells(row: Row) -> dict[str, str]:
-    """A row of second moments as it is shown."""
-    return {
-        "site": _printable(row["site"]) + (f" +{len(row['members']) - 1}" if len(row["members"]) > 1 else ""),
-        "d_in": str(row["d_in"]),
-        "tokens": f"{row['tokens']:,}",
-        "trace": f"{row['trace']:.3e}",
-        "outliers": f"{row['outliers']:,}",
-        "sums": row["precision"],
-    }
+    """A row of `Covariances.rows` as text: column title → cell."""
+    return {**_site(row), "trace": f"{row['trace']:.3e}", **_sums(row)}
+
+
+def _site(row: Row) -> dict[str, str]:
+    others = len(row["members"]) - 1
+    name = _printable(row["site"]) + (f" +{others}" if others > 0 else "")
+    return {"site": name, "d_in": str(row["d_in"]), "tokens": f"{row['tokens']:,}"}
+
+
+def _sums(row: Row) -> dict[str, str]:
+    return {"outliers": f"{row['outliers']:,}", "sums": row["precision"]}
+
+
+def _printable(name: str) -> str:
+    """A name whose control characters, which could move a terminal's cursor or change its colours, are written as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def text_table(table_rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as aligned plain text, the first column to the left, the others to the right."""
+    """Rows of `NullSpaces.rows` as aligned plain text: the first column to the left, the others to the right."""
     shown = [cells(dict(row)) for row in table_rows]
     if not shown:
         return "(no sites)"

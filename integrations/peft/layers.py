@@ -306,7 +306,8 @@ def rank_of(name: str, config: LoraConfig) -> int:
 
 def random_seed(method: str) -> int:
     """From PyTorch's generator, for a method that draws numbers: the same after the same `torch.manual_seed`."""
-    return int(torch.randint(2**62, ())) if method == "orthogonal" else 0
+    draws = method in METHODS and METHODS[method].draws  # an unknown one is refused later
+    return int(torch.randint(2**62, ())) if draws else 0
 
 
 def with_spaces(method: str, given: Sources, layers: Mapping[str, LoraLayer], adapter: str) -> Sources:

@@ -15,10 +15,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from models import FAMILIES, random_batches, tiny
-from nullspace import NullSpaces
+from nullspace import NullSpaces, factors
 from nullspace.artifacts import records
+from nullspace.factors import LowRank
 from nullspace.integrations import peft as integration
 from nullspace.integrations.peft import attach_subtracted, export_lora, freeze_a, inject_adapters, save_init
+from nullspace.methods import METHODS, Layer, Method, Sources
 from reference import recorded_inputs
 
 BATCH = random_batches(1, 2, 32, seed=7)[0]
@@ -128,6 +130,20 @@ def test_null_spaces_are_found_in_covariances_where_only_these_are_given(method:
         assert torch.linalg.matrix_norm(projectors[0].T @ projectors[1]).square() >= RANK - 1e-6, name
 
 
+def test_a_method_is_one_pure_function_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(layer: Layer, given: Sources) -> LowRank:
+        assert layer.weight is not None
+        assert given.covariances is not None
+        return factors.corda_exact(layer.weight, given.covariances[layer.name].matrix(), rank=layer.rank, mode="ipm")
+
+    monkeypatch.setitem(METHODS, "corda-exact-ipm", Method(("covariances",), True, (), start))
+    model = tiny("llama")
+    expected = logits(model)
+    adapted = inject_adapters(model, LoraConfig(r=RANK), method="corda-exact-ipm", covariances=covariances_for("llama"))
+    assert all(layer.lora_B["default"].weight.any() for layer in lora_layers(adapted).values())
+    torch.testing.assert_close(logits(adapted), expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("method", "change", "words"),
     [
@@ -140,7 +156,7 @@ def test_null_spaces_are_found_in_covariances_where_only_these_are_given(method:
         ("corda-ipm", {"damping": -1.0}, "damping must be"),
         ("corda-ipm", {"damping": float("nan")}, "damping must be"),
         ("milora", {"r": 17}, "k_proj' has rank 17, but its weight is 16 × 48"),
-        ("orthogonal", {"r": 7}, "has rank 7: an orthogonal start needs an even one"),
+        ("orthogonal", {"r": 7}, "has rank 7: method 'orthogonal' needs an even one"),
         ("eva", {"covariances": "gpt2"}, "there is no covariance for 'model"),
         ("corda", {}, "method must be one of 'lora-null'.*'corda-kpm'"),
     ],
