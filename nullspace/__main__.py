@@ -1,6 +1,6 @@
 """`python -m nullspace`."""
 
-from nullspace.cli.commands import main
+from nullspace.cli import main
 
 if __name__ == "__main__":
     main()

@@ -7,9 +7,10 @@ import numbers
 import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class Range(NamedTuple):
@@ -71,6 +72,8 @@ def check_device(device: torch.device | str) -> torch.device:
     Raises:
         ValueError: naming it, if PyTorch does not know it or cannot use it here.
     """
+    import torch
+
     try:
         found = torch.device(device)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""How far a long job is: what the engine reports, and a bar for those who want no more than that."""
+"""Progress of long jobs: the callable that the engine reports to, and bars."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Progress = Callable[[str, int, int | None, int], None]
 
 
 def reporter(progress: bool | Progress, *, bars: bool = True) -> Progress:
-    """The callable for a public function's `progress` argument: bars for True, silence for False, or the caller's own.
+    """The callable for a public function's `progress` argument: bars for True, nothing for False, or the caller's own.
 
     Args:
         progress: the argument.
@@ -19,26 +19,42 @@ def reporter(progress: bool | Progress, *, bars: bool = True) -> Progress:
     """
     if callable(progress):
         return progress
-    return _Bars() if progress and bars else _silent
+    return Bars() if progress and bars else _ignored
 
 
-def _silent(stage: str, done: int, total: int | None, tokens: int) -> None:
+def _ignored(stage: str, done: int, total: int | None, tokens: int) -> None:
     pass
 
 
-class _Bars:
-    """One tqdm bar a stage, closed with its last step. Stages that take turns share a line until one of them is done."""
+class Bars:
+    """A `Progress`: one tqdm bar a stage, closed with its last step. Stages that take turns share a line until one of them is done.
 
-    def __init__(self) -> None:
+    Args:
+        new: makes a bar from arguments of `tqdm.tqdm`.
+    """
+
+    def __init__(self, new: Callable[..., tqdm] = tqdm) -> None:
+        self._new = new
         self._open: dict[str, tqdm] = {}
+        self._drawn: tqdm | None = None
 
     def __call__(self, stage: str, done: int, total: int | None, tokens: int) -> None:
         if stage not in self._open:
-            self._open[stage] = tqdm(total=total, desc=stage, position=0)
+            self._open[stage] = self._new(total=total, desc=stage, position=0)
         bar = self._open[stage]
-        bar.update(done - bar.n)
         seconds = bar.format_dict["elapsed"]
         if tokens and seconds > 0:
-            bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s")
+            bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s", refresh=False)
+        bar.total = total
+        bar.update(done - bar.n)
+        if self._drawn is not None and self._drawn is not bar:
+            self._drawn.clear()
+            bar.refresh()
+        self._drawn = bar
         if done == total:
             self._open.pop(stage).close()
+
+    def close(self) -> None:
+        """Draw the open bars for the last time. A stage that is reported later gets a new bar."""
+        while self._open:
+            self._open.pop(next(iter(self._open))).close()

@@ -48,7 +48,7 @@ def run_command(arguments: list[str], folder: Path, name: str) -> None:
     said = os.open(folder / f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    from nullspace.cli.commands import app
+    from nullspace.cli import app
 
     app([*arguments, "--out", "out"])
 

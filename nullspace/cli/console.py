@@ -1,41 +1,45 @@
 """The terminal: results on standard output, bars, warnings and errors on standard error, and none of them over another.
 
-Bars are redrawn in place, so a line that is printed beside them and not through them leaves copies of them on the screen. Inside
-`captured` everything that other libraries write to standard error goes through the console that draws the bars; what goes to
-standard output, which may be the same terminal, waits until they have been closed (`Bars.say`).
+Bars are redrawn in place, so a line that is printed beside them leaves copies of them on the screen. Inside `captured`, what is
+written to standard error clears the bars first, and they are drawn anew below it. What goes to standard output, which may be the
+same terminal, waits until the bars are closed (`Bars.say`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 import sys
-import time
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from rich.file_proxy import FileProxy
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tqdm.std import tqdm
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+from nullspace import progress
+
+if TYPE_CHECKING:
+    from nullspace.artifacts.covariances import Covariances
+    from nullspace.artifacts.spaces import NullSpaces
 
 stdout, stderr = Console(), Console(stderr=True)
-BAR_WIDTH = 20
+BAR_FORMAT = "{desc:12} {bar:20} {n_fmt}/{total_fmt} {elapsed} left {remaining}{postfix}"
 # transformers imports them where they are installed, needed or not, and they warn of the hardware that they find.
 TALKATIVE = ("DeepSpeed", "bitsandbytes")
 _adopted: list[tuple[logging.Logger, logging.Handler, logging.Handler]] = []
 
 
-class Bars:
-    """A context manager and a `nullspace.progress.Progress`: one bar a stage on standard error; with `quiet`, none."""
+class Bars(progress.Bars):
+    """Context manager and `Progress`: one bar a stage on standard error; with `quiet`, none."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self._quiet = quiet
-        self._live: Progress | None = None
-        self._tasks: dict[str, tuple[TaskID, float]] = {}
+        super().__init__(functools.partial(_Bar, quiet or stderr.quiet))
 
     def __enter__(self) -> Bars:
         return self
@@ -43,71 +47,120 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __call__(self, stage: str, done: int, total: int | None, tokens: int) -> None:
-        if stage not in self._tasks:
-            _adopt_handlers()  # of libraries that were imported since
-        if self._quiet:
-            self._tasks.setdefault(stage, (TaskID(0), 0.0))
-            return
-        now = time.perf_counter()
-        if self._live is None:
-            self._live = Progress(*_columns(), console=stderr)
-            self._live.start()
-        if stage not in self._tasks:
-            self._tasks[stage] = (self._live.add_task(stage, total=total, rate=""), now)
-        task, since = self._tasks[stage]
-        rate = f"{tokens / (now - since):,.0f} tokens/s" if tokens and now > since else ""
-        self._live.update(task, completed=done, total=total, rate=rate)
-
-    def close(self) -> None:
-        """Draw the bars for the last time. A stage that is reported later gets a new bar."""
-        if self._live is not None:
-            self._live.stop()
-        self._live, self._tasks = None, {}
-
     def say(self, text: str) -> None:
         """Print a line on standard output, below the bars."""
         self.close()
         stdout.print(text, soft_wrap=True, markup=False)
 
 
-def _columns() -> tuple[Any, ...]:
-    return (
-        TextColumn("{task.description:12}"),
-        BarColumn(BAR_WIDTH),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )
+class _Bar(tqdm):
+    """A bar on standard error. Without a terminal, it is one line, which is printed when it is closed."""
+
+    def __init__(self, quiet: bool, **kwargs: Any) -> None:
+        _adopt_handlers()  # of libraries that were imported since
+        screen = sys.stderr.screen if isinstance(sys.stderr, _AboveBars) else None
+        bar = True if stderr.options.ascii_only else " ━"
+        super().__init__(
+            file=screen or io.StringIO(), bar_format=BAR_FORMAT, ascii=bar, dynamic_ncols=True, disable=quiet, **kwargs
+        )
+
+    def close(self) -> None:
+        if not self.disable and isinstance(self.fp, io.StringIO):
+            print(self, file=sys.stderr)
+        super().close()
 
 
-def say(what: str, text: str, style: str = "yellow") -> None:
+class _AboveBars:
+    """Standard error beside bars: lines are printed whole, above the bars."""
+
+    def __init__(self, screen: TextIO) -> None:
+        self.screen, self._rest = screen, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.screen, name)
+
+    def write(self, text: str) -> int:
+        lines, newline, self._rest = (self._rest + text).rpartition("\n")
+        if newline:
+            _Bar.write(lines, file=self.screen)
+        return len(text)
+
+    def flush(self) -> None:
+        if self._rest:
+            self.write("\n")
+        self.screen.flush()
+
+
+def print_message(word: str, text: str, style: str = "yellow") -> None:
     """A line on standard error: "warning: …"."""
-    stderr.print(f"[{style}]{what}:[/] {escape(text)}", soft_wrap=True)
+    stderr.print(f"[{style}]{word}:[/] {escape(text)}", soft_wrap=True)
+
+
+def print_line(text: str) -> None:
+    """A line on standard output, as it is."""
+    stdout.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def print_table(rows: list[dict[str, str]]) -> None:
+    """Rows, column title → text, on standard output: the first column to the left, the others to the right."""
+    table = Table(box=None, pad_edge=False)
+    for index, title in enumerate(rows[0]):
+        table.add_column(title, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row.values()))  # not as markup: names come from files
+    # Numbers are never cut: in a window that is too narrow, the lines wrap.
+    needed = stdout.measure(table, options=stdout.options.update(width=1000)).maximum
+    Console(width=max(needed, stdout.width)).print(table)
+
+
+def show_spaces(spaces: NullSpaces, facts: Mapping[str, Any], *, as_json: bool, quiet: bool = False) -> dict[str, Any] | None:
+    """Print a table of null spaces, or return the document that `--json` prints: `facts` and the table's rows."""
+    from nullspace import tables
+
+    rows = spaces.rows()
+    if not (as_json or quiet):
+        print_table([tables.cells(row) for row in rows])
+    return {**facts, "sites": rows} if as_json else None
+
+
+def show_covariances(
+    covariances: Covariances, facts: Mapping[str, Any], *, as_json: bool, quiet: bool = False
+) -> dict[str, Any] | None:
+    """The same for covariances, and which shards of their data are missing."""
+    from nullspace import tables
+    from nullspace.artifacts.shard_account import what_is_missing
+
+    rows = covariances.rows()
+    if as_json:
+        return {**facts, "shards": [part.as_json() for part in covariances.shards], "sites": rows}
+    if not quiet:
+        print_table([tables.covariance_cells(row) for row in rows])
+        missing = what_is_missing(covariances.shards)
+        if missing:
+            print_line(f"\nThe sums of a part of the data: {missing} missing.")
+    return None
 
 
 @contextlib.contextmanager
 def captured() -> Iterator[None]:
     """Inside, warnings and log records are lines on standard error, as is what libraries print there, and they draw no bars."""
-    redirected = contextlib.redirect_stderr(FileProxy(stderr, sys.stderr)) if stderr.is_terminal else contextlib.nullcontext()
+    redirected: Any = contextlib.redirect_stderr(_AboveBars(sys.stderr)) if stderr.is_terminal else contextlib.nullcontext()
     with redirected, _without_bars(), _records(), warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         for category in (FutureWarning, DeprecationWarning):  # messages for the developers of other libraries
             warnings.simplefilter("ignore", category)
-        warnings.showwarning = lambda message, *_, **__: say("warning", str(message))
+        warnings.showwarning = lambda message, *_, **__: print_message("warning", str(message))
         yield
 
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """Inside, tqdm draws nothing. The GGUF reader and others have no switch of their own for it."""
+    """Inside, tqdm draws no bars but ours. The GGUF reader and others have no switch of their own for it."""
     original = tqdm.__init__
 
     @functools.wraps(original)
     def silent(self: tqdm, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **{**kwargs, "disable": True})
+        original(self, *args, **kwargs if isinstance(self, _Bar) else {**kwargs, "disable": True})
 
     tqdm.__init__ = silent
     try:
@@ -117,19 +170,19 @@ def _without_bars() -> Iterator[None]:
 
 
 class _Lines(logging.Handler):
-    """Log records as lines of `say`."""
+    """Log records as lines of `print_message`."""
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
         self.addFilter(_is_wanted)
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.levelname.lower(), self.format(record))
+        print_message(record.levelname.lower(), self.format(record))
 
 
 @contextlib.contextmanager
 def _records() -> Iterator[None]:
-    """Inside, what is logged comes through `say`."""
+    """Inside, log records are printed by `print_message`."""
     for name in TALKATIVE:
         logging.getLogger(name).addFilter(_is_wanted)
     lines = _Lines(logging.WARNING)
@@ -146,7 +199,7 @@ def _records() -> Iterator[None]:
 
 
 def _adopt_handlers() -> None:
-    """Put `_Lines` in the place of handlers that libraries have set up for standard error."""
+    """Replace the handlers that libraries have set up for standard error by `_Lines`."""
     for logger in [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]:
         for handler in [each for each in logger.handlers if type(each) is logging.StreamHandler]:
             ours = _Lines(handler.level)

@@ -14,9 +14,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from nullspace.artifacts.locks import temporary_folder
+from nullspace.cli import console, options
+from nullspace.cli.options import RANK, Option
 from nullspace.progress import Progress
 
 QUESTION = "What is the capital of France? Answer in one sentence."
@@ -50,6 +51,18 @@ print(json.dumps({"error": error, "answer": tokenizer.decode(answer, skip_specia
 """
 
 
+def demo(
+    out: Annotated[Path, Option("Directory for the result.", Path("nullspace-demo"))],
+    rank: Annotated[int, RANK._replace(default=32)],
+    overwrite: options.Overwrite,
+) -> None:
+    """The whole walk on a real language model, without a network: SmolLM2-135M, calibrated on Python's own documentation."""
+    from nullspace.artifacts import store
+
+    with store.reserved(out, overwrite=overwrite), console.Bars() as progress:
+        run(out, rank=rank, overwrite=overwrite, say=progress.say, progress=progress)
+
+
 def run(
     out: Path, *, rank: int, overwrite: bool, say: Callable[[str], None], progress: Progress, samples: int = SAMPLES
 ) -> dict[str, Any]:
@@ -66,6 +79,7 @@ def run(
 
     from nullspace import compute_null_spaces
     from nullspace.artifacts import store
+    from nullspace.artifacts.locks import temporary_folder
     from nullspace.integrations.peft import inject_adapters, save_init
     from nullspace.integrations.transformers import PackedBatches, load_model
 

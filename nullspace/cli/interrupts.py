@@ -1,4 +1,4 @@
-"""Signals that ask the command line to end: it ends as by Ctrl-C, so that locks and temporary folders do not stay."""
+"""SIGTERM and SIGHUP end the command line as Ctrl-C does: by an exception, so that locks and temporary folders are removed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-class Ended(BaseException):
+class Terminated(BaseException):
     """A signal has asked this process to end.
 
     Args:
@@ -17,22 +17,22 @@ class Ended(BaseException):
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(number)
+        super().__init__()
         self.name, self.exit_code = signal.Signals(number).name, 128 + number
 
 
 @contextlib.contextmanager
 def signals_as_exceptions() -> Iterator[None]:
-    """Context manager: SIGTERM and SIGHUP raise `Ended` in the main thread, unless somebody else handles or ignores them."""
+    """Context manager: SIGTERM and SIGHUP raise `Terminated` in the main thread, unless they are handled or ignored already."""
 
-    def end(number: int, _: Any) -> None:
-        raise Ended(number)
+    def terminate(number: int, _: Any) -> None:
+        raise Terminated(number)
 
-    here = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
-    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name) and here]
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name) and in_main]
     changed = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
     for number in changed:
-        signal.signal(number, end)
+        signal.signal(number, terminate)
     try:
         yield
     finally:

@@ -1,74 +1,127 @@
-"""The command line's options as a table: which values each takes, and what has to be given for it to have an effect.
+"""The options of the command line: one declaration each, with type, default, help, check and condition.
 
-`check` is asked before anything is loaded. An option that was given and has no effect is an error, not a silent nothing. Every
-option of every command has an entry here.
+A command is a function whose parameters are options (`Annotated[type, Option(…)]`) or groups of options (dataclasses of such
+fields). `signature` is what typer reads of it, `check` refuses bad values and options without effect before anything is loaded, and
+`gather` fills the groups. Nothing here imports torch before a command runs.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from nullspace.artifacts.shard_account import parse_shard
-from nullspace.calibration.hidden_states import PLACES
-from nullspace.calibration.stream import STRATEGIES
-from nullspace.checks import FRACTION, NOT_NEGATIVE, POSITIVE, check_device, check_integer, check_real
-from nullspace.methods import METHODS, takers
-from nullspace.moments.covariance import PRECISIONS
-from nullspace.planning.plan import PLACES as WEIGHT_PLACES
-from nullspace.planning.units import parse_size
+import typer
+
+from nullspace.checks import FRACTION, NOT_NEGATIVE, POSITIVE, Range, check_device, check_integer, check_real
 
 Values = Mapping[str, Any]
 """A command's arguments: parameter name → value."""
 
+Condition = Callable[[Values], str | None]
+"""None if an option has an effect beside these values; otherwise the words that complete "--option belongs to …"."""
+
+Command = Callable[..., dict[str, Any] | None]
+"""A command: its parameters are options and groups; it returns the document that `--json` prints."""
+
+REQUIRED: Any = inspect.Parameter.empty
 TEXT_ENDINGS = (".txt", ".md")
 FILE_ENDINGS = (*TEXT_ENDINGS, ".jsonl", ".json", ".parquet", ".csv")
 
 
-class Condition(NamedTuple):
-    """What must be given for an option to have an effect; `words` complete "--option belongs to …"."""
-
-    words: str
-    holds: Callable[[Values], bool]
-
-
 class Option(NamedTuple):
-    """What an option takes: `check` raises for a bad value; without `needs` it always has an effect."""
+    """One option.
 
+    Attributes:
+        help: its help text.
+        default: `REQUIRED` if it must be given.
+        check: called with the option as it is typed and the value; raises for a bad value.
+        needs: when it has an effect; None for always.
+        typed: how it is typed, where that is not `--` and the parameter's name; `()` for a positional argument.
+        least: the smallest value, which the help shows.
+    """
+
+    help: str
+    default: Any = REQUIRED
     check: Callable[[str, Any], Any] | None = None
     needs: Condition | None = None
+    typed: tuple[str, ...] | None = None
+    least: float | None = None
 
 
-def check(command: str, values: Values, given: Collection[str]) -> None:
+# ---- from functions to commands
+
+
+@functools.cache
+def declared(command: Command) -> Mapping[str, tuple[Any, Option]]:
+    """The options of a command and of its groups: parameter name → type and declaration."""
+    return dict(_declarations(command, list(inspect.signature(command).parameters)))
+
+
+def _declarations(owner: Any, names: list[str]) -> Iterator[tuple[str, tuple[Any, Option]]]:
+    hints = typing.get_type_hints(owner, include_extras=True)
+    for name in names:
+        if is_dataclass(hints[name]):
+            yield from _declarations(hints[name], [field.name for field in fields(hints[name])])
+        else:
+            kind, option = typing.get_args(hints[name])
+            yield name, (kind, option._replace(typed=(f"--{name.replace('_', '-')}",) if option.typed is None else option.typed))
+
+
+def signature(command: Command, *more: inspect.Parameter) -> inspect.Signature:
+    """What typer reads of a command: a keyword parameter for each option, and `more`."""
+    parameters = []
+    for name, (kind, option) in declared(command).items():
+        described: Any = typer.Argument(help=option.help)
+        if option.typed:
+            described = typer.Option(*option.typed, help=option.help, min=option.least)
+        annotation: Any = Annotated[kind, described]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=option.default))
+    return inspect.Signature([*parameters, *more])
+
+
+def gather(command: Command, values: Values) -> dict[str, Any]:
+    """The command's own arguments, its groups included, from the values of all options."""
+    arguments = {}
+    for name, kind in typing.get_type_hints(command).items():
+        if isinstance(kind, type) and is_dataclass(kind):
+            arguments[name] = kind(**{field.name: values[field.name] for field in fields(kind)})
+        elif name != "return":
+            arguments[name] = values[name]
+    return arguments
+
+
+def check(command: Command, values: Values, given: Collection[str]) -> None:
     """Raise for an option that has a bad value, or that was given and has no effect.
 
     Args:
-        command: its name.
-        values: of all its parameters, defaults too.
-        given: the parameters that the user gave.
+        command: the function.
+        values: of all its options, defaults too.
+        given: the options that the user gave.
 
     Raises:
         TypeError, ValueError: naming the option.
     """
-    table = COMMANDS[command]
-    for name, value in values.items():
-        checked = table[name].check
-        if checked is not None and value is not None:
-            checked(flag(name), value)
-    for name in values:
-        needed = table[name].needs
-        if name in given and needed is not None and not needed.holds(values):
-            raise ValueError(f"{flag(name)} belongs to {needed.words}, and has no effect here: leave it out")
+    options = {name: option for name, (_, option) in declared(command).items()}
+    for name, option in options.items():
+        if option.check is not None and values[name] is not None:
+            option.check(_typed(name, option), values[name])
+    for name, option in options.items():
+        missing = option.needs(values) if name in given and option.needs is not None else None
+        if missing is not None:
+            raise ValueError(f"{_typed(name, option)} belongs to {missing}, and has no effect here: leave it out")
 
 
-def flag(name: str) -> str:
-    """A parameter's name as it is typed: `batch_size` → `--batch-size`."""
-    return f"--{_FLAGS.get(name, name).replace('_', '-')}"
+def _typed(name: str, option: Option) -> str:
+    return option.typed[0] if option.typed else f"--{name}"
 
 
-_FLAGS = {"as_json": "json"}
+# ---- values
 
 
 def parse_targets(text: str) -> str | list[str]:
@@ -89,45 +142,13 @@ def parse_exclude(text: str | None) -> str | list[str] | None:
     return parse_targets(text)
 
 
-def parse_weights(text: str) -> list[float]:
-    """The `--weights` option of `merge`: "2,1" → [2.0, 1.0]."""
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--weights must be numbers with commas between them, not {text!r}") from None
-    for number in found:
-        check_real("--weights", number)
-    return found
+def one_of(*choices: str) -> Callable[[str, str], None]:
+    """The check of an option with these values."""
+    return lambda name, value: _check_one_of(name, value, choices)
 
 
-def parse_adapters(options: list[str]) -> dict[str, list[Path]]:
-    """The `--adapter` options of `report`: name → directories, the initial one first."""
-    found: dict[str, list[Path]] = {}
-    for option in options:
-        name, _, places = option.partition("=")
-        directories = [part.strip() for part in places.split(",")]
-        if not name.strip() or not all(directories):
-            raise ValueError(f"--adapter must be NAME=INITIAL or NAME=INITIAL,TRAINED, not {option!r}")
-        if name.strip() in found:
-            raise ValueError(f"--adapter: there are two of the name {name.strip()!r}")
-        found[name.strip()] = [Path(directory) for directory in directories]
-    return found
-
-
-def _one_of(*choices: str) -> Callable[[str, str], None]:
-    def checked(name: str, value: str) -> None:
-        if value not in choices:
-            raise ValueError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}")
-
-    return checked
-
-
-def _real(allowed: Any) -> Callable[[str, float], Any]:
-    return lambda name, value: check_real(name, value, allowed)
-
-
-def _parsed(parse: Callable[[Any], Any]) -> Callable[[str, Any], None]:
-    """The check of an option that `parse` raises for."""
+def parsed(parse: Callable[[Any], Any]) -> Callable[[str, Any], None]:
+    """The check of an option that `parse` raises `ValueError` for."""
 
     def checked(name: str, value: Any) -> None:
         try:
@@ -138,155 +159,259 @@ def _parsed(parse: Callable[[Any], Any]) -> Callable[[str, Any], None]:
     return checked
 
 
-def _compile_targets(text: str) -> None:
-    _compile_names(text, parse_targets(text))
+def _check_one_of(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        *others, last = choices
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, not {value!r}")
 
 
-def _compile_exclude(text: str) -> None:
-    _compile_names(text, parse_exclude(text))
+def _check_choice(name: str, value: str) -> None:
+    """The check of options whose values are those of another package, which imports torch."""
+    from nullspace.calibration.hidden_states import PLACES
+    from nullspace.calibration.stream import STRATEGIES
+    from nullspace.methods import METHODS
+    from nullspace.moments.covariance import PRECISIONS
+
+    choices = {"--hidden-states": PLACES, "--method": METHODS, "--precision": PRECISIONS, "--strategy": STRATEGIES}
+    _check_one_of(name, value, tuple(choices[name]))
 
 
-def _compile_names(text: str, targets: str | list[str] | None) -> None:
-    if not targets:
-        raise ValueError(f"no layer is named in {text!r}")
-    if isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error as error:
-            raise ValueError(f"{targets!r} is not a regular expression: {error}") from None
+def _real(allowed: Range) -> Callable[[str, float], Any]:
+    return lambda name, value: check_real(name, value, allowed)
 
 
-def _ending(values: Values) -> str:
-    return Path(values.get("data") or "").suffix.lower()
+def _compile(parse: Callable[[str], str | list[str] | None]) -> Callable[[str], None]:
+    def compiled(text: str) -> None:
+        layers = parse(text)
+        if not layers:
+            raise ValueError(f"no layer is named in {text!r}")
+        if isinstance(layers, str):
+            try:
+                re.compile(layers)
+            except re.error as error:
+                raise ValueError(f"{layers!r} is not a regular expression: {error}") from None
+
+    return compiled
 
 
-def _check_file(name: str, data: str) -> None:
+def check_file(name: str, data: str) -> None:
+    """The check of --data: a name that ends as a file's is one that exists."""
     path = Path(data)
     if path.suffix.lower() in FILE_ENDINGS and not path.is_file():
         raise FileNotFoundError(f"{name}: {data} is not a file")
 
 
+# ---- conditions
+
+
+def needed(words: str, holds: Callable[[Values], bool]) -> Condition:
+    """The condition with these words."""
+    return lambda values: None if holds(values) else words
+
+
+def _has_data(values: Values) -> bool:
+    return values.get("data", REQUIRED) is not None  # `plan` has no --data
+
+
+def _ending(values: Values) -> str:
+    return Path(values["data"]).suffix.lower()
+
+
+def _method(values: Values) -> Any:
+    from nullspace.methods import METHODS
+
+    return METHODS[values["method"]]
+
+
 def _computes_spaces(values: Values) -> bool:
-    """Whether `init` computes null spaces."""
-    return "spaces" in METHODS[values["method"]].needs and values["spaces"] is None
+    return "method" not in values or ("spaces" in _method(values).needs and values["spaces"] is None)
 
 
-def _takes(option: str) -> Condition:
-    return Condition(" and ".join(map(repr, takers(option))), lambda values: option in METHODS[values["method"]].options)
+def _of_methods(option: str) -> Condition:
+    """The methods that have this option."""
+
+    def missing(values: Values) -> str | None:
+        from nullspace.methods import takers
+
+        return None if option in _method(values).options else " and ".join(map(repr, takers(option)))
+
+    return missing
 
 
-DATA = Condition("a run on data (--data)", lambda values: values.get("data") is not None)
-ROWS = Condition(
-    "--data with fields (JSON, CSV, Parquet, a hub data set)", lambda v: DATA.holds(v) and _ending(v) not in TEXT_ENDINGS
+def _kept(values: Values) -> str | None:
+    if values["covariances"] is not None or values.get("preserve") is not None:
+        return None
+    return "--covariances and --preserve" if "preserve" in values else "--covariances"
+
+
+DATA = needed("a run on data (--data)", _has_data)
+ROWS = needed("--data with fields (JSON, CSV, Parquet, a hub data set)", lambda v: _has_data(v) and _ending(v) not in TEXT_ENDINGS)
+HUB = needed("--data that is a hub data set, not a file", lambda v: _has_data(v) and _ending(v) not in FILE_ENDINGS)
+BY_BLOCK = needed("a layerwise run on data (--strategy layerwise or auto)", lambda v: _has_data(v) and v["strategy"] != "resident")
+MODEL = needed("a run with a model", lambda v: v["model"] is not None)
+SPACES = needed("null spaces that are being computed: 'lora-null' and 'b-zero', without --spaces", _computes_spaces)
+PRESERVE = needed("'sc-lora'", lambda v: "preserve" in _method(v).needs)
+
+# ---- options that more than one command, or a group, has
+
+OFFLOAD = Option("Leave the weights on the disk and read them block by block.", False, needs=MODEL)
+OVERWRITE = Option("Replace an earlier result of ours.", False)
+PRECISION = Option(
+    "'auto', 'mixed' for float32 chains throughout, 'fp64' for float64 products, 'qr' for no products (slow).",
+    "auto",
+    _check_choice,
+    DATA,
 )
-HUB = Condition("--data that is a hub data set, not a file", lambda v: DATA.holds(v) and _ending(v) not in FILE_ENDINGS)
-BY_BLOCK = Condition(
-    "a layerwise run on data (--strategy layerwise or auto)", lambda v: DATA.holds(v) and v["strategy"] != "resident"
-)
-MODEL = Condition("a run with a model", lambda values: values["model"] is not None)
-SPACES = Condition("null spaces that are being computed: 'lora-null' and 'b-zero', without --spaces", _computes_spaces)
-KEPT = Condition("--covariances", lambda v: v["covariances"] is not None or v.get("preserve") is not None)
-PRESERVE = Condition("'sc-lora'", lambda values: "preserve" in METHODS[values["method"]].needs)
-LAYERS = Condition("--covariances, --spaces or --adapter", lambda v: any(v[name] for name in ("covariances", "spaces", "adapter")))
-GPU = Condition("a plan for a GPU", lambda values: values["device"] != "cpu")
+JSON = Option("One JSON document on standard output instead of tables.", False, typed=("--json",))
+RANK = Option("Directions a layer: the adapter's rank.", 128, check_integer)
 
-ALWAYS = Option()
-COUNT = Option(check_integer)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-KEEP = Option(_one_of("float64", "float32"))
-RESULT = {"out": ALWAYS, "overwrite": ALWAYS}
-SHOWN = {"as_json": ALWAYS, "quiet": ALWAYS}
-# How a model is loaded, and how it is run on data.
-LOADING = {
-    "targets": Option(_parsed(_compile_targets)),
-    "exclude": Option(_parsed(_compile_exclude)),
-    "dtype": Option(_one_of(*DTYPES)),
-    "device": Option(_parsed(check_device)),
-    "offload": ALWAYS,
-}
-RUN = {
-    "data": Option(_check_file),
-    "field": Option(needs=ROWS),
-    "split": Option(needs=HUB),
-    "samples": Option(check_integer, DATA),
-    "length": Option(check_integer, DATA),
-    "batch_size": Option(check_integer, DATA),
-    "precision": Option(_one_of(*PRECISIONS), DATA),
-    "strategy": Option(_one_of(*STRATEGIES), DATA),
-    "hidden_states": Option(_one_of(*PLACES), BY_BLOCK),
-    "fresh": Option(needs=DATA),
-    "timeout": Option(_real(POSITIVE), DATA),
-}
+Model = Annotated[str, Option("Hub name, folder, or .gguf file.", typed=())]
+Data = Annotated[
+    str | None,
+    Option("What must not be forgotten: a text, JSON Lines, JSON, CSV or Parquet file, or a hub data set.", None, check_file),
+]
+Covariances = Annotated[Path | None, Option("Use what `nullspace covariances` or `merge` wrote instead of --data.", None)]
+Partial = Annotated[bool, Option("Take covariances though shards of their data are missing.", False, needs=_kept)]
+Samples = Annotated[int, Option("Sequences to calibrate on.", 256, check_integer, DATA)]
+Length = Annotated[int, Option("Tokens a sequence.", 1024, check_integer, DATA)]
+BatchSize = Annotated[int, Option("Sequences a batch.", 4, check_integer, DATA)]
+Rank = Annotated[int, RANK]
+Avoid = Annotated[
+    list[Path] | None,
+    Option("Directory of an earlier adapter whose A the new ones are not to read; may be repeated.", None, needs=SPACES),
+]
+TargetNames = Annotated[
+    str,
+    Option(
+        "'all-linear', name endings ('q_proj,v_proj'), or a regular expression ('re:.*_proj').",
+        "all-linear",
+        parsed(_compile(parse_targets)),
+        MODEL,
+    ),
+]
+Exclude = Annotated[
+    str | None, Option("Layers to take away from --targets, in the same form.", None, parsed(_compile(parse_exclude)), MODEL)
+]
+DType = Annotated[
+    str,
+    Option(
+        "Of the model's weights: auto, float32, bfloat16, float16.",
+        "auto",
+        one_of("auto", "float32", "bfloat16", "float16"),
+        MODEL,
+    ),
+]
+Keep = Annotated[str, Option("float64, or float32 for half the space and 7 digits.", "float64", one_of("float64", "float32"))]
+Overwrite = Annotated[bool, OVERWRITE]
+Json = Annotated[bool, JSON]
+Quiet = Annotated[bool, Option("No progress bars and no tables.", False, typed=("--quiet", "-q"))]
 
-COMMANDS: Mapping[str, Mapping[str, Option]] = {
-    "init": {
-        "model": ALWAYS,
-        **RESULT,
-        **RUN,
-        **LOADING,
-        "spaces": ALWAYS,
-        "covariances": ALWAYS,
-        "partial": Option(needs=KEPT._replace(words="--covariances and --preserve")),
-        "rank": COUNT,
-        "alpha": Option(_real(POSITIVE)),
-        "use_rslora": ALWAYS,
-        "method": Option(_one_of(*METHODS)),
-        "sigma_scale": Option(_real(POSITIVE), _takes("sigma_scale")),
-        "beta": Option(_real(FRACTION), _takes("beta")),
-        "damping": Option(_real(NOT_NEGATIVE), _takes("damping")),
-        "preserve": Option(needs=PRESERVE),
-        "avoid": Option(needs=SPACES),
-        "spectrum": Option(needs=SPACES),
-        **SHOWN,
-    },
-    "compute": {
-        "model": ALWAYS,
-        **RESULT,
-        **RUN,
-        **{name: option._replace(needs=MODEL) for name, option in LOADING.items()},
-        "covariances": ALWAYS,
-        "partial": Option(needs=KEPT),
-        "rank": COUNT,
-        "avoid": ALWAYS,
-        "spectrum": ALWAYS,
-        **SHOWN,
-    },
-    "covariances": {"model": ALWAYS, **RESULT, **RUN, **LOADING, "keep": KEEP, "shard": Option(_parsed(parse_shard)), **SHOWN},
-    "merge": {
-        "runs": ALWAYS,
-        **RESULT,
-        "weights": Option(_parsed(parse_weights)),
-        "normalise": ALWAYS,
-        "partial": ALWAYS,
-        "keep": KEEP,
-        **SHOWN,
-    },
-    "inspect": {"directory": ALWAYS, "base": ALWAYS, "as_json": ALWAYS},
-    "report": {
-        **RESULT,
-        "covariances": ALWAYS,
-        "spaces": ALWAYS,
-        "model": Option(needs=LAYERS),
-        "adapter": Option(_parsed(parse_adapters)),
-        "study": ALWAYS,
-        "offload": Option(needs=Condition("--model", lambda values: values["model"] is not None)),
-        **SHOWN,
-    },
-    "export": {"trained": ALWAYS, "initial": ALWAYS, "base": ALWAYS, **RESULT, **SHOWN},
-    "plan": {
-        "model": ALWAYS,
-        "samples": COUNT,
-        "length": COUNT,
-        "batch_size": COUNT,
-        "rank": COUNT,
-        "targets": LOADING["targets"],
-        "exclude": LOADING["exclude"],
-        "dtype": LOADING["dtype"],
-        "device": Option(_one_of("cuda", "cpu")),
-        "weights": Option(_one_of(*WEIGHT_PLACES)),
-        "device_memory": Option(_parsed(parse_size), GPU),
-        "host_memory": Option(_parsed(parse_size)),
-        "as_json": ALWAYS,
-    },
-    "demo": {**RESULT, "rank": COUNT},
-}
+
+@dataclass(frozen=True)
+class Text:
+    """How a data set is read and cut into batches."""
+
+    field: Annotated[str | None, Option("Field(s) that hold the text, joined if several: 'question,answer'.", None, needs=ROWS)]
+    split: Annotated[str, Option("Split of a hub data set.", "train", needs=HUB)]
+    samples: Samples
+    length: Length
+    batch_size: BatchSize
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which layers' inputs are summed, and how exactly."""
+
+    targets: TargetNames
+    exclude: Exclude
+    precision: Annotated[str, PRECISION]
+
+
+@dataclass(frozen=True)
+class Running:
+    """How the model is loaded and run."""
+
+    dtype: DType
+    device: Annotated[
+        str | None, Option("cuda, cuda:1, cpu, …; CUDA if there is one by default.", None, parsed(check_device), MODEL)
+    ]
+    offload: Annotated[bool, OFFLOAD]
+    strategy: Annotated[
+        str,
+        Option(
+            "'resident': all layers' sums at once; 'layerwise': block by block; 'auto': what the memory asks for.",
+            "auto",
+            _check_choice,
+            DATA,
+        ),
+    ]
+    hidden_states: Annotated[
+        str,
+        Option(
+            "Where a layerwise run keeps what lies between two blocks: device, host, disk, or auto.",
+            "auto",
+            _check_choice,
+            BY_BLOCK,
+        ),
+    ]
+    fresh: Annotated[bool, Option("Begin anew, whatever an interrupted run left in OUT.checkpoint.", False, needs=DATA)]
+    timeout: Annotated[
+        float,
+        Option("Under torchrun: minutes that one process waits for the others.", 30.0, _real(POSITIVE), DATA, least=0.05),
+    ]
+
+
+@dataclass(frozen=True)
+class RunningForSpaces(Running):
+    """The same, for null spaces."""
+
+    spectrum: Annotated[bool, Option("Report effective ranks too.", False, needs=SPACES)]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter, and the method that gives it its first values."""
+
+    rank: Rank
+    alpha: Annotated[float | None, Option("LoRA's alpha; the rank by default, so that the scaling is 1.", None, _real(POSITIVE))]
+    use_rslora: Annotated[bool, Option("Scale by alpha / sqrt(rank).", False)]
+    method: Annotated[
+        str,
+        Option(
+            "'lora-null', 'corda-kpm', 'corda-ipm', 'corda-exact', 'sc-lora', 'milora' or 'pissa'; 'b-zero', 'eva' or "
+            "'orthogonal' leave the base alone.",
+            "lora-null",
+            _check_choice,
+        ),
+    ]
+    sigma_scale: Annotated[
+        float,
+        Option(
+            "lora-null: multiply the adapter's product (the paper's Table 5).", 1.0, _real(POSITIVE), _of_methods("sigma_scale")
+        ),
+    ]
+    preserve: Annotated[
+        Path | None,
+        Option(
+            "sc-lora: covariances of what must not be forgotten; --data is then the task.",
+            None,
+            needs=PRESERVE,
+        ),
+    ]
+    beta: Annotated[
+        float, Option("sc-lora: 0 for the task alone, 1 for preservation alone.", 0.5, _real(FRACTION), _of_methods("beta"))
+    ]
+    damping: Annotated[
+        float,
+        Option("corda: added to the diagonal of C, relative to its mean.", 0.01, _real(NOT_NEGATIVE), _of_methods("damping")),
+    ]
+    avoid: Avoid
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What happens to an earlier result, and what is printed."""
+
+    overwrite: Overwrite
+    as_json: Json
+    quiet: Quiet

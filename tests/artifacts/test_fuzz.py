@@ -40,8 +40,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nullspace import Covariances, NullSpaces, cli, compute_covariances, compute_null_spaces, tables
+from nullspace import Covariances, NullSpaces, compute_covariances, compute_null_spaces, tables
 from nullspace.artifacts import records
+from nullspace.cli import console
 from nullspace.integrations.peft import corda, files
 from nullspace.integrations.transformers import load_rows, load_texts, read_config
 from nullspace.reporting import study as fronts
@@ -110,8 +111,8 @@ def shown_in_full(rows: list[dict[str, Any]], cells: Callable[[Any], dict[str, s
         return
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli.commands, "stdout", Console(file=out, width=10**4))
-        cli.commands._show_table([cells(row) for row in rows])
+        patch.setattr(console, "stdout", Console(file=out, width=10**4))
+        console.print_table([cells(row) for row in rows])
     for row in rows:
         if row["site"].isprintable() and row["site"].isascii() and len(row["site"]) < 200:
             assert row["site"] in out.getvalue(), "a name vanished from the table"

@@ -18,7 +18,7 @@ from models import random_batches, tiny
 from nullspace import Covariances, compute_covariances
 from nullspace.artifacts import records
 from nullspace.artifacts.shard_account import Shards, joined, parse_shard, what_is_missing
-from nullspace.cli.commands import app
+from nullspace.cli import app
 from reference import relative_error
 
 # Sums of the same numbers in another order.

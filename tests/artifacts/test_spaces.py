@@ -28,7 +28,7 @@ from nullspace import Covariance, NullSpace, NullSpaces, Site, compute_null_spac
 from nullspace.artifacts import records
 from nullspace.artifacts.spaces import TOLERANCE
 from nullspace.calibration.covariances import compute_covariances
-from nullspace.cli.commands import app
+from nullspace.cli import app
 from nullspace.model.sites import find_targets
 from nullspace.solvers import eigen
 from reference import excess_leak, leak, optimal_leak, recorded_inputs

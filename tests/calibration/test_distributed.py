@@ -37,7 +37,7 @@ from nullspace import Covariance, Covariances, NullSpaces, compute_covariances, 
 from nullspace.artifacts import locks, records, store
 from nullspace.artifacts import together as shared_writes
 from nullspace.calibration.totals import deal
-from nullspace.cli.commands import app
+from nullspace.cli import app
 from nullspace.distributed import Job
 from nullspace.distributed.job import default_store
 from nullspace.distributed.loaders import is_share

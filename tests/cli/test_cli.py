@@ -8,6 +8,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import types
 from pathlib import Path
@@ -20,9 +22,11 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import nullspace
 from nullspace import NullSpaces
 from nullspace.artifacts import locks
-from nullspace.cli.commands import app, parse_targets
+from nullspace.cli import app
+from nullspace.cli.options import parse_targets
 from nullspace.methods import METHODS
 
 RANK = ["--rank", "8"]
@@ -465,7 +469,7 @@ def test_with_json_nothing_else_is_printed(
     tiny_checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DeepSpeed, where it is installed, logs to standard output when transformers imports it."""
-    monkeypatch.setattr("nullspace.cli.commands._versions", lambda: print("a library's own words") or {})
+    monkeypatch.setattr("nullspace.cli.calibrate._versions", lambda: print("a library's own words") or {})
     result = run("init", tiny_checkpoint, "--data", data, "--out", tmp_path / "out", *SMALL, "--json")
     assert json.loads(result.stdout)["out"] == str(tmp_path / "out")
     assert "a library's own words" in result.stderr
@@ -489,7 +493,28 @@ def test_help_has_a_short_option_everywhere(arguments: list[str]) -> None:
 def test_version() -> None:
     result = run("--version")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert re.fullmatch(r"nullspace \d+\.\d+\S*\n", result.stdout)
+    assert result.stdout == f"nullspace {nullspace.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["init", "--help"]], ids=" ".join)
+def test_help_of_a_checkout_imports_the_command_line_alone(arguments: list[str]) -> None:
+    """Without torch it takes less than half a second of CPU time; with torch and transformers, 10 seconds."""
+    script = (
+        "import runpy, sys\ntry: runpy.run_module('nullspace', run_name='__main__')\nfinally: print(*sys.modules, file=sys.stderr)"
+    )
+    root = Path(nullspace.__file__).parents[1]
+    # -S: without the installed package's path hook, but with the directories of the other packages.
+    others = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), others])}
+    done = subprocess.run([sys.executable, "-S", "-c", script, *arguments], capture_output=True, text=True, env=environment)
+    assert "nullspace" in done.stdout
+    loaded = set(done.stderr.split())
+    assert not loaded & {"torch", "transformers", "peft", "numpy", "scipy", "safetensors"}
+    assert {name for name in loaded if re.match(r"nullspace\.(?!cli\b)", name)} <= {
+        "nullspace.checks",
+        "nullspace.errors",
+        "nullspace.progress",
+    }
 
 
 def _refuse() -> None:

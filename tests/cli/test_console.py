@@ -19,8 +19,7 @@ from typer.testing import CliRunner
 
 from models import random_batches, tiny
 from nullspace import compute_null_spaces
-from nullspace.cli import demo
-from nullspace.cli.commands import app
+from nullspace.cli import app, demo
 from nullspace.integrations import transformers as loading
 
 SMALL = ["--samples", "6", "--length", "64", "--batch-size", "2", "--rank", "8"]

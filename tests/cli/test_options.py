@@ -14,11 +14,12 @@ import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from nullspace.cli.commands import app
-from nullspace.cli.options import COMMANDS, flag
+from nullspace.cli import COMMANDS, app
+from nullspace.cli.options import declared
 from nullspace.integrations.transformers import positions
 
 INSTALLED: Any = get_command(app)
+DECLARED = {command.__name__: {name: option for name, (_, option) in declared(command).items()} for command in COMMANDS}
 OF_DATA = {"samples", "length", "batch_size", "precision", "strategy", "hidden_states", "fresh", "timeout"}
 OF_MODEL = {"targets", "exclude", "dtype", "device", "offload"}
 OF_ROWS, OF_HUB = {"field"}, {"split"}
@@ -80,19 +81,22 @@ def parameters(command: str) -> dict[str, Any]:
     return {each.name: each for each in INSTALLED.commands[command].params if each.name not in ("help", "debug")}
 
 
-def test_the_table_has_every_option_of_every_command() -> None:
-    assert set(COMMANDS) == set(INSTALLED.commands)
-    for command, table in COMMANDS.items():
-        assert set(table) == set(parameters(command)), command
+def flag(command: str, name: str) -> str:
+    return DECLARED[command][name].typed[0]
+
+
+def test_every_option_is_declared_once() -> None:
+    assert list(DECLARED) == list(INSTALLED.commands)
+    for command, options in DECLARED.items():
+        assert list(options) == list(parameters(command))
         for name, each in parameters(command).items():
-            if each.param_type_name == "option":
-                assert flag(name) in each.opts
+            assert tuple(each.opts) == (options[name].typed or (name,))
 
 
 def test_every_command_has_a_source_here() -> None:
-    assert {command for command, _ in SOURCES} == set(COMMANDS)
+    assert {command for command, _ in SOURCES} == set(DECLARED)
     for (command, _), refused in SOURCES.items():
-        assert refused <= set(COMMANDS[command])
+        assert refused <= set(DECLARED[command])
 
 
 @pytest.mark.parametrize(("command", "source"), SOURCES)
@@ -106,16 +110,16 @@ def test_every_option_has_an_effect_or_is_refused(
     ran: list[str] = []
 
     @contextlib.contextmanager
-    def not_run(name: str, minutes: float) -> Iterator[bool]:
-        ran.append(name)
+    def not_run(minutes: float | None) -> Iterator[bool]:
+        ran.append(command)
         yield False
 
-    monkeypatch.setattr("nullspace.cli.commands._joined", not_run)
+    monkeypatch.setattr("nullspace.cli.together.joined", not_run)
     given = source.split()
     for name, each in parameters(command).items():
-        if each.param_type_name != "option" or flag(name) in given:
+        if each.param_type_name != "option" or flag(command, name) in given:
             continue
-        option = [flag(name)]
+        option = [flag(command, name)]
         if not each.is_flag:
             option.append({**VALUES, **(OF_PLAN if command == "plan" else {})}.get(name) or str(each.default))
         out = [] if name == "out" or command in ("inspect", "plan") else ["--out", "o"]
@@ -124,7 +128,7 @@ def test_every_option_has_an_effect_or_is_refused(
         said = capsys.readouterr().err
         if name in SOURCES[command, source]:
             assert code == 2, (option, said)
-            assert f"error: {flag(name)} belongs to " in said
+            assert f"error: {flag(command, name)} belongs to " in said
             assert not ran
         else:
             assert code == 0, (option, said)

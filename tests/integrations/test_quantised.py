@@ -22,7 +22,7 @@ from models import random_batches, tiny
 from nullspace import Covariances, NullSpaces, compute_null_spaces, stream_covariances
 from nullspace.artifacts import records
 from nullspace.artifacts.identity import _hash_weights, weights_of
-from nullspace.cli.commands import app
+from nullspace.cli import app
 from nullspace.integrations.peft import (
     METHODS,
     attach_subtracted,

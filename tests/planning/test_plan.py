@@ -18,7 +18,7 @@ import models
 from models import random_batches, tiny
 from nullspace import compute_null_spaces
 from nullspace.calibration.stream import stream_covariances
-from nullspace.cli.commands import app
+from nullspace.cli import app
 from nullspace.moments.triangle import LowerTriangle
 from nullspace.planning.choice import choose, choose_strategy, closest, fit
 from nullspace.planning.forecast import forecast

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import nullspace
 from nullspace import analysis
 from nullspace.analysis import Analysis
-from nullspace.cli.commands import app
+from nullspace.cli import app
 from nullspace.integrations.peft import read_course, read_factors
 from nullspace.reporting import figures
 from nullspace.reporting import page as report

@@ -1,0 +1,116 @@
+"""`nullspace merge`, `inspect` and `export`: what was kept before is added, shown, or made into a plain LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from nullspace.cli import console, options
+from nullspace.cli.options import Option, Shown
+
+
+def _parse_weights(text: str) -> list[float]:
+    """The `--weights` option of `merge`: "2,1" → [2.0, 1.0]."""
+    from nullspace.checks import check_real
+
+    try:
+        factors = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--weights must be numbers with commas between them, not {text!r}") from None
+    return [check_real("--weights", factor) for factor in factors]
+
+
+def merge(
+    runs: Annotated[list[Path], Option("What `nullspace covariances` wrote, of one model.", typed=())],
+    out: Annotated[Path, Option("Directory for the sums; must not exist yet.")],
+    weights: Annotated[str | None, Option("A factor a run: '2,1'; 1 by default.", None, options.parsed(_parse_weights))],
+    normalise: Annotated[bool, Option("Divide each run by its trace first: several tasks that are to count alike.", False)],
+    partial: Annotated[bool, Option("Shards may be missing: a merge on the way, to be merged with others.", False)],
+    keep: options.Keep,
+    shown: Shown,
+) -> dict[str, Any] | None:
+    """Add second moments: the shards of one data set, more data later, several corpora or tasks."""
+    import torch
+
+    from nullspace import Covariances
+    from nullspace.artifacts import store
+
+    with store.reserved(out, overwrite=shown.overwrite):
+        factors = None if weights is None else _parse_weights(weights)
+        loaded = [Covariances.load(run, partial=True) for run in runs]
+        merged = Covariances.merge(loaded, weights=factors, normalise=normalise, partial=partial)
+        merged.save(out, overwrite=shown.overwrite, dtype=getattr(torch, keep))
+        facts = {"out": str(out), "runs": [str(run) for run in runs], "weights": factors, "normalise": normalise}
+        written = Covariances.load(out, partial=True)
+        return console.show_covariances(written, facts, as_json=shown.as_json, quiet=shown.quiet)
+
+
+def inspect(
+    directory: Annotated[
+        Path,
+        Option(
+            "What `nullspace compute`, `init`, `export`, `covariances` or `merge` wrote, or a folder in it; an adapter in "
+            "or after training; a model.",
+            typed=(),
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        Option("Write into the adapter's configuration and card that its base is this folder or hub name, now.", None),
+    ],
+    as_json: options.Json,
+) -> dict[str, Any] | None:
+    """Show null spaces (leak, gap, tokens and outliers of every site), covariances, or which base an adapter needs."""
+    from nullspace import Covariances, NullSpaces
+    from nullspace.artifacts import records
+    from nullspace.integrations import peft
+
+    if base is not None:
+        peft.set_base(directory, base)
+    kind, facts = records.kind_of(directory), {"directory": str(directory)}
+    if kind == "covariances":
+        return console.show_covariances(Covariances.load(directory, partial=True), facts, as_json=as_json)
+    if kind == "spaces":
+        return console.show_spaces(NullSpaces.load(directory), facts, as_json=as_json)
+    described = peft.describe(directory)
+    if not as_json:
+        _print_facts(described)
+    if (directory / "spaces").is_dir():
+        return console.show_spaces(NullSpaces.load(directory / "spaces"), described, as_json=as_json)
+    return described if as_json else None
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    """What is known of a folder, a line a fact, and sentences on what to do with it."""
+    leak = facts.get("leak")
+    shown = {**facts, "leak": leak and f"{leak['median']:.2e} (median), {leak['worst']:.2e} (worst, {leak['worst_site']})"}
+    for name, value in shown.items():
+        if name not in ("notes", "holds") and value not in (None, False):
+            console.print_line(f"{name.replace('_', ' '):12} {' '.join(str(value).split())}")
+    for note in facts["notes"]:
+        console.print_line(f"\n{note}")
+    console.print_line("")
+
+
+def export(
+    trained: Annotated[Path, Option("Directory of the trained adapter.", typed=())],
+    initial: Annotated[Path, Option("What `nullspace init` wrote, or the adapter directory in it.")],
+    out: Annotated[Path, Option("Directory for the plain LoRA; must not exist yet.")],
+    base: Annotated[str | None, Option("Name of the untouched base; by default that which `init` was given.", None)],
+    shown: Shown,
+) -> dict[str, Any] | None:
+    """A trained adapter as a plain LoRA for the untouched base: rank r where A was frozen, 2r otherwise."""
+    from nullspace.artifacts import records, store
+    from nullspace.integrations.peft import export_lora
+
+    with store.reserved(out, overwrite=shown.overwrite):
+        export_lora(trained, initial, out, base=base, overwrite=shown.overwrite)
+        manifest = records.read_manifest(out, "export")
+    if shown.as_json:
+        facts = {name: manifest[name] for name in ("rank", "alpha", "max_lora_rank", "holds")}
+        return {"out": str(out), "base": manifest["model"], **facts}
+    if not shown.quiet:
+        limit = manifest["max_lora_rank"]
+        server = f"vLLM needs --max-lora-rank {limit}" if limit else "vLLM serves no rank as large as that"
+        console.print_line(f"{out}: rank {manifest['rank']}, alpha {manifest['alpha']}, for {manifest['model']}; {server}")
+    return None

@@ -1,0 +1,100 @@
+"""`nullspace plan`: what a calibration would take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from nullspace.cli import console, options
+from nullspace.cli.calibrate import check_length
+from nullspace.cli.options import Option, needed, one_of, parsed
+
+
+def _parse_size(text: str) -> int:
+    from nullspace.planning.units import parse_size
+
+    return parse_size(text)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The calibration."""
+
+    samples: options.Samples
+    length: options.Length
+    batch_size: options.BatchSize
+    rank: options.Rank
+    targets: options.TargetNames
+    exclude: options.Exclude
+    dtype: options.DType
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it would run."""
+
+    device: Annotated[
+        str | None,
+        Option("cuda or cpu; cuda by default if there is one, or if --device-memory is given.", None, one_of("cuda", "cpu")),
+    ]
+    weights: Annotated[
+        str | None, Option("Only plans with the weights on 'device', 'host' or 'disk'.", None, one_of("device", "host", "disk"))
+    ]
+    device_memory: Annotated[
+        str | None,
+        Option(
+            "Of the GPU: 24GB, 80GiB, …; without, no limit.",
+            None,
+            parsed(_parse_size),
+            needed("a plan for a GPU", lambda values: values["device"] != "cpu"),
+        ),
+    ]
+    host_memory: Annotated[str | None, Option("Of the host; without, no limit.", None, parsed(_parse_size))]
+
+
+def plan(
+    model: Annotated[str, Option("Hub name, or folder with a config.json. No weights are read.", typed=())],
+    work: Work,
+    machine: Machine,
+    as_json: options.Json,
+) -> dict[str, Any] | None:
+    """What a calibration would take in memory and time, from the model's configuration alone."""
+    import torch
+
+    from nullspace.integrations.transformers import empty_model
+    from nullspace.model.sites import find_targets
+    from nullspace.planning.choice import fit
+    from nullspace.planning.forecast import forecast
+    from nullspace.planning.plan import Workload, cells, describe
+
+    empty = empty_model(model, dtype=work.dtype)
+    check_length(empty.config, model, work.length)
+    exclude = options.parse_exclude(work.exclude)
+    targets = find_targets(empty, options.parse_targets(work.targets), exclude=exclude, rank=work.rank)
+    targets.settle(empty)
+    limits = tuple(_parse_size(text) if text else None for text in (machine.device_memory, machine.host_memory))
+    workload = Workload(
+        samples=work.samples,
+        length=work.length,
+        batch_size=work.batch_size,
+        rank=work.rank,
+        targets=targets,
+        device=machine.device or ("cuda" if machine.device_memory or torch.cuda.is_available() else "cpu"),
+        weights=machine.weights,
+    )
+    plans = forecast(empty, workload)
+    chosen, lack = None, None
+    try:
+        chosen = fit(empty, workload, device_memory=limits[0], host_memory=limits[1])
+    except MemoryError as error:
+        lack = str(error)
+    if as_json:
+        facts = {"model": model, "device_memory": limits[0], "host_memory": limits[1], "plans": [p.as_dict() for p in plans]}
+        return {**facts, "choice": chosen.as_dict() if chosen else None, "missing": lack}
+    console.print_table([cells(p, fits=not p.missing(*limits)) for p in plans])
+    console.print_line(f"\nThe fastest that fits: {describe(chosen)}" if chosen else f"\n{lack}")
+    if plans[0].estimated_rates:
+        console.print_line("Times rest on estimated throughputs: they rank the plans, and promise nothing.")
+    if not plans[0].tracked:
+        console.print_line("The model does not run without data: its activations are estimated from its layers.")
+    return None
