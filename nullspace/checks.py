@@ -6,7 +6,7 @@ import math
 import numbers
 import reprlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -64,6 +64,13 @@ def check_real(name: str, value: Any, allowed: Range = POSITIVE) -> float:
     if not allowed.holds(float(value)):
         raise ValueError(f"{name} must be {allowed.words}, not {value}")
     return float(value)
+
+
+def check_one_of(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raise `ValueError`, naming the argument and the values that it takes, unless `value` is one of them."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}")
 
 
 def check_device(device: torch.device | str) -> torch.device:

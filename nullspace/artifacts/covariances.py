@@ -94,7 +94,7 @@ class Covariances(Sitewise[Covariance]):
         def write() -> None:
             with new_directory(directory, overwrite=overwrite) as part:
                 sites = ((each.site, *each.value().state(dtype), each.weights()) for each in self._entries)
-                write_sites(part, self.KIND, sites, content=_account(self.shards))
+                write_sites(part, self.KIND, sites, content=account(self.shards))
 
         written_once(directory, write)
 
@@ -199,7 +199,7 @@ class _Sum(Entry[Covariance]):
         return self._parts[0].weights()
 
 
-def _account(shards: Iterable[Shards]) -> dict[str, Any]:
+def account(shards: Iterable[Shards]) -> dict[str, Any]:
     """What a manifest says of them: nothing if there are none."""
     entries = [part.as_json() for part in shards]
     return {"shards": entries} if entries else {}

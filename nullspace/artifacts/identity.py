@@ -1,4 +1,4 @@
-"""By what models, weights, data and runs are recognised: all fingerprints."""
+"""Fingerprints: by which weights, models, data and runs are recognised."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ from nullspace.model.weights import execution_device, own_tensors, restore_layou
 
 # A fingerprint is this many entries of a weight, evenly spaced.
 FINGERPRINT_ENTRIES = 64
-
 # Two roundings of one number to bf16 (8 bits) differ by less than this, relatively.
 FINGERPRINT_TOLERANCE = 2.0**-7
 
 
 def fingerprint(weight: torch.Tensor) -> torch.Tensor | None:
-    """A few entries of a weight, by which it is known again in any floating dtype: (≤ 64,) float32.
+    """(≤ 64,) float32: evenly spaced entries of a weight, which identify it in any floating dtype.
 
-    None if the weight is not a plain floating-point tensor with its values at hand (quantised or offloaded). Tensors of another
-    type are none: bitsandbytes packs 4-bit weights into whatever dtype it is asked to (`bnb_4bit_quant_storage`). Nor are those of
-    8 bits, whose scales are elsewhere. Of a weight that is spread over ranks it is that of the whole, and a collective.
+    None for a weight whose values cannot be read (offloaded, on the meta device), and for a quantised one: tensors of another type
+    (bitsandbytes packs 4-bit weights into the dtype that `bnb_4bit_quant_storage` names), and those of 8 bits, whose scales are
+    elsewhere. Of a sharded weight it is that of the whole, and a collective.
     """
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter) or is_sharded(weight)
     plain = plain and weight.is_floating_point() and weight.element_size() > 1
@@ -41,12 +40,12 @@ def fingerprint(weight: torch.Tensor) -> torch.Tensor | None:
 
 
 def some_entries(tensor: torch.Tensor) -> torch.Tensor:
-    """At most 64 of a tensor's entries, evenly spread: (≤ 64,)."""
+    """(≤ 64,): evenly spaced entries of a tensor."""
     return entries(tensor, sampled_positions(shape_of(tensor).numel()))
 
 
 def sampled_positions(total: int) -> torch.Tensor:
-    """Which of so many entries a fingerprint has: (≤ 64,) int64."""
+    """(≤ 64,) int64: the indices of the entries that a fingerprint has, of a tensor with so many."""
     return torch.linspace(0, total - 1, min(FINGERPRINT_ENTRIES, total), dtype=torch.float64).long()
 
 
@@ -61,24 +60,67 @@ Weight: TypeAlias = tuple[tuple[int, int], torch.Tensor | None]
 Weights: TypeAlias = Mapping[str, Weight]
 
 
+class Fingerprints:
+    """Fingerprints of the weights of one model, each taken once: of a sharded weight it is a collective."""
+
+    def __init__(self) -> None:
+        self._taken: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # by the identity of the tensor, which is held
+
+    def weights(self, modules: Mapping[str, nn.Module]) -> Weights:
+        """Shape and fingerprint of every layer's weight; no fingerprint where its values cannot be read."""
+        return {name: (weight_shape(module), self._of_layer(module)) for name, module in modules.items()}
+
+    def digest(self, model: nn.Module) -> str:
+        """One digest of all parameters and persistent buffers: names, shapes, dtypes and some entries of each."""
+        digest = hashlib.sha256()
+        for name, module in model.named_modules():
+            restore_layout(module)
+            for key, own in own_tensors(module).items():
+                if key in module._non_persistent_buffers_set:
+                    continue
+                value = own if is_sharded(own) else tensor_of(module, key)
+                digest.update(f"{name}.{key} {tuple(shape_of(value))} {value.dtype}".encode())
+                sample = self._of(own, value)
+                packed = not value.is_floating_point() or hasattr(value, "quant_state")  # bitsandbytes, in whatever dtype
+                if sample is None and packed and value.device.type != "meta":
+                    sample = some_entries(value).cpu().view(torch.uint8)
+                if sample is not None:
+                    digest.update(sample.numpy().tobytes())
+        return _short(digest)
+
+    def _of_layer(self, module: nn.Module) -> torch.Tensor | None:
+        own = weight_of(module)
+        if id(own) in self._taken:
+            return self._taken[id(own)][1]
+        try:
+            return self._of(own, own if is_sharded(own) else tensor_of(module, "weight"))
+        except ValueError:
+            return None
+
+    def _of(self, own: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
+        """The fingerprint of a tensor of the model, whose value may have been read from elsewhere."""
+        if id(own) not in self._taken:
+            self._taken[id(own)] = own, fingerprint(value)
+        return self._taken[id(own)][1]
+
+
 def weights_of(modules: Mapping[str, nn.Module]) -> Weights:
-    """Shape and fingerprint of every layer's weight."""
-    return {name: (weight_shape(module), sample(module)) for name, module in modules.items()}
+    """Shape and fingerprint of every layer's weight; no fingerprint where its values cannot be read.
 
-
-def sample(module: nn.Module) -> torch.Tensor | None:
-    """The fingerprint of a layer's weight; None where its values are nowhere at hand. A collective where weights are sharded."""
-    try:
-        weight = weight_of(module)
-        return fingerprint(weight if is_sharded(weight) else tensor_of(module, "weight"))
-    except ValueError:
-        return None
+    A collective where weights are sharded.
+    """
+    return Fingerprints().weights(modules)
 
 
 def fingerprint_of_run(
-    model: nn.Module, loader: Iterable[Any], targets: Iterable[str], settings: Mapping[str, Any], job: Job | None = None
+    model: nn.Module,
+    loader: Iterable[Any],
+    targets: Iterable[str],
+    settings: Mapping[str, Any],
+    job: Job | None = None,
+    fingerprints: Fingerprints | None = None,
 ) -> dict[str, Any]:
-    """What a result depends on: the model's weights (some entries of each), the data (all of them), settings and versions.
+    """What a result depends on: the model's weights (some entries of each), the data (every byte), settings and versions.
 
     Args:
         model: its weights may be on the disk; of each, 64 entries are read.
@@ -86,6 +128,7 @@ def fingerprint_of_run(
         targets: names of layers.
         settings: as JSON takes them.
         job: the processes that compute together; of a loader that is not the same for all, every share counts.
+        fingerprints: of this model, as far as they were taken; more are added.
 
     Raises:
         ValueError: if the loader can be read only once.
@@ -94,31 +137,13 @@ def fingerprint_of_run(
         raise ValueError("a checkpoint needs a loader that can be read more than once: a list or a DataLoader, not an iterator")
     packages = ("nullspace-lora", "torch", *(name for name in ("transformers", "triton") if name in sys.modules))
     return {
-        "model": {"class": class_of(model).__name__, "weights": _hash_weights(model)},
+        "model": {"class": class_of(model).__name__, "weights": (fingerprints or Fingerprints()).digest(model)},
         "data": hash_data(loader) if (job or Job.alone()).share(loader).split else _hash_shares(loader, job or Job.alone()),
         "targets": _short(hashlib.sha256("\n".join(targets).encode())),
         **settings,
         "device": (execution_device(model) or torch.device("cpu")).type,
         "versions": {name: _version(name) for name in packages},
     }
-
-
-def _hash_weights(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, module in model.named_modules():
-        restore_layout(module)
-        for key, own in own_tensors(module).items():
-            if key in module._non_persistent_buffers_set:
-                continue
-            value = own if is_sharded(own) else tensor_of(module, key)
-            digest.update(f"{name}.{key} {tuple(shape_of(value))} {value.dtype}".encode())
-            sample = fingerprint(value)
-            packed = not value.is_floating_point() or hasattr(value, "quant_state")  # bitsandbytes, in whatever dtype
-            if sample is None and packed and value.device.type != "meta":
-                sample = some_entries(value).cpu().view(torch.uint8)
-            if sample is not None:
-                digest.update(sample.numpy().tobytes())
-    return _short(digest)
 
 
 def hash_data(loader: Iterable[Any]) -> dict[str, Any]:

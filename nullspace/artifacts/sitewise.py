@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nullspace.artifacts import identity, records, store
-from nullspace.artifacts.identity import Weight, Weights, sample
+from nullspace.artifacts.identity import Weight, Weights, weights_of
 from nullspace.artifacts.together import written_once
 from nullspace.checks import Field, an_object, check_fields, check_tensor, file_name, list_of, map_of, text, whole
 from nullspace.distributed import Job
@@ -208,10 +208,10 @@ class Sitewise(Mapping[str, T], Generic[T]):
             raise ValueError(
                 f"this {self.WHAT} is of another model: {name!r} has weight {shape} here and had {known_shape} at calibration"
             )
-        found = sample(module) if weight is None else weight[1]
-        if known_print is not None and found is not None and not identity.same_fingerprint(known_print, found):
+        mark = weights_of({name: module})[name][1] if weight is None else weight[1]
+        if known_print is not None and mark is not None and not identity.same_fingerprint(known_print, mark):
             raise ValueError(
-                f"this {self.WHAT} is of another model: the weight of {name!r} begins with {_head(found)} here and with "
+                f"this {self.WHAT} is of another model: the weight of {name!r} begins with {_head(mark)} here and with "
                 f"{_head(known_print)} at calibration"
             )
 

@@ -29,7 +29,7 @@ from nullspace.solvers.together import decompose
 # Excess leak, by estimate, above which a float32 sum is not trusted and the site is summed again in float64.
 TOLERANCE = 1e-4
 # What float64 sums leave of an exact null space, where no massive tokens make the norm of X meaningless.
-QUIET = 1e-7
+NEGLIGIBLE_LEAK = 1e-7
 # And what `excess_estimate` makes of that, as a leak: at most 2e-7 where measured, and from 5e-5 on for sums kept in float32.
 FLOAT64_NOISE = 1e-6
 
@@ -131,7 +131,7 @@ class NullSpaces(Sitewise[NullSpace]):
         found: list[NullSpace] = []
         report_progress("null spaces", 0, len(covariances), 0)
         pairs = ((site, covariances[site.name]) for site in covariances.sites)
-        for space in decompose(pairs, functools.partial(_bottom, rank=rank, spectrum=spectrum, avoid=kept)):
+        for space in decompose(pairs, functools.partial(bottom_of, rank=rank, spectrum=spectrum, avoid=kept)):
             found.append(space)
             report_progress("null spaces", sum(len(s.site.members) for s in found), len(covariances), 0)
         # A leak that the sum is too coarse to show (a float32 file's) may be more than the computed one, which is then 0.
@@ -139,16 +139,16 @@ class NullSpaces(Sitewise[NullSpace]):
             s
             for s in found
             if s.excess_estimate > TOLERANCE
-            and (s.outliers > 0 or s.leak > QUIET or (1 + s.excess_estimate) * NO_LEAK > FLOAT64_NOISE)
+            and (s.outliers > 0 or s.leak > NEGLIGIBLE_LEAK or (1 + s.excess_estimate) * NO_LEAK > FLOAT64_NOISE)
         ]
         if unsure:
             warnings.warn(
                 f"rounding may have cost {len(unsure)} of {len(found)} sites more than {TOLERANCE:g} of their leak (at worst "
-                f"{max(s.excess_estimate for s in unsure):.1g}, by estimate): {_few_names(unsure)}. Sum them again with "
+                f"{max(s.excess_estimate for s in unsure):.1g}, by estimate): {few_names(unsure)}. Sum them again with "
                 'precision="fp64" or "qr", and keep them in float64.',
                 stacklevel=2,
             )
-        _warn_of_few_directions(found)
+        warn_of_few_directions(found)
         return cls(found, {name: weight for entry in covariances._entries for name, weight in entry.weights().items()})
 
 
@@ -182,7 +182,7 @@ def _avoided_at(site: Site, avoid: Mapping[str, torch.Tensor]) -> torch.Tensor |
     return vt[sigma > 1e-12 * sigma[0]].mT if sigma[0] > 0 else None
 
 
-def _bottom(site: Site, covariance: Covariance, *, rank: int, spectrum: bool, avoid: Mapping[str, torch.Tensor]) -> NullSpace:
+def bottom_of(site: Site, covariance: Covariance, *, rank: int, spectrum: bool, avoid: Mapping[str, torch.Tensor]) -> NullSpace:
     return NullSpace.from_covariance(covariance, rank, site=site, spectrum=spectrum, avoid=_avoided_at(site, avoid))
 
 
@@ -195,7 +195,7 @@ def check_site_rank(site: Site, rank: int, avoid: Mapping[str, torch.Tensor]) ->
         raise ValueError(f"rank must be between 1 and {left - 1} at {site.name!r} (d_in = {site.d_in}{beside}), not {rank}")
 
 
-def _warn_of_few_directions(spaces: list[NullSpace]) -> None:
+def warn_of_few_directions(spaces: list[NullSpace]) -> None:
     """One warning for sites with too few tokens, and for those whose tokens, however many, leave more than the basis untouched."""
     short = [s for s in spaces if s.tokens < s.site.d_in + s.rank]
     directions = Directions()
@@ -212,12 +212,12 @@ def _warn_of_few_directions(spaces: list[NullSpace]) -> None:
         texts.insert(
             0,
             f"{len(short)} of {len(spaces)} sites saw fewer tokens ({min(s.tokens for s in short)}) than d_in + rank ({needed} at "
-            f"most): {_few_names(short)}. Part of their null space is only what these data did not show: use at least {needed} "
+            f"most): {few_names(short)}. Part of their null space is only what these data did not show: use at least {needed} "
             "tokens.",
         )
     if any(texts):
         warnings.warn(" ".join(filter(None, texts)), stacklevel=3)
 
 
-def _few_names(spaces: list[NullSpace]) -> str:
+def few_names(spaces: list[NullSpace]) -> str:
     return ", ".join(s.site.name for s in spaces[:4]) + (", …" if len(spaces) > 4 else "")

@@ -1,4 +1,4 @@
-"""`compute_covariances`: one calibration whose second moments are kept."""
+"""`compute_covariances`: the second moments of a model on some data, kept in a directory."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from nullspace.artifacts.checkpoint import Checkpoint, check_site
-from nullspace.artifacts.covariances import Covariances, _account, check_dtype
-from nullspace.artifacts.identity import Weights, fingerprint_of_run, hash_data, weights_of
+from nullspace.artifacts.covariances import Covariances, account, check_dtype
+from nullspace.artifacts.identity import Weights, hash_data
 from nullspace.artifacts.shard_account import Shards
 from nullspace.artifacts.sitewise import write_sites
 from nullspace.artifacts.store import reserved, resolved
 from nullspace.artifacts.together import new_shared_directory
-from nullspace.calibration.stream import check_options, resolve_strategy, stream_covariances
-from nullspace.distributed.job import Job
+from nullspace.calibration.run import Run, prepare
+from nullspace.calibration.stream import one_pass
+from nullspace.distributed import Job
 from nullspace.distributed.loaders import part_of
-from nullspace.model.sharded import prepare_sharded
-from nullspace.model.sites import Site, find_targets
-from nullspace.model.weights import refuse_meta
-from nullspace.model.wrappers import unwrap
+from nullspace.model.sites import Site
 from nullspace.moments.covariance import check_state
-from nullspace.progress import Progress, reporter
+from nullspace.progress import Progress
+
+# A site, the facts and tensors of its covariance, and the weights of its members.
+Written: TypeAlias = tuple[Site, Mapping[str, Any], Mapping[str, torch.Tensor], Weights]
 
 
 def compute_covariances(
@@ -84,80 +85,74 @@ def compute_covariances(
         out = resolved(out)
         if job.first:
             held.enter_context(reserved(out, overwrite=overwrite))
-        check_options(strategy, precision, hidden_states, device)
-        model = unwrap(model)
-        modules = find_targets(model, targets, exclude=exclude)
-        refuse_meta(model)
-        spread = prepare_sharded(model, modules, job, strategy)
-        shards: tuple[Shards, ...] = ()
-        if shard is not None:
-            loader, part = _sharded(loader, *shard)
-            shards = (part,)
-        if strategy == "auto":
-            strategy, hidden_states = resolve_strategy(model, loader, modules, device=device, hidden_states=hidden_states, job=job)
-            device, hidden_states = (None, "auto") if strategy == "resident" else (device, hidden_states)
+        run = prepare(
+            model,
+            loader if shard is None else _shard(loader, *shard),
+            targets=targets,
+            exclude=exclude,
+            strategy=strategy,
+            precision=precision,
+            device=device,
+            hidden_states=hidden_states,
+            progress=progress,
+            job=job,
+        )
+        shards = () if shard is None else (_account_of(loader, *shard),)
         kept: Checkpoint | None = None
         if checkpoint is not None:
-            exact = precision if isinstance(precision, str) else dict(precision)
-            settings = {"keeps": "covariances", "precision": exact, "strategy": strategy, "dtype": str(dtype)}
-            if spread:  # fingerprints of sharded weights are collectives
-                job.exchange(None)
-            run = fingerprint_of_run(model, loader, modules, settings, job)
-            job.check_same(**run)
-            kept = Checkpoint(checkpoint, run, job)
+            kept = run.open_checkpoint(checkpoint, {"keeps": "covariances", "dtype": str(dtype)})
             held.callback(kept.close)
-        report = reporter(progress, bars=job.first)
-        if spread:
-            job.exchange(None)
-        known = weights_of(modules)
-
-        def check(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-            check_state(facts, tensors)
-            check_site(facts, modules)
-
-        def sites() -> Iterator[tuple[Site, Mapping[str, Any], Mapping[str, torch.Tensor], Weights]]:
-            done: set[str] = set()
-            for number, (facts, read) in enumerate(kept.load(check) if kept is not None else ()):
-                site = Site(tuple(facts["members"]), facts["d_in"])
-                done.update(site.members)
-                if number % job.count == job.number:
-                    yield site, {k: v for k, v in facts.items() if k != "members"}, read(), {m: known[m] for m in site.members}
-            left = modules.only(name for name in modules if name not in done)
-            if left and kept is not None:
-                kept.hold()
-            stream = stream_covariances(
-                model,
-                loader,
-                targets=left,
-                strategy=strategy,
-                precision=precision,
-                device=device,
-                hidden_states=hidden_states,
-                progress=report,
-                job=job,
-            )
-            for site, covariance in stream if left else ():
-                facts, tensors = covariance.state(dtype)
-                del covariance
-                if kept is not None:
-                    kept.keep(site.name, {"members": list(site.members), **facts}, tensors)
-                yield site, facts, tensors, {m: known[m] for m in site.members}
-                done.update(site.members)
-                report("covariances", len(done), len(modules), 0)
-                del tensors
-            modules.settle(model, quiet=not job.first, stacklevel=5)
-
+        order = list(run.targets)
         with torch.inference_mode(False), new_shared_directory(out, job, overwrite=overwrite) as folder:
-            write_sites(Path(folder), Covariances.KIND, sites(), content=_account(shards), job=job, order=list(modules))
+            sites = _sites(run, kept, dtype)
+            write_sites(Path(folder), Covariances.KIND, sites, content=account(shards), job=job, order=order)
         return Covariances._open(out, check=job.first)
 
 
-def _sharded(loader: Iterable[Any], number: int, count: int) -> tuple[Iterable[Any], Shards]:
-    """One shard of a loader, and which one it is."""
+def _sites(run: Run, kept: Checkpoint | None, dtype: torch.dtype) -> Iterator[Written]:
+    """This process's sites: first those of the checkpoint, then those of a pass over the data, which go into the checkpoint too."""
+    job, targets, weights = run.job, run.targets, run.weights
+    done: set[str] = set()
+
+    def check(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        check_state(facts, tensors)
+        check_site(facts, targets)
+
+    for number, (facts, read) in enumerate(kept.load(check) if kept is not None else ()):
+        site = Site(tuple(facts["members"]), facts["d_in"])
+        done.update(site.members)
+        if number % job.count == job.number:
+            yield (
+                site,
+                {k: v for k, v in facts.items() if k != "members"},
+                read(),
+                {member: weights[member] for member in site.members},
+            )
+    left = targets.only(name for name in targets if name not in done)
+    if left and kept is not None:
+        kept.hold()
+    for site, covariance in one_pass(run, left) if left else ():
+        facts, tensors = covariance.state(dtype)
+        del covariance
+        if kept is not None:
+            kept.keep(site.name, {"members": list(site.members), **facts}, tensors)
+        yield site, facts, tensors, {member: weights[member] for member in site.members}
+        done.update(site.members)
+        run.report("covariances", len(done), len(targets), 0)
+        del tensors
+    targets.settle(run.model, quiet=not job.first, stacklevel=5)
+
+
+def _shard(loader: Iterable[Any], number: int, count: int) -> Iterable[Any]:
+    """One shard of a loader."""
     if isinstance(loader, Iterator):
         raise ValueError("a shard needs a loader that can be read more than once: a list or a DataLoader, not an iterator")
-    part = part_of(loader, number, count)
+    return part_of(loader, number, count)
+
+
+def _account_of(loader: Iterable[Any], number: int, count: int) -> Shards:
+    """Which shard of which data that is; the loader is read to its end."""
     whole = hash_data(loader)
     if whole["batches"] < number:
         raise ValueError(f"shard {number}/{count} has no batch: there are {whole['batches']}. Ask for no more shards than that")
-    return part, Shards((whole["content"], whole["batches"]), count, (number,))
+    return Shards((whole["content"], whole["batches"]), count, (number,))

@@ -1,11 +1,11 @@
-"""Block by block: all batches go through one block before any goes through the next.
+"""The layerwise strategy: all batches go through one block before any goes through the next.
 
-The model's own forward runs up to the blocks, once a batch, with stand-ins in their place: what it hands them is kept (hidden
-states, masks, rotary embeddings). Then every block is called by hand. So a block's weights, and the sums of its sites, are in
-memory only while it is at work.
+The model's own forward pass runs up to the blocks, once a batch, with stand-ins in their place. What it hands them is kept (hidden
+states, masks, rotary embeddings). Then each block is called by hand. So a block's weights, and the sums of its sites, are in memory
+only while it computes.
 
 That is right only for a chain: every block is called once, in order, with what the one before it returned, untouched, and with
-nothing else that depends on hidden states. `nullspace.chain` checks it.
+nothing else that depends on hidden states. `nullspace.calibration.chain` checks it.
 """
 
 from __future__ import annotations
@@ -14,189 +14,187 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
-from nullspace.calibration.chain import Chain
+from nullspace.calibration.chain import Chain, Handed
 from nullspace.calibration.hidden_states import Arguments, Shelf, choose_place
 from nullspace.calibration.input_sums import InputSums, leave_out_uncalled, recording
+from nullspace.calibration.run import Run
 from nullspace.calibration.totals import Totals, uncalled_everywhere
-from nullspace.distributed import Job
-from nullspace.model.batches import calls, evaluating, forward_options, padded_batch
+from nullspace.distributed.loaders import Share
+from nullspace.model.batches import Call, calls, evaluating, forward_options, padded_batch
 from nullspace.model.blocks import refuse_chain
-from nullspace.model.linear import output_head
 from nullspace.model.padding import Padding, TokenRows
-from nullspace.model.sharded import is_model_sharded, without_gather_hooks
-from nullspace.model.sites import Site, Targets
+from nullspace.model.sharded import without_gather_hooks
+from nullspace.model.sites import Site, Targets, output_head
 from nullspace.model.weights import Loaded
 from nullspace.moments.covariance import Covariance
 from nullspace.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+Sums = Iterator[tuple[Site, Covariance]]
+
 
 def stream_by_block(
-    model: nn.Module,
-    loader: Iterable[Any],
-    targets: Targets,
-    blocks: Mapping[str, nn.Module],
-    precision: str | Mapping[str, str],
-    report: Progress,
-    *,
-    device: torch.device | None = None,
-    hidden_states: str = "auto",
-    folder: str | None = None,
-    job: Job | None = None,
-) -> Iterator[tuple[Site, Covariance]]:
-    """The layerwise strategy of `stream_covariances`.
+    run: Run, targets: Targets, precision: str | Mapping[str, str], report: Progress, blocks: Mapping[str, nn.Module]
+) -> Sums:
+    """One layerwise pass.
 
     Args:
-        blocks: `nullspace.blocks.find_blocks`.
-        device: where the blocks compute; by default where their weights are, or where accelerate would bring them.
-        hidden_states: `"device"`, `"host"`, `"disk"`, or `"auto"`: the first of these with room for them.
-        folder: where hidden states on disk go.
-        job: the processes that work together: all are in the same block at the same time. This one alone by default.
-        others: as in `stream_covariances`.
+        run, targets, precision, report: as of `nullspace.calibration.stream.one_pass`. All processes are in one block at a time.
+        blocks: `nullspace.model.blocks.find_blocks`.
     """
-    outside, inside = _divide(targets, blocks)
-    chain = Chain(model, blocks, outside, device)
-    paddings: dict[int, Padding] = {}
-    later = functools.cache(lambda: padded_batch(model, loader))
-    rows = TokenRows(model, lambda: next((n for n, each in paddings.items() if each.hides), None) or later())
-    ahead = InputSums(outside, precision, rows)
-    shelf: Shelf | None = None
-    arguments: Arguments | None = None  # None if all batches are other processes'
-    job = job or Job.alone()
-    tokens = 0
-    head = output_head(model)
-    options = forward_options(model, dict(targets))
-    unused = (*chain.blocks, *(() if head is None or outside else (head,)))
-    needed = 1 + max((index for index, own in enumerate(inside) if own), default=0)
-    spread = is_model_sharded(model)
-    first = Loaded(chain.blocks[0], chain.device_of(0), within=model)
-    ready: Loaded | None = first
+    one_pass = _Pass(run, targets, precision, report, blocks)
     try:
-        share = job.share(loader)
-        total = share.length
-        around = Loaded(model, chain.device_of(0), skip=unused)
-        if spread:  # before weights are gathered, whoever has failed must have told it
+        yield from one_pass.before_blocks()
+        yield from one_pass.through_blocks()
+        yield from one_pass.after_blocks()
+        yield from one_pass.totals.rest()
+    finally:
+        one_pass.close()
+
+
+class _Pass:
+    """One layerwise pass, in the order of its methods."""
+
+    def __init__(
+        self,
+        run: Run,
+        targets: Targets,
+        precision: str | Mapping[str, str],
+        report: Progress,
+        blocks: Mapping[str, nn.Module],
+    ) -> None:
+        self._run, self._precision, self._report = run, precision, report
+        self._inside = [targets.only(n for n in targets if n == block or n.startswith(f"{block}.")) for block in blocks]
+        self._outside = targets.only(targets.keys() - {name for own in self._inside for name in own})
+        self._chain = Chain(run.model, blocks, self._outside, run.device)
+        self._needed = 1 + max((index for index, own in enumerate(self._inside) if own), default=0)
+        self._paddings: dict[int, Padding] = {}
+        later = functools.cache(lambda: padded_batch(run.model, run.loader))
+        self._rows = TokenRows(run.model, lambda: next((n for n, each in self._paddings.items() if each.hides), None) or later())
+        self._options = forward_options(run.model, dict(targets))
+        self._shelf: Shelf | None = None
+        self._arguments: Arguments | None = None  # None if this process has no batch
+        self._tokens = 0
+        self._uncalled = self._outside  # the targets outside of the blocks that are called after them
+        self._loaded: dict[int, Loaded] = {}
+        self.totals = Totals(run.job, run.loads)
+
+    def before_blocks(self) -> Sums:
+        """Run the model up to its blocks, batch by batch, and keep what they are handed; sums of targets that come before them."""
+        run, chain, job = self._run, self._chain, self._run.job
+        sums = InputSums(self._outside, self._precision, self._rows)
+        head = output_head(run.model)
+        unused = (*chain.blocks, *(() if head is None or self._outside else (head,)))
+        first = self._load(0)
+        share = job.share(run.loader)
+        around = Loaded(run.model, chain.device_of(0), skip=unused)
+        if run.is_sharded:  # errors so far are raised on all processes, before any waits for weights
             job.exchange(None)
             first.gather()
-        with (
-            contextlib.closing(around),
-            around,
-            without_gather_hooks(model),
-            recording(model, outside, ahead),
-            evaluating(model),
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):
-            for call in calls(model, share, device):
-                ahead.begin_batch(call.number, call.padding)
-                if shelf is None:
-                    ahead.paused = True
-                    chain.rehearse(call, options, first, needed)
-                    ahead.paused = False
-                handed = chain.prepare(call, options)
-                ahead.end_batch()
-                if shelf is None or arguments is None:
-                    place = choose_place(hidden_states, handed.bytes() * (total or 1), chain.device_of(0))
-                    shelf = Shelf(place, folder)
-                    arguments = Arguments(shelf)
-                arguments.keep(call.number, handed.blocks, handed.hidden)
-                paddings[call.number] = call.padding
-                tokens += call.padding.tokens
+        with contextlib.closing(around), self._computing(run.model, around, self._outside, sums):
+            for call in calls(run.model, share, run.device):
+                sums.begin_batch(call.number, call.padding)
+                if self._shelf is None:
+                    sums.paused = True
+                    chain.rehearse(call, self._options, first, self._needed)
+                    sums.paused = False
+                handed = chain.prepare(call, self._options)
+                sums.end_batch()
+                self._keep(call, handed, share)
                 del handed
-        rewritten = None if shelf is None else shelf.find_rewritten()
+        rewritten = None if self._shelf is None else self._shelf.find_rewritten()
         if rewritten is not None:
-            raise refuse_chain(model, f"writes again to a tensor that it handed its blocks in batch {rewritten}")
+            raise refuse_chain(run.model, f"writes again to a tensor that it handed its blocks in batch {rewritten}")
         job.check_share(share)
-        behind = outside.only(uncalled_everywhere(ahead, job))
-        totals = Totals(job)
-        yield from totals.add(ahead)
-        needed = len(chain.blocks) if behind else needed if any(inside) else 0
-        steps = needed * len(paddings)
-        report("forward", 0, steps, 0)
+        self._uncalled = self._outside.only(uncalled_everywhere(sums, job))
+        yield from self.totals.add(sums)
+
+    def through_blocks(self) -> Sums:
+        """Call the blocks, one after the other, with all batches; the sums of the targets inside."""
+        chain, job = self._chain, self._run.job
+        needed = len(chain.blocks) if self._uncalled else self._needed if any(self._inside) else 0
+        steps = needed * len(self._paddings)
+        self._report("forward", 0, steps, 0)
         for index in range(needed):
             began = time.perf_counter()
             job.enters(f"the forward pass of {chain.names[index]!r}")
-            sums = InputSums(inside[index], precision, rows)
-            loaded = ready or Loaded(chain.blocks[index], chain.device_of(index), within=model)
-            ready = Loaded(chain.blocks[index + 1], chain.device_of(index + 1), within=model) if index + 1 < needed else None
-            if spread:
+            sums = InputSums(self._inside[index], self._precision, self._rows)
+            loaded = self._load(index)
+            if index + 1 < needed:
+                self._load(index + 1)  # on its way while this one computes
+            if self._run.is_sharded:
                 job.exchange(None)
-            with (
-                contextlib.closing(loaded),
-                loaded,
-                without_gather_hooks(chain.blocks[index]),
-                recording(model, inside[index], sums),
-                evaluating(model),
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):
-                for done, (number, padding) in enumerate(paddings.items(), start=1):
-                    assert arguments is not None
+            with contextlib.closing(loaded), self._computing(chain.blocks[index], loaded, self._inside[index], sums):
+                for done, (number, padding) in enumerate(self._paddings.items(), start=1):
+                    assert self._arguments is not None
                     sums.begin_batch(number, padding)
-                    chain.advance(index, number, arguments)
+                    chain.advance(index, number, self._arguments)
                     sums.end_batch()
-                    step = index * len(paddings) + done
-                    report("forward", step, steps, tokens * step // steps)
-            leave_out_uncalled(uncalled_everywhere(sums, job), inside[index])
-            _log(chain.names[index], time.perf_counter() - began, tokens, chain.device_of(index))
-            yield from totals.add(sums)
-        if behind:
-            around = Loaded(model, chain.device_of(-1), skip=tuple(chain.blocks))
-            if spread:
-                job.exchange(None)
-            with contextlib.closing(around):
-                yield from _tail(model, chain, arguments, paddings, options, behind, around, precision, rows, job, totals)
-        yield from totals.rest()
-    finally:
-        if ready is not None:
-            ready.close()
-        if shelf is not None:
-            shelf.close()
+                    step = index * len(self._paddings) + done
+                    self._report("forward", step, steps, self._tokens * step // steps)
+            del self._loaded[index]
+            leave_out_uncalled(uncalled_everywhere(sums, job), self._inside[index])
+            _log(chain.names[index], time.perf_counter() - began, self._tokens, chain.device_of(index))
+            yield from self.totals.add(sums)
 
+    def after_blocks(self) -> Sums:
+        """Run the rest of the model behind its blocks, if targets are called there."""
+        if not self._uncalled:
+            return
+        run, chain = self._run, self._chain
+        sums = InputSums(self._uncalled, self._precision, self._rows)
+        around = Loaded(run.model, chain.device_of(-1), skip=tuple(chain.blocks))
+        if run.is_sharded:
+            run.job.exchange(None)
+        with contextlib.closing(around), self._computing(run.model, around, self._uncalled, sums):
+            for number, padding in self._paddings.items():
+                assert self._arguments is not None
+                sums.begin_batch(number, padding)
+                chain.finish(number, self._arguments, self._options)
+                sums.end_batch()
+        leave_out_uncalled(uncalled_everywhere(sums, run.job), self._uncalled)
+        yield from self.totals.add(sums)
 
-def _tail(
-    model: nn.Module,
-    chain: Chain,
-    arguments: Arguments | None,
-    paddings: Mapping[int, Padding],
-    options: Mapping[str, Any],
-    behind: Targets,
-    weights: Loaded,
-    precision: str | Mapping[str, str],
-    rows: TokenRows,
-    job: Job,
-    totals: Totals,
-) -> Iterator[tuple[Site, Covariance]]:
-    """What the model does behind its blocks, for the targets that were not called ahead of them."""
-    sums = InputSums(behind, precision, rows)
-    with (
-        weights,
-        without_gather_hooks(model),
-        recording(model, behind, sums),
-        evaluating(model),
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):
-        for number, padding in paddings.items():
-            assert arguments is not None
-            sums.begin_batch(number, padding)
-            chain.finish(number, arguments, options)
-            sums.end_batch()
-    leave_out_uncalled(uncalled_everywhere(sums, job), behind)
-    yield from totals.add(sums)
+    def close(self) -> None:
+        """Free the weights and hidden states that are still held."""
+        for loaded in self._loaded.values():
+            loaded.close()
+        if self._shelf is not None:
+            self._shelf.close()
 
+    @contextlib.contextmanager
+    def _computing(self, part: nn.Module, weights: Loaded, targets: Targets, sums: InputSums) -> Iterator[None]:
+        """Context manager: weights are where they compute, and the inputs of targets are summed."""
+        with (
+            weights,
+            without_gather_hooks(part),
+            recording(self._run.model, targets, sums),
+            evaluating(self._run.model),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            yield
 
-def _divide(targets: Targets, blocks: Mapping[str, nn.Module]) -> tuple[Targets, list[Targets]]:
-    """The targets outside all blocks, and those inside each."""
-    inside = [targets.only(n for n in targets if n == block or n.startswith(f"{block}.")) for block in blocks]
-    return targets.only(targets.keys() - {name for own in inside for name in own}), inside
+    def _load(self, index: int) -> Loaded:
+        if index not in self._loaded:
+            self._loaded[index] = Loaded(self._chain.blocks[index], self._chain.device_of(index), within=self._run.model)
+        return self._loaded[index]
+
+    def _keep(self, call: Call, handed: Handed, share: Share) -> None:
+        """Keep what the blocks are handed of one batch."""
+        if self._shelf is None or self._arguments is None:
+            size = handed.bytes() * (share.length or 1)
+            self._shelf = Shelf(choose_place(self._run.hidden_states, size, self._chain.device_of(0)))
+            self._arguments = Arguments(self._shelf)
+        self._arguments.keep(call.number, handed.blocks, handed.hidden)
+        self._paddings[call.number] = call.padding
+        self._tokens += call.padding.tokens
 
 
 def _log(name: str, seconds: float, tokens: int, device: torch.device) -> None:

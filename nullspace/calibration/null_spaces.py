@@ -1,4 +1,4 @@
-"""`compute_null_spaces`: the whole calibration in one call."""
+"""`compute_null_spaces`: from a model and data to the null spaces of all its layers, in one call."""
 
 from __future__ import annotations
 
@@ -16,35 +16,32 @@ import torch
 from torch import nn
 
 from nullspace.artifacts.checkpoint import Checkpoint, check_site
-from nullspace.artifacts.identity import fingerprint_of_run, weights_of
 from nullspace.artifacts.null_space import NullSpace
 from nullspace.artifacts.spaces import (
-    QUIET,
+    NEGLIGIBLE_LEAK,
     TOLERANCE,
     NullSpaces,
-    _bottom,
-    _few_names,
-    _warn_of_few_directions,
+    bottom_of,
     check_avoid,
     check_site_rank,
+    few_names,
+    warn_of_few_directions,
 )
-from nullspace.calibration.stream import check_options, resolve_strategy, stream_covariances
+from nullspace.calibration.run import Run, prepare
+from nullspace.calibration.stream import one_pass
 from nullspace.checks import Range, check_integer, check_real
-from nullspace.distributed.job import Job
+from nullspace.distributed import Job
 from nullspace.distributed.loaders import example_of, length
 from nullspace.model.linear import weight_shape
-from nullspace.model.sharded import prepare_sharded, reshard_model
-from nullspace.model.sites import Site, find_targets
-from nullspace.model.weights import refuse_meta
-from nullspace.model.wrappers import unwrap
+from nullspace.model.sites import Site
 from nullspace.moments.covariance import precision_of
 from nullspace.planning.choice import advice
-from nullspace.progress import Progress, reporter
-from nullspace.solvers.together import decompose
+from nullspace.progress import Progress
+from nullspace.solvers import decompose
 
 logger = logging.getLogger(__name__)
 
-# Infinity: whatever rounding has left is accepted.
+# Infinity: whatever error rounding leaves is accepted.
 ANY_TOLERANCE = Range("a number ≥ 0", lambda value: value >= 0)
 
 
@@ -121,157 +118,179 @@ def compute_null_spaces(
     with job.sharing_errors(), contextlib.ExitStack() as held:
         rank = check_integer("rank", rank)
         check_real("tolerance", tolerance, ANY_TOLERANCE)
-        check_options(strategy, precision, hidden_states, device)
-        model = unwrap(model)
-        modules = find_targets(model, targets, exclude=exclude, rank=rank)
-        refuse_meta(model)
-        spread = prepare_sharded(model, modules, job, strategy)
-        avoided = check_avoid(avoid, modules)
+        run = prepare(
+            model,
+            loader,
+            targets=targets,
+            exclude=exclude,
+            strategy=strategy,
+            precision=precision,
+            device=device,
+            hidden_states=hidden_states,
+            progress=progress,
+            job=job,
+            rank=rank,
+        )
+        avoided = check_avoid(avoid, run.targets)
         for name in avoided:
-            check_site_rank(Site((name,), weight_shape(modules[name])[1]), rank, avoided)
-        if strategy == "auto":
-            strategy, hidden_states = resolve_strategy(
-                model, loader, modules, device=device, hidden_states=hidden_states, rank=rank, job=job
-            )
-            device = None if strategy == "resident" else device
-            hidden_states = "auto" if strategy == "resident" else hidden_states
-        report_progress = reporter(progress, bars=job.first)
-        kept: Checkpoint | None = None
+            check_site_rank(Site((name,), weight_shape(run.targets[name])[1]), rank, avoided)
+        bases = _Bases(run, rank, spectrum, avoided)
         if checkpoint is not None:
-            settings = {
-                "rank": rank,
-                "precision": precision if isinstance(precision, str) else dict(precision),
-                "tolerance": tolerance,
-                "spectrum": spectrum,
-                "strategy": strategy,
-                "avoid": {name: hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest() for name, rows in avoided.items()},
-            }
-            if spread:  # fingerprints of sharded weights are collectives
-                job.exchange(None)
-            run = fingerprint_of_run(model, loader, modules, settings, job)
-            job.check_same(**run)
-            kept = Checkpoint(checkpoint, run, job)
-            held.callback(kept.close)
+            digests = {name: hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest() for name, rows in avoided.items()}
+            settings = {"rank": rank, "tolerance": tolerance, "spectrum": spectrum, "avoid": digests}
+            bases.resume(run.open_checkpoint(checkpoint, settings), held)
+        bases.find()
+        unsure = bases.refine(tolerance)
+        if unsure and job.first:
+            warnings.warn(
+                f"rounding may have cost {len(unsure)} of {len(bases.spaces)} sites more than {tolerance:g} of their leak (at "
+                f"worst {max(s.excess_estimate for s in unsure):.1g}, by estimate): {few_names(unsure)}. The loader can be read "
+                "only once, so they were not summed again: use precision='fp64', or a loader that can be read twice.",
+                stacklevel=2,
+            )
+        run.targets.settle(run.model, quiet=not job.first)
+        if job.first:
+            warn_of_few_directions(bases.spaces)
+        return bases.result()
+
+
+class _Bases:
+    """The null spaces of a run, in the order in which they were found.
+
+    Args:
+        run: the calibration.
+        rank, spectrum: as of `compute_null_spaces`.
+        avoided: `check_avoid`'s.
+    """
+
+    def __init__(self, run: Run, rank: int, spectrum: bool, avoided: Mapping[str, torch.Tensor]) -> None:
+        self.spaces: list[NullSpace] = []
+        self._run, self._rank = run, rank
+        self._solve = functools.partial(bottom_of, rank=rank, spectrum=spectrum, avoid=avoided)
+        self._kept: Checkpoint | None = None
+        self._owners: dict[Site, int] = {}  # of several processes, which one has the basis
+
+    def resume(self, kept: Checkpoint, held: contextlib.ExitStack) -> None:
+        """Take what a checkpoint holds; from now on, finished sites go there. `held` closes it."""
+        held.callback(kept.close)
+        self._kept = kept
 
         def check(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
             space = NullSpace.from_facts(facts, tensors)
-            check_site(facts, modules)
-            if space.rank != rank:
-                raise ValueError(f"its rank is {space.rank}, not {rank}")
+            check_site(facts, self._run.targets)
+            if space.rank != self._rank:
+                raise ValueError(f"its rank is {space.rank}, not {self._rank}")
 
-        found_before = kept.load(check) if kept is not None else ()
-        spaces = [NullSpace.from_facts(f, read() if job.count == 1 else _without_basis(f, read)) for f, read in found_before]
-        done = {name for space in spaces for name in space.site.members}
+        for facts, read in kept.load(check):
+            self.spaces.append(NullSpace.from_facts(facts, read() if self._run.job.count == 1 else _without_basis(facts, read)))
 
-        bottom_of = functools.partial(_bottom, rank=rank, spectrum=spectrum, avoid=avoided)
-
-        def explain() -> str:
-            return advice(
-                model,
-                targets=modules,
-                strategy=strategy,
-                batch=example_of(loader),
-                batches=length(loader),
-                device=device,
-                rank=rank,
-            )
-
-        def measure(names: Iterable[str], precision: str | Mapping[str, str], forward: str) -> list[NullSpace]:
-            def renamed(stage: str, done: int, total: int | None, tokens: int) -> None:
-                report_progress(forward if stage == "forward" else stage, done, total, tokens)
-
-            if kept is not None:
-                kept.hold()
-            found: list[NullSpace] = []
-            # A caller in inference mode would otherwise get bases that no later training step may touch.
-            # A forecast runs the model; of a sharded one all processes would have to.
-            with torch.inference_mode(False), contextlib.nullcontext() if spread else _explaining_memory(explain):
-                stream = stream_covariances(
-                    model,
-                    loader,
-                    targets=modules.only(names),
-                    strategy=strategy,
-                    precision=precision,
-                    device=device,
-                    hidden_states=hidden_states,
-                    progress=renamed,
-                    job=job,
-                )
-                for space in decompose(stream, bottom_of):
-                    if kept is not None:
-                        kept.keep(space.site.name, space.facts(), {"basis": space.basis, "eigenvalues": space.eigenvalues})
-                    logger.info("%s: leak %.1e, rounding %.0e of it", space.site, space.leak, space.excess_estimate)
-                    found.append(space)
-                    members = sum(len(s.site.members) for s in found)
-                    report_progress("null spaces", members + (len(done) if forward == "forward" else 0), len(modules), 0)
-            return _pooled(found, owners, kept, job)
-
-        owners: dict[Site, int] = {}
-        left = [name for name in modules if name not in done]
+    def find(self) -> None:
+        """Find the spaces that are not there yet, in one pass."""
+        done = {name for space in self.spaces for name in space.site.members}
+        left = [name for name in self._run.targets if name not in done]
         if left:
-            spaces += measure(left, precision, "forward")
-        once = isinstance(loader, Iterator)
+            self.spaces += self._measure(left, self._run.precision, "forward", len(done))
+
+    def refine(self, tolerance: float) -> list[NullSpace]:
+        """Sum the sites again whose bases may be worse than `tolerance` allows, in float64 and then by QR.
+
+        Returns:
+            The sites that should be summed again, where the loader can be read only once; otherwise nothing.
+        """
         for better in ("fp64", "qr"):
             unsure = [
                 s
-                for s in spaces
-                if precision_of(s.site.name, precision) == "auto"
+                for s in self.spaces
+                if precision_of(s.site.name, self._run.precision) == "auto"
                 and s.precision not in (better, "qr")
                 and s.excess_estimate > tolerance
             ]
-            if better == "qr":  # without massive tokens a leak as small as this is none, and more digits of it are worth no pass
-                unsure = [s for s in unsure if s.outliers > 0 or s.leak > QUIET]
-            if once:
-                break
-            if not unsure:
-                continue
-            again = {s.site: s for s in measure([m for s in unsure for m in s.site.members], better, f"forward, {better}")}
-            spaces = [again.get(s.site, s) for s in spaces]
-        if once and unsure and job.first:
-            warnings.warn(
-                f"rounding may have cost {len(unsure)} of {len(spaces)} sites more than {tolerance:g} of their leak (at worst "
-                f"{max(s.excess_estimate for s in unsure):.1g}, by estimate): {_few_names(unsure)}. The loader can be read only "
-                "once, so they were not summed again: use precision='fp64', or a loader that can be read twice.",
-                stacklevel=2,
-            )
-        modules.settle(model, quiet=not job.first)
-        if job.first:
-            _warn_of_few_directions(spaces)
-        if spread:
-            reshard_model(model)
-            job.exchange(None)
-        weights = weights_of(modules)
-        place = {name: index for index, name in enumerate(modules)}  # one process does not see in which order all are called
-        spaces.sort(key=lambda s: min(place[member] for member in s.site.members))
+            if self._run.reads_once:
+                return unsure
+            if better == "qr":  # without massive tokens a leak as small as this counts as none: more of its digits need no pass
+                unsure = [s for s in unsure if s.outliers > 0 or s.leak > NEGLIGIBLE_LEAK]
+            if unsure:
+                names = [member for s in unsure for member in s.site.members]
+                again = {s.site: s for s in self._measure(names, better, f"forward, {better}", 0)}
+                self.spaces = [again.get(s.site, s) for s in self.spaces]
+        return []
+
+    def result(self) -> NullSpaces:
+        """All spaces, in the model's order. Of several processes, each gets the bases of the others, or reads them when needed."""
+        run, job = self._run, self._run.job
+        weights = {name: run.weights[name] for name in run.targets}
+        place = {name: index for index, name in enumerate(run.targets)}  # one process does not see the order of all calls
+        self.spaces.sort(key=lambda s: min(place[member] for member in s.site.members))
         if job.count == 1:
-            return NullSpaces(spaces, weights)
-        report_progress("null spaces", len(modules), len(modules), 0)
-        if kept is not None:
-            return NullSpaces._of_files(spaces, kept, weights)
-        return NullSpaces([replace(s, basis=job.broadcast(s.basis, owners[s.site])) for s in spaces], weights)
+            return NullSpaces(self.spaces, weights)
+        run.report("null spaces", len(run.targets), len(run.targets), 0)
+        if self._kept is not None:
+            return NullSpaces._of_files(self.spaces, self._kept, weights)
+        return NullSpaces([replace(s, basis=job.broadcast(s.basis, self._owners[s.site])) for s in self.spaces], weights)
+
+    def _measure(self, names: Iterable[str], precision: str | Mapping[str, str], forward: str, before: int) -> list[NullSpace]:
+        """One pass over some targets.
+
+        Args:
+            names: of the targets.
+            precision: of the sums.
+            forward: what the progress of the forward pass is called.
+            before: how many targets were finished before, for the progress of the solutions.
+        """
+        run = self._run
+
+        def report(stage: str, done: int, total: int | None, tokens: int) -> None:
+            run.report(forward if stage == "forward" else stage, done, total, tokens)
+
+        if self._kept is not None:
+            self._kept.hold()
+        found: list[NullSpace] = []
+        # A basis that was made in a caller's inference mode could not be used in training later. A forecast runs the model, which
+        # of a sharded one is a collective.
+        with torch.inference_mode(False), contextlib.nullcontext() if run.is_sharded else _explaining_memory(self._advice):
+            stream = one_pass(run, run.targets.only(names), precision=precision, report=report)
+            for space in decompose(stream, self._solve):
+                if self._kept is not None:
+                    self._kept.keep(space.site.name, space.facts(), {"basis": space.basis, "eigenvalues": space.eigenvalues})
+                logger.info("%s: leak %.1e, rounding %.0e of it", space.site, space.leak, space.excess_estimate)
+                found.append(space)
+                run.report("null spaces", before + sum(len(s.site.members) for s in found), len(run.targets), 0)
+        return self._pooled(found)
+
+    def _pooled(self, own: list[NullSpace]) -> list[NullSpace]:
+        """Collective: the spaces of all processes, those of the others without their bases."""
+        job, kept = self._run.job, self._kept
+        if job.count == 1:
+            return own
+        mine = {s.site: s for s in own}
+        everyones: list[NullSpace] = []
+        facts_of_own = [(s.facts(), s.eigenvalues, 0 if kept is None else kept.numbers[s.site.name]) for s in own]
+        for number, theirs in enumerate(job.exchange(facts_of_own)):
+            for facts, eigenvalues, file in theirs:
+                space = NullSpace.from_facts(facts, _without_basis(facts, lambda _, values=eigenvalues: {"eigenvalues": values}))
+                self._owners[space.site] = number
+                everyones.append(mine.get(space.site, space))
+                if kept is not None:
+                    kept.numbers[space.site.name] = file
+        return everyones
+
+    def _advice(self) -> str:
+        run = self._run
+        return advice(
+            run.model,
+            targets=run.targets,
+            strategy=run.strategy,
+            batch=example_of(run.loader),
+            batches=length(run.loader),
+            device=run.device,
+            rank=self._rank,
+        )
 
 
 def _without_basis(facts: Mapping[str, Any], read: Callable[..., dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The tensors of a space, the basis only by its shape: what a process must know of another one's."""
     basis = torch.empty(facts["d_in"], facts["rank"], dtype=torch.float64, device="meta")
     return {"basis": basis, **read("eigenvalues")}
-
-
-def _pooled(found: list[NullSpace], owners: dict[Site, int], kept: Checkpoint | None, job: Job) -> list[NullSpace]:
-    """What all processes have found; of the others', all but the bases. `owners` learns whose they are."""
-    if job.count == 1:
-        return found
-    own = [(s.facts(), s.eigenvalues, 0 if kept is None else kept.numbers[s.site.name]) for s in found]
-    mine = {s.site: s for s in found}
-    everyones: list[NullSpace] = []
-    for number, theirs in enumerate(job.exchange(own)):
-        for facts, eigenvalues, file in theirs:
-            space = NullSpace.from_facts(facts, _without_basis(facts, lambda _, found=eigenvalues: {"eigenvalues": found}))
-            owners[space.site] = number
-            everyones.append(mine.get(space.site, space))
-            if kept is not None:
-                kept.numbers[space.site.name] = file
-    return everyones
 
 
 @contextlib.contextmanager

@@ -1,41 +1,26 @@
-"""`stream_covariances`: runs the model, yields `(site, covariance)`, and frees it.
+"""`stream_covariances`: runs the model, yields `(site, covariance)`, and drops its reference.
 
-The generator is the hinge of the engine: whoever needs second moments is a loop over it and decides what to keep. How the model
-was run, and how much was in memory at once, is the generator's business (its *strategy*).
+Everything that needs second moments is a loop over this generator, and decides what to keep. How the model is run, and how much is
+in memory at once, depends on the strategy (`nullspace.calibration.resident`, `nullspace.calibration.layerwise`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from nullspace.artifacts.identity import weights_of
-from nullspace.artifacts.residual import warn_of_residual
-from nullspace.calibration.hidden_states import PLACES
-from nullspace.calibration.input_sums import InputSums, leave_out_uncalled, recording
 from nullspace.calibration.layerwise import stream_by_block
-from nullspace.calibration.totals import Totals, uncalled_everywhere
-from nullspace.checks import check_device
+from nullspace.calibration.resident import stream_resident
+from nullspace.calibration.run import Run, prepare
 from nullspace.distributed import Job
-from nullspace.distributed.loaders import digest_of, example_of, length
-from nullspace.model.batches import Call, calls, evaluating, forward_options, input_device, naming_batch, padded_batch
 from nullspace.model.blocks import find_blocks
-from nullspace.model.padding import TokenRows
-from nullspace.model.sharded import gathers_weights, is_model_sharded, prepare_sharded, sharded_strategy
-from nullspace.model.sites import Site, Targets, find_targets
-from nullspace.model.weights import refuse_meta
-from nullspace.model.wrappers import unwrap
-from nullspace.moments.covariance import PRECISIONS, Covariance
-from nullspace.planning.choice import choose_strategy
-from nullspace.progress import Progress, reporter
-
-STRATEGIES = ("auto", "resident", "layerwise")
+from nullspace.model.sharded import reshard_model
+from nullspace.model.sites import Site, Targets
+from nullspace.moments.covariance import Covariance
+from nullspace.progress import Progress
 
 
 def stream_covariances(
@@ -112,164 +97,50 @@ def stream_covariances(
     """
     job = job or Job()
     with job.sharing_errors():
-        check_options(strategy, precision, hidden_states, device)
-        model = unwrap(model)
-        chosen = find_targets(model, targets, exclude=exclude)
-        refuse_meta(model)
-        warn_of_residual(model)
-        spread = prepare_sharded(model, chosen, job, strategy)
-        if strategy == "auto":
-            strategy, hidden_states = resolve_strategy(model, loader, chosen, device=device, hidden_states=hidden_states, job=job)
-            device = None if strategy == "resident" else device
-        elif strategy == "resident" and (device is not None or hidden_states != "auto"):
-            raise ValueError("device and hidden_states belong to strategy='layerwise'")
-        if job.count > 1:
-            if spread:  # fingerprints of sharded weights are collectives
-                job.exchange(None)
-            weights = digest_of([{name: mark for name, (_, mark) in weights_of(chosen).items()}])
-            exact = precision if isinstance(precision, str) else dict(precision)
-            job.check_same(strategy=strategy, precision=exact, targets=list(chosen), weights=weights)
-        report = reporter(progress, bars=job.first)
-        if strategy == "resident":
-            stream = _resident(model, loader, chosen, precision, report, job)
-        else:
-            where = None if device is None else torch.device(device)
-            blocks = find_blocks(model)
-            stream = stream_by_block(
-                model, loader, chosen, blocks, precision, report, device=where, hidden_states=hidden_states, job=job
-            )
-        return _told(stream if chosen is targets else _settled(stream, model, chosen, job), job)
+        run = prepare(
+            model,
+            loader,
+            targets=targets,
+            exclude=exclude,
+            strategy=strategy,
+            precision=precision,
+            device=device,
+            hidden_states=hidden_states,
+            progress=progress,
+            job=job,
+        )
+        return _settled(run, one_pass(run))
 
 
-def check_options(
-    strategy: str, precision: str | Mapping[str, str], hidden_states: str, device: torch.device | str | None = None
-) -> None:
-    """Raise `ValueError` for what `stream_covariances` does not know."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, not {strategy!r}")
-    for value in precision.values() if isinstance(precision, Mapping) else [precision]:
-        if value not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, not {value!r}")
-    if hidden_states not in PLACES:
-        raise ValueError(f"hidden_states must be one of {', '.join(map(repr, PLACES))}, not {hidden_states!r}")
-    if device is not None:
-        check_device(device)
-
-
-def resolve_strategy(
-    model: nn.Module,
-    loader: Iterable[Any],
-    targets: Targets,
+def one_pass(
+    run: Run,
+    targets: Targets | None = None,
     *,
-    device: torch.device | str | None = None,
-    hidden_states: str = "auto",
-    rank: int = 128,
-    job: Job | None = None,
-) -> tuple[str, str]:
-    """What `strategy="auto"` comes to for this model, as it lies in memory: a strategy, and a place for hidden states.
+    precision: str | Mapping[str, str] | None = None,
+    report: Progress | None = None,
+) -> Iterator[tuple[Site, Covariance]]:
+    """One pass over the loader of a run: yields what `stream_covariances` yields.
 
-    Where one of several processes has no room for a resident run, all go block by block.
-
-    Args: as of `stream_covariances` and `compute_null_spaces`.
+    Args:
+        run: prepared.
+        targets: a selection of the run's targets; all by default.
+        precision: of this pass; that of the run by default.
+        report: gets the progress; that of the run by default.
     """
-    if is_model_sharded(model):
-        return sharded_strategy(model, lambda: find_blocks(model)), hidden_states
-    choice = choose_strategy(
-        model,
-        targets=targets,
-        batch=example_of(loader),
-        batches=length(loader),
-        device=device,
-        hidden_states=hidden_states,
-        rank=rank,
-    )
-    chosen = (job or Job.alone()).exchange(choice.strategy)
-    if choice.strategy == "resident" and "layerwise" in chosen:
-        return "layerwise", hidden_states
-    return choice.strategy, choice.hidden_states
+    targets, precision, report = targets or run.targets, precision or run.precision, report or run.report
+    if run.strategy == "resident":
+        return _sharing_errors(run, stream_resident(run, targets, precision, report))
+    return _sharing_errors(run, stream_by_block(run, targets, precision, report, find_blocks(run.model)))
 
 
-def _told(stream: Iterator[tuple[Site, Covariance]], job: Job) -> Iterator[tuple[Site, Covariance]]:
-    with job.sharing_errors():
+def _sharing_errors(run: Run, stream: Iterator[tuple[Site, Covariance]]) -> Iterator[tuple[Site, Covariance]]:
+    with run.job.sharing_errors():
         yield from stream
+        if run.is_sharded:
+            reshard_model(run.model)
 
 
-def _settled(
-    stream: Iterator[tuple[Site, Covariance]], model: nn.Module, chosen: Targets, job: Job
-) -> Iterator[tuple[Site, Covariance]]:
+def _settled(run: Run, stream: Iterator[tuple[Site, Covariance]]) -> Iterator[tuple[Site, Covariance]]:
     yield from stream
-    chosen.settle(model, quiet=not job.first, stacklevel=4)
-
-
-def _resident(
-    model: nn.Module,
-    loader: Iterable[Any],
-    targets: Targets,
-    precision: str | Mapping[str, str],
-    report: Progress,
-    job: Job,
-) -> Iterator[tuple[Site, Covariance]]:
-    rows = TokenRows(model, functools.cache(lambda: padded_batch(model, loader)))
-    sums = InputSums(targets, precision, rows)
-    options = forward_options(model, targets)
-    share = job.share(loader)
-    total, tokens = share.length, 0
-    job.enters("the forward pass")
-    report("forward", 0, total, 0)
-    in_step = job.count > 1 and gathers_weights(model)
-    later: list[Exception] | None = [] if in_step else None
-    own = calls(model, share)
-
-    def begin(call: Call) -> None:
-        sums.begin_batch(call.number, call.padding)
-
-    steps = _in_step(model, own, begin, job) if in_step else _one_by_one(own, begin)
-    # Inference mode, if the caller is in it, would hide writes to an input and tie the sums to that mode.
-    with recording(model, targets, sums, later=later), evaluating(model), torch.inference_mode(False), torch.no_grad():
-        for call, counts in steps:
-            gathering = (
-                job.naming_rank("a forward pass that gathers weights from all ranks") if in_step else contextlib.nullcontext()
-            )
-            with gathering, naming_batch(call):
-                model(*call.args, **{**options, **call.kwargs})
-            for error in later or ():  # the others are at their next exchange by now, or on their way to it
-                raise error
-            if counts:
-                sums.end_batch()
-                tokens += call.padding.tokens
-                report("forward", share.read, total, tokens)
-    job.check_share(share)
-    leave_out_uncalled(uncalled_everywhere(sums, job), targets)
-    totals = Totals(job)
-    yield from totals.add(sums)
-    yield from totals.rest()
-
-
-def _one_by_one(own: Iterator[Call], begin: Callable[[Call], None]) -> Iterator[tuple[Call, bool]]:
-    for call in own:
-        begin(call)
-        yield call, True
-
-
-def _in_step(model: nn.Module, own: Iterator[Call], begin: Callable[[Call], None], job: Job) -> Iterator[tuple[Call, bool]]:
-    """This process's calls, and more that do not count, for as long as any process has calls left: all make equally many.
-
-    Who has no batch left calls the model with the last one that it had; who never had any, with one of another process's. What is
-    wrong with a batch is to be found before the exchange, by which all begin the next forward pass.
-    """
-    spare: Call | None = None
-    while True:
-        call = next(own, None)
-        if call is not None:
-            begin(call)
-        left = job.exchange(call is not None)
-        if not any(left):
-            return
-        if spare is None and not all(left):  # the first time, and on all
-            giver, there = left.index(True), input_device(model)
-            sent = job.exchange(pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, call) if job.number == giver else None)[giver]
-            assert sent is not None
-            spare = pytree.tree_map_only(torch.Tensor, functools.partial(torch.Tensor.to, device=there), sent)
-        spare = spare if call is None else call
-        assert spare is not None
-        yield spare, call is not None
+    with run.job.sharing_errors():
+        run.targets.settle(run.model, quiet=not run.job.first)

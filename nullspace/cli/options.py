@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from nullspace.checks import FRACTION, NOT_NEGATIVE, POSITIVE, Range, check_device, check_integer, check_real
+from nullspace.checks import FRACTION, NOT_NEGATIVE, POSITIVE, Range, check_device, check_integer, check_one_of, check_real
 
 Values = Mapping[str, Any]
 """A command's arguments: parameter name → value."""
@@ -144,7 +144,7 @@ def parse_exclude(text: str | None) -> str | list[str] | None:
 
 def one_of(*choices: str) -> Callable[[str, str], None]:
     """The check of an option with these values."""
-    return lambda name, value: _check_one_of(name, value, choices)
+    return lambda name, value: check_one_of(name, value, choices)
 
 
 def parsed(parse: Callable[[Any], Any]) -> Callable[[str, Any], None]:
@@ -159,21 +159,15 @@ def parsed(parse: Callable[[Any], Any]) -> Callable[[str, Any], None]:
     return checked
 
 
-def _check_one_of(name: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        *others, last = choices
-        raise ValueError(f"{name} must be {', '.join(others)} or {last}, not {value!r}")
-
-
 def _check_choice(name: str, value: str) -> None:
     """The check of options whose values are those of another package, which imports torch."""
     from nullspace.calibration.hidden_states import PLACES
-    from nullspace.calibration.stream import STRATEGIES
+    from nullspace.calibration.run import STRATEGIES
     from nullspace.methods import METHODS
     from nullspace.moments.covariance import PRECISIONS
 
     choices = {"--hidden-states": PLACES, "--method": METHODS, "--precision": PRECISIONS, "--strategy": STRATEGIES}
-    _check_one_of(name, value, tuple(choices[name]))
+    check_one_of(name, value, tuple(choices[name]))
 
 
 def _real(allowed: Range) -> Callable[[str, float], Any]:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import nullspace.csrc_triton as csrc_triton
-from nullspace.checks import an_object, check_fields, check_tensor, finite, list_of, optional, whole
+from nullspace.checks import an_object, check_fields, check_one_of, check_tensor, finite, list_of, optional, whole
 from nullspace.moments.sums import GramSums, Sums, TokenMask, nonfinite
 from nullspace.moments.sums_qr import QrSums
 from nullspace.moments.sums_torch import TorchSums
@@ -78,8 +78,7 @@ class Covariance:
     def __init__(self, d_in: int, *, device: torch.device | str = "cpu", precision: str = "auto") -> None:
         if d_in < 1:
             raise ValueError(f"d_in must be at least 1, not {d_in}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, not {precision!r}")
+        check_one_of("precision", precision, PRECISIONS)
         self.d_in = d_in
         self.device = torch.device(device)
         self.precision = precision

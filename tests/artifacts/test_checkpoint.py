@@ -75,8 +75,8 @@ def test_finished_blocks_are_not_summed_again(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(Cut):
         compute(model, tmp_path / "kept", strategy="layerwise", progress=cut_after(5))
     asked: list[Any] = []
-    stream = spaces_module.stream_covariances
-    monkeypatch.setattr(spaces_module, "stream_covariances", lambda *a, **k: asked.append(k["targets"]) or stream(*a, **k))
+    stream = spaces_module.one_pass
+    monkeypatch.setattr(spaces_module, "one_pass", lambda *a, **k: asked.append(a[1]) or stream(*a, **k))
     compute(model, tmp_path / "kept", strategy="layerwise")
     assert not any(name.startswith("model.layers.0.") for name in asked[0])
     assert "model.layers.1.self_attn.o_proj" in asked[0]
@@ -229,8 +229,8 @@ def test_a_damaged_file_is_named_and_its_site_computed_again(
     shutil.copytree(finished[0], kept)
     DAMAGE[damage](kept / "00002.safetensors")
     model, asked = tiny("llama"), []
-    stream = spaces_module.stream_covariances
-    monkeypatch.setattr(spaces_module, "stream_covariances", lambda *a, **k: asked.append(k["targets"]) or stream(*a, **k))
+    stream = spaces_module.one_pass
+    monkeypatch.setattr(spaces_module, "one_pass", lambda *a, **k: asked.append(a[1]) or stream(*a, **k))
     name = "00004" if damage == "another site's file" else "00002"
     with pytest.warns(UserWarning, match=rf"kept/{name}\.safetensors is damaged: its site is computed again") as caught:
         found = compute(model, kept)

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from models import CHAINS, random_batches, tiny
 from nullspace import Covariance, compute_null_spaces, stream_covariances
 from nullspace.calibration.hidden_states import Shelf, choose_place
-from nullspace.calibration.stream import resolve_strategy
+from nullspace.calibration.run import resolve_strategy
 from nullspace.model.blocks import find_blocks
 from nullspace.model.weights import Loaded, is_loaded
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from models import random_batches, tiny
 from nullspace import Covariances, NullSpaces, compute_null_spaces, stream_covariances
 from nullspace.artifacts import records
-from nullspace.artifacts.identity import _hash_weights, weights_of
+from nullspace.artifacts.identity import Fingerprints, weights_of
 from nullspace.cli import app
 from nullspace.integrations.peft import (
     METHODS,
@@ -188,13 +188,13 @@ def test_a_weight_that_bitsandbytes_has_repacked_is_read_as_it_was(kind: str, ba
 
 def test_a_forward_pass_that_repacks_weights_does_not_make_another_model(base: Any) -> None:
     model = base("nf4")
-    fingerprint = _hash_weights(model)
+    fingerprint = Fingerprints().digest(model)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.weight.data, _ = bitsandbytes.functional._convert_weight_packed_for_cpu(
                 module.weight.data, module.weight.quant_state
             )
-    assert _hash_weights(model) == fingerprint
+    assert Fingerprints().digest(model) == fingerprint
 
 
 @every_kind

@@ -1,0 +1,204 @@
+"""`Run`: one calibration, whose arguments are checked once, and whose strategy, weights and checkpoint are found once.
+
+`compute_null_spaces`, `compute_covariances` and `stream_covariances` prepare a run and make one or more passes over its loader
+(`nullspace.calibration.stream.one_pass`).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from nullspace.artifacts.checkpoint import Checkpoint
+from nullspace.artifacts.identity import Fingerprints, Weights, fingerprint_of_run
+from nullspace.artifacts.residual import warn_of_residual
+from nullspace.calibration.hidden_states import PLACES
+from nullspace.checks import check_device, check_one_of
+from nullspace.distributed import Job
+from nullspace.distributed.loaders import digest_of, example_of, length
+from nullspace.model import sharded
+from nullspace.model.blocks import find_blocks
+from nullspace.model.sites import Targets, find_targets
+from nullspace.model.weights import refuse_meta
+from nullspace.model.wrappers import unwrap
+from nullspace.moments.covariance import PRECISIONS
+from nullspace.planning.choice import choose_strategy
+from nullspace.progress import Progress, reporter
+
+STRATEGIES = ("auto", "resident", "layerwise")
+
+
+@dataclass
+class Run:
+    """One calibration: a model, its targets, the data, and how the model is run.
+
+    Attributes:
+        model: without wrappers.
+        loader: as given.
+        targets: module name → linear layer.
+        precision: as given: one for all layers, or a mapping from regular expressions.
+        strategy: `"resident"` or `"layerwise"`.
+        device: where a layerwise pass computes; None for where the weights are.
+        hidden_states: where a layerwise pass keeps what lies between two blocks.
+        job: the processes that work together.
+        report: gets the progress.
+        is_sharded: whether the weights are spread over processes, so that reading one is a collective.
+        loads: per process, Σ d³ of the sites that it was dealt in all passes so far.
+    """
+
+    model: nn.Module
+    loader: Iterable[Any]
+    targets: Targets
+    precision: str | Mapping[str, str]
+    strategy: str
+    device: torch.device | None
+    hidden_states: str
+    job: Job
+    report: Progress
+    is_sharded: bool
+    loads: list[float]
+    _fingerprints: Fingerprints = field(default_factory=Fingerprints)
+
+    @property
+    def reads_once(self) -> bool:
+        """Whether the loader can be read only once."""
+        return isinstance(self.loader, Iterator)
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """Shape and fingerprint of the targets' weights; a collective where weights are sharded."""
+        self._before_collectives()
+        return self._fingerprints.weights(self.targets)
+
+    def plain_precision(self) -> str | dict[str, str]:
+        """The precision as JSON takes it."""
+        return self.precision if isinstance(self.precision, str) else dict(self.precision)
+
+    def open_checkpoint(self, directory: str | os.PathLike[str], settings: Mapping[str, Any]) -> Checkpoint:
+        """The checkpoint of this run.
+
+        Args:
+            directory: of the checkpoint.
+            settings: on which the results depend, beside model, data, targets, precision and strategy; as JSON takes them.
+
+        Raises:
+            ValueError: naming what differs, if it is another run's or processes disagree; for a loader that can be read only once.
+            FileExistsError: if the directory is not empty and no checkpoint.
+        """
+        self._before_collectives()
+        settings = {"precision": self.plain_precision(), "strategy": self.strategy, **settings}
+        identity = fingerprint_of_run(self.model, self.loader, self.targets, settings, self.job, self._fingerprints)
+        self.job.check_same(**identity)
+        return Checkpoint(directory, identity, self.job)
+
+    def _before_collectives(self) -> None:
+        """Where reading weights is a collective, raise on all processes what has failed on one, before any of them waits."""
+        if self.is_sharded:
+            self.job.exchange(None)
+
+
+def prepare(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    targets: str | Iterable[str],
+    exclude: str | Iterable[str] | None,
+    strategy: str,
+    precision: str | Mapping[str, str],
+    device: torch.device | str | None,
+    hidden_states: str,
+    progress: bool | Progress,
+    job: Job,
+    rank: int | None = None,
+) -> Run:
+    """Check the arguments of a calibration, and resolve what they leave open.
+
+    Args:
+        rank: columns of the bases, if there are to be any: layers must be larger, and a forecast counts the bases.
+        others: as of `nullspace.stream_covariances`.
+
+    Raises:
+        ValueError, TypeError: as `nullspace.stream_covariances` before the forward pass.
+    """
+    check_options(strategy, precision, hidden_states, device)
+    model = unwrap(model)
+    chosen = find_targets(model, targets, exclude=exclude, rank=rank)
+    refuse_meta(model)
+    warn_of_residual(model)
+    is_sharded = sharded.prepare_sharded(model, chosen, job, strategy)
+    if strategy == "auto":
+        strategy, hidden_states = resolve_strategy(
+            model, loader, chosen, device=device, hidden_states=hidden_states, rank=rank, job=job
+        )
+        if strategy == "resident":
+            device, hidden_states = None, "auto"
+    elif strategy == "resident" and (device is not None or hidden_states != "auto"):
+        raise ValueError("device and hidden_states belong to strategy='layerwise'")
+    run = Run(
+        model=model,
+        loader=loader,
+        targets=chosen,
+        precision=precision,
+        strategy=strategy,
+        device=None if device is None else torch.device(device),
+        hidden_states=hidden_states,
+        job=job,
+        report=reporter(progress, bars=job.first),
+        is_sharded=is_sharded,
+        loads=[0.0] * job.count,
+    )
+    if job.count > 1:
+        weights = digest_of([{name: mark for name, (_, mark) in run.weights.items()}])
+        job.check_same(strategy=strategy, precision=run.plain_precision(), targets=list(chosen), weights=weights)
+    return run
+
+
+def check_options(
+    strategy: str, precision: str | Mapping[str, str], hidden_states: str, device: torch.device | str | None = None
+) -> None:
+    """Raise `ValueError` for a value that these arguments of `nullspace.stream_covariances` do not take."""
+    check_one_of("strategy", strategy, STRATEGIES)
+    for value in precision.values() if isinstance(precision, Mapping) else [precision]:
+        check_one_of("precision", value, PRECISIONS)
+    check_one_of("hidden_states", hidden_states, PLACES)
+    if device is not None:
+        check_device(device)
+
+
+def resolve_strategy(
+    model: nn.Module,
+    loader: Iterable[Any],
+    targets: Targets,
+    *,
+    device: torch.device | str | None = None,
+    hidden_states: str = "auto",
+    rank: int | None = None,
+    job: Job | None = None,
+) -> tuple[str, str]:
+    """The strategy and the place of hidden states that `strategy="auto"` stands for, for this model as it lies in memory.
+
+    Where one of several processes has no room for a resident run, all go block by block.
+
+    Args: as of `nullspace.stream_covariances` and `nullspace.compute_null_spaces`.
+    """
+    if sharded.is_model_sharded(model):
+        return sharded.sharded_strategy(model, lambda: find_blocks(model)), hidden_states
+    choice = choose_strategy(
+        model,
+        targets=targets,
+        batch=example_of(loader),
+        batches=length(loader),
+        device=device,
+        hidden_states=hidden_states,
+        **({} if rank is None else {"rank": rank}),
+    )
+    chosen = (job or Job.alone()).exchange(choice.strategy)
+    if choice.strategy == "resident" and "layerwise" in chosen:
+        return "layerwise", hidden_states
+    return choice.strategy, choice.hidden_states
