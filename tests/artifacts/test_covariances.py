@@ -173,7 +173,7 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(tmp_path: Path) -> None:
 def test_only_what_is_asked_for_is_read_and_only_once_while_it_is_held(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     read_tensors = records.read_tensors
-    monkeypatch.setattr(sitewise.store, "read_tensors", lambda d, name, m: read.append(name) or read_tensors(d, name, m))
+    monkeypatch.setattr(sitewise.records, "read_tensors", lambda d, name, m: read.append(name) or read_tensors(d, name, m))
     found = Covariances.load(saved)
     assert (len(found), len(found.sites), repr(found)) == (21, 12, "Covariances(12 sites, 21 layers)")
     assert read == []
