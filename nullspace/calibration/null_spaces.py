@@ -130,10 +130,9 @@ def compute_null_spaces(
             progress=progress,
             job=job,
             rank=rank,
+            check=lambda targets: _check_avoid(avoid, targets, rank),
         )
         avoided = check_avoid(avoid, run.targets)
-        for name in avoided:
-            check_site_rank(Site((name,), weight_shape(run.targets[name])[1]), rank, avoided)
         bases = _Bases(run, rank, spectrum, avoided)
         if checkpoint is not None:
             digests = {name: hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest() for name, rows in avoided.items()}
@@ -152,6 +151,13 @@ def compute_null_spaces(
         if job.first:
             warn_of_few_directions(bases.spaces)
         return bases.result()
+
+
+def _check_avoid(avoid: Mapping[str, torch.Tensor] | None, targets: Mapping[str, nn.Module], rank: int) -> None:
+    """Raise `ValueError`, naming the layer, if rows do not fit it, or leave no room for a basis."""
+    avoided = check_avoid(avoid, targets)
+    for name in avoided:
+        check_site_rank(Site((name,), weight_shape(targets[name])[1]), rank, avoided)
 
 
 class _Bases:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,11 +116,13 @@ def prepare(
     progress: bool | Progress,
     job: Job,
     rank: int | None = None,
+    check: Callable[[Targets], object] | None = None,
 ) -> Run:
     """Check the arguments of a calibration, and resolve what they leave open.
 
     Args:
         rank: columns of the bases, if there are to be any: layers must be larger, and a forecast counts the bases.
+        check: raises for arguments of the caller that do not fit the targets; called before the loader is touched.
         others: as of `nullspace.stream_covariances`.
 
     Raises:
@@ -129,6 +131,8 @@ def prepare(
     check_options(strategy, precision, hidden_states, device)
     model = unwrap(model)
     chosen = find_targets(model, targets, exclude=exclude, rank=rank)
+    if check is not None:
+        check(chosen)
     refuse_meta(model)
     warn_of_residual(model)
     is_sharded = sharded.prepare_sharded(model, chosen, job, strategy)
