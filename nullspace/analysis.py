@@ -1,11 +1,10 @@
 """The paper's analyses (arXiv 2503.02659): from second moments, weights and adapters to numbers by layer.
 
-Functions of tensors come first: the effective rank is in `nullspace.solvers`, and here are `leak`, `drift`, `shares_read`, `change`
-and `outside`. They ask for no model and no file, so that a benchmark may call them on what it has at hand. `analyse` calls them for
-every layer of what was kept on the disk, and returns rows of plain dictionaries, JSON as they are; each covariance is read once,
-decomposed once, and forgotten.
+Functions of tensors come first: `leak`, `drift`, `shares_read`, `change` and `outside` (the effective rank is in
+`nullspace.solvers`). They need no model and no file. `analyse` calls them for every layer and returns rows, dictionaries that are
+valid JSON; each covariance is read once, decomposed once, and freed.
 
-X is a site's calibration input, d_in × tokens, of which only C = X Xᵀ is known: ‖M X‖_F = √tr(M C Mᵀ) for any M.
+X is the calibration input of a site, d_in × tokens, and C = X Xᵀ its second moment: ‖M X‖_F = √tr(M C Mᵀ) for any M.
 """
 
 from __future__ import annotations
@@ -34,23 +33,23 @@ from nullspace.solvers.together import decompose
 
 Row = dict[str, Any]
 
-# Of a spectrum, as many singular values are kept, evenly spaced; the directions that an A reads are told in as many bins.
+# Rows hold so many evenly spaced singular values of a spectrum, and so many bins of the directions that an A reads.
 POINTS, BINS = 128, 100
-# Names: of a state, and of groups of layers.
+# Names of a state and of two groups of layers.
 INITIAL, ATTENTION, ALL = "initial", "all of attention", "all"
 
 
 def leak(a: torch.Tensor, c: torch.Tensor) -> float:
-    """What the row space of an adapter's A hears of the calibration input: ‖QᵀX‖_F / ‖X‖_F = √(tr(QᵀCQ) / tr C).
+    """The part of the calibration input's norm in the row space of an adapter's A: ‖QᵀX‖_F / ‖X‖_F = √(tr(QᵀCQ) / tr C).
 
-    For the A of LoRA-Null as it is made this is `NullSpace.leak`. Training that leaves A alone leaves the leak alone.
+    For the untrained A of LoRA-Null this is `NullSpace.leak`. Training with a frozen A does not change it.
 
     Args:
         a: (r, d_in); Q (d_in, ≤ r) is an orthonormal basis of its row space.
         c: (d_in, d_in) second moment.
 
     Returns:
-        Between 0 and 1; 0.0 if A or C is zero. C is rounded by some 1e-16 of its norm: below 1e-8 it says nothing.
+        Between 0 and 1; 0.0 if A or C is zero. C is rounded by some 1e-16 of its norm, so values below 1e-8 are rounding.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -64,7 +63,7 @@ def update(initial: LowRank, trained: LowRank) -> LowRank:
     """What training has added to a layer's weight, ΔW = B A − B₀ A₀, as thin factors.
 
     `[B − B₀, B₀] [A; A − A₀]`: differences are taken before products, so that nothing cancels however small the update is. The
-    second halves are left out where A stayed as it was or B₀ is zero.
+    second halves are left out if A has not changed or B₀ is zero.
 
     Args:
         initial: A₀ (r, d_in) and B₀ (d_out, r), B with the adapter's scaling in it.
@@ -88,28 +87,28 @@ def update(initial: LowRank, trained: LowRank) -> LowRank:
 
 
 def output_norm(weight: torch.Tensor, c: torch.Tensor) -> float:
-    """‖W X‖_F = √tr(W C Wᵀ): how loud a layer is on the calibration input, for a (d_out, d_in) weight. 2 · d_out · d_in² flops."""
+    """‖W X‖_F = √tr(W C Wᵀ), the norm of a layer's output, for a (d_out, d_in) weight. 2 · d_out · d_in² flops."""
     weight, c = _checked(weight, c)
     return _root(((weight @ c) * weight).sum())
 
 
 def update_norm(delta: LowRank, c: torch.Tensor) -> float:
-    """‖ΔW X‖_F of ΔW = B A, whose d_out × d_in product is never formed: √tr((A C Aᵀ) (BᵀB))."""
+    """‖ΔW X‖_F = √tr((A C Aᵀ) (BᵀB)) of ΔW = B A; the d_out × d_in product is never formed."""
     a, c = _checked(delta.A, c)
     b = delta.B.detach().to(a)
     return _root(((a @ c @ a.mT) * (b.mT @ b)).sum())
 
 
 def drift(weight: torch.Tensor, c: torch.Tensor, delta: LowRank) -> float:
-    """How far training has moved a layer's output on the calibration input: ‖ΔW X‖_F / ‖W₀ X‖_F. What forgetting is made of.
+    """The relative change of a layer's output on the calibration input: ‖ΔW X‖_F / ‖W₀ X‖_F.
 
     Args:
-        weight: (d_out, d_in) W₀, that of the untouched model.
+        weight: (d_out, d_in) W₀, of the model before training.
         c: (d_in, d_in) second moment.
         delta: ΔW, of `update`.
 
     Returns:
-        0.0 where nothing has changed; 1.0 where the change is as loud as the layer was.
+        0.0 without a change; 1.0 if the change has the norm of the output.
 
     Raises:
         ValueError: if the shapes do not fit, or the layer's output was zero and no longer is.
@@ -121,7 +120,7 @@ def drift(weight: torch.Tensor, c: torch.Tensor, delta: LowRank) -> float:
 
 
 def shares_read(a: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """How much an A reads of every direction of the input: ‖A u_j‖ / ‖A‖_F (Figure 4, eq. 12–13).
+    """The share of A in each direction of the input: ‖A u_j‖ / ‖A‖_F (Figure 4, eq. 12–13).
 
     Args:
         a: (r, d_in).
@@ -139,14 +138,14 @@ def shares_read(a: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
 
 
 def binned(shares: torch.Tensor, bins: int = BINS) -> list[float]:
-    """Shares by direction on an axis of relative rank, from the loudest (0) to the quietest (1) direction, for any d_in.
+    """Shares by direction in bins of relative rank: from the largest eigenvalue (0) to the smallest (1), for any d_in.
 
     Args:
         shares: (d_in,), of `shares_read`.
-        bins: how many.
+        bins: their number.
 
     Returns:
-        Root mean square of the shares in each bin, times √d_in: 1 throughout, but for chance, where A is random.
+        Root mean square of the shares in each bin, times √d_in: about 1 in every bin for a random A.
     """
     energy = np.concatenate([[0.0], np.cumsum(shares.square().cpu().numpy())])
     edges = np.interp(np.linspace(0.0, len(shares), bins + 1), np.arange(len(shares) + 1), energy)
@@ -154,7 +153,7 @@ def binned(shares: torch.Tensor, bins: int = BINS) -> list[float]:
 
 
 def change(a: torch.Tensor, initial: torch.Tensor) -> float:
-    """‖A − A₀‖_F / ‖A₀‖_F (Figure 1): how far training has moved A; infinite where A₀ was zero and A is not.
+    """‖A − A₀‖_F / ‖A₀‖_F (Figure 1), the relative change of A; infinite if A₀ is zero and A is not.
 
     Raises:
         ValueError: if the shapes differ.
@@ -167,9 +166,9 @@ def change(a: torch.Tensor, initial: torch.Tensor) -> float:
 
 
 def outside(a: torch.Tensor, initial: torch.Tensor) -> float:
-    """‖A (I − Q₀Q₀ᵀ)‖_F / ‖A‖_F, Q₀ the row space of A₀: the part of A that reads what A₀ did not.
+    """‖A (I − Q₀Q₀ᵀ)‖_F / ‖A‖_F, Q₀ the row space of A₀: the part of A outside of the row space of A₀.
 
-    Turning within its row space changes A, and leaves its leak as it was; only what is outside can raise it.
+    A change within the row space leaves the leak as it was; only this part can raise it.
 
     Raises:
         ValueError: if the widths differ.
@@ -182,20 +181,23 @@ def outside(a: torch.Tensor, initial: torch.Tensor) -> float:
 
 
 def singular_values(weight: torch.Tensor) -> torch.Tensor:
-    """Of a weight, (min(d_out, d_in),), descending, float64, from its smaller Gram matrix: below some 1e-8 of the first, zero."""
+    """Singular values of a weight, (min(d_out, d_in),), descending, float64.
+
+    They come from the smaller Gram matrix, so that those below some 1e-8 of the first are rounding.
+    """
     weight = weight.detach().to(torch.float64)
     gram = weight @ weight.mT if weight.shape[0] <= weight.shape[1] else weight.mT @ weight
     return solvers.spectrum(gram).clamp(min=0).sqrt().flip(0)
 
 
 class State(NamedTuple):
-    """An adapter at one time of its training."""
+    """An adapter at one step of its training."""
 
     label: str
     step: int | None
-    """The optimiser's step, where it is known."""
+    """The optimiser's step; None if unknown."""
     factors: Mapping[str, LowRank]
-    """Layer → A and B, B with the adapter's scaling in it: B A is what the layer adds."""
+    """Layer → A and B, B times the adapter's scaling: the layer adds B A."""
 
 
 class Course(NamedTuple):
@@ -203,17 +205,17 @@ class Course(NamedTuple):
 
     name: str
     initial: Mapping[str, LowRank]
-    """Layer → A and B as they were before training, B with the adapter's scaling in it."""
+    """Layer → A and B before training, B times the adapter's scaling."""
     trained: tuple[State, ...] = ()
 
     @property
     def states(self) -> tuple[State, ...]:
-        """The start and what training made of it."""
+        """The start and the states after it."""
         return (State(INITIAL, 0, self.initial), *self.trained)
 
 
 class Analysis(NamedTuple):
-    """Rows by site, layer, and adapter, state and layer; what could not be told, for want of an input, is None."""
+    """Rows by site, by layer, and by adapter, state and layer. A value whose input was not given is None."""
 
     inputs: list[Row]
     """`site`, `members`, `block`, `projection`, `d_in`, `tokens`, `outliers`, `outlier_share`, `effective_rank` and `spectrum`
@@ -233,21 +235,21 @@ def analyse(
     courses: Sequence[Course] = (),
     progress: bool | Progress = True,
 ) -> Analysis:
-    """Everything that can be told from what there is, by layer.
+    """All rows that the given inputs allow.
 
     Args:
         covariances: second moments of the calibration input: spectra, effective ranks, leak and drift of adapters.
-        spaces: their leak and gap; effective ranks, where they know them.
-        modules: name → linear layer of the untouched base model; those that nothing else here knows are left out.
-        courses: adapters, each through its training.
+        spaces: their leak and gap; effective ranks, if they have them.
+        modules: name → linear layer of the base model before training; layers that no other input names are left out.
+        courses: adapters, each with the states of its training.
         progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
 
     Cost: a site's second moment is read once; 4/3 · d_in³ flops for its eigenvalues, 9 · d_in³ for its eigenvectors, which only
-    adapters ask for; 2 · d_out · d_in² a layer for its drift. In memory, a few sites of d_in² float64 numbers at a time.
+    adapters need; 2 · d_out · d_in² a layer for its drift. In memory, a few sites of d_in² float64 numbers at a time.
 
     Raises:
-        ValueError: naming the adapter and the layer, if one is unknown to the covariances or the model, or of another width; naming
-            the layer, if covariances or spaces are of another model than `modules`.
+        ValueError: naming the adapter and the layer, if one is missing from the covariances or of another width there or in the
+            model; naming the layer, if covariances or spaces are of another model than `modules`.
     """
     report = reporter(progress)
     sites = _sites(covariances, spaces, courses)
@@ -256,60 +258,58 @@ def analyse(
     _check_courses(courses, covariances, modules)
     if modules is not None:
         _check_modules(modules, layers, covariances, spaces)
-    seen: dict[str, tuple[Row, list[Row]]] = {}
+    facts: dict[str, Row] = {}
+    adapters: dict[str, list[Row]] = {}
     if covariances is not None:
-        look = _Look(modules, courses, where)
+        examine = _Examination(modules, courses, where)
         report("inputs", 0, len(covariances.sites), 0)
         pairs = ((site, covariances[site.name]) for site in covariances.sites)
-        for site, found in zip(covariances.sites, decompose(pairs, look), strict=True):
-            seen[site.name] = found
-            report("inputs", len(seen), len(covariances.sites), 0)
-    adapters: list[Row] = []
+        for site, (row, moves) in zip(covariances.sites, decompose(pairs, examine), strict=True):
+            facts[site.name], adapters[site.name] = row, moves
+            report("inputs", len(facts), len(covariances.sites), 0)
     for site in sites:
-        adapters += seen[site.name][1] if site.name in seen else [move.row for move in _moves(site, courses, where)]
-    order = {course.name: i for i, course in enumerate(courses)}
+        if site.name not in adapters:
+            adapters[site.name] = [move.row for move in _moves(site, courses, where)]
     weights: list[Row] = []
     for site in sites:
         for name in site.members if modules is not None else ():
             weights.append(_weight_row(name, site, modules[name], where[name]))  # type: ignore[index]
             report("weights", len(weights), len(layers), 0)
+    order = {course.name: i for i, course in enumerate(courses)}
     return Analysis(
-        [_input_row(site, seen[site.name][0] if site.name in seen else {}, _space(spaces, site), where) for site in sites],
+        [_input_row(site, facts.get(site.name, {}), _space(spaces, site), where) for site in sites],
         weights,
-        sorted(adapters, key=lambda row: order[row["adapter"]]),
+        sorted((row for site in sites for row in adapters[site.name]), key=lambda row: order[row["adapter"]]),
     )
 
 
 class _Move(NamedTuple):
-    """One layer of an adapter in one state: what is known of it so far, and what there is to look at."""
+    """One layer of an adapter in one state: its row so far, and its factors at the start and now."""
 
     row: Row
     initial: LowRank
     now: LowRank
 
 
-class _Look:
-    """What `decompose` calls for every site: the input's spectrum, and what every adapter there hears of it."""
+class _Examination:
+    """The function that `decompose` calls for every site: the facts of its input, and the rows of its adapters."""
 
     def __init__(self, modules: Mapping[str, nn.Module] | None, courses: Sequence[Course], where: Mapping[str, Location]) -> None:
-        self._modules, self._courses, self._where = modules, courses, where
+        self._modules, self._courses, self._where = modules or {}, courses, where
 
     def __call__(self, site: Site, covariance: Covariance) -> tuple[Row, list[Row]]:
         c = covariance.matrix()
         moves = _moves(site, self._courses, self._where)
         sigma, directions = _decomposed(covariance, c, vectors=bool(moves))
-        adapted = {move.row["layer"] for move in moves} if self._modules is not None else set()
-        before = {name: output_norm(_weight(name, self._modules[name]), c) for name in adapted}  # type: ignore[index]
+        adapted = {move.row["layer"] for move in moves} & self._modules.keys()
+        before = {name: output_norm(_weight(name, self._modules[name]), c) for name in adapted}
         for row, initial, now in moves:
             row["leak"] = leak(now.A, c)
             row["read"] = binned(shares_read(now.A, directions))
             if before.get(row["layer"], 0.0) > 0:
                 row["drift"] = update_norm(update(initial, now), c) / before[row["layer"]]
-        tokens = covariance.tokens
         facts = {
-            "tokens": tokens,
-            "outliers": covariance.outliers,
-            "outlier_share": covariance.outliers / tokens if tokens else 0.0,
+            **_tokens(covariance.tokens, covariance.outliers),
             "effective_rank": solvers.effective_rank(sigma),
             "spectrum": _sampled(sigma),
         }
@@ -317,8 +317,8 @@ class _Look:
 
 
 def _decomposed(covariance: Covariance, c: torch.Tensor, *, vectors: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """σ (d,) of X, descending, and its left singular vectors (d, d), if they are asked for: else (d, 0)."""
-    if covariance.products == "qr":  # nothing was squared, and nothing has to be
+    """σ (d,) of X, descending, and its left singular vectors (d, d), or (d, 0) without `vectors`."""
+    if covariance.products == "qr":  # has the triangular factor, so that singular values need not be squared
         _, sigma, rows = torch.linalg.svd(covariance.root())
         return sigma, rows.mT
     if not vectors:
@@ -328,36 +328,37 @@ def _decomposed(covariance: Covariance, c: torch.Tensor, *, vectors: bool) -> tu
 
 
 def _moves(site: Site, courses: Sequence[Course], where: Mapping[str, Location]) -> list[_Move]:
-    """A site's adapters, with what A alone can tell."""
-    found = []
+    """The adapters of a site, with the columns that A alone determines."""
+    moves = []
     for name in site.members:
         for course in courses:
             for state in course.states if name in course.initial else ():
                 initial, now = course.initial[name], state.factors[name]
                 row = {"adapter": course.name, "state": state.label, "step": state.step, "layer": name, **where[name]._asdict()}
                 row |= {"rank": len(now.A), "change": change(now.A, initial.A), "outside": 0.0}
-                if row["change"] > 0:  # else there is nothing outside but rounding
+                if row["change"] > 0:  # otherwise only rounding is outside
                     row["outside"] = outside(now.A, initial.A)
-                found.append(_Move({**row, "leak": None, "drift": None, "read": None}, initial, now))
-    return found
+                moves.append(_Move({**row, "leak": None, "drift": None, "read": None}, initial, now))
+    return moves
+
+
+def _tokens(tokens: int, outliers: int) -> Row:
+    return {"tokens": tokens, "outliers": outliers, "outlier_share": outliers / tokens if tokens else 0.0}
 
 
 def _input_row(site: Site, facts: Row, space: NullSpace | None, where: Mapping[str, Location]) -> Row:
-    nothing = dict.fromkeys(("tokens", "outliers", "outlier_share", "effective_rank", "spectrum", "rank", "leak", "gap"))
-    known: Row = {}
-    if space is not None:
-        known = {"rank": space.rank, "leak": space.leak, "gap": space.gap, "tokens": space.tokens, "outliers": space.outliers}
-        known |= {"outlier_share": space.outliers / space.tokens, "effective_rank": space.effective_rank}
-    return {
+    row: Row = {
         "site": site.name,
         "members": list(site.members),
         "block": where[site.name].block,
         "projection": ", ".join(where[name].projection for name in site.members),
         "d_in": site.d_in,
-        **nothing,
-        **known,
-        **facts,
+        **dict.fromkeys(("tokens", "outliers", "outlier_share", "effective_rank", "spectrum", "rank", "leak", "gap")),
     }
+    if space is not None:
+        row |= {"rank": space.rank, "leak": space.leak, "gap": space.gap, "effective_rank": space.effective_rank}
+        row |= _tokens(space.tokens, space.outliers)
+    return row | facts
 
 
 def _weight_row(name: str, site: Site, module: nn.Module, location: Location) -> Row:
@@ -374,15 +375,16 @@ def _weight_row(name: str, site: Site, module: nn.Module, location: Location) ->
     }
 
 
-def rank_summary(found: Analysis) -> list[Row]:
-    """Effective ranks by projection, of attention and of all layers: means, and at how many layers X's is below W₀'s (Table 2).
+def rank_summary(analysis: Analysis) -> list[Row]:
+    """Mean effective ranks by projection, of attention and of all layers, and the layers where X's is below W₀'s (Table 2).
 
     Returns:
-        Rows of `layers` (a name for the group), `count`, `x` and `w` (mean effective ranks), `below`; `x_share` and `w_share`, the
-        same as shares of the largest possible (d_in, min(d_out, d_in)), and `below_share`. Empty where X's or W₀'s are not known.
+        Rows of `layers` (a name for the group), `count`, `x` and `w` (mean effective ranks) and `below` (a number of layers).
+        `x_share`, `w_share` and `below_share` are the same for effective ranks divided by the largest possible ones (d_in and
+        min(d_out, d_in)). Empty if X's or W₀'s are not known.
     """
-    of_site = {row["site"]: row["effective_rank"] for row in found.inputs}
-    pairs = [(row, of_site[row["site"]]) for row in found.weights if of_site[row["site"]] is not None]
+    of_site = {row["site"]: row["effective_rank"] for row in analysis.inputs}
+    pairs = [(row, of_site[row["site"]]) for row in analysis.weights if of_site[row["site"]] is not None]
     groups: dict[str, list[tuple[Row, float]]] = {}
     for row, x in pairs:
         groups.setdefault(row["projection"], []).append((row, x))
@@ -391,30 +393,33 @@ def rank_summary(found: Analysis) -> list[Row]:
         groups[ATTENTION] = attention
     if pairs:
         groups[ALL] = pairs
-    return [
-        {
-            "layers": name,
-            "count": len(group),
-            "x": statistics.fmean(x for _, x in group),
-            "w": statistics.fmean(row["effective_rank"] for row, _ in group),
-            "x_share": statistics.fmean(x / row["d_in"] for row, x in group),
-            "w_share": statistics.fmean(row["effective_rank"] / min(row["d_out"], row["d_in"]) for row, _ in group),
-            "below": sum(x < row["effective_rank"] for row, x in group),
-            "below_share": sum(x / row["d_in"] < row["effective_rank"] / min(row["d_out"], row["d_in"]) for row, x in group),
-        }
-        for name, group in groups.items()
-    ]
+    return [_rank_row(name, group) for name, group in groups.items()]
 
 
-def adapter_summary(found: Analysis) -> list[Row]:
-    """One row an adapter and state: medians over layers of `leak`, `change`, `outside` and `drift`, and the worst layer's drift."""
+def _rank_row(name: str, group: list[tuple[Row, float]]) -> Row:
+    ranks = [(x, row["effective_rank"]) for row, x in group]
+    shares = [(x / row["d_in"], row["effective_rank"] / min(row["d_out"], row["d_in"])) for row, x in group]
+    return {
+        "layers": name,
+        "count": len(group),
+        "x": statistics.fmean(x for x, _ in ranks),
+        "w": statistics.fmean(w for _, w in ranks),
+        "x_share": statistics.fmean(x for x, _ in shares),
+        "w_share": statistics.fmean(w for _, w in shares),
+        "below": sum(x < w for x, w in ranks),
+        "below_share": sum(x < w for x, w in shares),
+    }
+
+
+def adapter_summary(analysis: Analysis) -> list[Row]:
+    """One row an adapter and state: medians over layers of `leak`, `change`, `outside` and `drift`, and the largest drift."""
     states: dict[tuple[str, str], list[Row]] = {}
-    for row in found.adapters:
+    for row in analysis.adapters:
         states.setdefault((row["adapter"], row["state"]), []).append(row)
     summary = []
     for (adapter, state), rows in states.items():
         drifts = [row for row in rows if row["drift"] is not None]
-        worst = max(drifts, key=lambda row: row["drift"], default=None)
+        worst = max(drifts, key=lambda row: row["drift"], default={"drift": None, "layer": None})
         summary.append(
             {
                 "adapter": adapter,
@@ -422,8 +427,8 @@ def adapter_summary(found: Analysis) -> list[Row]:
                 "step": rows[0]["step"],
                 "layers": len(rows),
                 **{field: _median(row[field] for row in rows) for field in ("leak", "change", "outside", "drift")},
-                "worst_drift": worst and worst["drift"],
-                "worst_layer": worst and worst["layer"],
+                "worst_drift": worst["drift"],
+                "worst_layer": worst["layer"],
             }
         )
     return summary
@@ -435,19 +440,19 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def _sites(covariances: Covariances | None, spaces: NullSpaces | None, courses: Sequence[Course]) -> list[Site]:
-    """All sites of the inputs; a layer that only an adapter knows is a site of its own."""
-    found: dict[str, Site] = {}
+    """The sites of all inputs; a layer that only an adapter has is a site of its own."""
+    of_layer: dict[str, Site] = {}
     for known in (covariances, spaces):
         for site in known.sites if known is not None else ():
-            other = next((found[name] for name in site.members if name in found), None)
+            other = next((of_layer[name] for name in site.members if name in of_layer), None)
             if other is None:
-                found.update(dict.fromkeys(site.members, site))
+                of_layer.update(dict.fromkeys(site.members, site))
             elif other.d_in != site.d_in:
                 raise ValueError(f"{site.name!r} has inputs of width {other.d_in} in the covariances and {site.d_in} in the spaces")
     for course in courses:
         for name, factors in course.initial.items():
-            found.setdefault(name, Site((name,), factors.A.shape[1]))
-    return list(dict.fromkeys(found.values()))
+            of_layer.setdefault(name, Site((name,), factors.A.shape[1]))
+    return list(dict.fromkeys(of_layer.values()))
 
 
 def _space(spaces: NullSpaces | None, site: Site) -> NullSpace | None:
@@ -503,13 +508,13 @@ def _checked(m: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def _row_space(a: torch.Tensor) -> torch.Tensor:
-    """(k, d_in), orthonormal rows: the span of A's, k ≤ r."""
+    """(k, d_in): orthonormal rows that span those of A, k ≤ r."""
     _, sigma, vt = torch.linalg.svd(a, full_matrices=False)
     return vt[sigma > torch.finfo(torch.float64).eps * max(a.shape) * sigma[:1]]
 
 
 def _root(square: torch.Tensor) -> float:
-    """Of what may be negative by rounding."""
+    """The square root of a number that may be negative by rounding."""
     return float(square.clamp(min=0).sqrt())
 
 
