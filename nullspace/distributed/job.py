@@ -1,14 +1,15 @@
 """`Job`: the processes of a `torch.distributed` group and what they exchange; one process alone where no group is initialised.
 
-A process is named by its torch rank. What goes from process to process, in an order that is the same for all:
+Errors name a process by its torch rank. All processes make these calls in the same order:
 
-- *exchanges*: small Python objects, from each to all. A process that has failed takes part in the next exchange with its error,
-  and all raise it, with the rank of that process. So no process waits for one that will not come.
-- *reductions*: vectors that are added up at one process, while all go on (`Reduction`).
+- *exchange*: small Python objects, from each to all. A process that has failed takes part in the next exchange with its error,
+  and all raise it, with the rank of that process. So no process waits for one that has failed.
+- *reduce*: a sum of vectors at one process, which is computed in the background (`Reduction`).
 - *send*, *receive*, *broadcast*: vectors from one process to another, or to all.
 
-A process that dies cannot report an error. Each process writes its current step into the group's store (`Job.enters`). One that
-loses the others asks all to answer in the store; its error (`RankLost`) names those that did not answer and their last steps.
+A process that dies or hangs raises no error. Each process writes its current step into the group's store (`Job.enters`). If a
+collective fails, every process that still runs answers there; the error (`RankLost`) names those that did not, and their last steps.
+torchrun cannot do that for a process that hangs: it reports the one whose collective has timed out.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from nullspace.distributed.loaders import Share
 from nullspace.errors import RankLost
 
 T = TypeVar("T")
-# How long a process that has lost the others waits for their answers.
+# How long a process waits for the answers of the others when a collective has failed.
 ANSWER_TIME = datetime.timedelta(seconds=5)
 # Keys of the group's store, by rank: the step that a process is in; whether it has answered.
-_STEP, _HERE = "nullspace/at/{}", "nullspace/here/{}"
+_STEP, _ANSWER = "nullspace/at/{}", "nullspace/here/{}"
 
 
 class Job:
@@ -40,7 +41,7 @@ class Job:
 
     Args:
         group: the default group, by default.
-        split: False if every loader holds one process's share already and its samplers do not show it: nothing is split then.
+        split: False if every loader is one process's share already, though its samplers do not say so.
 
     Attributes:
         number: of this process in the group, from 0 (torch's rank).
@@ -64,7 +65,7 @@ class Job:
 
     @classmethod
     def alone(cls) -> Job:
-        """A job of this process alone, even inside an initialised group."""
+        """A job of this process alone, even if a group is initialised."""
         job = cls()
         job.number, job.count, job._store = 0, 1, None
         return job
@@ -124,57 +125,57 @@ class Job:
     # ---- lost processes
 
     def enters(self, what: str) -> None:
-        """Write the current step into the group's store, for the error of the others if this process dies in it."""
+        """Write the current step into the group's store, for the error of the others if this process is lost in it."""
         if self._store is not None:
             with contextlib.suppress(RuntimeError):  # the next exchange raises it
                 self._store.set(_STEP.format(self._global(self.number)), what)
 
     @contextlib.contextmanager
     def _in_touch(self, what: str) -> Iterator[None]:
-        """Context manager for a collective: an error inside is the network's, and `RankLost` names the processes that are gone."""
+        """Context manager for a collective: an error inside is raised as `RankLost`, which names the processes that are lost."""
         try:
             yield
-        except RuntimeError as error:  # marked as shared, since no exchange can reach a process that is gone
+        except RuntimeError as error:  # marked as shared: no exchange is possible without the process that is lost
             missing, who = self._missing()
             text = f"rank {self.number} of {self.count} has lost {who} in {what}: {error}"
             left = min((k for k in range(self.count) if k not in missing), default=self.number)
             raise as_shared(RankLost(text, reports=self.number == left)) from error
 
     def _missing(self) -> tuple[list[int], str]:
-        """The processes that do not answer, and the same in words."""
+        """The processes that do not answer, and a text that names them."""
         if self._store is None:
             return [], "the others"
         until = time.monotonic() + ANSWER_TIME.total_seconds()
         try:
-            self._store.set(_HERE.format(self._global(self.number)), "")
+            self._store.set(_ANSWER.format(self._global(self.number)), "")
             missing = [k for k in range(self.count) if k != self.number and not self._answers(k, until)]
-            words = [f"rank {k} ({self._last_word(k)})" for k in missing]
+            words = [f"rank {k} ({self._last_step(k)})" for k in missing]
         except RuntimeError:
-            return [], "the others, and the store of their group with them (rank 0 keeps it, if torchrun does not)"
+            return [], "the others and the group's store (which rank 0 holds, if torchrun does not)"
         if not missing:
-            return [], "the others, all of which have said so too"
+            return [], "the connection to the others (all of them still run)"
         return missing, " and ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
 
     def _answers(self, number: int, until: float) -> bool:
         assert self._store is not None
         left = datetime.timedelta(seconds=max(until - time.monotonic(), 0.05))
         try:
-            self._store.wait([_HERE.format(self._global(number))], left)
+            self._store.wait([_ANSWER.format(self._global(number))], left)
         except RuntimeError:
-            self._store.num_keys()  # raises if it is the store that is gone
+            self._store.num_keys()  # raises if the store is lost
             return False
         return True
 
-    def _last_word(self, number: int) -> str:
+    def _last_step(self, number: int) -> str:
         assert self._store is not None
         key = _STEP.format(self._global(number))
-        return f"last heard of in {self._store.get(key).decode()}" if self._store.check([key]) else "never heard of"
+        return f"last seen in {self._store.get(key).decode()}" if self._store.check([key]) else "which never began"
 
     @contextlib.contextmanager
     def naming_rank(self, what: str) -> Iterator[None]:
-        """Context manager for work between two reductions, where no exchange is possible: an error inside is raised here alone.
+        """Context manager for work where no exchange is possible: an error inside is raised here alone, and names this process.
 
-        It names this process. The others wait until it exits or the group's timeout ends.
+        The others wait until it exits or the group's timeout ends.
         """
         try:
             yield
@@ -182,14 +183,12 @@ class Job:
             if was_shared(error):
                 raise
             kind, text = described(error)
-            raise rebuilt(
-                kind, f"rank {self.number}: {text} (in {what}; the other ranks wait for it, and are to be ended)"
-            ) from error
+            raise rebuilt(kind, f"rank {self.number}: {text} (in {what}; the other ranks wait for it: end them)") from error
 
     # ---- the data
 
     def share(self, loader: Iterable[Any]) -> Share:
-        """The batches of a loader that this process reads; iterating over them makes collectives."""
+        """The batches of a loader that this process reads. Iterating over them is collective."""
         compare = self._compare if self.count > 1 else None
         return Share(loader, self.number, self.count, split=self.split, compare=compare)
 
@@ -203,7 +202,7 @@ class Job:
         first, *others = self.exchange(digest)
         other = next((number for number, theirs in enumerate(others, start=1) if theirs != first), None)
         if other is not None:
-            where = " behind the first one" if again else ""
+            where = " after the first one" if again else ""
             raise ValueError(
                 f"ranks 0 and {other} were given different batches{where}, and a loader is split between the ranks: give all of "
                 "them the same batches in the same order (shuffled by the same seed), or each its own share: a DataLoader with a "
@@ -213,12 +212,12 @@ class Job:
     # ---- tensors
 
     def reduce(self, vector: torch.Tensor, owner: int, what: str) -> Reduction:
-        """Begin to add up a vector at its owner, in place.
+        """Start to sum a vector over the processes, in place at its owner.
 
         Args:
-            vector: this process's part, on any device; not to be touched before `Reduction.wait`.
-            owner: number of the process that gets the total.
-            what: for the error, if a process is lost meanwhile.
+            vector: this process's summand, on any device; not to be used before `Reduction.wait`.
+            owner: number of the process that gets the sum.
+            what: names the reduction in an error.
         """
         sent = vector.to(self._device)
         with self._in_touch(what):
@@ -231,14 +230,14 @@ class Job:
             dist.send(vector.to(self._device), self._global(receiver % self.count), group=self._group)
 
     def receive(self, like: torch.Tensor, sender: int, what: str) -> torch.Tensor:
-        """What another process sends: of the shape and dtype of `like`, where the group receives."""
+        """The vector that another process sends: of the shape and dtype of `like`, on the device of the group's backend."""
         vector = torch.empty_like(like, device=self._device)
         with self._in_touch(what):
             dist.recv(vector, self._global(sender % self.count), group=self._group)
         return vector
 
     def broadcast(self, tensor: torch.Tensor, owner: int) -> torch.Tensor:
-        """Collective: the owner's tensor, on the CPU of every process. The others give shape and dtype ("meta" will do)."""
+        """Collective: the owner's tensor, on the CPU of every process. The others give its shape and dtype, also on "meta"."""
         own = owner == self.number
         there = tensor.to(self._device) if own else torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
         with self._in_touch("a broadcast"):
@@ -265,13 +264,13 @@ class Job:
 
 
 class Reduction:
-    """A sum that is under way between the processes of a job."""
+    """A sum over the processes of a job that is being computed."""
 
     def __init__(self, job: Job, work: dist.Work, vector: torch.Tensor, sent: torch.Tensor, what: str, *, is_owner: bool) -> None:
         self._job, self._work, self._vector, self._sent, self._what, self._is_owner = job, work, vector, sent, what, is_owner
 
     def wait(self) -> None:
-        """Until it is done: the owner's vector then holds the total, the others' values mean nothing."""
+        """Block until it is done. The owner's vector then holds the sum; the others' values are undefined."""
         with self._job._in_touch(self._what):
             self._work.wait()
         if self._is_owner and self._sent is not self._vector:

@@ -392,7 +392,7 @@ def a_share_that_does_not_look_like_one_can_be_said_to_be(rank: int, count: int,
     own = batches[rank:][:1]
     assert_as_good(compute(model, own, precision="fp64", job=Job(split=False)), model, batches, precision="fp64")
     refused(ValueError, "different batches, .*DistributedSampler", lambda: compute(model, own))
-    refused(ValueError, "different batches behind the first one", lambda: compute(model, iter([batches[0], *own])))
+    refused(ValueError, "different batches after the first one", lambda: compute(model, iter([batches[0], *own])))
     refused(ValueError, "different batches", lambda: compute(model, batches if rank else batches[:-1]))
     refused(ValueError, "different batches", lambda: compute(model, [] if rank else batches))
     other = DataLoader(Rows(9), sampler=DistributedSampler(Rows(9), num_replicas=5, rank=rank))

@@ -34,8 +34,8 @@ pytestmark = pytest.mark.processes
 
 # How many calibrate until one is killed, and how many go on.
 TRIALS = [(2, 1), (1, 2), (2, 1), (2, 2), (2, 1), (3, 2), (1, 2), (2, 1), (2, 3), (2, 1)]
-PLACES = r"its preparations|the forward pass( of '[^']+')?|(the reduction of|the work on) '[^']+'"
-LAST_WORD = rf"\((never heard of|last heard of in ({PLACES}))\)"
+STEPS = r"its preparations|the forward pass( of '[^']+')?|(the reduction of|the work on) '[^']+'"
+LAST_STEP = rf"\((which never began|last seen in ({STEPS}))\)"
 
 
 def deep_model() -> nn.Module:
@@ -138,7 +138,7 @@ def kill_at_random(count: int, folder: Path, strategy: str, chance: random.Rando
             if "error" in said:  # else it had no more to do with the others
                 assert said["kind"] == "RankLost"
                 # Another one that has not noticed yet, and is slow to answer, may be named beside.
-                named = rf"^rank {rank} of {count} has lost (rank \d \(.*\) and )?rank {victim} {LAST_WORD}( and rank .*)? in "
+                named = rf"^rank {rank} of {count} has lost (rank \d \(.*\) and )?rank {victim} {LAST_STEP}( and rank .*)? in "
                 assert re.search(named, said["error"]), said["error"]
                 named_by += 1
     return named_by
@@ -180,7 +180,7 @@ def test_whoever_stalls_is_named_when_the_groups_time_is_up(tmp_path: Path) -> N
         os.kill(processes[1].pid or 0, signal.SIGSTOP)
         said = told(tmp_path, 0, processes)
     assert said["kind"] == "RankLost"
-    assert re.search(rf"^rank 0 of 2 has lost rank 1 {LAST_WORD} in .*[Tt]imed out", said["error"], re.DOTALL)
+    assert re.search(rf"^rank 0 of 2 has lost rank 1 {LAST_STEP} in .*[Tt]imed out", said["error"], re.DOTALL)
 
 
 def workers_of(pid: int) -> dict[int, int]:
@@ -215,7 +215,7 @@ def test_under_torchrun_the_command_says_who_was_lost_and_goes_on(tiny_checkpoin
     os.kill(workers_of(process.pid)[0], signal.SIGKILL)  # not the one that would speak for all
     done = finish(process)
     assert done.returncode != 0
-    assert re.search(rf"failed: rank 1 of 2 has lost rank 0 {LAST_WORD} in ", done.stderr), done.stderr
+    assert re.search(rf"failed: rank 1 of 2 has lost rank 0 {LAST_STEP} in ", done.stderr), done.stderr
     assert not (tmp_path / "out").exists()
     done = run([sys.executable, *command, "--json"], env=environment)
     assert done.returncode == 0, done.stderr
