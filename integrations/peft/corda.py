@@ -33,8 +33,9 @@ from nullspace.integrations.peft.layers import RESIDUAL_DTYPES, check_scaling, c
 from nullspace.methods import spared
 from nullspace.model.batches import evaluating, parameter_names
 from nullspace.model.linear import is_conv1d, is_linear, weight_of, weight_shape
-from nullspace.model.padding import Padding, PaddingReader, TokenRows
+from nullspace.model.padding import Padding, PaddingReader
 from nullspace.model.sites import Site, Targets
+from nullspace.model.token_rows import TokenRows
 from nullspace.model.weights import refuse_meta
 from nullspace.model.wrappers import named_modules, unwrap, without_graphs
 from nullspace.moments.covariance import Covariance

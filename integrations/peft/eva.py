@@ -42,8 +42,9 @@ from nullspace.distributed.loaders import length
 from nullspace.integrations.peft.layers import check_scaling, chosen_layers, rank_of
 from nullspace.model.batches import evaluating
 from nullspace.model.linear import is_linear
-from nullspace.model.padding import Padding, PaddingReader, TokenRows
+from nullspace.model.padding import Padding, PaddingReader
 from nullspace.model.sites import Site, Targets
+from nullspace.model.token_rows import TokenRows
 from nullspace.model.weights import refuse_meta
 from nullspace.model.wrappers import unwrap
 from nullspace.moments.covariance import Covariance

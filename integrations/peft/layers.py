@@ -187,9 +187,9 @@ def own_config(config: LoraConfig, model: nn.Module, given: Sources, job: Job) -
         config.target_modules = list(layers)
     fitted = fit_config(config, model, layers)
     if layers.left_out or not (named or sources):
-        layers.settle(model, quiet=not job.first, stacklevel=5)
+        layers.settle(model, warn=job.first, stacklevel=5)
     if named and fitted.target_modules != config.target_modules:
-        _check_named(config, model, layers, quiet=not job.first)
+        _check_named(config, model, layers, warn=job.first)
     return fitted
 
 

@@ -140,7 +140,7 @@ def _sites(run: Run, kept: Checkpoint | None, dtype: torch.dtype) -> Iterator[Wr
         done.update(site.members)
         run.report("covariances", len(done), len(targets), 0)
         del tensors
-    targets.settle(run.model, quiet=not job.first, stacklevel=5)
+    targets.settle(run.model, warn=job.first, stacklevel=5)
 
 
 def _shard(loader: Iterable[Any], number: int, count: int) -> Iterable[Any]:

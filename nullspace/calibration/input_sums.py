@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from nullspace.model.linear import unlike_linear, weight_of, weight_shape
-from nullspace.model.padding import Padding, TokenRows
+from nullspace.model.padding import Padding
 from nullspace.model.sharded import layer_input
 from nullspace.model.sharded_tensors import is_sharded, version_of
 from nullspace.model.sites import Site, Targets
+from nullspace.model.token_rows import TokenRows
 from nullspace.moments.covariance import Covariance, find_nonfinite, precision_of
 from nullspace.moments.sums import TokenMask
 

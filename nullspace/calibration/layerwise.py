@@ -27,9 +27,10 @@ from nullspace.calibration.totals import Totals, uncalled_everywhere
 from nullspace.distributed.loaders import Share
 from nullspace.model.batches import Call, calls, evaluating, forward_options, padded_batch
 from nullspace.model.blocks import refuse_chain
-from nullspace.model.padding import Padding, TokenRows
+from nullspace.model.padding import Padding
 from nullspace.model.sharded import without_gather_hooks
 from nullspace.model.sites import Site, Targets, output_head
+from nullspace.model.token_rows import TokenRows
 from nullspace.model.weights import Loaded
 from nullspace.moments.covariance import Covariance
 from nullspace.progress import Progress

@@ -147,7 +147,7 @@ def compute_null_spaces(
                 "only once, so they were not summed again: use precision='fp64', or a loader that can be read twice.",
                 stacklevel=2,
             )
-        run.targets.settle(run.model, quiet=not job.first)
+        run.targets.settle(run.model, warn=job.first)
         if job.first:
             warn_of_few_directions(bases.spaces)
         return bases.result()

@@ -15,9 +15,9 @@ from nullspace.calibration.run import Run
 from nullspace.calibration.totals import Totals, uncalled_everywhere
 from nullspace.distributed import Job
 from nullspace.model.batches import Call, calls, evaluating, forward_options, input_device, naming_batch, padded_batch
-from nullspace.model.padding import TokenRows
 from nullspace.model.sharded import gathers_weights
 from nullspace.model.sites import Site, Targets
+from nullspace.model.token_rows import TokenRows
 from nullspace.moments.covariance import Covariance
 from nullspace.progress import Progress
 

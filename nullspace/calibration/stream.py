@@ -49,7 +49,7 @@ def stream_covariances(
         loader: an iterable of mappings that the model takes as keyword arguments (`input_ids`, `attention_mask`, …), or of tensors
             or tuples of tensors that it takes as positional ones. Where `attention_mask` (batch, tokens) is zero, a token is
             padding and is not counted; of one over pairs of tokens, (batch, 1, tokens, tokens), or a mapping to such, a token that
-            none of them sees. Which rows of a layer's input that concerns: `nullspace.padding`.
+            none of them sees. Which rows of a layer's input that concerns: `nullspace.model.token_rows`.
             Of several processes, process k takes batches k, k + n, … of a loader that all have alike;
             of a `DataLoader` that is a share already, all. What PyTorch's `DistributedSampler` and accelerate's
             `BatchSamplerShard` repeat to make shares even is left out; what another such sampler repeats counts twice.
@@ -143,4 +143,4 @@ def _sharing_errors(run: Run, stream: Iterator[tuple[Site, Covariance]]) -> Iter
 def _settled(run: Run, stream: Iterator[tuple[Site, Covariance]]) -> Iterator[tuple[Site, Covariance]]:
     yield from stream
     with run.job.sharing_errors():
-        run.targets.settle(run.model, quiet=not run.job.first)
+        run.targets.settle(run.model, warn=run.job.first)

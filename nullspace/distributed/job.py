@@ -8,8 +8,8 @@ Errors name a process by its torch rank. All processes make these calls in the s
 - *send*, *receive*, *broadcast*: vectors from one process to another, or to all.
 
 A process that dies or hangs raises no error. Each process writes its current step into the group's store (`Job.enters`). If a
-collective fails, every process that still runs answers there; the error (`RankLost`) names those that did not, and their last steps.
-torchrun cannot do that for a process that hangs: it reports the one whose collective has timed out.
+collective fails, every process that still runs answers there. The error (`RankLost`) names those that did not, and their last
+steps. torchrun cannot do that for a process that hangs: it reports the one whose collective has timed out.
 """
 
 from __future__ import annotations

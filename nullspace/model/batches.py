@@ -1,4 +1,4 @@
-"""What a loader yields, and what a model is handed of it: arguments, padding, tokens."""
+"""From the batches of a loader to the arguments of a model: `calls`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Call(NamedTuple):
-    """One forward pass.
+    """The arguments of one forward pass.
 
     Attributes:
         number: of the batch, from 1.
         args: positional arguments of the model.
-        kwargs: keyword arguments of the model, without labels (a loss is not wanted).
+        kwargs: keyword arguments of the model, without labels: no loss is computed.
         padding: which of its tokens count.
     """
 
@@ -37,10 +37,10 @@ class Call(NamedTuple):
 
 
 def calls(model: nn.Module, share: Share, device: torch.device | None = None) -> Iterator[Call]:
-    """What to call the model with, batch by batch.
+    """The arguments to call the model with, batch by batch.
 
     Args:
-        model: to see which arguments it takes.
+        model: its `forward` says which arguments it takes.
         share: of a loader of mappings, tensors or tuples of tensors.
         device: where the arguments go; by default where the model's embeddings are.
 
@@ -64,7 +64,7 @@ def calls(model: nn.Module, share: Share, device: torch.device | None = None) ->
 
 @contextlib.contextmanager
 def naming_batch(call: Call) -> Iterator[None]:
-    """Turns the `IndexError` of an embedding into a `ValueError` that names the batch, and how long its sequences are."""
+    """Context manager: turns the `IndexError` of an embedding into a `ValueError` that names the batch and its shape."""
     try:
         yield
     except IndexError as error:
@@ -78,9 +78,9 @@ def naming_batch(call: Call) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, without key-value caches, compiled graphs and wrappers; afterwards all is as it was.
+    """Context manager: eval mode, without key-value caches, compiled graphs and wrappers; the exit restores all of them.
 
-    A model may take `use_cache` only through `**kwargs`, or not at all, and then does as its configurations say.
+    The cache is switched off in the configurations: a model may take `use_cache` only through `**kwargs`, or not at all.
     """
     training = [m for m in model.modules() if m.training]
     caching = [config for config in _configurations(model) if getattr(config, "use_cache", None) is True]
@@ -98,19 +98,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _configurations(model: nn.Module) -> list[Any]:
-    """Those of a model and its parts, and the ones inside of these, such as a text model's."""
+    """The configurations of a model and its modules, and those nested in them, such as a text model's."""
     left = [config for module in model.modules() if (config := module.__dict__.get("config")) is not None]
-    found: dict[int, Any] = {}
+    seen: dict[int, Any] = {}
     while left:
         config = left.pop()
-        if id(config) not in found:
-            found[id(config)] = config
+        if id(config) not in seen:
+            seen[id(config)] = config
             left += [value for value in getattr(config, "__dict__", {}).values() if hasattr(value, "use_cache")]
-    return list(found.values())
+    return list(seen.values())
 
 
 def forward_options(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, Any]:
-    """What spares work that no site hears: the key-value cache, and the logits of all tokens but the last."""
+    """Arguments that leave out work on which no site depends: the key-value cache, and the logits of all tokens but the last."""
     takes = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {}
     if "use_cache" in takes:
@@ -122,7 +122,7 @@ def forward_options(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str
 
 
 def padded_batch(model: nn.Module, loader: Iterable[Any]) -> int | None:
-    """The number of a loader's first batch with padding, where a look at all of them costs nothing; else None."""
+    """The number of the first batch with padding of a loader that is a sequence; None if there is none, or it is another loader."""
     if not isinstance(loader, Sequence):
         return None
     reader = PaddingReader(model)

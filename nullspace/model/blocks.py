@@ -27,7 +27,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
             model. Whether they are called one after the other is seen only when the model runs.
     """
     if is_encoder_decoder(model):
-        raise ValueError(_refusal(model, "is an encoder–decoder model, whose decoder hears the encoder at every block"))
+        raise ValueError(_refusal(model, "is an encoder–decoder model, whose decoder reads the encoder's output in every block"))
     with unwrapped(model):
         outer = marked_blocks(model) or _equal_lists(model)
     if not outer:
@@ -55,16 +55,16 @@ def _is_marked(module: nn.Module) -> bool:
 
 
 def _equal_lists(model: nn.Module) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {}
+    blocks: dict[str, nn.Module] = {}
     for name, parent in model.named_modules():
         children = dict(parent.named_children())
-        inside = any(name == other or name.startswith(f"{other}.") for other in found)
+        inside = any(name == other or name.startswith(f"{other}.") for other in blocks)
         equal = len({type(child) for child in children.values()}) == 1
         if isinstance(parent, (nn.ModuleList, nn.Sequential)) and len(children) > 1 and equal and not inside:
             prefix = f"{name}." if name else ""
             if all(any(is_linear(part) for part in child.modules()) and not is_linear(child) for child in children.values()):
-                found.update({prefix + key: child for key, child in children.items()})
-    return found
+                blocks.update({prefix + key: child for key, child in children.items()})
+    return blocks
 
 
 def _refusal(model: nn.Module, why: str) -> str:

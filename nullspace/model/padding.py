@@ -1,28 +1,11 @@
-"""Padding: which tokens of a batch count (`PaddingReader`), and which rows of a layer's input these are (`TokenRows`).
-
-A mask has one entry a token; the inputs of layers come in many shapes. With B sequences of T tokens, axes of length 1 left out:
-
-    (B, T, d), (B·T, d)         one row a token                       masked
-    (T, B, d)                   the same, tokens first                masked; if B = T, the batch is taken to come first until
-                                                                      another batch shows that it does not
-    (B, …, T, d), (B, T, …, d)  several rows a token, as of heads     masked, if only one axis has T entries
-    (B, d)                      one row a sequence, if it is a view   a row counts if its sequence has a token
-                                of (B, T, d) or outside all blocks
-    any, in a tower beside      patches, frames of audio              all rows count
-    the text's
-    (n, d), in a list of        the rows that a router chose          unclear, also for n = B and n = B·T
-    modules inside a block
-    anything else               windows, merged tokens                unclear
-
-All rows of an unclear input count as long as no batch has padding. If one has, the layer is refused by name.
-"""
+"""Padding: which tokens of a batch count (`PaddingReader`)."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +13,6 @@ from torch import nn
 
 from nullspace.model.blocks import is_encoder_decoder, marked_blocks
 from nullspace.model.sharded_tensors import is_sharded
-from nullspace.model.wrappers import named_modules
-from nullspace.moments.sums import TokenMask
 
 # Of additive masks: an entry below this hides a token whatever its score is; one between it and zero is a bias.
 HIDDEN_BELOW = -1e3
@@ -40,7 +21,7 @@ OTHER_MASKS = ("special", "loss", "label", "assistant", "global")
 
 
 class Padding(NamedTuple):
-    """What one batch says of its tokens.
+    """Which tokens of one batch count.
 
     Attributes:
         shape: (sequences, tokens), or None if the batch does not show it.
@@ -96,7 +77,7 @@ class PaddingReader:
             UserWarning: once, for tokens that look like padding but are counted.
         """
         try:
-            found = self.padding_of(inputs)
+            padding = self.padding_of(inputs)
         except ValueError as error:
             raise ValueError(f"batch {number}: {error}") from error
         if not self._has_warned and all(inputs.get(name) is None for name in ("attention_mask", "decoder_attention_mask")):
@@ -108,15 +89,15 @@ class PaddingReader:
                     "0 where a token is padding, 1 elsewhere.",
                     stacklevel=2,
                 )
-        return found
+        return padding
 
     def check_positions(self, model: nn.Module, inputs: Mapping[str, Any], padding: Padding) -> None:
         """Warn once if this batch is padded on the left and the model's positions do not allow for that.
 
         Args:
-            model: in eval mode, with gradients off, and with nobody looking at the inputs of its layers: it may run a little.
+            model: in eval mode, with gradients off, and without hooks that read inputs: it may run up to its first block.
             inputs: of the batch, as the model takes them.
-            padding: what `read` said.
+            padding: the result of `read`.
         """
         mask = padding.mask
         if self._has_tried or mask is None or not bool((~mask[:, 0] & mask.any(dim=1)).any()):
@@ -153,16 +134,16 @@ class PaddingReader:
 
 def _token_shape(inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The shape of a batch's tokens: of its ids, or of its vectors without their width."""
-    found = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    if found is None:
-        found = next(iter(inputs.values()), None)
-    if not isinstance(found, torch.Tensor):
+    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if tokens is None:
+        tokens = next(iter(inputs.values()), None)
+    if not isinstance(tokens, torch.Tensor):
         return None
-    return tuple(found.shape[:-1] if found.is_floating_point() else found.shape)
+    return tuple(tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape)
 
 
 def _token_mask(given: Any, shape: tuple[int, ...] | None) -> tuple[torch.Tensor | None, str | None]:
-    """What an `attention_mask` says: (sequences, tokens) bool or None for all tokens; and why it cannot be understood, or None."""
+    """Which tokens an `attention_mask` keeps, (sequences, tokens) bool or None for all; and why it cannot be read, or None."""
     if given is None:
         return None, None
     if isinstance(given, Mapping):
@@ -212,10 +193,10 @@ def _seen_tokens(allowed: torch.Tensor) -> torch.Tensor | None:
     return seen
 
 
-def _agreed(found: Sequence[tuple[torch.Tensor | None, str | None]]) -> tuple[torch.Tensor | None, str | None]:
-    """One answer for several masks, as a model takes that has several kinds of attention."""
-    obstacle = next((text for _, text in found if text is not None), None)
-    masks = [None if mask is None or bool(mask.all()) else mask for mask, _ in found]
+def _agreed(answers: Sequence[tuple[torch.Tensor | None, str | None]]) -> tuple[torch.Tensor | None, str | None]:
+    """The common result of several masks, which a model with several kinds of attention takes."""
+    obstacle = next((text for _, text in answers if text is not None), None)
+    masks = [None if mask is None or bool(mask.all()) else mask for mask, _ in answers]
     first = masks[0] if masks else None
     if obstacle is None and any((mask is None) != (first is None) for mask in masks):
         obstacle = "masks of which one hides tokens, and another one none"
@@ -239,7 +220,7 @@ def looks_like_mask(value: Any, ids: torch.Tensor) -> bool:
 
 
 def _suspicion(inputs: Mapping[str, Any], pad: int | None) -> str | None:
-    """What looks like padding in a batch without an `attention_mask`."""
+    """A description of what looks like padding in a batch without an `attention_mask`; None if nothing does."""
     ids = inputs.get("input_ids", next(iter(inputs.values()), None))
     if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.ndim != 2 or not ids.numel():
         return None
@@ -260,19 +241,19 @@ def _padding_at_ends(ids: torch.Tensor, pad: int | None, labels: Any) -> int:
     no padding token, runs of two or more equal tokens whose labels are -100.
     """
     ignored = labels == -100 if isinstance(labels, torch.Tensor) and labels.shape == ids.shape else torch.zeros_like(ids) > 0
-    found = torch.zeros_like(ignored)
+    padding = torch.zeros_like(ignored)
     for turn in (lambda t: t, lambda t: t.flip(1)):
         row, unlabelled = turn(ids), turn(ignored)
         run = (row == pad if pad is not None else (row == row[:, :1]) & unlabelled).cumprod(dim=1) > 0
         single = unlabelled[:, 0] if pad is not None else torch.zeros_like(unlabelled[:, 0])
-        found |= turn(run & ((run.sum(dim=1) > 1) | single)[:, None])
-    return int(found.sum())
+        padding |= turn(run & ((run.sum(dim=1) > 1) | single)[:, None])
+    return int(padding.sum())
 
 
 def _positions_move(model: nn.Module, inputs: Mapping[str, Any], mask: torch.Tensor) -> bool:
     """Whether padding on the left moves the positions of the tokens behind it: absolute ones, counted from the padding on.
 
-    Found by a trial: what the first block is handed for one padded text, and for the same text alone. The model runs no further.
+    Compares the inputs of the first block for one padded text and for the same text alone. The model runs no further.
 
     Args:
         model: in eval mode; gradients are off.
@@ -297,12 +278,12 @@ def _positions_move(model: nn.Module, inputs: Mapping[str, Any], mask: torch.Ten
 
 
 def _first_hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """What a model hands the first of its blocks, (sequences, tokens, d)."""
-    found: list[torch.Tensor] = []
+    """The input of a model's first block, (sequences, tokens, d); None if there is no such block or input."""
+    hidden: list[torch.Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = (*args, *kwargs.values())
-        found.extend(value for value in values[:1] if isinstance(value, torch.Tensor) and value.ndim == 3)
+        hidden.extend(value for value in values[:1] if isinstance(value, torch.Tensor) and value.ndim == 3)
         raise _Reached
 
     handles = [block.register_forward_pre_hook(stop, with_kwargs=True) for block in marked_blocks(model).values()]
@@ -314,177 +295,8 @@ def _first_hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> torch.T
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return hidden[0] if hidden else None
 
 
 class _Reached(BaseException):
-    """The first block was called. Not an `Exception`: nobody is to catch it on the way."""
-
-
-class TokenRows:
-    """Which rows of a layer's input are tokens that count, batch by batch; the same answer for a shape in every batch.
-
-    Args:
-        model: whose `named_modules` the layers' names are of.
-        padded: the number of a batch that has padding, or None, as far as can be known ahead: it is asked for where an input is
-            unclear, so that a layer is refused before the work and not in the last batch.
-    """
-
-    def __init__(self, model: nn.Module, padded: Callable[[], int | None] = lambda: None) -> None:
-        self._parts = _Parts(model)
-        self._encoder_decoder = is_encoder_decoder(model)
-        self._padded = padded
-        self._batch, self._padding = 0, Padding()
-        self._masks: dict[tuple[Any, ...], TokenMask] = {}  # looked at once a batch, not once a layer
-        self._square: set[str] = set()  # layers whose input was masked where either axis could have been the batch
-        self._tokens_first = False
-
-    def begin(self, batch: int, padding: Padding) -> None:
-        """From here on, inputs are those of another batch."""
-        self._batch, self._padding = batch, padding
-        self._masks.clear()
-
-    def of(self, name: str, x: torch.Tensor) -> TokenMask | None:
-        """The rows of an input (…, d_in) that count; None if all do.
-
-        Raises:
-            ValueError: naming the layer and a batch that has padding, if it is unclear which rows these are.
-        """
-        padding, rows = self._padding, tuple(x.shape[:-1])
-        if padding.mixed and self._parts.is_beside_text(name):
-            return None
-        if self._encoder_decoder:
-            self._refuse(name, "cannot tell padding from tokens with an encoder–decoder model: give batches without padding")
-        elif padding.obstacle is not None:
-            self._refuse(name, f"cannot tell padding from tokens with {padding.obstacle}: give attention_mask as (batch, tokens)")
-        if padding.shape is None or self._encoder_decoder:
-            return None
-        kind = self._kind(name, x, *padding.shape)
-        # In a text's part of the model, what attends to another modality; elsewhere, what projects it.
-        elsewhere = padding.mixed and not self._parts.is_routed(name) and (len(rows) > 1 or not self._parts.is_text(name))
-        if kind is None and not elsewhere:
-            self._refuse(
-                name,
-                f"its input {tuple(x.shape)} cannot be lined up with the attention_mask {padding.shape}, which has padding: give "
-                "batches without padding (packed, or one sample each)",
-            )
-        if kind is None or padding.mask is None:
-            return None
-        key = (kind, *rows)
-        if key not in self._masks:
-            self._masks[key] = TokenMask(_spread(padding.mask, kind, rows))
-        if kind == "tokens" and rows == padding.shape == padding.shape[::-1]:
-            self._square.add(name)
-        return self._masks[key]
-
-    def _kind(self, name: str, x: torch.Tensor, batch: int, tokens: int) -> str | None:
-        """How the rows of an input lie: "tokens", "tokens first", "sequences", or None if that is unclear."""
-        rows = tuple(x.shape[:-1])
-        kept = [n for n in rows if n != 1]
-        if len(rows) == 1 and self._parts.is_routed(name):
-            return None
-        if kept == [tokens, batch] and batch > 1 and tokens > 1 and (batch != tokens or self._tokens_first):
-            self._tokens_first = True
-            if name in self._square and batch != tokens:
-                raise ValueError(
-                    f"{name}, batch {self._batch}: its input has the tokens first, which an earlier batch of as many sequences as "
-                    "tokens did not show: give batches of another size, or without padding"
-                )
-            return "tokens first"
-        if math.prod(rows) == batch and len(kept) <= 1 and tokens > 1:
-            d = x.shape[-1]
-            sliced = x.stride(0) == tokens * d and x.stride(-1) == 1  # hidden_states[:, 0]
-            return "sequences" if sliced or self._parts.is_outside_blocks(name) else None
-        return None if _axes(rows, batch, tokens) is None else "tokens"
-
-    def _refuse(self, name: str, why: str) -> None:
-        number = self._batch if self._padding.hides else self._padded()
-        if number is not None:
-            raise ValueError(f"{name}, batch {number}: {why}")
-
-
-def _axes(rows: tuple[int, ...], batch: int, tokens: int) -> list[int] | None:
-    """The shape to which a mask (batch, tokens) is to be brought so that it can be expanded to `rows`; None if that is unclear."""
-    kept = [axis for axis, n in enumerate(rows) if n != 1]
-    sizes = [rows[axis] for axis in kept]
-    if sizes in ([n for n in (batch, tokens) if n != 1], [batch * tokens]):
-        return list(rows)
-    view = [1] * len(rows)
-    if sizes and sizes[0] == batch * tokens and sizes.count(batch * tokens) == 1:
-        view[kept[0]] = batch * tokens
-        return view
-    if batch > 1:
-        if not sizes or sizes[0] != batch:
-            return None
-        view[kept[0]] = batch
-        kept = kept[1:]
-    if tokens > 1:
-        of_tokens = [axis for axis in kept if rows[axis] == tokens]
-        if len(of_tokens) != 1:
-            return None
-        view[of_tokens[0]] = tokens
-    return view
-
-
-def _spread(mask: torch.Tensor, kind: str, rows: tuple[int, ...]) -> torch.Tensor:
-    """(sequences, tokens) bool → one entry a row."""
-    if kind == "sequences":
-        return mask.any(dim=1)
-    if kind == "tokens first":
-        return mask.mT
-    view = _axes(rows, *mask.shape)
-    assert view is not None
-    return mask.reshape(view).expand(rows)
-
-
-class _Parts:
-    """Where in a model a layer is, by its name: in a tower beside the text's, in a list of experts, outside of all blocks."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._blocks = [tuple(name.split(".")) for name in marked_blocks(model)]
-        embedding = _embedding_name(model)
-        shared = {block: _common(block, embedding) for block in self._blocks}
-        depth = max(shared.values(), default=0)
-        self._text = embedding[:depth]
-        self._beside = {block[: common + 1] for block, common in shared.items() if common < depth}
-        self._lists = {
-            tuple(name.split("."))
-            for name, module in named_modules(model).items()
-            if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1
-        }
-
-    def is_text(self, name: str) -> bool:
-        """Whether a layer is in the part of the model that the token embeddings and their blocks share."""
-        return tuple(name.split("."))[: len(self._text)] == self._text
-
-    def is_beside_text(self, name: str) -> bool:
-        """Whether a layer is in another tower than the text's: one with blocks of its own."""
-        path = tuple(name.split("."))
-        return any(path[: len(root)] == root for root in self._beside)
-
-    def is_outside_blocks(self, name: str) -> bool:
-        """Whether a model has blocks, and a layer is in none of them."""
-        path = tuple(name.split("."))
-        return bool(self._blocks) and not any(path[: len(block)] == block for block in self._blocks)
-
-    def is_routed(self, name: str) -> bool:
-        """Whether a layer may be one of several of which each gets some of the rows: it is in a list of modules below its block."""
-        path = tuple(name.split("."))
-        block = next((block for block in self._blocks if path[: len(block)] == block), ())
-        return any(path[:end] in self._lists for end in range(len(block) + 1, len(path)))
-
-
-def _common(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _embedding_name(model: nn.Module) -> tuple[str, ...]:
-    """The path of the token embeddings: those that the model names, else its largest ones; () if it has none."""
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        named = get() if callable(get) else None
-    except NotImplementedError:
-        named = None
-    found = {name: m for name, m in named_modules(model).items() if m is named or isinstance(m, nn.Embedding)}
-    name = max(found, key=lambda n: (found[n] is named, getattr(found[n], "num_embeddings", 0)), default="")
-    return tuple(name.split(".")) if name else ()
+    """The first block was called. Not an `Exception`, which the model might catch."""

@@ -1,7 +1,7 @@
-"""One rank's part of a weight: a DTensor (FSDP2, tensor parallelism), or what DeepSpeed's ZeRO-3 leaves of a parameter.
+"""Tensors of which each rank holds a part: DTensors (FSDP2, tensor parallelism) and parameters of DeepSpeed's ZeRO-3.
 
-ZeRO-3's parameters are empty, and carry a part of the flattened values in `ds_tensor`. Whether a library is at work is seen from
-`sys.modules`: nothing here imports one that is not already there.
+ZeRO-3's parameters are empty, and hold a part of the flattened values in `ds_tensor`. This module imports neither library: it looks
+in `sys.modules` for those that are already imported.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def is_sharded(tensor: torch.Tensor | None) -> bool:
 
 
 def shape_of(tensor: torch.Tensor) -> torch.Size:
-    """Of the whole tensor."""
+    """The shape of the whole tensor."""
     return torch.Size(tensor.ds_shape) if is_zero(tensor) else tensor.shape  # type: ignore[attr-defined]
 
 
 def device_of(tensor: torch.Tensor) -> torch.device:
-    """Where it is when it is gathered: parts may wait in host memory."""
+    """The device of the tensor when it is gathered: its parts may be in host memory."""
     if is_zero(tensor):
         return torch.device(sys.modules["deepspeed"].accelerator.get_accelerator().current_device_name())
     if is_dtensor(tensor):
@@ -33,26 +33,25 @@ def device_of(tensor: torch.Tensor) -> torch.device:
 
 
 def version_of(tensor: torch.Tensor) -> int | None:
-    """How often a tensor, or a view of it, has been written to in place; None where PyTorch does not count that."""
+    """How often a tensor, or a view of it, was written to in place; None for inference tensors, where PyTorch does not count."""
     return None if tensor.is_inference() else tensor._version
 
 
 @torch.no_grad()
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, not to be written to. Of a sharded one a collective of the ranks that share it."""
+    """The whole tensor, not to be written to. Collective for a sharded one, over the ranks that share it."""
     if is_zero(tensor):
         with sys.modules["deepspeed"].zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     if is_dtensor(tensor):
-        found: torch.Tensor = tensor.detach().to(mesh_device(tensor)).full_tensor()  # type: ignore[attr-defined]
-        return found
+        gathered: torch.Tensor = tensor.detach().to(mesh_device(tensor)).full_tensor()  # type: ignore[attr-defined]
+        return gathered
     return tensor
 
 
 @torch.no_grad()
 def entries(tensor: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Entries of the flattened whole tensor. Of a sharded one a collective: every rank gives those that it has, which costs
-    next to nothing where gathering the tensor would cost all of it."""
+    """Entries of the flattened whole tensor, at indices `at`. Collective for a sharded one: only these entries are sent."""
     at = at.cpu()
     if is_zero(tensor):
         flat: Any = tensor.ds_tensor  # type: ignore[attr-defined]
@@ -75,16 +74,16 @@ def entries(tensor: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         stride //= size
         index, rest = rest // stride, rest % stride
         own = _indices(tensor, dim)
-        place = torch.searchsorted(own, index)
-        held &= (place < len(own)) & (own[place.clamp(max=max(len(own) - 1, 0))] == index if len(own) else torch.tensor(False))
-        position = position * len(own) + place
+        nearest = torch.searchsorted(own, index)
+        held &= (nearest < len(own)) & (own[nearest.clamp(max=max(len(own) - 1, 0))] == index if len(own) else torch.tensor(False))
+        position = position * len(own) + nearest
     groups = [mesh.get_group(i) for i, p in enumerate(placements) if p.is_shard()]
     return _pooled(local.reshape(-1), position, held, groups, mesh_device(tensor))
 
 
 @torch.no_grad()
 def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Put a whole tensor into the parts of all ranks, each of which has it. Of a ZeRO-3 parameter a collective."""
+    """Write the whole tensor `value`, which every rank gives, into a tensor's parts. Collective for a ZeRO-3 parameter."""
     if is_zero(tensor):
         with sys.modules["deepspeed"].zero.GatheredParameters([tensor], modifier_rank=0):
             tensor.copy_(value)
@@ -99,9 +98,9 @@ def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def local_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The memory in which this rank keeps its part of a tensor: what is copied from there and back restores the part.
+    """Tensors of the memory that holds this rank's part: to copy from them and back restores the part.
 
-    Of a ZeRO-3 parameter that is its partition, and the values themselves while it is gathered.
+    For a ZeRO-3 parameter they are its partition and, while it is gathered, its values.
     """
     if is_zero(tensor):
         gathered = [tensor.detach()] if tensor.numel() else []
@@ -124,7 +123,7 @@ def mesh_device(tensor: Any) -> torch.device:
 
 
 def _indices(tensor: Any, dim: int) -> torch.Tensor:
-    """Which indices of one dimension this rank has."""
+    """The indices of one dimension that this rank holds."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     along = [Shard(0) if p.is_shard() and p.dim % tensor.ndim == dim else Replicate() for p in tensor.placements]
@@ -135,7 +134,7 @@ def _indices(tensor: Any, dim: int) -> torch.Tensor:
 def _pooled(
     local: torch.Tensor, position: torch.Tensor, held: torch.Tensor, groups: list[Any], device: torch.device
 ) -> torch.Tensor:
-    """What each has of some entries, put together: as bits, which add up exactly where all but one are zero."""
+    """Combine the entries that each rank holds: as bits, whose sum is exact because all but one summand are zero."""
     own = local[position[held].to(local.device)]
     bits = torch.zeros(len(position), dtype=torch.int64)
     bits[held] = own.to(torch.float64).cpu().view(torch.int64) if own.is_floating_point() else own.cpu().to(torch.int64)

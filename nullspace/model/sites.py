@@ -23,7 +23,7 @@ from nullspace.model.wrappers import named_modules, unwrap
 
 @dataclass(frozen=True)
 class Site:
-    """One input of the model and the linear layers that hear it.
+    """One input of the model and the linear layers that receive it.
 
     Attributes:
         members: names of the layers, in the order in which they were called.
@@ -48,7 +48,7 @@ class Targets(dict[str, nn.Module]):
     Args:
         layers: name → layer.
         optional: whether a layer that turns out to be no target is left out (`"all-linear"`); otherwise it is an error.
-        excluded: names that the user does not want.
+        excluded: names that the user has excluded.
         left_out: name → why it is left out. Selections made by `only` share it.
     """
 
@@ -66,7 +66,7 @@ class Targets(dict[str, nn.Module]):
         self.left_out: dict[str, str] = {} if left_out is None else left_out
 
     def only(self, names: Iterable[str]) -> Targets:
-        """Some of them, in the model's order."""
+        """The targets of these names, in the model's order."""
         wanted = set(names)
         some = {name: module for name, module in self.items() if name in wanted}
         return Targets(some, optional=self.optional, excluded=self.excluded, left_out=self.left_out)
@@ -89,22 +89,27 @@ class Targets(dict[str, nn.Module]):
             name, why = next(iter(self.left_out.items()))
             raise ValueError(f"'all-linear' leaves no layer: {name!r} {why} (the first of {len(self.left_out)})")
 
-    def settle(self, model: nn.Module, *, quiet: bool = False, stacklevel: int = 3) -> None:
-        """Remove what selections made by `only` have left out, and say once what `"all-linear"` did not take.
+    def settle(self, model: nn.Module, *, warn: bool = True, stacklevel: int = 3) -> None:
+        """Remove the layers that selections made by `only` have left out, and warn once of what `"all-linear"` leaves out.
+
+        Args:
+            model: the model of the layers.
+            warn: whether to warn.
+            stacklevel: of the warning.
 
         Raises:
-            ValueError: if nothing is left.
+            ValueError: if no layer is left.
 
         Warns:
             UserWarning: naming layers that were left out, and other matrices (experts that are one tensor) from 1 % of the
-                parameters on; with their share of the parameters of all matrices but embeddings and output head. Unless `quiet`.
+                parameters on; with their share of the parameters of all matrices but embeddings and output head.
         """
         if not self.optional:
             return
         for name in self.left_out:
             self.pop(name, None)
         self.refuse_empty()
-        if quiet:
+        if not warn:
             return
         reasons = dict(self.left_out)
         sizes = {name: size for name, size in _matrices(model) if not self.excluded & {name, name.rpartition(".")[0]}}
@@ -123,7 +128,7 @@ class Targets(dict[str, nn.Module]):
             )
 
 
-# Share of the parameters from which on matrices that are no linear layers are worth a warning by themselves.
+# Matrices that are no linear layers cause a warning from this share of the parameters on.
 NOTEWORTHY = 0.01
 
 
@@ -137,11 +142,11 @@ def find_targets(
     """The linear layers (`nn.Linear` and its subclasses, transformers' `Conv1D`) that `targets` names and `exclude` does not.
 
     Args:
-        model: any module; wrappers are left out, of it and of its parts (`nullspace.wrappers`).
+        model: any module; wrappers are removed, from it and from its parts (`nullspace.model.wrappers`).
         targets: `"all-linear"`: every linear layer but the output head, layers that are registered under two names, and, where a
             rank is given, layers smaller than that. Another string: a regular expression that must match a whole module name.
             A list: names, or endings of names behind a dot (`"q_proj"`), as PEFT's `target_modules`.
-        exclude: what to take away from that: an expression or a list, as for `targets`.
+        exclude: layers to take away: an expression or a list, as for `targets`.
         rank: of the adapters; None if it is not known yet.
 
     Returns:
@@ -163,15 +168,15 @@ def find_targets(
     optional = targets == "all-linear"
     if optional:
         head = output_head(model)
-        found = {name: m for name, m in modules.items() if name and is_linear(m) and m is not head}
-        if not found:
+        layers = {name: m for name, m in modules.items() if name and is_linear(m) and m is not head}
+        if not layers:
             raise ValueError(f"'all-linear': {type(model).__name__} has no linear layer")
     elif isinstance(targets, str):
-        found = _match_expression(modules, targets)
+        layers = _match_expression(modules, targets)
     else:
-        found = _match_endings(modules, list(targets))
-    excluded = _excluded(model, found, exclude, optional)
-    chosen = Targets({name: m for name, m in found.items() if name not in excluded}, optional=optional, excluded=excluded)
+        layers = _match_endings(modules, list(targets))
+    excluded = _excluded(model, layers, exclude, optional)
+    chosen = Targets({name: m for name, m in layers.items() if name not in excluded}, optional=optional, excluded=excluded)
     if not chosen:
         raise ValueError(f"exclude={exclude!r} takes away all of targets={targets!r}: no layer is left")
     _leave_out_repeated(modules, chosen)
@@ -187,7 +192,7 @@ def check_rank(layers: Mapping[str, nn.Module], rank: int) -> None:
     for name, layer in layers.items():
         d_out, d_in = weight_shape(layer)
         if rank >= d_in:
-            raise ValueError(f"rank {rank} does not leave {name!r} (d_in = {d_in}) anything to hear: it must be below d_in")
+            raise ValueError(f"rank {rank} leaves nothing of the input of {name!r} (d_in = {d_in}): choose a rank below d_in")
         if rank > d_out:
             raise ValueError(
                 f"rank {rank} is larger than the weight of {name!r} ({d_out} × {d_in}) allows: choose rank ≤ {d_out}, or leave "
@@ -205,14 +210,14 @@ def _match_expression(modules: dict[str, nn.Module], expression: str) -> dict[st
     except re.error as error:
         raise ValueError(f"targets={expression!r} is not a regular expression ({error}); for one name, use a list") from None
     matched = {name: m for name, m in modules.items() if name and pattern.fullmatch(name)}
-    found = {name: m for name, m in matched.items() if is_linear(m)}
-    if not found:
+    linear = {name: m for name, m in matched.items() if is_linear(m)}
+    if not linear:
         what = f"matches only modules that are not linear, such as {next(iter(matched))!r}" if matched else "matches no module"
         raise ValueError(
             f"targets={expression!r} {what}. A string is a regular expression for whole module names, "
             f"such as {_example(modules)!r}; for endings of names, use a list. {_names(modules)}"
         )
-    return found
+    return linear
 
 
 def _match_endings(modules: dict[str, nn.Module], endings: list[str]) -> dict[str, nn.Module]:
@@ -234,14 +239,14 @@ def _match_endings(modules: dict[str, nn.Module], endings: list[str]) -> dict[st
 
 
 def _excluded(
-    model: nn.Module, found: Mapping[str, nn.Module], exclude: str | Iterable[str] | None, optional: bool
+    model: nn.Module, layers: Mapping[str, nn.Module], exclude: str | Iterable[str] | None, optional: bool
 ) -> frozenset[str]:
     """Names that `exclude` matches: of targets and, beside `"all-linear"`, of other matrices, which it would warn of."""
     if exclude is None:
         return frozenset()
     if isinstance(exclude, Mapping):
         raise TypeError("exclude names layers; rows that a basis is to be orthogonal to (row_spaces) belong to avoid=")
-    names = list(dict.fromkeys([*found, *(name for name, _ in _matrices(model))] if optional else found))
+    names = list(dict.fromkeys([*layers, *(name for name, _ in _matrices(model))] if optional else layers))
     if isinstance(exclude, str):
         try:
             pattern = re.compile(exclude)
@@ -251,7 +256,7 @@ def _excluded(
         if not matched:
             raise ValueError(
                 f"exclude={exclude!r} matches no target. A string is a regular expression for whole module names, such as "
-                f"{_example(found)!r}; for endings of names, use a list. {_names(found)}"
+                f"{_example(layers)!r}; for endings of names, use a list. {_names(layers)}"
             )
         return frozenset(matched)
     endings = list(exclude)
@@ -261,7 +266,7 @@ def _excluded(
     for ending in endings:
         own = [name for name in names if name == ending or name.endswith(f".{ending}")]
         if not own:
-            raise ValueError(f"exclude: {ending!r} matches no target. {_names(found)}")
+            raise ValueError(f"exclude: {ending!r} matches no target. {_names(layers)}")
         matched += own
     return frozenset(matched)
 

@@ -1,4 +1,4 @@
-"""What `torch.compile`, `DataParallel` and `DistributedDataParallel` put around a model or its parts, left out.
+"""A model without the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`, around it or its parts.
 
 A graph that was compiled before a hook was registered does not call it, and wrappers put `_orig_mod.` and `module.` in front of the
 names of layers.
@@ -18,7 +18,7 @@ _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def unwrap(model: Any) -> Any:
-    """The model inside of all wrappers around it. What is no wrapper, or no module, is returned as it is."""
+    """The model inside of all wrappers around it. Anything that is no wrapper is returned as it is."""
     while isinstance(model, nn.Module):
         if isinstance(model, _PARALLEL):
             model = model.module
@@ -31,7 +31,7 @@ def unwrap(model: Any) -> Any:
 
 @contextlib.contextmanager
 def unwrapped(model: nn.Module) -> Iterator[None]:
-    """Inside, no part of a model is wrapped, and nothing is compiled. Afterwards it is as it was."""
+    """Context manager: no part of a model is wrapped or compiled. The exit restores the wrappers."""
     children: list[tuple[dict[str, Any], str, nn.Module, nn.Module]] = []
     entries: list[tuple[nn.Module, str, Any]] = []
     for module in list(model.modules()):
@@ -54,16 +54,16 @@ def unwrapped(model: nn.Module) -> Iterator[None]:
         for (module, name, _), value in zip(entries, before, strict=True):
             module.__dict__[name] = value
         for of, key, child, inner in children:
-            if of.get(key) is inner:  # nobody has put something else in its place
+            if of.get(key) is inner:  # not replaced meanwhile
                 of[key] = child
 
 
 def without_graphs() -> contextlib.AbstractContextManager[Any]:
-    """A context in which what `torch.compile` has made runs as it was written: for a call that is somebody else's."""
+    """Context manager: compiled functions run uncompiled, also those that other libraries call."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → module, as `nn.Module.named_modules` with repeated modules, but under the names that they have without wrappers."""
+    """Name → module, as `nn.Module.named_modules` with repeated modules; names are those without wrappers."""
     with unwrapped(model):
         return dict(model.named_modules(remove_duplicate=False))
