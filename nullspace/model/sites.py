@@ -192,7 +192,7 @@ def check_rank(layers: Mapping[str, nn.Module], rank: int) -> None:
     for name, layer in layers.items():
         d_out, d_in = weight_shape(layer)
         if rank >= d_in:
-            raise ValueError(f"rank {rank} leaves nothing of the input of {name!r} (d_in = {d_in}): choose a rank below d_in")
+            raise ValueError(f"rank {rank} does not leave {name!r} (d_in = {d_in}) any input: it must be below d_in")
         if rank > d_out:
             raise ValueError(
                 f"rank {rank} is larger than the weight of {name!r} ({d_out} × {d_in}) allows: choose rank ≤ {d_out}, or leave "
