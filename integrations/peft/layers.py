@@ -224,7 +224,7 @@ def _leave_out_odd(layers: Targets) -> None:
             layers.leave_out(name, why)
 
 
-def _check_named(config: LoraConfig, model: nn.Module, layers: Targets, *, quiet: bool) -> None:
+def _check_named(config: LoraConfig, model: nn.Module, layers: Targets, *, warn: bool) -> None:
     """Say where PEFT reads the user's targets otherwise than we do, unless they name layers in full."""
     if not isinstance(config.target_modules, str):
         entries = set(config.target_modules or ())
@@ -236,7 +236,7 @@ def _check_named(config: LoraConfig, model: nn.Module, layers: Targets, *, quiet
             )
         if entries == set(layers):
             return
-    if not quiet:
+    if warn:
         warnings.warn(
             f"PEFT takes target_modules={config.target_modules!r} of {type(model).__name__} for parameters of its experts too, "
             f"which are not supported: only the {len(layers)} linear layers of these names get adapters.",
