@@ -158,7 +158,7 @@ def test_every_option_has_an_effect_or_is_refused(
         ("plan m --device-memory much", "--device-memory: 'much' is no size"),
         ("plan m --device tpu", "--device must be one of 'cuda', 'cpu'"),
         ("plan m --weights moon", "--weights must be one of 'device', 'host', 'disk'"),
-        ("init m --method banana", "--method must be lora-null, b-zero"),
+        ("init m --method banana", "--method must be one of 'lora-null', 'b-zero'"),
         ("init m --data none.jsonl", "--data: none.jsonl is not a file"),
         ("demo --rank 0", "--rank must be at least 1"),
     ],
