@@ -298,8 +298,9 @@ def summarise(runs: Runs, settings: Mapping[str, Any], cores: int) -> dict[str, 
 
     from benchmarks import shapes
     from benchmarks.scaling_model import cost, site_bytes
-    from nullspace.planning.plan import Workload, decomposition_cost
+    from nullspace.planning.plan import Workload
     from nullspace.planning.survey import Survey
+    from nullspace.solvers import decomposition_cost
 
     cluster = fitted(runs, settings, cores)
     network = cluster.network

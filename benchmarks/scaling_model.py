@@ -19,8 +19,9 @@ import torch
 
 from nullspace.calibration.totals import deal
 from nullspace.moments.triangle import PANEL_ROWS
-from nullspace.planning.plan import Rates, Workload, decomposition_cost
+from nullspace.planning.plan import Rates, Workload
 from nullspace.planning.survey import Survey
+from nullspace.solvers import decomposition_cost
 
 # Beside the triangle and Σ x: tokens, their mass, outlier tokens, and four sums that account for rounding (`GramSums.state`).
 COUNTS = 9

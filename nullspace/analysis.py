@@ -29,7 +29,7 @@ from nullspace.model.sites import Site
 from nullspace.model.weights import tensor_of
 from nullspace.moments.covariance import Covariance
 from nullspace.progress import Progress, reporter
-from nullspace.solvers.together import decompose
+from nullspace.solvers import decompose
 
 Row = dict[str, Any]
 

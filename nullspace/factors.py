@@ -65,10 +65,8 @@ def lora_null(weight: torch.Tensor, basis: torch.Tensor, *, rank: int | None = N
     basis = basis.to(weight.device, torch.float64)
     p, sigma, qt = torch.linalg.svd(weight.to(torch.float64) @ basis, full_matrices=False)
     right = qt[:rank] @ basis.T
-    peak = torch.gather(right, 1, right.abs().argmax(1, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0)
-    root = (sigma_scale * sigma[:rank]).sqrt()
-    return LowRank(A=sign * root[:, None] * right, B=p[:, :rank] * (sign.T * root))
+    root = solvers.column_signs(right.mT) * (sigma_scale * sigma[:rank]).sqrt()
+    return LowRank(A=root[:, None] * right, B=p[:, :rank] * root)
 
 
 def b_zero(basis: torch.Tensor, d_out: int, *, rank: int | None = None) -> LowRank:
@@ -299,10 +297,8 @@ def _projected(weight: torch.Tensor, u: torch.Tensor, sigma: torch.Tensor | None
     a = u.mT @ weight
     norms = torch.linalg.vector_norm(a, dim=1)
     scale = norms if sigma is None else torch.where(sigma > 0, sigma, norms)
-    root = scale.sqrt()
-    peak = torch.gather(a, 1, a.abs().argmax(1, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0)
-    return LowRank(A=sign * a / torch.where(root > 0, root, 1.0)[:, None], B=u * (sign.mT * root))
+    root, sign = scale.sqrt(), solvers.column_signs(a.mT)
+    return LowRank(A=sign[:, None] * a / torch.where(root > 0, root, 1.0)[:, None], B=u * (sign * root))
 
 
 def _with_moments(weight: torch.Tensor, *moments: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:

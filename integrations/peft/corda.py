@@ -41,7 +41,7 @@ from nullspace.model.wrappers import named_modules, unwrap, without_graphs
 from nullspace.moments.covariance import Covariance
 from nullspace.moments.directions import Directions
 from nullspace.progress import reporter
-from nullspace.solvers.together import decompose
+from nullspace.solvers import decompose
 
 # What a tensor in one of the two files may be.
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

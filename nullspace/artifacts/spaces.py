@@ -23,8 +23,7 @@ from nullspace.model.sites import Site
 from nullspace.moments.covariance import Covariance
 from nullspace.moments.directions import Directions
 from nullspace.progress import Progress, reporter
-from nullspace.solvers.perturbation import NO_LEAK
-from nullspace.solvers.together import decompose
+from nullspace.solvers import NO_LEAK, decompose
 
 # Excess leak, by estimate, above which a float32 sum is not trusted and the site is summed again in float64.
 TOLERANCE = 1e-4

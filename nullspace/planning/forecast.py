@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nullspace.model.sites import find_targets
-from nullspace.planning.plan import PLACES, Plan, Rates, Workload, decomposition_cost
+from nullspace.planning.plan import PLACES, Plan, Rates, Workload
 from nullspace.planning.survey import SiteShape, Survey
-from nullspace.solvers import eigen
+from nullspace.solvers import decomposition_cost
+from nullspace.solvers.together import TOGETHER_BYTES
 
 # Memory that libraries keep. On a GPU, buffers: 32 MiB of cuBLAS on Hopper, less of cuSOLVER (an estimate). On a CPU also freed
 # pieces below 32 MiB that the C library keeps, for every thread: 30 to 250 MB were measured (`benchmarks.plan_check`).
@@ -205,7 +206,7 @@ def _block(setting: _Setting, index: int, held: Parts) -> Iterator[tuple[Parts, 
     sites = survey.sites_of(index)
     sums = sum(site.triangle + site.staging for site in sites)
     if setting.workload.device == "cpu":  # small sites of the block before may still wait, to be decomposed together with others
-        sums += min(eigen.TOGETHER_BYTES, sum(site.triangle for site in survey.sites_of(index - 1)))
+        sums += min(TOGETHER_BYTES, sum(site.triangle for site in survey.sites_of(index - 1)))
     yield {**weights, "sums": sums, "activations": survey.block_activations[index], **held}, 0
     yield from setting.read_one_by_one(sites, weights, held)
 

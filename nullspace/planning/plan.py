@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 
-from nullspace import solvers
 from nullspace.checks import check_integer
 from nullspace.planning.units import duration, gigabytes
-from nullspace.solvers import eigen
 
 PLACES = ("device", "host", "disk")
 # What a plan may take of the memory there is. The rest is for fragments that the allocator cannot use, and on a GPU for the CUDA
@@ -213,25 +211,3 @@ def listed(parts: Mapping[str, int], most: int | None = None) -> str:
     """Parts of a memory as text, the largest first, without empty ones; at most `most`."""
     largest = sorted(parts.items(), key=lambda item: -item[1])[:most]
     return ", ".join(f"{name} {gigabytes(size)}" for name, size in largest if size)
-
-
-def decomposition_cost(d: int, rank: int, device: str) -> tuple[int, float, float]:
-    """What the bottom of one (d, d) second moment takes, by the method that `solvers.partial_eigh` chooses by itself.
-
-    Returns:
-        Bytes at the peak, the square itself included and the triangle not; flops; and the same flops at the rate of
-        `torch.linalg.eigh`: half of a tridiagonal reduction is bound by memory, and triangular solves are no matrix products
-        (`benchmarks/results/solvers-cpu.json`).
-    """
-    k, square = min(rank, d - 1), 8 * d * d
-    if device == "cpu" and d >= eigen.INVERT_MIN_D and k <= d * eigen.INVERT_FRACTION:
-        columns = eigen.MAX_COLUMNS * (k + eigen.GUARD)
-        # A copy for the Cholesky factor, and PyTorch's own while it is made; later, the factor and the Krylov basis.
-        size = max(3 * square, 2 * square + 8 * (columns * d + columns**2 + 4 * d * (k + eigen.GUARD)))
-        flops = d**3 / 3 + 20 * d * d * (k + eigen.GUARD)
-        return size, flops, flops / 0.45
-    if device == "cpu" and d >= eigen.SUBSET_MIN_D and k <= d * eigen.SUBSET_FRACTION:
-        # The reflectors lie in the square, and LAPACK works on them there; several small ones are at work at once.
-        flops = 4 / 3 * d**3 + 4 * d * d * k
-        return solvers.side_by_side(d) * (square + 64 * 8 * d + 32 * d * k), flops, 3 * flops
-    return 4 * square + 16 * d * k, 9.0 * d**3, 9.0 * d**3  # vectors, and a workspace of two squares

@@ -1,20 +1,20 @@
 """Dense eigenproblems and singular values in float64, on plain tensors."""
 
+from nullspace.solvers.checks import column_signs
+from nullspace.solvers.cost import decomposition_cost, side_by_side
 from nullspace.solvers.eigen import (
     METHODS,
     ZERO_EIGENVALUE,
     bottom_eigenpairs,
-    bottom_right_singular,
     effective_rank,
-    left_singular,
     numerical_rank,
-    one_thread_each,
     partial_eigh,
-    side_by_side,
     spectrum,
     top_eigenpairs,
 )
 from nullspace.solvers.perturbation import NO_LEAK, bounded_excess, deflated, deflated_root, estimated_excess
+from nullspace.solvers.singular import bottom_right_singular, left_singular
+from nullspace.solvers.threads import one_thread_each
 from nullspace.solvers.together import decompose
 
 __all__ = [
@@ -24,7 +24,9 @@ __all__ = [
     "bottom_eigenpairs",
     "bottom_right_singular",
     "bounded_excess",
+    "column_signs",
     "decompose",
+    "decomposition_cost",
     "deflated",
     "deflated_root",
     "effective_rank",

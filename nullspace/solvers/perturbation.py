@@ -1,10 +1,10 @@
-"""What an error of a second moment does to its bottom eigenspace."""
+"""The effect of an error of a second moment on its bottom eigenspace; and matrices from which directions are projected out."""
 
 from __future__ import annotations
 
 import torch
 
-# A leak below this is none: the excess over it is not counted.
+# A leak below this counts as zero, and so does an excess over it.
 NO_LEAK = 1e-8
 
 
@@ -32,17 +32,17 @@ def deflated_root(root: torch.Tensor, e_dm: torch.Tensor) -> torch.Tensor:
 def estimated_excess(
     eigenvalues: torch.Tensor, rank: int, error_norm: float, trace: float, *, d_in: int | None = None, squared: bool = True
 ) -> float:
-    """How much leak rounding may have cost the bottom `rank` eigenvectors of a perturbed second moment: leak / optimum − 1.
+    """Estimates how much rounding has raised the leak of the bottom `rank` eigenvectors of a second moment: leak / optimum − 1.
 
     Second-order perturbation theory with a random error of entry size e = ‖E‖_F / d: the basis picks up the energy
     Σ_{i ≤ r < j} e² / max(λ_j − λ_i, e). An error E of X instead of C puts e · (σ_i + σ_j) in the place of e: the entries of
     EᵀX + XᵀE in the singular basis. Where even λ_{r+1} is below ‖E‖₂ the computed eigenvalues say nothing, and all of ‖E‖₂ counts.
 
     Args:
-        eigenvalues: ascending, more than r of them; those that are not known count as the last one, which they exceed.
+        eigenvalues: ascending, more than r of them; unknown ones count as the last one, which they exceed.
         rank: r < d.
         error_norm: ‖E‖_F (`Covariance.error_norm`).
-        trace: tr C, against which a leak below 1e-8 counts as none.
+        trace: tr C: a leak below 1e-8 counts as zero.
         d_in: order of C; by default, as many as there are eigenvalues.
         squared: whether the error is one of C; otherwise of X.
     """
@@ -64,23 +64,23 @@ def estimated_excess(
 
 
 def bounded_excess(values: torch.Tensor, error_norm: float, trace: float, *, squared: bool = True) -> float:
-    """How much leak rounding can have cost at the most: leak / optimum − 1.
+    """Bounds how much rounding has raised the leak of a basis: leak / optimum − 1.
 
-    With S the sum of the r computed eigenvalues and e = ‖E‖: the basis hears at most S + r e, the best one at least S − r e (Ky Fan
-    1949). An error E of X instead of C changes the norm of X on any r directions by at most √r · e: √S ± √r · e.
+    With S the sum of the r computed eigenvalues and e = ‖E‖: the energy ‖UᵀX‖²_F is at most S + r e for the computed basis and at
+    least S − r e for the best one (Ky Fan 1949). An error E of X instead of C changes ‖UᵀX‖_F by at most √r · e: √S ± √r · e.
 
     Args:
         values: (r,), the computed bottom eigenvalues.
         error_norm: ‖E‖_F, which bounds the spectral norm.
-        trace: tr C, against which a leak below 1e-8 counts as none.
+        trace: tr C: a leak below 1e-8 counts as zero.
         squared: whether the error is one of C; otherwise of X.
     """
     if trace == 0:
         return 0.0
-    heard, none = float(values.sum()), NO_LEAK**2 * trace
+    energy, negligible = float(values.sum()), NO_LEAK**2 * trace
     if squared:
-        most, least = heard + len(values) * error_norm, heard - len(values) * error_norm
+        most, least = energy + len(values) * error_norm, energy - len(values) * error_norm
     else:
         spread = len(values) ** 0.5 * error_norm
-        most, least = (heard**0.5 + spread) ** 2, max(heard**0.5 - spread, 0.0) ** 2
-    return (max(most, none) / max(least, none)) ** 0.5 - 1
+        most, least = (energy**0.5 + spread) ** 2, max(energy**0.5 - spread, 0.0) ** 2
+    return (max(most, negligible) / max(least, negligible)) ** 0.5 - 1

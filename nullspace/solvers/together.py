@@ -1,4 +1,4 @@
-"""Sites as they come from a stream, solved as many at once as is best, and forgotten on the way."""
+"""`decompose`: the sites of a stream, solved in threads side by side where that is faster, in the stream's order."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from nullspace.solvers.eigen import TOGETHER_BYTES, TURNS, one_thread_each, side_by_side
+from nullspace.solvers.cost import side_by_side
+from nullspace.solvers.threads import one_thread_each
+
+# Sites that are solved together are drawn from the stream first: at most so many a thread, so that no thread idles while another
+# one solves a larger site, and of triangles that take at most so many bytes.
+SITES_PER_THREAD = 4
+TOGETHER_BYTES = 2**25
 
 
 class Named(Protocol):
-    """What a matrix is of: the layers that share it."""
+    """What a matrix belongs to: the layers that share it."""
 
     @property
     def members(self) -> Sequence[str]: ...
@@ -34,42 +40,39 @@ T = TypeVar("T")
 def decompose(stream: Iterator[tuple[S, C]], solve: Callable[[S, C], T]) -> Iterator[T]:
     """`solve` of every site, in the stream's order.
 
-    A small one goes through the pool even when it comes alone: with one thread its bits do not depend on who is beside it.
+    A small site is solved in the pool even when it is the only one: with one thread its bits do not depend on the others.
 
     Args:
-        stream: what `stream_covariances` yields; nothing here holds a covariance longer than it takes to solve it.
+        stream: yields (site, covariance), as `stream_covariances` does; no covariance is held longer than it takes to solve it.
         solve: does the linear algebra; runs in a thread of its own, with PyTorch's default modes.
     """
-    for ready in _together(stream):
-        yield from _solved(ready, solve)
+    for group in _groups(stream):
+        yield from _solved(group, solve)
 
 
-def _together(stream: Iterator[tuple[S, C]]) -> Iterator[list[tuple[S, C]]]:
-    """Sites that are to be solved together, drawn before that begins: the model may have to run for the next one.
-
-    Several a thread, so that no thread waits for one that has a larger site; but no more than weigh little.
-    """
-    ready: list[tuple[S, C]] = []
-    weight = 0
+def _groups(stream: Iterator[tuple[S, C]]) -> Iterator[list[tuple[S, C]]]:
+    """The sites that are solved together, all drawn before the first is solved: the model may have to run for the next one."""
+    group: list[tuple[S, C]] = []
+    size = 0
     for pair in stream:
-        ready.append(pair)
+        group.append(pair)
         d = pair[1].d_in
-        weight += 4 * d * d
+        size += 4 * d * d
         together = side_by_side(d, pair[1].device)
-        del pair  # the consumer frees the sums, and no name here holds them back
-        if together == 1 or len(ready) >= TURNS * together or weight >= TOGETHER_BYTES:
-            yield ready
-            ready, weight = [], 0
-    if ready:
-        yield ready
+        del pair  # the consumer frees the sums, which this name would keep
+        if together == 1 or len(group) >= SITES_PER_THREAD * together or size >= TOGETHER_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
-def _solved(ready: list[tuple[S, C]], solve: Callable[[S, C], T]) -> Iterator[T]:
-    small = [pair for pair in ready if side_by_side(pair[1].d_in, pair[1].device) > 1]
-    large = ready[len(small) :]  # at most one: it ends the drawing
-    ready.clear()
+def _solved(group: list[tuple[S, C]], solve: Callable[[S, C], T]) -> Iterator[T]:
+    small = [pair for pair in group if side_by_side(pair[1].d_in, pair[1].device) > 1]
+    large = group[len(small) :]  # at most one: it ends the group
+    group.clear()
     if small:
-        # The largest first, and those with the most layers: what is left at the end is short.
+        # The largest first, and those with the most layers: the last ones to run are then short.
         order = sorted(range(len(small)), key=lambda i: (-small[i][1].d_in, -len(small[i][0].members)))
         threads = min(len(small), min(side_by_side(c.d_in, c.device) for _, c in small))
         with one_thread_each(threads) as pool:

@@ -30,7 +30,7 @@ from nullspace.artifacts.spaces import TOLERANCE
 from nullspace.calibration.covariances import compute_covariances
 from nullspace.cli import app
 from nullspace.model.sites import find_targets
-from nullspace.solvers import eigen
+from nullspace.solvers import cost
 from reference import excess_leak, leak, optimal_leak, recorded_inputs
 
 RANK = 8
@@ -817,7 +817,7 @@ def test_large_layers_are_solved_by_shift_invert_to_the_same_space(monkeypatch: 
     covariance = Covariance(320, precision="fp64")
     covariance.update(x)
     every = NullSpace.from_covariance(covariance, 8)
-    monkeypatch.setattr(eigen, "INVERT_MIN_D", 300)
+    monkeypatch.setattr(cost, "INVERT_MIN_D", 300)
     found = NullSpace.from_covariance(covariance, 8)
     assert found.leak == pytest.approx(every.leak, rel=1e-9)
     assert found.gap == pytest.approx(every.gap, abs=1e-9)

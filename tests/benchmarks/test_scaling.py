@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from benchmarks.scaling_model import Chain, Cluster, Cost, Gloo, Network, cost, h100, makespan, site_bytes, worth_having
 from models import random_batches, tiny
 from nullspace import Covariance, stream_covariances
-from nullspace.planning.plan import Workload, decomposition_cost
+from nullspace.planning.plan import Workload
 from nullspace.planning.survey import Survey
+from nullspace.solvers import decomposition_cost
 from processes import outcomes
 
 WORK = Workload(samples=8, length=32, batch_size=1, rank=8)

@@ -43,7 +43,7 @@ from nullspace.distributed.job import default_store
 from nullspace.distributed.loaders import is_share
 from nullspace.integrations.peft import export_lora, inject_adapters, save_init, write_init
 from nullspace.moments.triangle import LowerTriangle
-from nullspace.planning.plan import decomposition_cost
+from nullspace.solvers import decomposition_cost
 from patience import run
 from processes import Checks
 from reference import relative_error

@@ -1,0 +1,38 @@
+"""The checks that all solvers share, and the rule for the signs of vectors."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_symmetric(c: torch.Tensor) -> int:
+    """The order d of a square matrix with finite entries. Symmetry is not checked: solvers may read one triangle alone.
+
+    Raises:
+        ValueError: if `c` is not square, is empty, or holds NaN or Inf.
+    """
+    if c.ndim != 2 or c.shape[0] != c.shape[1] or c.shape[0] == 0:
+        raise ValueError(f"expected a square matrix, got shape {tuple(c.shape)}")
+    check_finite(c)
+    return c.shape[0]
+
+
+def check_finite(m: torch.Tensor) -> None:
+    """Raise `ValueError` if a matrix holds NaN or Inf."""
+    if m.numel() > 0 and not bool(torch.isfinite(torch.stack(torch.aminmax(m))).all()):
+        raise ValueError("the matrix holds NaN or Inf")
+
+
+def column_signs(m_dk: torch.Tensor) -> torch.Tensor:
+    """(k,), ±1: the sign of the entry of largest magnitude in each column; +1 for a column of zeros.
+
+    An eigenvector or a singular vector is unique but for its sign. Multiplied by these, equal inputs give equal vectors, whatever
+    solver found them.
+    """
+    peak = torch.gather(m_dk, 0, m_dk.abs().argmax(0, keepdim=True))[0]
+    return torch.where(peak < 0, -1.0, 1.0)
+
+
+def with_fixed_signs(vectors_dk: torch.Tensor) -> torch.Tensor:
+    """The vectors, each with its entry of largest magnitude positive."""
+    return vectors_dk * column_signs(vectors_dk)
