@@ -463,7 +463,7 @@ def write_report(settings: Settings, out: Path, rates: Sequence[float], seed: in
     from nullspace import Covariances, NullSpaces, analysis
     from nullspace.integrations.peft import read_course
     from nullspace.model.sites import find_targets
-    from nullspace.reporting import page as report
+    from nullspace.reporting import page, sections
 
     study = fronts.read_study(out / fronts.RESULTS)
     rate = sorted(rates)[len(rates) // 2]
@@ -477,8 +477,8 @@ def write_report(settings: Settings, out: Path, rates: Sequence[float], seed: in
     )
     intro = f"Model {settings.model}; adapters of rank {settings.rank}, {settings.steps} steps of {settings.batch_size} examples; "
     intro += f"by layer: seed {seed}, learning rate {rate:g}."
-    parts = [*report.study_sections(study), *report.sections(found)]
-    return report.write(out / "report.html", "Preservation of knowledge", intro, parts, overwrite=True)
+    parts = [*sections.study_sections(study), *sections.sections(found)]
+    return page.write(out / "report.html", "Preservation of knowledge", intro, parts, overwrite=True)
 
 
 def folder_of(out: Path, variant: str) -> Path:

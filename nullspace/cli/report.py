@@ -83,7 +83,7 @@ def report(
 ) -> dict[str, Any] | None:
     """One HTML file: effective ranks, spectra, leaks, and what training did to adapters, layer by layer."""
     try:
-        from nullspace.reporting import page
+        from nullspace.reporting import page, sections
     except ImportError as error:
         raise ValueError(str(error)) from None
     from nullspace import analysis
@@ -98,11 +98,11 @@ def report(
         results = None
         if sources.study is not None:
             results = study.read_study(sources.study / study.RESULTS if sources.study.is_dir() else sources.study)
-        sections = [] if results is None else page.study_sections(results)
+        parts = [] if results is None else sections.study_sections(results)
         analysed = _analyse(sources, quiet)
-        sections += page.sections(analysed) if has_layers else []
+        parts += sections.sections(analysed) if has_layers else []
         used = sources.as_json()
-        page.write(out, "What the layers hear", _sources_line(used), sections, overwrite=overwrite)
+        page.write(out, "What the layers hear", _sources_line(used), parts, overwrite=overwrite)
     facts: dict[str, Any] = {"out": str(out), **used, "seconds": time.perf_counter() - began}
     if results is not None:
         facts["equal_loss"] = {name: study.as_json(study.at_equal_loss(results, name)) for name in study.MEASURES}
@@ -111,8 +111,8 @@ def report(
         ranks, adapters = analysis.rank_summary(analysed), analysis.adapter_summary(analysed)
         return {**facts, **analysed._asdict(), "effective_ranks": ranks, "adapter_summary": adapters}
     if not quiet:
-        filled = sum(bool(section.pictures) for section in sections)
-        console.print_line(f"{out}: {filled} of {len(sections)} sections, {out.stat().st_size / 1e6:.1f} MB")
+        filled = sum(bool(part.pictures) for part in parts)
+        console.print_line(f"{out}: {filled} of {len(parts)} sections, {out.stat().st_size / 1e6:.1f} MB")
     return None
 
 

@@ -26,9 +26,11 @@ from nullspace.analysis import Analysis
 from nullspace.cli import app
 from nullspace.integrations.peft import read_course, read_factors
 from nullspace.reporting import figures
-from nullspace.reporting import page as report
+from nullspace.reporting import page as pages
 from nullspace.reporting import study as fronts
 from nullspace.reporting.page import Section
+from nullspace.reporting.panels import svg
+from nullspace.reporting.sections import sections
 
 SMALL = ["--samples", "6", "--length", "64", "--batch-size", "2", "-q"]
 TITLES = [
@@ -153,7 +155,7 @@ def test_the_numbers_are_those_of_the_analysis(whole: tuple[Path, dict[str, Any]
 def test_weights_on_the_disk_give_the_same_numbers(
     whole: tuple[Path, dict[str, Any]], made: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "SECTIONS", ())
+    monkeypatch.setattr("nullspace.reporting.sections.SECTIONS", ())
     adapter = f"LoRA-Null <v1>={made / 'null'},{made / 'run'}"
     sources = ["--covariances", made / "kept", "--model", tiny_checkpoint, "--adapter", adapter]
     result = run("report", "--out", tmp_path / "page.html", *sources, "--offload", "--json", "-q")
@@ -383,16 +385,16 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     def full(path: Path) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(report.store, "sync", full)
+    monkeypatch.setattr(pages.store, "sync", full)
     with pytest.raises(OSError, match="No space"):
-        report.write(tmp_path / "page.html", "A", "b", [Section("c", "d")])
+        pages.write(tmp_path / "page.html", "A", "b", [Section("c", "d")])
     assert not list(tmp_path.iterdir())
 
 
 def test_a_section_more_is_one_entry_more(tmp_path: Path) -> None:
     table = [{"method": "a & b", "score": "1"}]
-    out = report.write(
-        tmp_path / "x" / "page.html", "A", "b", [*report.sections(Analysis([], [], [])), Section("New", "Look.", table=table)]
+    out = pages.write(
+        tmp_path / "x" / "page.html", "A", "b", [*sections(Analysis([], [], [])), Section("New", "Look.", table=table)]
     )
     page = Page(out)
     assert page.titles == [*TITLES, "New"]
@@ -406,7 +408,7 @@ def test_figures_touch_no_state_of_matplotlib(whole: tuple[Path, dict[str, Any]]
 
     before = dict(matplotlib.rcParams)
     figure = figures.effective_ranks(told["inputs"], told["weights"])
-    assert figures.svg(figure) == figures.svg(figures.effective_ranks(told["inputs"], told["weights"]))
+    assert svg(figure) == svg(figures.effective_ranks(told["inputs"], told["weights"]))
     assert dict(matplotlib.rcParams) == before
 
 
@@ -421,15 +423,15 @@ def test_layers_outside_of_blocks_zeros_and_few_numbers_can_be_drawn() -> None:
         {"site": "fc", "members": ["fc"], "block": None, "projection": "fc", "d_in": 1, "tokens": 1, "outliers": 1}
         | {"outlier_share": 1.0, "effective_rank": 0.0, "spectrum": [0.0], "rank": 1, "leak": 0.0, "gap": 0.0}
     ]
-    parts = report.sections(Analysis(inputs, [], rows))
+    parts = sections(Analysis(inputs, [], rows))
     assert sum(len(part.pictures) for part in parts) == 9
 
 
 def test_without_matplotlib_the_command_says_what_to_install(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("report", "figures"):
-        monkeypatch.delitem(sys.modules, f"nullspace.{name}")
-        monkeypatch.delattr(nullspace, name)
+    for name in ("sections", "figures", "panels"):
+        monkeypatch.delitem(sys.modules, f"nullspace.reporting.{name}")
+        monkeypatch.delattr(nullspace.reporting, name)
     result = run("report", "--out", tmp_path / "page.html", "--spaces", made / "spaces")
     assert result.exit_code == 2
     assert "pip install 'nullspace-lora[report]'" in " ".join(result.stderr.split())
