@@ -76,6 +76,7 @@ def folder(tiny_checkpoint: Path, prose: list[str], tmp_path: Path, monkeypatch:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the texts fill")
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)
 def test_blocks_of_a_page_run_in_order(page: Path, folder: Path) -> None:
