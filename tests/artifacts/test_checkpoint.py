@@ -90,6 +90,7 @@ def test_a_finished_run_does_not_run_the_model_again(tmp_path: Path) -> None:
     assert_equal(compute(model, tmp_path / "kept"), first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_that_was_cut_off_in_its_second_pass_ends_with_the_same_bits(tmp_path: Path, strategy: str) -> None:
     model, options = tiny("llama"), {"strategy": strategy, "tolerance": 1e-14}  # every mixed sum is summed again

@@ -64,6 +64,7 @@ def check_bytes(rank: int, count: int, folder: Path) -> None:
         assert sum(sent) == found.reduced
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_bytes_reduced_are_those_that_are_sent(tmp_path: Path) -> None:
     said = outcomes(__file__, 2, ["check_bytes"], tmp_path / "together")
@@ -269,6 +270,7 @@ def test_a_machine_that_is_as_the_model_has_it_is_found(made_up: dict[str, Any])
         assert part["bytes_counted"] == [part["bytes_model"]]
 
 
+@pytest.mark.slow
 def test_the_page_leaves_nothing_out(made_up: dict[str, Any]) -> None:
     from benchmarks.scaling_page import CASES, RANKS, page, surveyed
 

@@ -19,6 +19,8 @@ from nullspace import stream_covariances
 from nullspace.model.batches import evaluating
 from nullspace.model.linear import is_linear
 
+pytestmark = pytest.mark.slow
+
 # What was wrong once, or is built in another way than most: caches by `**kwargs`, state-space blocks, a bias that the first
 # block makes, side outputs, blocks that are called several times.
 SOME = {

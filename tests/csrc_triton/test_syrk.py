@@ -219,6 +219,7 @@ def resolution(g: torch.Tensor, x: torch.Tensor) -> float:
     return float((error - (error * exact).sum() / exact.square().sum() * exact).norm() / exact.norm())
 
 
+@pytest.mark.interpreter
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nothing is interpreted")
 @pytest.mark.parametrize(
     ("core", "window"),

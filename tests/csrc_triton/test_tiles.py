@@ -12,6 +12,7 @@ CPU = torch.device("cpu")
 ORDERS = [1, 64, 65, 300, 1000, 4096, 28672]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("d", ORDERS)
 def test_every_tile_of_the_triangle_is_visited_once(d: int, block: int) -> None:

@@ -302,6 +302,7 @@ def weights(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("method", THOROUGH)
 def test_loraplus_steps_further_with_b_than_with_a(method: str, frozen: bool, tmp_path: Path) -> None:
@@ -525,6 +526,7 @@ def test_trl_sft_trainer(method: str, frozen: bool, tmp_path: Path, plain_peft: 
     assert close(plain_peft.logits(tmp_path / "sft" / "checkpoint-4"), logits(adapted), SAME[torch.float32])
 
 
+@pytest.mark.slow
 def test_trl_dpo_trainer_compares_with_the_start_and_not_with_the_residual(tmp_path: Path, tokenizer: Any) -> None:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     adapted, _ = small(tmp_path)

@@ -73,6 +73,7 @@ def as_peft_counts(model: nn.Module, name: str) -> torch.Tensor:
     return sum(part.T @ part for part in parts) / len(parts)  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_in_parity_the_adapter_is_pefts_and_that_of_the_definition(family: str, mode: str) -> None:

@@ -118,6 +118,7 @@ def test_ranks_are_those_of_peft(rho: float, rank_pattern: dict[str, int]) -> No
     assert sum(expected.values()) == sum(ranks.values())
 
 
+@pytest.mark.slow
 def test_as_much_variance_as_peft_after_its_convergence() -> None:
     batches = random_batches(4, padding="right")
     model = wrapped(rho=2.0)
@@ -216,6 +217,7 @@ def test_tokens_that_labels_leave_out_are_not_counted(mask: bool) -> None:
     assert all(torch.equal(found[name], every[name]) for name in every)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tau", "read"), [(0.0, 32), (1.0, 70)])
 def test_a_long_loader_is_read_until_twice_the_data_say_the_same(tau: float, read: int) -> None:
     batches = random_batches(
