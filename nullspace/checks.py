@@ -1,4 +1,4 @@
-"""Checks of what comes from outside: arguments of callers, and values read from files. Errors name the argument, or the field."""
+"""Checks of callers' arguments and of values from files. Errors name the argument or the field."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Range(NamedTuple):
-    """Which real numbers an argument takes, and how an error describes them."""
+    """The real numbers that an argument takes, and their description in errors."""
 
     words: str
     holds: Callable[[float], bool]
@@ -30,7 +30,7 @@ def check_integer(name: str, value: Any, *, least: int | None = 1) -> int:
 
     Raises:
         TypeError: if it is not an integer of Python or numpy. `True`, 4.0 and "4" are not.
-        ValueError: if it is smaller than `least`, if there is one.
+        ValueError: if it is smaller than `least` (None: no limit).
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, not {value!r} ({type(value).__name__})")
@@ -40,7 +40,7 @@ def check_integer(name: str, value: Any, *, least: int | None = 1) -> int:
 
 
 def check_between(name: str, value: Any, most: int, where: str = "") -> int:
-    """`value` as an `int` from 1 to `most`; `where` ends the message.
+    """`value` as an `int` from 1 to `most`; `where` is appended to the message.
 
     Raises:
         TypeError: as `check_integer`.
@@ -56,8 +56,8 @@ def check_real(name: str, value: Any, allowed: Range = POSITIVE) -> float:
     """`value` as a `float`.
 
     Raises:
-        TypeError: if it is no real number of Python or numpy. `True` and "4" are not.
-        ValueError: if it is out of range; NaN always is.
+        TypeError: if it is not a real number of Python or numpy. `True` and "4" are not.
+        ValueError: if it is out of range or NaN.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, not {value!r} ({type(value).__name__})")
@@ -67,14 +67,14 @@ def check_real(name: str, value: Any, allowed: Range = POSITIVE) -> float:
 
 
 def check_one_of(name: str, value: Any, known: Iterable[str]) -> None:
-    """Raise `ValueError`, naming the argument and the values that it takes, unless `value` is one of them."""
+    """Raise `ValueError`, naming the argument and the values that it takes, if `value` is not among them."""
     known = list(known)
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}")
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """A device that this machine has.
+    """`device` as a `torch.device` that this machine has.
 
     Raises:
         ValueError: naming it, if PyTorch does not know it or cannot use it here.
@@ -82,22 +82,22 @@ def check_device(device: torch.device | str) -> torch.device:
     import torch
 
     try:
-        found = torch.device(device)
+        checked = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device {str(device)!r} cannot be used here: PyTorch knows no such name. Give 'cpu' or 'cuda'") from None
     try:
-        if found.type == "meta":
+        if checked.type == "meta":
             raise ValueError("it holds no values")
-        torch.empty(0, device=found)
-        if found.type == "cuda" and found.index is not None and found.index >= torch.cuda.device_count():
+        torch.empty(0, device=checked)
+        if checked.type == "cuda" and checked.index is not None and checked.index >= torch.cuda.device_count():
             raise ValueError(f"there are {torch.cuda.device_count()} CUDA devices")
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__
         raise ValueError(f"device {str(device)!r} cannot be used here: {reason}. Give 'cpu', or a device of this machine") from None
-    return found
+    return checked
 
 
-# Integers beyond this are none that JSON readers of other languages would give back, and no count of ours.
+# The largest integer that JSON readers with float64 numbers read exactly.
 LARGEST = 2**53
 
 
@@ -105,9 +105,9 @@ class Field(NamedTuple):
     """One field of an object.
 
     Attributes:
-        fits: whether a value is right.
-        what: what it should be, for messages.
-        required: whether it has to be there.
+        fits: whether a value is valid.
+        what: description of valid values, for messages.
+        required: whether the field must exist.
     """
 
     fits: Callable[[Any], bool]
@@ -116,7 +116,7 @@ class Field(NamedTuple):
 
 
 def whole(least: int = 0, most: int = LARGEST) -> Field:
-    """An integer; True and False are none."""
+    """An integer. True and False are not."""
     return Field(lambda v: type(v) is int and least <= v <= most, f"an integer between {least} and {most}")
 
 
@@ -143,17 +143,17 @@ def one_of(*values: str) -> Field:
 
 
 def or_none(field: Field) -> Field:
-    """The same, or null."""
+    """`field`, or null."""
     return Field(lambda v: v is None or field.fits(v), f"{field.what} or null", field.required)
 
 
 def optional(field: Field) -> Field:
-    """The same, or not there at all."""
+    """`field`, which may be missing."""
     return field._replace(required=False)
 
 
 def list_of(field: Field, *, least: int = 0, most: int | None = None, distinct: bool = False) -> Field:
-    """A list of such values."""
+    """A list of `least` to `most` values, each as `field`."""
 
     def fits(value: Any) -> bool:
         if not isinstance(value, list) or len(value) < least or (most is not None and len(value) > most):
@@ -165,35 +165,35 @@ def list_of(field: Field, *, least: int = 0, most: int | None = None, distinct: 
 
 
 def map_of(field: Field) -> Field:
-    """An object whose values are such."""
+    """An object with any keys, and values as `field`."""
     return Field(lambda v: isinstance(v, dict) and all(map(field.fits, v.values())), f"an object with values, each {field.what}")
 
 
 def an_object() -> Field:
-    """An object, whose fields are checked elsewhere."""
+    """An object with any fields."""
     return Field(lambda v: isinstance(v, dict), "an object")
 
 
 def file_name() -> Field:
-    """The name of a file in a directory: no path, so that it cannot lead elsewhere."""
+    """The name of a file without a folder, so that it cannot point outside of its directory."""
     return Field(is_plain_name, "the plain name of a file")
 
 
 def is_plain_name(value: Any) -> bool:
-    """Whether this is a file's name without any folder, on any system."""
+    """Whether this is a file name without a folder, on any operating system."""
     return isinstance(value, str) and value not in ("", ".", "..") and not any(c in "/\\\0:" for c in value)
 
 
 def check_fields(value: Any, fields: Mapping[str, Field], where: object) -> None:
-    """Check an object that was read.
+    """Check an object from a file.
 
     Args:
-        value: what was read.
-        fields: name → what it should be. Others are let through.
-        where: file, and place in it, for the message.
+        value: the object.
+        fields: name → field. Other fields are not checked.
+        where: file, and position in it, for the message.
 
     Raises:
-        ValueError: naming the place and the field.
+        ValueError: naming `where` and the field.
     """
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} should be an object, not {shown(value)}")
@@ -208,10 +208,10 @@ def check_fields(value: Any, fields: Mapping[str, Field], where: object) -> None
 def check_tensor(
     tensors: Mapping[str, torch.Tensor], name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype], where: object
 ) -> torch.Tensor:
-    """One tensor of a file: of this shape and one of these dtypes, and finite (unless it is on the meta device).
+    """One tensor of a file, checked: of this shape, one of these dtypes, and finite (unless it is on the meta device).
 
     Raises:
-        ValueError: naming the place and the tensor.
+        ValueError: naming `where` and the tensor.
     """
     tensor = tensors.get(name)
     if tensor is None:
@@ -227,5 +227,5 @@ def check_tensor(
 
 
 def shown(value: Any) -> str:
-    """A value of any size and depth, in a few characters."""
+    """A short text for a value of any size and depth."""
     return reprlib.repr(value)

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from nullspace.artifacts import records, store
 from nullspace.artifacts.locks import temporary_folder
-from nullspace.artifacts.together import written_once
+from nullspace.artifacts.shared_writes import written_once
 from nullspace.integrations.peft.cards import write_card
 from nullspace.integrations.peft.checkpoints import is_residual, mark_of, what_differs
 from nullspace.integrations.peft.files import (

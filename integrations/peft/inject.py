@@ -21,8 +21,8 @@ from nullspace.artifacts import records, store
 from nullspace.artifacts import residual as residual_base
 from nullspace.artifacts.covariances import Covariances
 from nullspace.artifacts.residual import Change
+from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.spaces import NullSpaces
-from nullspace.artifacts.together import written_once
 from nullspace.distributed import Job
 from nullspace.factors import DAMPING
 from nullspace.integrations.peft.cards import CARD, name_base, write_card, write_cards

@@ -21,8 +21,8 @@ from nullspace.artifacts import records, store
 from nullspace.artifacts.covariances import Covariances
 from nullspace.artifacts.locks import temporary_folder
 from nullspace.artifacts.residual import Change, change_of, mark_file
+from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.spaces import NullSpaces
-from nullspace.artifacts.together import written_once
 from nullspace.distributed import Job
 from nullspace.factors import DAMPING
 from nullspace.integrations.peft.cards import write_cards

@@ -1,1 +1,1 @@
-"""What is kept in files, and the fingerprints by which models, data and runs are recognised."""
+"""Results in files, and the fingerprints that identify models, data and runs."""

@@ -14,9 +14,9 @@ import torch
 
 from nullspace.artifacts.identity import Weights, same_fingerprint
 from nullspace.artifacts.shard_account import Shards, joined, what_is_missing
+from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.sitewise import Entry, Sitewise, write_sites
 from nullspace.artifacts.store import new_directory
-from nullspace.artifacts.together import written_once
 from nullspace.checks import Field, an_object, list_of, optional
 from nullspace.model.sites import Site
 from nullspace.moments.covariance import DTYPES, FIELDS, Covariance

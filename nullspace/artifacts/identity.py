@@ -1,4 +1,4 @@
-"""Fingerprints: by which weights, models, data and runs are recognised."""
+"""Fingerprints that identify weights, models, data and runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nullspace.model.sharded import class_of
 from nullspace.model.sharded_tensors import entries, is_sharded, shape_of
 from nullspace.model.weights import execution_device, own_tensors, restore_layout, tensor_of
 
-# A fingerprint is this many entries of a weight, evenly spaced.
+# Entries of a weight in its fingerprint, evenly spaced.
 FINGERPRINT_ENTRIES = 64
 # Two roundings of one number to bf16 (8 bits) differ by less than this, relatively.
 FINGERPRINT_TOLERANCE = 2.0**-7
@@ -28,9 +28,9 @@ FINGERPRINT_TOLERANCE = 2.0**-7
 def fingerprint(weight: torch.Tensor) -> torch.Tensor | None:
     """(≤ 64,) float32: evenly spaced entries of a weight, which identify it in any floating dtype.
 
-    None for a weight whose values cannot be read (offloaded, on the meta device), and for a quantised one: tensors of another type
-    (bitsandbytes packs 4-bit weights into the dtype that `bnb_4bit_quant_storage` names), and those of 8 bits, whose scales are
-    elsewhere. Of a sharded weight it is that of the whole, and a collective.
+    None for a weight whose values cannot be read (offloaded, on the meta device) and for a quantised one: a tensor subclass
+    (bitsandbytes packs 4-bit weights into the dtype `bnb_4bit_quant_storage`), or 8 bits an entry, with scales stored elsewhere.
+    For a sharded weight this is a collective, and the fingerprint of the whole weight.
     """
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter) or is_sharded(weight)
     plain = plain and weight.is_floating_point() and weight.element_size() > 1
@@ -45,33 +45,33 @@ def some_entries(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sampled_positions(total: int) -> torch.Tensor:
-    """(≤ 64,) int64: the indices of the entries that a fingerprint has, of a tensor with so many."""
+    """(≤ 64,) int64: indices of the entries in the fingerprint of a tensor with `total` entries."""
     return torch.linspace(0, total - 1, min(FINGERPRINT_ENTRIES, total), dtype=torch.float64).long()
 
 
 def same_fingerprint(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two fingerprints are of one weight, up to rounding to a 16-bit dtype."""
+    """Whether two fingerprints are equal up to rounding to a 16-bit dtype."""
     return a.shape == b.shape and torch.allclose(a, b, rtol=FINGERPRINT_TOLERANCE, atol=1e-6)
 
 
-# (d_out, d_in) of a weight, and its fingerprint where it has one.
+# (d_out, d_in) of a weight, and its fingerprint; None if its values cannot be read.
 Weight: TypeAlias = tuple[tuple[int, int], torch.Tensor | None]
 
 Weights: TypeAlias = Mapping[str, Weight]
 
 
 class Fingerprints:
-    """Fingerprints of the weights of one model, each taken once: of a sharded weight it is a collective."""
+    """Fingerprints of the weights of one model, each computed once, since for a sharded weight it is a collective."""
 
     def __init__(self) -> None:
-        self._taken: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # by the identity of the tensor, which is held
+        self._taken: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # by id of the tensor; the reference keeps it valid
 
     def weights(self, modules: Mapping[str, nn.Module]) -> Weights:
-        """Shape and fingerprint of every layer's weight; no fingerprint where its values cannot be read."""
+        """Layer name → shape and fingerprint of its weight."""
         return {name: (weight_shape(module), self._of_layer(module)) for name, module in modules.items()}
 
     def digest(self, model: nn.Module) -> str:
-        """One digest of all parameters and persistent buffers: names, shapes, dtypes and some entries of each."""
+        """One digest of all parameters and persistent buffers: their names, shapes, dtypes and some entries of each."""
         digest = hashlib.sha256()
         for name, module in model.named_modules():
             restore_layout(module)
@@ -81,7 +81,7 @@ class Fingerprints:
                 value = own if is_sharded(own) else tensor_of(module, key)
                 digest.update(f"{name}.{key} {tuple(shape_of(value))} {value.dtype}".encode())
                 sample = self._of(own, value)
-                packed = not value.is_floating_point() or hasattr(value, "quant_state")  # bitsandbytes, in whatever dtype
+                packed = not value.is_floating_point() or hasattr(value, "quant_state")  # bitsandbytes, which may pack into floats
                 if sample is None and packed and value.device.type != "meta":
                     sample = some_entries(value).cpu().view(torch.uint8)
                 if sample is not None:
@@ -98,17 +98,14 @@ class Fingerprints:
             return None
 
     def _of(self, own: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
-        """The fingerprint of a tensor of the model, whose value may have been read from elsewhere."""
+        """Fingerprint of the model's tensor `own`, whose value may lie elsewhere (in `value`)."""
         if id(own) not in self._taken:
             self._taken[id(own)] = own, fingerprint(value)
         return self._taken[id(own)][1]
 
 
 def weights_of(modules: Mapping[str, nn.Module]) -> Weights:
-    """Shape and fingerprint of every layer's weight; no fingerprint where its values cannot be read.
-
-    A collective where weights are sharded.
-    """
+    """Layer name → shape and fingerprint of its weight. A collective where weights are sharded."""
     return Fingerprints().weights(modules)
 
 
@@ -120,15 +117,15 @@ def fingerprint_of_run(
     job: Job | None = None,
     fingerprints: Fingerprints | None = None,
 ) -> dict[str, Any]:
-    """What a result depends on: the model's weights (some entries of each), the data (every byte), settings and versions.
+    """Identity of a run: the model's weights (some entries of each), the data (every byte), targets, settings and versions.
 
     Args:
-        model: its weights may be on the disk; of each, 64 entries are read.
+        model: its weights may be on the disk; 64 entries of each are read.
         loader: is read to its end.
         targets: names of layers.
-        settings: as JSON takes them.
-        job: the processes that compute together; of a loader that is not the same for all, every share counts.
-        fingerprints: of this model, as far as they were taken; more are added.
+        settings: values that JSON can hold.
+        job: the processes that work together. If each has its own loader, all their data count.
+        fingerprints: those of this model that are known; new ones are added.
 
     Raises:
         ValueError: if the loader can be read only once.
@@ -147,7 +144,7 @@ def fingerprint_of_run(
 
 
 def hash_data(loader: Iterable[Any]) -> dict[str, Any]:
-    """Which data these are: how many batches, and a digest of all that they hold. The loader is read to its end."""
+    """Number of batches, and a digest of their content. Reads the loader to its end."""
     digest, batches = hashlib.sha256(), 0
     for batch in loader:
         add_to_digest(digest, batch)

@@ -1,10 +1,9 @@
-"""Locks of what is being written, and temporary folders that a killed process does not leave for ever.
+"""Locks on output paths, and temporary folders that are deleted even if their process is killed.
 
-A place `OUT` is locked by a lock file `OUT.nullspace-lock` beside it: the runs that would write there see it, on whichever machine
-they are, if the file system carries locks from one to the other (NFS and Lustre do). The operating system releases the lock of a
-process that is killed; where a file system has no locks, `filelock` falls back to the existence of the file. The file is deleted by
-the process that holds it, before it is released. Another process may have opened the deleted file in the meantime, so whoever
-acquires a lock compares the file that is locked with the one that has the name.
+A path `OUT` is locked by a lock file `OUT.nullspace-lock` beside it. Runs on other machines see the lock if the file system shares
+locks between machines (NFS and Lustre do). The operating system releases the lock of a killed process; where a file system has no
+locks, `filelock` falls back to the existence of the file. The holder deletes the file before it releases the lock. Another process
+may have opened the deleted file in the meantime, so `_acquire` compares the locked file with the file that has the name.
 """
 
 from __future__ import annotations
@@ -28,25 +27,25 @@ from nullspace.errors import Busy
 
 SUFFIX = ".nullspace-lock"
 PREFIX = "nullspace-"
-# How often a lock file that vanishes while it is being opened is tried again, each time after a few milliseconds.
+# Attempts to lock a file that another process deletes while it is opened, a few milliseconds apart.
 ATTEMPTS = 200
-_held: dict[Path, tuple[int, int]] = {}  # place → process and thread
+_held: dict[Path, tuple[int, int]] = {}  # locked path → process and thread
 
 
 @contextlib.contextmanager
 def locked(out: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
-    """Context manager: holds the lock of a place, which need not exist. Nested uses of one thread share the lock.
+    """Context manager: holds the lock of a path, which need not exist. Nested uses in one thread share the lock.
+
+    Creates missing parent directories, and removes them at the end if they are empty.
 
     Args:
-        out: the place.
-        wait: until the lock is released, instead of raising `Busy`.
-
-    Missing parent directories are made, and removed at the end if they are empty then.
+        out: path of the output.
+        wait: wait until the lock is released, instead of raising `Busy`.
 
     Raises:
-        Busy: naming the place, and the process that holds the lock if it can be known.
+        Busy: naming the path, and the process that holds the lock if the lock file names it.
         FileExistsError: if something else has the name of the lock file.
-        OSError: naming the place, if nothing can be created beside it.
+        OSError: naming the path, if nothing can be created beside it.
     """
     place = Path(os.path.realpath(out))
     owner = (os.getpid(), threading.get_ident())
@@ -65,7 +64,7 @@ def locked(out: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]
 
 @contextlib.contextmanager
 def parents(place: Path) -> Iterator[None]:
-    """Context manager: makes the missing parent directories of a place, and at the end removes those that have stayed empty."""
+    """Context manager: creates the missing parent directories of a path, and at the end removes those that are empty."""
     missing = [folder for folder in place.parents if not folder.exists()]
     try:
         with naming(place):
@@ -82,7 +81,7 @@ def parents(place: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(place: Path) -> Iterator[None]:
-    """Context manager: an `OSError` inside is raised again with the place that cannot be created."""
+    """Context manager: an `OSError` inside is raised again, naming the path that cannot be created."""
     try:
         yield
     except (FileExistsError, filelock.Timeout):
@@ -106,7 +105,7 @@ def _acquire(place: Path, wait: bool) -> filelock.BaseFileLock:
         except FileNotFoundError:
             continue
         if _has_name(lock, path):
-            if not isinstance(lock, filelock.SoftFileLock):  # whose file says more, by which it is known to be stale
+            if not isinstance(lock, filelock.SoftFileLock):  # filelock's own text there serves to detect stale locks
                 path.write_text(json.dumps({"nullspace": "lock", "process": os.getpid(), "host": socket.gethostname()}))
             return lock
         lock.release()
@@ -115,13 +114,13 @@ def _acquire(place: Path, wait: bool) -> filelock.BaseFileLock:
 
 
 def _release(lock: filelock.BaseFileLock) -> None:
-    with contextlib.suppress(OSError):  # Windows deletes no open file; filelock does it after the release
+    with contextlib.suppress(OSError):  # Windows does not delete open files; filelock deletes it after the release
         os.unlink(lock.lock_file)
     lock.release()
 
 
 def _has_name(lock: filelock.BaseFileLock, path: Path) -> bool:
-    """Whether the file that is locked is still the one that is found under its name."""
+    """Whether the locked file still has its name."""
     descriptor = lock._context.lock_file_fd
     if descriptor is None or os.name == "nt":
         return True
@@ -132,13 +131,13 @@ def _has_name(lock: filelock.BaseFileLock, path: Path) -> bool:
 
 
 def _check_ours(path: Path) -> None:
-    """Raise `FileExistsError` if something else has the name of a lock file. A lock file may be empty, or `filelock`'s own."""
+    """Raise `FileExistsError` if something else has the name of a lock file. A lock file may be empty, or written by `filelock`."""
     if not os.path.lexists(path):
         return
     plain = path.is_file() and not path.is_symlink()  # reading a pipe may never end
     try:
         ours = plain and re.match(rb'$|\{"nullspace": "lock"|\d+\n', path.read_bytes())
-    except FileNotFoundError:  # by now
+    except FileNotFoundError:  # deleted in the meantime
         return
     if not ours:
         raise FileExistsError(f"{path} is in the way: it is no lock file of nullspace")
@@ -154,12 +153,12 @@ def _holder(path: Path) -> str:
 
 @contextlib.contextmanager
 def temporary_folder(inside: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-    """Context manager: a folder for what is not kept, deleted at the end.
+    """Context manager: a temporary folder, deleted at the end.
 
-    Folders of processes that were killed are deleted too. That a folder is in use is known by a locked file in it.
+    Folders of killed processes are deleted too: a folder in use holds a locked file.
 
     Args:
-        inside: the directory to make it in; the system's directory for temporary files by default.
+        inside: the parent directory; the system's directory for temporary files by default.
     """
     folder = TemporaryFolder(inside)
     try:
@@ -169,10 +168,10 @@ def temporary_folder(inside: str | os.PathLike[str] | None = None) -> Iterator[P
 
 
 class TemporaryFolder:
-    """The folder of `temporary_folder`, for owners that are no block of code.
+    """The folder of `temporary_folder`, for objects that delete it themselves.
 
     Attributes:
-        path: of the folder to write to.
+        path: the folder to write to.
     """
 
     def __init__(self, inside: str | os.PathLike[str] | None = None) -> None:
@@ -181,7 +180,7 @@ class TemporaryFolder:
         for _ in range(ATTEMPTS):
             self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
             self._lock = filelock.FileLock(self._folder / f"own{SUFFIX}", thread_local=False)
-            # Between the two lines above and here, another process may have taken the folder for a dead one's.
+            # Before the lock is acquired, another process may sweep the folder as abandoned.
             with contextlib.suppress(filelock.Timeout, FileNotFoundError):
                 self._lock.acquire(timeout=0)
                 if _has_name(self._lock, Path(self._lock.lock_file)):
@@ -191,23 +190,23 @@ class TemporaryFolder:
         self.path.mkdir()
 
     def delete(self) -> None:
-        """Delete the folder with everything in it."""
+        """Delete the folder and its content."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.release()
 
 
 def _sweep(parent: Path) -> None:
-    """Delete temporary folders that no living process holds. Other folders of such names are left alone, unless they are empty."""
+    """Delete temporary folders that no process holds, and empty folders of such names. Other folders are left alone."""
     for folder in parent.glob(f"{PREFIX}????????"):
         path = folder / f"own{SUFFIX}"
         if folder.is_symlink() or path.is_symlink():
             continue
         if not path.is_file():
             with contextlib.suppress(OSError):
-                folder.rmdir()  # only if it is empty: its process was killed before it made the lock file
+                folder.rmdir()  # only if it is empty: its process was killed before it created the lock file
             continue
         lock = filelock.FileLock(path)
-        with contextlib.suppress(OSError):  # another user's, or in use
+        with contextlib.suppress(OSError):  # in use, or of another user
             lock.acquire(timeout=0)
             try:
                 if _has_name(lock, path):

@@ -1,4 +1,8 @@
-"""Files with digests: JSON documents, manifests of directories, and tensors."""
+"""Files with digests: JSON documents, manifests of directories, and tensors.
+
+The manifest `nullspace.json` of a directory holds its kind, its format version, the size and SHA-256 of its files, and a digest of
+itself. Nothing is ever unpickled.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ MANIFEST = "nullspace.json"
 
 FORMAT_VERSION = 1
 
-# safetensors' names, in the order in which its files hold them.
+# safetensors' dtype names, in the order in which its files sort tensors.
 _DTYPES = {
     torch.uint64: "U64",
     torch.int64: "I64",
@@ -39,14 +43,14 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 
-# What every manifest says.
+# Fields of every manifest.
 _MANIFEST_FIELDS = {"kind": text(), "format_version": whole(), "files": an_object(), "contents": optional(list_of(text()))}
 
 _FILE_FIELDS = {"bytes": whole(), "sha256": text()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file; errors of the file system come as `OSError`."""
+    """Write one safetensors file. Errors of the file system are raised as `OSError`."""
     try:
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path, metadata=metadata)
     except SafetensorError as error:
@@ -54,18 +58,18 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: 
 
 
 class TensorFile:
-    """A safetensors file whose tensors are written one at a time, in any order: `save_file` wants them all in memory at once.
+    """A safetensors file whose tensors are written one at a time, in any order. `save_file` needs all of them in memory at once.
 
-    The file is laid out as `save_file` would do it, byte for byte. Use as a context manager.
+    The file equals that of `save_file` byte for byte. Use as a context manager.
 
     Args:
-        path: of the file; replaced if it is there.
-        tensors: name → a tensor of the shape and dtype that are to come, on the meta device for instance.
+        path: of the file; an existing one is replaced.
+        tensors: name → a tensor with the shape and dtype of the one to be written, for instance on the meta device.
         metadata: text for the header.
 
     Raises:
-        OSError: if it cannot be written.
-        ValueError: for a dtype that the format does not have, a tensor that is not the announced one, or one that never came.
+        OSError: if the file cannot be written.
+        ValueError: for a dtype that the format does not have, a tensor of another shape or dtype than announced, or a missing one.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -81,14 +85,14 @@ class TensorFile:
             header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
             self._missing[name] = (begin, t.dtype, t.shape)
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)  # so that the data are aligned
+        text += b" " * (-len(text) % 8)  # aligns the data
         self._data = 8 + len(text)
         self._path = path
         self._file = open(path, "wb")  # noqa: SIM115
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor, from any device, in its place."""
+        """Write one tensor, from any device, at its offset."""
         begin, dtype, shape = self._missing.pop(name)
         if (tensor.dtype, tensor.shape) != (dtype, shape):
             raise ValueError(f"{name!r} in {self._path} should be {dtype} {tuple(shape)}, not {tensor.dtype} {tuple(tensor.shape)}")
@@ -106,16 +110,20 @@ class TensorFile:
 
 
 def looks_of(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Name → size and SHA-256 of files, as a manifest has them."""
+    """Name → size and SHA-256 of each file, as a manifest holds them."""
     return {name: {"bytes": (directory / name).stat().st_size, "sha256": _sha256(directory / name)} for name in names}
 
 
 def write_manifest(
     directory: Path, kind: str, content: Mapping[str, Any], files: tuple[str, ...] | Mapping[str, Mapping[str, Any]] = ()
 ) -> None:
-    """`nullspace.json`: what the directory is, and what its files (their names, or what `looks_of` says of them) must look like.
+    """Write `nullspace.json`. Call this after all other files are written: it lists them, so that added files are noticed later.
 
-    To be called when all files are written: it lists them, so that a file that somebody adds is not overwritten later.
+    Args:
+        directory: that the manifest describes.
+        kind: of the directory.
+        content: more fields.
+        files: their names, or their sizes and digests (`looks_of`).
     """
     known = files if isinstance(files, Mapping) else looks_of(directory, files)
     body = {
@@ -129,16 +137,16 @@ def write_manifest(
 
 
 def sealed(body: Mapping[str, Any]) -> str:
-    """A JSON document with a digest of itself, by which `read_sealed` notices any change."""
+    """A JSON document with a digest of itself, which `read_sealed` checks."""
     return json.dumps({**body, "digest": _digest(body)}, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What was `sealed`, without its digest.
+    """Read a `sealed` document; returns it without its digest.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming it, if it is damaged, was altered, or never had a digest.
+        ValueError: naming the file, if it is damaged, altered, or has no digest.
     """
     body = read_json(path)
     if not isinstance(body, dict) or "digest" not in body:
@@ -149,24 +157,24 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """The value that a file of JSON holds.
+    """The value in a JSON file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming it, if it is no regular file (reading a pipe may never end), not UTF-8, not JSON, nested too deeply, or
-            has two fields of one name, half of a surrogate pair, or an integer of thousands of digits.
+        ValueError: naming the file, if it is not a regular file (reading a pipe may never end), not UTF-8, not JSON, nested too
+            deeply, or has a repeated field, half of a surrogate pair, or an integer of thousands of digits.
     """
     check_regular(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
-        json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
+        json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return value
 
 
 def check_regular(path: Path) -> None:
-    """Raise `FileNotFoundError` if there is no such file, `ValueError` for a directory, a pipe or a device in its place."""
+    """Raise `FileNotFoundError` if there is no such file, `ValueError` if it is a directory, a pipe or a device."""
     if not path.is_file():
         if path.exists():
             raise ValueError(f"{path} is {'a directory' if path.is_dir() else 'a pipe or a device'}, not a file")
@@ -174,24 +182,25 @@ def check_regular(path: Path) -> None:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"it has two fields {next(name for name in names if names.count(name) > 1)!r}")
-    return found
+    return fields
 
 
 def read_manifest(directory: str | os.PathLike[str], kind: str, fields: Mapping[str, Field] | None = None) -> dict[str, Any]:
     """The checked content of a directory's `nullspace.json`.
 
     Args:
-        directory: which was written by `write_manifest`.
-        kind: that it must be of.
-        fields: what else the manifest of this kind has to say (`nullspace.schema`).
+        directory: with a manifest (`write_manifest`).
+        kind: required kind.
+        fields: more fields of manifests of this kind (`nullspace.checks`).
 
     Raises:
         FileNotFoundError: if there is no such directory.
-        ValueError: naming the file, if it is missing, not ours, of another kind or version, altered, or says what it cannot say.
+        ValueError: naming the manifest, if it is missing, altered, not written by nullspace, of another kind or version, or if a
+            field has a wrong value.
     """
     directory = Path(directory)
     path = directory / MANIFEST
@@ -214,7 +223,7 @@ def read_manifest(directory: str | os.PathLike[str], kind: str, fields: Mapping[
 
 
 def kind_of(directory: str | os.PathLike[str]) -> str | None:
-    """What a directory says it is, unchecked; None if it says nothing."""
+    """The kind in a directory's manifest, unchecked; None if it has none."""
     try:
         body = read_json(Path(directory) / MANIFEST)
     except (OSError, ValueError):
@@ -224,10 +233,10 @@ def kind_of(directory: str | os.PathLike[str]) -> str | None:
 
 
 def check_file(directory: str | os.PathLike[str], name: str, manifest: Mapping[str, Any]) -> Path:
-    """The path of one file, after its size and SHA-256 were compared with the manifest's.
+    """Compare the size and SHA-256 of one file with the manifest's; returns its path.
 
     Raises:
-        ValueError: naming the file, if it is missing, truncated, altered or unknown to the manifest.
+        ValueError: naming the file, if it is missing, truncated, altered or not in the manifest.
     """
     path = Path(directory) / name
     expected = manifest["files"].get(name)
@@ -243,20 +252,16 @@ def check_file(directory: str | os.PathLike[str], name: str, manifest: Mapping[s
 
 
 def read_tensors(directory: str | os.PathLike[str], name: str, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of one file, after `check_file`.
-
-    Raises:
-        ValueError: naming the file, if it is missing, truncated, altered or unknown to the manifest.
-    """
+    """The tensors of one file, after `check_file`, which raises `ValueError`."""
     return load_tensors(check_file(directory, name, manifest))
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file that no manifest vouches for.
+    """The tensors of a safetensors file, without a manifest.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming it, if it is truncated or something else, a directory or a pipe.
+        ValueError: naming the file, if it is truncated, in another format, a directory or a pipe.
     """
     check_regular(path)
     try:
@@ -278,6 +283,6 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def files_in(directory: Path) -> list[str]:
-    """The paths of all files, relative to the directory and with forward slashes."""
-    found = (Path(folder, name).relative_to(directory) for folder, _, names in os.walk(directory) for name in names)
-    return sorted(path.as_posix() for path in found)
+    """The paths of all files, relative to the directory, with forward slashes, sorted."""
+    paths = (Path(folder, name).relative_to(directory) for folder, _, names in os.walk(directory) for name in names)
+    return sorted(path.as_posix() for path in paths)

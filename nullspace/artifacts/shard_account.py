@@ -1,7 +1,7 @@
-"""Which shards of a data set a sum is of: jobs that know nothing of each other compute one each, and merging keeps the account.
+"""The shards of a data set that are in a sum. Independent jobs sum one shard each; merging adds the sums and joins the accounts.
 
-Shard i of n (from 1) is every n-th batch, beginning with the i-th. Sums of all n are the sums of the data, in whatever order and
-grouping they are merged; a sum in which one is missing, or counted twice, looks like any other, and only the account tells.
+Shard i of n (from 1) is every n-th batch, beginning with the i-th. The sum of all n shards is the sum of the data, in any order and
+grouping. The numbers in a sum do not show whether a shard is missing or counted twice; the account does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from nullspace.checks import check_fields, list_of, shown, text, whole
 
-# What a manifest says of some shards.
+# Fields of an account in a manifest.
 FIELDS = {"content": text(), "batches": whole(1), "of": whole(1), "numbers": list_of(whole(1), least=1, distinct=True)}
 
 
@@ -22,9 +22,9 @@ class Shards:
     """Some shards of one data set.
 
     Attributes:
-        data: its digest, and the number of batches (`nullspace.checkpoint.hash_data`).
-        count: into how many it was split.
-        numbers: those that are here, from 1, ascending.
+        data: digest and number of batches of the data set (`nullspace.artifacts.identity.hash_data`).
+        count: number of shards that it was split into.
+        numbers: those in the sum, from 1, ascending.
     """
 
     data: tuple[str, int]
@@ -33,24 +33,24 @@ class Shards:
 
     @property
     def missing(self) -> int:
-        """How many are not here."""
+        """Number of shards that are missing."""
         return self.count - len(self.numbers)
 
     def first_missing(self, most: int) -> list[int]:
-        """The first ones that are not here, at most so many."""
+        """The first shards that are missing, `most` at most."""
         here = set(self.numbers)
         return list(itertools.islice((n for n in range(1, self.count + 1) if n not in here), most))
 
     def as_json(self) -> dict[str, Any]:
-        """For a manifest; the inverse is `from_json`."""
+        """The account for a manifest; the inverse is `from_json`."""
         return {"content": self.data[0], "batches": self.data[1], "of": self.count, "numbers": list(self.numbers)}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Shards:
-        """What `as_json` gave.
+        """The inverse of `as_json`.
 
         Raises:
-            ValueError: naming the field, for anything else.
+            ValueError: naming the field, if its value is wrong.
         """
         check_fields(entry, FIELDS, "the account of shards")
         numbers = entry["numbers"]
@@ -60,10 +60,10 @@ class Shards:
 
 
 def joined(runs: Sequence[Iterable[Shards]]) -> tuple[Shards, ...]:
-    """What the sum of some runs is of.
+    """The account of the sum of some runs.
 
     Raises:
-        ValueError: naming the shard and the runs (from 1), if one would count twice, or the same data were split in two ways.
+        ValueError: naming the shard and the runs (from 1), if a shard would count twice, or runs split the same data differently.
     """
     known: dict[tuple[str, int], dict[int, int]] = {}
     counts: dict[tuple[str, int], tuple[int, int]] = {}
@@ -82,7 +82,7 @@ def joined(runs: Sequence[Iterable[Shards]]) -> tuple[Shards, ...]:
 
 
 def what_is_missing(parts: Iterable[Shards]) -> str | None:
-    """The shards that are missing, to be read by people; None if there are none."""
+    """Text that names the missing shards; None if there are none."""
     lacking = [part for part in parts if part.missing]
     return (
         "; ".join(
@@ -98,7 +98,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     """`"2/8"` as (2, 8).
 
     Raises:
-        ValueError: for anything else, and for a shard that does not exist.
+        ValueError: for text of another form, and for a shard that does not exist.
     """
     number, slash, count = text.partition("/")
     if not (slash and number.strip().isdigit() and count.strip().isdigit() and 1 <= int(number) <= int(count)):

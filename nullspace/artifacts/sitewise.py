@@ -20,7 +20,7 @@ from torch import nn
 
 from nullspace.artifacts import identity, records, store
 from nullspace.artifacts.identity import Weight, Weights, weights_of
-from nullspace.artifacts.together import written_once
+from nullspace.artifacts.shared_writes import written_once
 from nullspace.checks import Field, an_object, check_fields, check_tensor, file_name, list_of, map_of, text, whole
 from nullspace.distributed import Job
 from nullspace.model.linear import weight_shape

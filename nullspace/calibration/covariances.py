@@ -15,9 +15,9 @@ from nullspace.artifacts.checkpoint import Checkpoint, check_site
 from nullspace.artifacts.covariances import Covariances, account, check_dtype
 from nullspace.artifacts.identity import Weights, hash_data
 from nullspace.artifacts.shard_account import Shards
+from nullspace.artifacts.shared_writes import new_shared_directory
 from nullspace.artifacts.sitewise import write_sites
 from nullspace.artifacts.store import reserved, resolved
-from nullspace.artifacts.together import new_shared_directory
 from nullspace.calibration.run import Run, prepare
 from nullspace.calibration.stream import one_pass
 from nullspace.distributed import Job

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nullspace.artifacts import store
-from nullspace.artifacts.together import written_once
+from nullspace.artifacts.shared_writes import written_once
 
 # Identifies a page of ours.
 GENERATOR = '<meta name="generator" content="nullspace">'

@@ -34,8 +34,7 @@ from typer.testing import CliRunner
 
 from models import random_batches, tiny, write_checkpoint
 from nullspace import Covariance, Covariances, NullSpaces, compute_covariances, solvers, stream_covariances
-from nullspace.artifacts import locks, records, store
-from nullspace.artifacts import together as shared_writes
+from nullspace.artifacts import locks, records, shared_writes, store
 from nullspace.calibration.totals import deal
 from nullspace.cli import app
 from nullspace.distributed import Job

@@ -1,4 +1,4 @@
-"""Directories that several processes write: each a part of one, or one of them for all."""
+"""Writing by several processes: each a part of one directory, or one process for all."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from nullspace.distributed.errors import described, rebuilt
 from nullspace.distributed.job import default_store
 from nullspace.errors import Busy
 
-# Seconds in which a process that has acquired a lock says so to its group, and in which all machines see what one has written.
+# Seconds to wait for the holder of a lock to announce itself to its group, and for written files to appear on all machines.
 HANDOVER = 5.0
-# Place → how often this process was asked to write it.
+# Path → how often this process has called `written_once` for it.
 _saves: dict[Path, int] = {}
 
 
 @contextlib.contextmanager
 def new_shared_directory(out: str | os.PathLike[str], job: Job, *, overwrite: bool) -> Iterator[Path]:
-    """`nullspace.artifacts.store.new_directory`, filled by all processes of a job, on a file system that all of them see."""
+    """Context manager: `nullspace.artifacts.store.new_directory`, filled by all processes of a job, on a shared file system."""
     if job.first:
         with new_directory(out, overwrite=overwrite) as part:
             job.exchange(part)
@@ -36,23 +36,23 @@ def new_shared_directory(out: str | os.PathLike[str], job: Job, *, overwrite: bo
     else:
         yield job.exchange(Path())[0]
         job.exchange(None)
-    job.exchange(None)  # it has its name
+    job.exchange(None)  # after the rename
 
 
 def written_once(out: str | os.PathLike[str], write: Callable[[], object]) -> None:
-    """Call what writes `out`, in one process of the default group if several call this.
+    """Write `out` once per default process group. One process may call this, or all of them; no process waits for others to call.
 
-    All of them may call it, or any one. None waits for others to call it: the first to come holds the lock of `out` and writes;
-    those that come while it writes, or afterwards, return when it is done, or raise its error, with its rank. A process's n-th call
-    for one `out` is the n-th of every other process too. If the writing process dies, the next one writes.
+    The first caller locks `out` and writes. Callers that come during the write or after it return when it is done, or raise its
+    error with the writer's rank. The n-th calls of all processes for one `out` belong together. If the writer dies, the next
+    caller writes.
 
     Args:
-        out: the place.
-        write: writes it whole or not at all.
+        out: path of the output.
+        write: writes it completely or not at all.
 
     Raises:
-        FileExistsError: if a run outside of this group is writing there.
-        OSError: if a process of another machine has written, and `out` is not there on this one.
+        FileExistsError: if a run outside of this group is writing to `out`.
+        OSError: if a process on another machine has written `out`, and it does not appear on this one.
     """
     shared = default_store() if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
     if shared is None:
@@ -69,7 +69,7 @@ def written_once(out: str | os.PathLike[str], write: Callable[[], object]) -> No
                     shared.set(at_work, "yes")
                     shared.set(done, json.dumps(_outcome(write)))
                     shared.set(at_work, "no")
-        except Busy:  # one of this group, if it says so; it may not have come to that yet
+        except Busy:  # held by a process of this group if `at_work` says so, which it sets after it has acquired the lock
             if shared.check([at_work]) and shared.get(at_work) == b"yes":
                 until = time.monotonic() + HANDOVER
             elif time.monotonic() > until:
@@ -78,7 +78,7 @@ def written_once(out: str | os.PathLike[str], write: Callable[[], object]) -> No
     rank, host, kind, text = json.loads(shared.get(done))
     if kind is not None:
         raise rebuilt(kind, f"rank {rank}: {text}")
-    until = time.monotonic() + HANDOVER  # network file systems show what is new after a while
+    until = time.monotonic() + HANDOVER  # network file systems show new files with a delay
     while host != socket.gethostname() and not place.exists():
         if time.monotonic() > until:
             raise OSError(f"{out} was written by rank {rank} on {host} and is not here: choose a place that all processes see")
@@ -86,7 +86,7 @@ def written_once(out: str | os.PathLike[str], write: Callable[[], object]) -> No
 
 
 def _outcome(write: Callable[[], object]) -> tuple[int, str, int | None, str]:
-    """Rank, host, and the kind and text of the error, if there was one."""
+    """Call `write`; returns rank, host, and the kind and text of its error, if any."""
     rank, host = dist.get_rank(), socket.gethostname()
     try:
         write()
