@@ -21,7 +21,7 @@ pytestmark = pytest.mark.processes
 # Holds a lock and a temporary folder until it is killed.
 HOLDER = """
 import sys
-from nullspace.locks import TemporaryFolder, locked
+from nullspace.artifacts.locks import TemporaryFolder, locked
 with locked(sys.argv[1]):
     folder = TemporaryFolder(sys.argv[2])
     (folder.path / "large").write_text("data")
