@@ -16,7 +16,18 @@ import nullspace
 REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
 PAGES = sorted(REFERENCE.glob("*.md"))
 # For other modules of the package, and not for its users.
-HELPERS = {"decompose", "deflated", "deflated_root", "drop_quantizer", "one_thread_each", "side_by_side", "spared", "takers"}
+HELPERS = {
+    "column_signs",
+    "decompose",
+    "decomposition_cost",
+    "deflated",
+    "deflated_root",
+    "drop_quantizer",
+    "one_thread_each",
+    "side_by_side",
+    "spared",
+    "takers",
+}
 
 
 def title(page: Path) -> str:
