@@ -9,12 +9,12 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import nullspace
 from nullspace.cli import console, options, together
 from nullspace.cli.interrupts import Terminated
-from nullspace.cli.options import PRECISION, Adapter, Layers, Option, Running, RunningForSpaces, Shown, Text
+from nullspace.cli.options import Adapter, Layers, Running, RunningForSpaces, Shown, Text, option
 from nullspace.progress import Progress
 
 if TYPE_CHECKING:
@@ -33,48 +33,38 @@ def _parse_shard(text: str) -> tuple[int, int]:
 class Source:
     """Where `compute` gets its covariances from."""
 
-    data: options.Data
-    covariances: options.Covariances
-    partial: options.Partial
+    data: str | None = options.DATA
+    covariances: Path | None = options.COVARIANCES
+    partial: bool = options.PARTIAL
 
 
 @dataclass(frozen=True)
 class InitSource:
     """What `init` starts from."""
 
-    data: options.Data
-    spaces: Annotated[Path | None, Option("Use these null spaces (of `nullspace compute`) instead of --data.", None)]
-    covariances: options.Covariances
-    partial: options.Partial
-
-
-@dataclass(frozen=True)
-class Basis:
-    """How many directions, and which they must not be."""
-
-    rank: options.Rank
-    avoid: options.Avoid
+    data: str | None = options.DATA
+    spaces: Path | None = option("Use these null spaces (of `nullspace compute`) instead of --data.", None)
+    covariances: Path | None = options.COVARIANCES
+    partial: bool = options.PARTIAL
 
 
 @dataclass(frozen=True)
 class LayersToKeep(Layers):
     """Which covariances `covariances` keeps, and how exactly."""
 
-    precision: Annotated[str, PRECISION._replace(default="fp64")]
-    keep: options.Keep
-    shard: Annotated[
-        str | None,
-        Option(
-            "'i/n': every n-th batch from the i-th on, for `nullspace merge` with the others, 1/n to n/n.",
-            None,
-            options.parsed(_parse_shard),
-        ),
-    ]
+    precision: str = options.PRECISION._replace(default="fp64")
+    keep: str = options.KEEP
+    shard: str | None = option(
+        "'i/n': every n-th batch from the i-th on, for `nullspace merge` with the others, 1/n to n/n.",
+        None,
+        options.parsed(_parse_shard),
+    )
 
 
 def init(
-    model: options.Model,
-    out: Annotated[Path, Option("Directory for adapter/, base/ and spaces/; must not exist yet.")],
+    *,
+    model: str = options.MODEL,
+    out: Path = option("Directory for adapter/, base/ and spaces/; must not exist yet."),
     source: InitSource,
     text: Text,
     adapter: Adapter,
@@ -83,6 +73,8 @@ def init(
     shown: Shown,
 ) -> dict[str, Any] | None:
     """From a model and a text to a LoRA adapter in the text's null space (or of another method), and its residual base."""
+    from nullspace import NullSpaces
+    from nullspace.artifacts.checkpoint import COVARIANCES
     from nullspace.methods import METHODS
 
     began = time.perf_counter()
@@ -102,12 +94,13 @@ def init(
                 if "spaces" in method.needs:
                     inputs.spaces = calibration.spaces(adapter.rank, inputs.avoided, running.spectrum)
                 else:
-                    inputs.covariances = calibration.covariances(checkpoint.sums, overwrite=True)
+                    inputs.covariances = calibration.covariances(checkpoint / COVARIANCES, overwrite=True)
                 if not together.is_first():
                     return None
             else:
                 if "spaces" in method.needs and inputs.spaces is None:
-                    inputs.spaces = inputs.decomposed(adapter.rank, running.spectrum, progress)
+                    how: dict[str, Any] = {"rank": adapter.rank, "spectrum": running.spectrum, "avoid": inputs.avoided}
+                    inputs.spaces = NullSpaces.from_covariances(inputs.covariances, **how, progress=progress)
                 calibration.targets.settle(calibration.model)
             record = _write_init(out, calibration, source, adapter, inputs, shown)
         facts = {"out": str(out), **record, "model": model, "seconds": time.perf_counter() - began}
@@ -117,17 +110,17 @@ def init(
             document = {**facts, "layers": len(calibration.targets)} if shown.as_json else None
         if not (shown.as_json or shown.quiet):
             console.print_line(_next_steps(out, out / "base" if method.changes_base else model))
-        if source.data is not None:  # until now, several processes' null spaces were read from there
-            checkpoint.delete()
     return document
 
 
 def compute(
-    out: Annotated[Path, Option("Directory for the null spaces; must not exist yet.")],
-    model: Annotated[str | None, Option("Hub name, folder, or .gguf file; none with --covariances.", None, typed=())],
+    *,
+    out: Path = option("Directory for the null spaces; must not exist yet."),
+    model: str | None = option("Hub name, folder, or .gguf file; none with --covariances.", None, typed=()),
     source: Source,
     text: Text,
-    basis: Basis,
+    rank: int = options.RANK,
+    avoid: list[Path] | None = options.AVOID,
     layers: Layers,
     running: RunningForSpaces,
     shown: Shown,
@@ -143,35 +136,29 @@ def compute(
     if source.data is None and not together.is_first():
         return None
     with _reserved(out, shown, running, calibrates=source.covariances is None) as checkpoint:
-        avoided = _row_spaces(basis.avoid)
+        avoided = _row_spaces(avoid)
         with console.Bars(shown.quiet) as progress:
             if source.covariances is not None:
                 sums = Covariances.load(source.covariances, partial=source.partial)
-                spaces = NullSpaces.from_covariances(
-                    sums, rank=basis.rank, spectrum=running.spectrum, avoid=avoided, progress=progress
-                )
+                spaces = NullSpaces.from_covariances(sums, rank=rank, spectrum=running.spectrum, avoid=avoided, progress=progress)
             else:
-                assert model is not None
-                assert source.data is not None
-                calibration = _Calibration(model, layers, running, checkpoint, progress)
-                calibration.open(basis.rank, text.length)
-                calibration.read(source.data, text)
-                spaces = calibration.spaces(basis.rank, avoided, running.spectrum)
+                calibration = _Calibration(str(model), layers, running, checkpoint, progress)
+                calibration.open(rank, text.length)
+                calibration.read(str(source.data), text)
+                spaces = calibration.spaces(rank, avoided, running.spectrum)
         if not together.is_first():
             return None
         spaces.save(out, overwrite=shown.overwrite)
         data = source.data if source.covariances is None else str(source.covariances)
         facts = {"out": str(out), "model": model, "data": data, "seconds": time.perf_counter() - began}
-        document = console.show_spaces(spaces, facts, as_json=shown.as_json, quiet=shown.quiet)
-        if source.covariances is None:
-            checkpoint.delete()
-    return document
+        return console.show_spaces(spaces, facts, as_json=shown.as_json, quiet=shown.quiet)
 
 
 def covariances(
-    model: options.Model,
-    data: Annotated[str, Option("A file or a hub data set.", check=options.check_file)],
-    out: Annotated[Path, Option("Directory for the second moments; must not exist yet.")],
+    *,
+    model: str = options.MODEL,
+    data: str = option("A file or a hub data set.", check=options.check_file),
+    out: Path = option("Directory for the second moments; must not exist yet."),
     text: Text,
     layers: LayersToKeep,
     running: Running,
@@ -188,77 +175,43 @@ def covariances(
             sums = calibration.covariances(out, keep=layers.keep, shard=part, overwrite=shown.overwrite)
         if not together.is_first():
             return None
-        checkpoint.delete()
         facts = {"out": str(out), "model": model, "data": data, "seconds": time.perf_counter() - began}
         return console.show_covariances(sums, facts, as_json=shown.as_json, quiet=shown.quiet)
 
 
-# ---- where a calibration writes
-
-
-class _Checkpoint:
-    """OUT.checkpoint, where a calibration keeps what it has finished.
-
-    Attributes:
-        directory: its path.
-        sums: a directory in it for covariances that only this run needs.
-    """
-
-    def __init__(self, out: Path, fresh: bool) -> None:
-        from nullspace.artifacts.checkpoint import COVARIANCES
-
-        out = Path(os.path.abspath(out))
-        self.directory = out.with_name(f"{out.name}.checkpoint")
-        self.sums = self.directory / COVARIANCES
-        self._fresh, self._begun = fresh, False
-
-    def begin(self) -> Path:
-        """The directory for the calibration that begins now; with --fresh, without what an earlier run has kept."""
-        if self._fresh and together.is_first():
-            self.delete()
-        self._begun = True
-        return self.directory
-
-    def hint(self) -> str:
-        """How an interrupted calibration is continued; nothing if it has kept nothing."""
-        from nullspace.artifacts.checkpoint import sites_in
-
-        sites = sites_in(self.directory) if self._begun else 0
-        command = "the same command without --fresh" if self._fresh else "the same command"
-        return f"{self.directory} has {sites} finished sites, and {command} goes on behind them" if sites else ""
-
-    def delete(self) -> None:
-        """Delete what it holds."""
-        from nullspace.artifacts import checkpoint
-
-        checkpoint.delete(self.directory)
-
-
 @contextlib.contextmanager
-def _reserved(out: Path, shown: Shown, running: Running, *, calibrates: bool) -> Iterator[_Checkpoint]:
-    """Context manager: inside, no other run writes to OUT. Fails at once if something is in the way of OUT or of its checkpoint.
+def _reserved(out: Path, shown: Shown, running: Running, *, calibrates: bool) -> Iterator[Path]:
+    """Context manager: inside, no other run writes to OUT. What is in the way of OUT or of its checkpoint is an error at once.
 
-    Of several processes that calibrate together, the first one holds OUT; its errors are raised on all. An interruption gets the
-    checkpoint's hint.
+    Of several processes that calibrate together, the first one holds OUT; its errors are raised on all.
+
+    Yields:
+        OUT.checkpoint, where a calibration keeps what it has finished. It is deleted when the command is done; an interruption gets
+        an argument that says how to go on with it.
     """
-    from nullspace.artifacts import store
-    from nullspace.artifacts.checkpoint import check_place
+    from nullspace.artifacts import checkpoint, store
     from nullspace.distributed import Job
 
     job = Job() if calibrates else Job.alone()
-    checkpoint = _Checkpoint(out, running.fresh)
+    place = Path(os.path.abspath(out))
+    directory = place.with_name(f"{place.name}.checkpoint")
     with contextlib.ExitStack() as held:
         with job.sharing_errors():
             if job.first:
                 held.enter_context(store.reserved(out, overwrite=shown.overwrite))
                 if calibrates:
-                    check_place(checkpoint.directory)
+                    checkpoint.check_place(directory)
         job.exchange(None)
         try:
-            yield checkpoint
+            yield directory
         except (KeyboardInterrupt, Terminated) as end:
-            end.args = tuple(filter(None, [checkpoint.hint()]))
+            sites = checkpoint.sites_in(directory) if calibrates else 0
+            command = "the same command without --fresh" if running.fresh else "the same command"
+            if sites:
+                end.args = (f"{directory} has {sites} finished sites, and {command} goes on behind them",)
             raise
+        if calibrates and job.first:
+            checkpoint.delete(directory)
 
 
 # ---- a calibration
@@ -271,7 +224,7 @@ class _Calibration:
     name: str
     layers: Layers
     running: Running
-    checkpoint: _Checkpoint
+    checkpoint: Path
     progress: Progress
     model: Any = None
     tokenizer: Any = None
@@ -345,12 +298,17 @@ class _Calibration:
         )
 
     def _arguments(self) -> dict[str, Any]:
+        """How the model is run. The calibration begins now; with --fresh, without what an earlier run has kept."""
+        from nullspace.artifacts import checkpoint
+
+        if self.running.fresh and together.is_first():
+            checkpoint.delete(self.checkpoint)
         return {
             "targets": self.targets,
             "strategy": self.running.strategy,
             "hidden_states": self.running.hidden_states,
             "precision": self.layers.precision,
-            "checkpoint": self.checkpoint.begin(),
+            "checkpoint": self.checkpoint,
             "progress": self.progress,
         }
 
@@ -406,9 +364,9 @@ class _Inputs:
     """What a method makes its factors of: loaded, or computed later."""
 
     avoided: dict[str, Any] | None
-    covariances: Covariances | None
-    preserved: Covariances | None
-    spaces: NullSpaces | None
+    covariances: Any
+    preserved: Any
+    spaces: Any
 
     @classmethod
     def load(cls, source: InitSource, adapter: Adapter) -> _Inputs:
@@ -427,13 +385,6 @@ class _Inputs:
         for known in (each for each in (self.spaces, self.covariances, self.preserved) if each is not None):
             for name in [name for name in targets if name not in known]:
                 targets.leave_out(name, "is none of the layers of --spaces, --covariances or --preserve")
-
-    def decomposed(self, rank: int, spectrum: bool, progress: Progress) -> NullSpaces:
-        """The null spaces of the covariances."""
-        from nullspace import NullSpaces
-
-        assert self.covariances is not None
-        return NullSpaces.from_covariances(self.covariances, rank=rank, spectrum=spectrum, avoid=self.avoided, progress=progress)
 
 
 def _write_init(

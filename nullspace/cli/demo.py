@@ -14,10 +14,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from nullspace.cli import console, options
-from nullspace.cli.options import RANK, Option
+from nullspace.cli import console
+from nullspace.cli.options import OVERWRITE, RANK, option
 from nullspace.progress import Progress
 
 QUESTION = "What is the capital of France? Answer in one sentence."
@@ -52,9 +52,10 @@ print(json.dumps({"error": error, "answer": tokenizer.decode(answer, skip_specia
 
 
 def demo(
-    out: Annotated[Path, Option("Directory for the result.", Path("nullspace-demo"))],
-    rank: Annotated[int, RANK._replace(default=32)],
-    overwrite: options.Overwrite,
+    *,
+    out: Path = option("Directory for the result.", Path("nullspace-demo")),
+    rank: int = RANK._replace(default=32),
+    overwrite: bool = OVERWRITE,
 ) -> None:
     """The whole walk on a real language model, without a network: SmolLM2-135M, calibrated on Python's own documentation."""
     from nullspace.artifacts import store

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from nullspace.cli import console, options
-from nullspace.cli.options import Option, Shown
+from nullspace.cli.options import Shown, option
 
 
 def _parse_weights(text: str) -> list[float]:
@@ -21,12 +21,13 @@ def _parse_weights(text: str) -> list[float]:
 
 
 def merge(
-    runs: Annotated[list[Path], Option("What `nullspace covariances` wrote, of one model.", typed=())],
-    out: Annotated[Path, Option("Directory for the sums; must not exist yet.")],
-    weights: Annotated[str | None, Option("A factor a run: '2,1'; 1 by default.", None, options.parsed(_parse_weights))],
-    normalise: Annotated[bool, Option("Divide each run by its trace first: several tasks that are to count alike.", False)],
-    partial: Annotated[bool, Option("Shards may be missing: a merge on the way, to be merged with others.", False)],
-    keep: options.Keep,
+    *,
+    runs: list[Path] = option("What `nullspace covariances` wrote, of one model.", typed=()),
+    out: Path = option("Directory for the sums; must not exist yet."),
+    weights: str | None = option("A factor a run: '2,1'; 1 by default.", None, options.parsed(_parse_weights)),
+    normalise: bool = option("Divide each run by its trace first: several tasks that are to count alike.", False),
+    partial: bool = option("Shards may be missing: a merge on the way, to be merged with others.", False),
+    keep: str = options.KEEP,
     shown: Shown,
 ) -> dict[str, Any] | None:
     """Add second moments: the shards of one data set, more data later, several corpora or tasks."""
@@ -46,19 +47,16 @@ def merge(
 
 
 def inspect(
-    directory: Annotated[
-        Path,
-        Option(
-            "What `nullspace compute`, `init`, `export`, `covariances` or `merge` wrote, or a folder in it; an adapter in "
-            "or after training; a model.",
-            typed=(),
-        ),
-    ],
-    base: Annotated[
-        str | None,
-        Option("Write into the adapter's configuration and card that its base is this folder or hub name, now.", None),
-    ],
-    as_json: options.Json,
+    *,
+    directory: Path = option(
+        "What `nullspace compute`, `init`, `export`, `covariances` or `merge` wrote, or a folder in it; an adapter in or after "
+        "training; a model.",
+        typed=(),
+    ),
+    base: str | None = option(
+        "Write into the adapter's configuration and card that its base is this folder or hub name, now.", None
+    ),
+    as_json: bool = options.JSON,
 ) -> dict[str, Any] | None:
     """Show null spaces (leak, gap, tokens and outliers of every site), covariances, or which base an adapter needs."""
     from nullspace import Covariances, NullSpaces
@@ -93,10 +91,11 @@ def _print_facts(facts: dict[str, Any]) -> None:
 
 
 def export(
-    trained: Annotated[Path, Option("Directory of the trained adapter.", typed=())],
-    initial: Annotated[Path, Option("What `nullspace init` wrote, or the adapter directory in it.")],
-    out: Annotated[Path, Option("Directory for the plain LoRA; must not exist yet.")],
-    base: Annotated[str | None, Option("Name of the untouched base; by default that which `init` was given.", None)],
+    *,
+    trained: Path = option("Directory of the trained adapter.", typed=()),
+    initial: Path = option("What `nullspace init` wrote, or the adapter directory in it."),
+    out: Path = option("Directory for the plain LoRA; must not exist yet."),
+    base: str | None = option("Name of the untouched base; by default that which `init` was given.", None),
     shown: Shown,
 ) -> dict[str, Any] | None:
     """A trained adapter as a plain LoRA for the untouched base: rank r where A was frozen, 2r otherwise."""

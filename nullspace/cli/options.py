@@ -1,8 +1,8 @@
 """The options of the command line: one declaration each, with type, default, help, check and condition.
 
-A command is a function whose parameters are options (`Annotated[type, Option(…)]`) or groups of options (dataclasses of such
+A command is a function of keyword parameters: options (`name: type = option(…)`), and groups of options (dataclasses of such
 fields). `signature` is what typer reads of it, `check` refuses bad values and options without effect before anything is loaded, and
-`gather` fills the groups. Nothing here imports torch before a command runs.
+`gather` fills the groups. What a check or a condition needs of other packages is imported when a command runs: these import torch.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import functools
 import inspect
 import re
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from nullspace.checks import FRACTION, NOT_NEGATIVE, POSITIVE, Range, check_device, check_integer, check_one_of, check_real
+from nullspace.checks import FRACTION, NOT_NEGATIVE, check_device, check_integer, check_one_of, check_real
 
 Values = Mapping[str, Any]
 """A command's arguments: parameter name → value."""
@@ -27,11 +27,12 @@ Condition = Callable[[Values], str | None]
 """None if an option has an effect beside these values; otherwise the words that complete "--option belongs to …"."""
 
 Command = Callable[..., dict[str, Any] | None]
-"""A command: its parameters are options and groups; it returns the document that `--json` prints."""
+"""A command's function. It returns the document that `--json` prints."""
 
 REQUIRED: Any = inspect.Parameter.empty
 TEXT_ENDINGS = (".txt", ".md")
 FILE_ENDINGS = (*TEXT_ENDINGS, ".jsonl", ".json", ".parquet", ".csv")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Option(NamedTuple):
@@ -53,6 +54,15 @@ class Option(NamedTuple):
     typed: tuple[str, ...] | None = None
     least: float | None = None
 
+    def flags(self, name: str) -> tuple[str, ...]:
+        """How a parameter of this name is typed."""
+        return (f"--{name.replace('_', '-')}",) if self.typed is None else self.typed
+
+
+def option(*args: Any, **kwargs: Any) -> Any:
+    """An `Option`, for type checkers a value of its parameter's type."""
+    return Option(*args, **kwargs)
+
 
 # ---- from functions to commands
 
@@ -60,26 +70,24 @@ class Option(NamedTuple):
 @functools.cache
 def declared(command: Command) -> Mapping[str, tuple[Any, Option]]:
     """The options of a command and of its groups: parameter name → type and declaration."""
-    return dict(_declarations(command, list(inspect.signature(command).parameters)))
-
-
-def _declarations(owner: Any, names: list[str]) -> Iterator[tuple[str, tuple[Any, Option]]]:
-    hints = typing.get_type_hints(owner, include_extras=True)
-    for name in names:
-        if is_dataclass(hints[name]):
-            yield from _declarations(hints[name], [field.name for field in fields(hints[name])])
+    options: dict[str, tuple[Any, Option]] = {}
+    kinds = typing.get_type_hints(command)
+    for name, parameter in inspect.signature(command).parameters.items():
+        if is_dataclass(kinds[name]):
+            inner = typing.get_type_hints(kinds[name])
+            options |= {field.name: (inner[field.name], typing.cast(Option, field.default)) for field in fields(kinds[name])}
         else:
-            kind, option = typing.get_args(hints[name])
-            yield name, (kind, option._replace(typed=(f"--{name.replace('_', '-')}",) if option.typed is None else option.typed))
+            options[name] = kinds[name], parameter.default
+    return options
 
 
 def signature(command: Command, *more: inspect.Parameter) -> inspect.Signature:
     """What typer reads of a command: a keyword parameter for each option, and `more`."""
     parameters = []
     for name, (kind, option) in declared(command).items():
-        described: Any = typer.Argument(help=option.help)
-        if option.typed:
-            described = typer.Option(*option.typed, help=option.help, min=option.least)
+        flags, described = option.flags(name), typer.Argument(help=option.help)
+        if flags:
+            described = typer.Option(*flags, help=option.help, min=option.least)
         annotation: Any = Annotated[kind, described]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=option.default))
     return inspect.Signature([*parameters, *more])
@@ -110,15 +118,11 @@ def check(command: Command, values: Values, given: Collection[str]) -> None:
     options = {name: option for name, (_, option) in declared(command).items()}
     for name, option in options.items():
         if option.check is not None and values[name] is not None:
-            option.check(_typed(name, option), values[name])
+            option.check(option.flags(name)[0], values[name])
     for name, option in options.items():
         missing = option.needs(values) if name in given and option.needs is not None else None
         if missing is not None:
-            raise ValueError(f"{_typed(name, option)} belongs to {missing}, and has no effect here: leave it out")
-
-
-def _typed(name: str, option: Option) -> str:
-    return option.typed[0] if option.typed else f"--{name}"
+            raise ValueError(f"{option.flags(name)[0]} belongs to {missing}, and has no effect here: leave it out")
 
 
 # ---- values
@@ -168,10 +172,6 @@ def _check_choice(name: str, value: str) -> None:
 
     choices = {"--hidden-states": PLACES, "--method": METHODS, "--precision": PRECISIONS, "--strategy": STRATEGIES}
     check_one_of(name, value, tuple(choices[name]))
-
-
-def _real(allowed: Range) -> Callable[[str, float], Any]:
-    return lambda name, value: check_real(name, value, allowed)
 
 
 def _compile(parse: Callable[[str], str | list[str] | None]) -> Callable[[str], None]:
@@ -238,174 +238,125 @@ def _kept(values: Values) -> str | None:
     return "--covariances and --preserve" if "preserve" in values else "--covariances"
 
 
-DATA = needed("a run on data (--data)", _has_data)
-ROWS = needed("--data with fields (JSON, CSV, Parquet, a hub data set)", lambda v: _has_data(v) and _ending(v) not in TEXT_ENDINGS)
-HUB = needed("--data that is a hub data set, not a file", lambda v: _has_data(v) and _ending(v) not in FILE_ENDINGS)
-BY_BLOCK = needed("a layerwise run on data (--strategy layerwise or auto)", lambda v: _has_data(v) and v["strategy"] != "resident")
-MODEL = needed("a run with a model", lambda v: v["model"] is not None)
-SPACES = needed("null spaces that are being computed: 'lora-null' and 'b-zero', without --spaces", _computes_spaces)
-PRESERVE = needed("'sc-lora'", lambda v: "preserve" in _method(v).needs)
+_DATA = needed("a run on data (--data)", _has_data)
+_ROWS = needed("--data with fields (JSON, CSV, Parquet, a hub data set)", lambda v: _has_data(v) and _ending(v) not in TEXT_ENDINGS)
+_HUB = needed("--data that is a hub data set, not a file", lambda v: _has_data(v) and _ending(v) not in FILE_ENDINGS)
+_BLOCKS = needed("a layerwise run on data (--strategy layerwise or auto)", lambda v: _has_data(v) and v["strategy"] != "resident")
+_MODEL = needed("a run with a model", lambda v: v["model"] is not None)
+_SPACES = needed("null spaces that are being computed: 'lora-null' and 'b-zero', without --spaces", _computes_spaces)
+_PRESERVE = needed("'sc-lora'", lambda v: "preserve" in _method(v).needs)
+_check_fraction = functools.partial(check_real, allowed=FRACTION)
+_check_not_negative = functools.partial(check_real, allowed=NOT_NEGATIVE)
 
-# ---- options that more than one command, or a group, has
+# ---- options of several commands
 
-OFFLOAD = Option("Leave the weights on the disk and read them block by block.", False, needs=MODEL)
-OVERWRITE = Option("Replace an earlier result of ours.", False)
-PRECISION = Option(
+MODEL = option("Hub name, folder, or .gguf file.", typed=())
+DATA = option("What must not be forgotten: a text, JSON Lines, JSON, CSV or Parquet file, or a hub data set.", None, check_file)
+COVARIANCES = option("Use what `nullspace covariances` or `merge` wrote instead of --data.", None)
+PARTIAL = option("Take covariances though shards of their data are missing.", False, needs=_kept)
+SAMPLES = option("Sequences to calibrate on.", 256, check_integer, _DATA)
+LENGTH = option("Tokens a sequence.", 1024, check_integer, _DATA)
+BATCH_SIZE = option("Sequences a batch.", 4, check_integer, _DATA)
+RANK = option("Directions a layer: the adapter's rank.", 128, check_integer)
+AVOID = option("Directory of an earlier adapter whose A the new ones are not to read; may be repeated.", None, needs=_SPACES)
+TARGETS = option(
+    "'all-linear', name endings ('q_proj,v_proj'), or a regular expression ('re:.*_proj').",
+    "all-linear",
+    parsed(_compile(parse_targets)),
+    _MODEL,
+)
+EXCLUDE = option("Layers to take away from --targets, in the same form.", None, parsed(_compile(parse_exclude)), _MODEL)
+PRECISION = option(
     "'auto', 'mixed' for float32 chains throughout, 'fp64' for float64 products, 'qr' for no products (slow).",
     "auto",
     _check_choice,
-    DATA,
+    _DATA,
 )
-JSON = Option("One JSON document on standard output instead of tables.", False, typed=("--json",))
-RANK = Option("Directions a layer: the adapter's rank.", 128, check_integer)
-
-Model = Annotated[str, Option("Hub name, folder, or .gguf file.", typed=())]
-Data = Annotated[
-    str | None,
-    Option("What must not be forgotten: a text, JSON Lines, JSON, CSV or Parquet file, or a hub data set.", None, check_file),
-]
-Covariances = Annotated[Path | None, Option("Use what `nullspace covariances` or `merge` wrote instead of --data.", None)]
-Partial = Annotated[bool, Option("Take covariances though shards of their data are missing.", False, needs=_kept)]
-Samples = Annotated[int, Option("Sequences to calibrate on.", 256, check_integer, DATA)]
-Length = Annotated[int, Option("Tokens a sequence.", 1024, check_integer, DATA)]
-BatchSize = Annotated[int, Option("Sequences a batch.", 4, check_integer, DATA)]
-Rank = Annotated[int, RANK]
-Avoid = Annotated[
-    list[Path] | None,
-    Option("Directory of an earlier adapter whose A the new ones are not to read; may be repeated.", None, needs=SPACES),
-]
-TargetNames = Annotated[
-    str,
-    Option(
-        "'all-linear', name endings ('q_proj,v_proj'), or a regular expression ('re:.*_proj').",
-        "all-linear",
-        parsed(_compile(parse_targets)),
-        MODEL,
-    ),
-]
-Exclude = Annotated[
-    str | None, Option("Layers to take away from --targets, in the same form.", None, parsed(_compile(parse_exclude)), MODEL)
-]
-DType = Annotated[
-    str,
-    Option(
-        "Of the model's weights: auto, float32, bfloat16, float16.",
-        "auto",
-        one_of("auto", "float32", "bfloat16", "float16"),
-        MODEL,
-    ),
-]
-Keep = Annotated[str, Option("float64, or float32 for half the space and 7 digits.", "float64", one_of("float64", "float32"))]
-Overwrite = Annotated[bool, OVERWRITE]
-Json = Annotated[bool, JSON]
-Quiet = Annotated[bool, Option("No progress bars and no tables.", False, typed=("--quiet", "-q"))]
+DTYPE = option("Of the model's weights: " + ", ".join(DTYPES) + ".", "auto", one_of(*DTYPES), _MODEL)
+OFFLOAD = option("Leave the weights on the disk and read them block by block.", False, needs=_MODEL)
+KEEP = option("float64, or float32 for half the space and 7 digits.", "float64", one_of("float64", "float32"))
+OVERWRITE = option("Replace an earlier result of ours.", False)
+JSON = option("One JSON document on standard output instead of tables.", False, typed=("--json",))
+QUIET = option("No progress bars and no tables.", False, typed=("--quiet", "-q"))
 
 
 @dataclass(frozen=True)
 class Text:
     """How a data set is read and cut into batches."""
 
-    field: Annotated[str | None, Option("Field(s) that hold the text, joined if several: 'question,answer'.", None, needs=ROWS)]
-    split: Annotated[str, Option("Split of a hub data set.", "train", needs=HUB)]
-    samples: Samples
-    length: Length
-    batch_size: BatchSize
+    field: str | None = option("Field(s) that hold the text, joined if several: 'question,answer'.", None, needs=_ROWS)
+    split: str = option("Split of a hub data set.", "train", needs=_HUB)
+    samples: int = SAMPLES
+    length: int = LENGTH
+    batch_size: int = BATCH_SIZE
 
 
 @dataclass(frozen=True)
 class Layers:
     """Which layers' inputs are summed, and how exactly."""
 
-    targets: TargetNames
-    exclude: Exclude
-    precision: Annotated[str, PRECISION]
+    targets: str = TARGETS
+    exclude: str | None = EXCLUDE
+    precision: str = PRECISION
 
 
 @dataclass(frozen=True)
 class Running:
     """How the model is loaded and run."""
 
-    dtype: DType
-    device: Annotated[
-        str | None, Option("cuda, cuda:1, cpu, …; CUDA if there is one by default.", None, parsed(check_device), MODEL)
-    ]
-    offload: Annotated[bool, OFFLOAD]
-    strategy: Annotated[
-        str,
-        Option(
-            "'resident': all layers' sums at once; 'layerwise': block by block; 'auto': what the memory asks for.",
-            "auto",
-            _check_choice,
-            DATA,
-        ),
-    ]
-    hidden_states: Annotated[
-        str,
-        Option(
-            "Where a layerwise run keeps what lies between two blocks: device, host, disk, or auto.",
-            "auto",
-            _check_choice,
-            BY_BLOCK,
-        ),
-    ]
-    fresh: Annotated[bool, Option("Begin anew, whatever an interrupted run left in OUT.checkpoint.", False, needs=DATA)]
-    timeout: Annotated[
-        float,
-        Option("Under torchrun: minutes that one process waits for the others.", 30.0, _real(POSITIVE), DATA, least=0.05),
-    ]
+    dtype: str = DTYPE
+    device: str | None = option("cuda, cuda:1, cpu, …; CUDA if there is one by default.", None, parsed(check_device), _MODEL)
+    offload: bool = OFFLOAD
+    strategy: str = option(
+        "'resident': all layers' sums at once; 'layerwise': block by block; 'auto': what the memory asks for.",
+        "auto",
+        _check_choice,
+        _DATA,
+    )
+    hidden_states: str = option(
+        "Where a layerwise run keeps what lies between two blocks: device, host, disk, or auto.", "auto", _check_choice, _BLOCKS
+    )
+    fresh: bool = option("Begin anew, whatever an interrupted run left in OUT.checkpoint.", False, needs=_DATA)
+    timeout: float = option("Under torchrun: minutes that one process waits for the others.", 30.0, check_real, _DATA, least=0.05)
 
 
 @dataclass(frozen=True)
 class RunningForSpaces(Running):
     """The same, for null spaces."""
 
-    spectrum: Annotated[bool, Option("Report effective ranks too.", False, needs=SPACES)]
+    spectrum: bool = option("Report effective ranks too.", False, needs=_SPACES)
 
 
 @dataclass(frozen=True)
 class Adapter:
     """The adapter, and the method that gives it its first values."""
 
-    rank: Rank
-    alpha: Annotated[float | None, Option("LoRA's alpha; the rank by default, so that the scaling is 1.", None, _real(POSITIVE))]
-    use_rslora: Annotated[bool, Option("Scale by alpha / sqrt(rank).", False)]
-    method: Annotated[
-        str,
-        Option(
-            "'lora-null', 'corda-kpm', 'corda-ipm', 'corda-exact', 'sc-lora', 'milora' or 'pissa'; 'b-zero', 'eva' or "
-            "'orthogonal' leave the base alone.",
-            "lora-null",
-            _check_choice,
-        ),
-    ]
-    sigma_scale: Annotated[
-        float,
-        Option(
-            "lora-null: multiply the adapter's product (the paper's Table 5).", 1.0, _real(POSITIVE), _of_methods("sigma_scale")
-        ),
-    ]
-    preserve: Annotated[
-        Path | None,
-        Option(
-            "sc-lora: covariances of what must not be forgotten; --data is then the task.",
-            None,
-            needs=PRESERVE,
-        ),
-    ]
-    beta: Annotated[
-        float, Option("sc-lora: 0 for the task alone, 1 for preservation alone.", 0.5, _real(FRACTION), _of_methods("beta"))
-    ]
-    damping: Annotated[
-        float,
-        Option("corda: added to the diagonal of C, relative to its mean.", 0.01, _real(NOT_NEGATIVE), _of_methods("damping")),
-    ]
-    avoid: Avoid
+    rank: int = RANK
+    alpha: float | None = option("LoRA's alpha; the rank by default, so that the scaling is 1.", None, check_real)
+    use_rslora: bool = option("Scale by alpha / sqrt(rank).", False)
+    method: str = option(
+        "'lora-null', 'corda-kpm', 'corda-ipm', 'corda-exact', 'sc-lora', 'milora' or 'pissa'; 'b-zero', 'eva' or "
+        "'orthogonal' leave the base alone.",
+        "lora-null",
+        _check_choice,
+    )
+    sigma_scale: float = option(
+        "lora-null: multiply the adapter's product (the paper's Table 5).", 1.0, check_real, _of_methods("sigma_scale")
+    )
+    preserve: Path | None = option(
+        "sc-lora: covariances of what must not be forgotten; --data is then the task.", None, needs=_PRESERVE
+    )
+    beta: float = option("sc-lora: 0 for the task alone, 1 for preservation alone.", 0.5, _check_fraction, _of_methods("beta"))
+    damping: float = option(
+        "corda: added to the diagonal of C, relative to its mean.", 0.01, _check_not_negative, _of_methods("damping")
+    )
+    avoid: list[Path] | None = AVOID
 
 
 @dataclass(frozen=True)
 class Shown:
     """What happens to an earlier result, and what is printed."""
 
-    overwrite: Overwrite
-    as_json: Json
-    quiet: Quiet
+    overwrite: bool = OVERWRITE
+    as_json: bool = JSON
+    quiet: bool = QUIET

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from nullspace.cli import console, options
 from nullspace.cli.calibrate import check_length
-from nullspace.cli.options import Option, needed, one_of, parsed
+from nullspace.cli.options import needed, one_of, option, parsed
 
 
 def _parse_size(text: str) -> int:
@@ -20,43 +20,40 @@ def _parse_size(text: str) -> int:
 class Work:
     """The calibration."""
 
-    samples: options.Samples
-    length: options.Length
-    batch_size: options.BatchSize
-    rank: options.Rank
-    targets: options.TargetNames
-    exclude: options.Exclude
-    dtype: options.DType
+    samples: int = options.SAMPLES
+    length: int = options.LENGTH
+    batch_size: int = options.BATCH_SIZE
+    rank: int = options.RANK
+    targets: str = options.TARGETS
+    exclude: str | None = options.EXCLUDE
+    dtype: str = options.DTYPE
 
 
 @dataclass(frozen=True)
 class Machine:
     """Where it would run."""
 
-    device: Annotated[
-        str | None,
-        Option("cuda or cpu; cuda by default if there is one, or if --device-memory is given.", None, one_of("cuda", "cpu")),
-    ]
-    weights: Annotated[
-        str | None, Option("Only plans with the weights on 'device', 'host' or 'disk'.", None, one_of("device", "host", "disk"))
-    ]
-    device_memory: Annotated[
-        str | None,
-        Option(
-            "Of the GPU: 24GB, 80GiB, …; without, no limit.",
-            None,
-            parsed(_parse_size),
-            needed("a plan for a GPU", lambda values: values["device"] != "cpu"),
-        ),
-    ]
-    host_memory: Annotated[str | None, Option("Of the host; without, no limit.", None, parsed(_parse_size))]
+    device: str | None = option(
+        "cuda or cpu; cuda by default if there is one, or if --device-memory is given.", None, one_of("cuda", "cpu")
+    )
+    weights: str | None = option(
+        "Only plans with the weights on 'device', 'host' or 'disk'.", None, one_of("device", "host", "disk")
+    )
+    device_memory: str | None = option(
+        "Of the GPU: 24GB, 80GiB, …; without, no limit.",
+        None,
+        parsed(_parse_size),
+        needed("a plan for a GPU", lambda values: values["device"] != "cpu"),
+    )
+    host_memory: str | None = option("Of the host; without, no limit.", None, parsed(_parse_size))
 
 
 def plan(
-    model: Annotated[str, Option("Hub name, or folder with a config.json. No weights are read.", typed=())],
+    *,
+    model: str = option("Hub name, or folder with a config.json. No weights are read.", typed=()),
     work: Work,
     machine: Machine,
-    as_json: options.Json,
+    as_json: bool = options.JSON,
 ) -> dict[str, Any] | None:
     """What a calibration would take in memory and time, from the model's configuration alone."""
     import torch

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from nullspace.cli import console
 from nullspace.cli.calibrate import load_model
-from nullspace.cli.options import JSON, OFFLOAD, OVERWRITE, Option, Quiet, Values, needed, parsed
+from nullspace.cli.options import JSON, OFFLOAD, OVERWRITE, QUIET, Values, needed, option, parsed
 
 
 def _parse_adapters(texts: list[str]) -> dict[str, list[Path]]:
@@ -34,27 +34,21 @@ def _has_layers(values: Values) -> bool:
 class Sources:
     """What the page is made of."""
 
-    covariances: Annotated[Path | None, Option("What `nullspace covariances` or `merge` wrote.", None)]
-    spaces: Annotated[Path | None, Option("What `nullspace compute` or `init` wrote.", None)]
-    model: Annotated[
-        str | None,
-        Option(
-            "The untouched base model: hub name, folder, or .gguf file.",
-            None,
-            needs=needed("--covariances, --spaces or --adapter", _has_layers),
-        ),
-    ]
-    adapter: Annotated[
-        list[str] | None,
-        Option(
-            "NAME=INITIAL[,TRAINED…]: what `nullspace init` wrote, or an adapter's directory, and those of it in training "
-            "(a folder of Trainer's checkpoints stands for all of them); may be repeated.",
-            None,
-            parsed(_parse_adapters),
-        ),
-    ]
-    study: Annotated[Path | None, Option("A preservation study: its directory, or the results.jsonl in it.", None)]
-    offload: Annotated[bool, OFFLOAD._replace(needs=needed("--model", lambda values: values["model"] is not None))]
+    covariances: Path | None = option("What `nullspace covariances` or `merge` wrote.", None)
+    spaces: Path | None = option("What `nullspace compute` or `init` wrote.", None)
+    model: str | None = option(
+        "The untouched base model: hub name, folder, or .gguf file.",
+        None,
+        needs=needed("--covariances, --spaces or --adapter", _has_layers),
+    )
+    adapter: list[str] | None = option(
+        "NAME=INITIAL[,TRAINED…]: what `nullspace init` wrote, or an adapter's directory, and those of it in training "
+        "(a folder of Trainer's checkpoints stands for all of them); may be repeated.",
+        None,
+        parsed(_parse_adapters),
+    )
+    study: Path | None = option("A preservation study: its directory, or the results.jsonl in it.", None)
+    offload: bool = OFFLOAD._replace(needs=needed("--model", lambda values: values["model"] is not None))
 
     def spaces_directory(self) -> Path | None:
         """`--spaces`, or the null spaces beside the first adapter that has some."""
@@ -75,11 +69,12 @@ class Sources:
 
 
 def report(
-    out: Annotated[Path, Option("The HTML file; must not exist yet.")],
+    *,
+    out: Path = option("The HTML file; must not exist yet."),
     sources: Sources,
-    overwrite: Annotated[bool, OVERWRITE._replace(help="Replace an earlier page of ours.")],
-    as_json: Annotated[bool, JSON._replace(help="All numbers as one JSON document on standard output.")],
-    quiet: Quiet,
+    overwrite: bool = OVERWRITE._replace(help="Replace an earlier page of ours."),
+    as_json: bool = JSON._replace(help="All numbers as one JSON document on standard output."),
+    quiet: bool = QUIET,
 ) -> dict[str, Any] | None:
     """One HTML file: effective ranks, spectra, leaks, and what training did to adapters, layer by layer."""
     try:

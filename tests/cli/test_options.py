@@ -82,7 +82,7 @@ def parameters(command: str) -> dict[str, Any]:
 
 
 def flag(command: str, name: str) -> str:
-    return DECLARED[command][name].typed[0]
+    return DECLARED[command][name].flags(name)[0]
 
 
 def test_every_option_is_declared_once() -> None:
@@ -90,7 +90,7 @@ def test_every_option_is_declared_once() -> None:
     for command, options in DECLARED.items():
         assert list(options) == list(parameters(command))
         for name, each in parameters(command).items():
-            assert tuple(each.opts) == (options[name].typed or (name,))
+            assert tuple(each.opts) == (options[name].flags(name) or (name,))
 
 
 def test_every_command_has_a_source_here() -> None:
