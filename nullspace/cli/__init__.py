@@ -24,12 +24,12 @@ except ImportError as error:
     raise SystemExit(f"the command line needs more packages: pip install 'nullspace-lora[cli]' ({error})") from None
 
 import nullspace
-from nullspace.cli import calibrate, console, demo, failures, interrupts, keep, options, plan, report, together
+from nullspace.cli import calibrate, console, demo, failures, init, interrupts, keep, options, plan, report, together
 
 __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS: tuple[options.Command, ...] = (
-    calibrate.init,
+    init.init,
     calibrate.compute,
     calibrate.covariances,
     keep.merge,

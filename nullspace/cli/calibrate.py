@@ -1,26 +1,23 @@
-"""`nullspace init`, `compute` and `covariances`: a model is run on data, or covariances take the place of that."""
+"""`nullspace compute` and `covariances`; and a calibration as `init` needs it too: where it writes, its model and its data."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import nullspace
 from nullspace.cli import console, options, together
 from nullspace.cli.interrupts import Terminated
-from nullspace.cli.options import Adapter, Layers, Running, RunningForSpaces, Shown, Text, option
+from nullspace.cli.options import Layers, Running, RunningForSpaces, Shown, Text, option
 from nullspace.progress import Progress
 
 if TYPE_CHECKING:
     from nullspace.artifacts.covariances import Covariances
     from nullspace.artifacts.spaces import NullSpaces
-    from nullspace.model.sites import Targets
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
@@ -39,16 +36,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class InitSource:
-    """What `init` starts from."""
-
-    data: str | None = options.DATA
-    spaces: Path | None = option("Use these null spaces (of `nullspace compute`) instead of --data.", None)
-    covariances: Path | None = options.COVARIANCES
-    partial: bool = options.PARTIAL
-
-
-@dataclass(frozen=True)
 class LayersToKeep(Layers):
     """Which covariances `covariances` keeps, and how exactly."""
 
@@ -59,58 +46,6 @@ class LayersToKeep(Layers):
         None,
         options.parsed(_parse_shard),
     )
-
-
-def init(
-    *,
-    model: str = options.MODEL,
-    out: Path = option("Directory for adapter/, base/ and spaces/; must not exist yet."),
-    source: InitSource,
-    text: Text,
-    adapter: Adapter,
-    layers: Layers,
-    running: RunningForSpaces,
-    shown: Shown,
-) -> dict[str, Any] | None:
-    """From a model and a text to a LoRA adapter in the text's null space (or of another method), and its residual base."""
-    from nullspace import NullSpaces
-    from nullspace.artifacts.checkpoint import COVARIANCES
-    from nullspace.methods import METHODS
-
-    began = time.perf_counter()
-    method = METHODS[adapter.method]
-    _check_sources(source, adapter, method.needs)
-    if source.data is None and not together.is_first():
-        return None
-    with _reserved(out, shown, running, calibrates=source.data is not None) as checkpoint:
-        inputs = _Inputs.load(source, adapter)
-        with console.Bars(shown.quiet) as progress:
-            calibration = _Calibration(model, layers, running, checkpoint, progress)
-            calibration.open(adapter.rank, None if source.data is None else text.length)
-            inputs.leave_out_others(calibration.targets)
-            calibration.check_adaptable(adapter)
-            if source.data is not None:
-                calibration.read(source.data, text)
-                if "spaces" in method.needs:
-                    inputs.spaces = calibration.spaces(adapter.rank, inputs.avoided, running.spectrum)
-                else:
-                    inputs.covariances = calibration.covariances(checkpoint / COVARIANCES, overwrite=True)
-                if not together.is_first():
-                    return None
-            else:
-                if "spaces" in method.needs and inputs.spaces is None:
-                    how: dict[str, Any] = {"rank": adapter.rank, "spectrum": running.spectrum, "avoid": inputs.avoided}
-                    inputs.spaces = NullSpaces.from_covariances(inputs.covariances, **how, progress=progress)
-                calibration.targets.settle(calibration.model)
-            record = _write_init(out, calibration, source, adapter, inputs, shown)
-        facts = {"out": str(out), **record, "model": model, "seconds": time.perf_counter() - began}
-        if inputs.spaces is not None:
-            document = console.show_spaces(inputs.spaces, facts, as_json=shown.as_json, quiet=shown.quiet)
-        else:
-            document = {**facts, "layers": len(calibration.targets)} if shown.as_json else None
-        if not (shown.as_json or shown.quiet):
-            console.print_line(_next_steps(out, out / "base" if method.changes_base else model))
-    return document
 
 
 def compute(
@@ -135,14 +70,14 @@ def compute(
         raise ValueError("--covariances needs neither MODEL nor --data: leave them out")
     if source.data is None and not together.is_first():
         return None
-    with _reserved(out, shown, running, calibrates=source.covariances is None) as checkpoint:
-        avoided = _row_spaces(avoid)
+    with reserved(out, shown, running, calibrates=source.covariances is None) as checkpoint:
+        avoided = row_spaces(avoid)
         with console.Bars(shown.quiet) as progress:
             if source.covariances is not None:
                 sums = Covariances.load(source.covariances, partial=source.partial)
                 spaces = NullSpaces.from_covariances(sums, rank=rank, spectrum=running.spectrum, avoid=avoided, progress=progress)
             else:
-                calibration = _Calibration(str(model), layers, running, checkpoint, progress)
+                calibration = Calibration(str(model), layers, running, checkpoint, progress)
                 calibration.open(rank, text.length)
                 calibration.read(str(source.data), text)
                 spaces = calibration.spaces(rank, avoided, running.spectrum)
@@ -166,10 +101,10 @@ def covariances(
 ) -> dict[str, Any] | None:
     """Keep the second moments themselves, for any method and rank later, or to be merged with those of other data."""
     began = time.perf_counter()
-    with _reserved(out, shown, running, calibrates=True) as checkpoint:
+    with reserved(out, shown, running, calibrates=True) as checkpoint:
         part = None if layers.shard is None else _parse_shard(layers.shard)
         with console.Bars(shown.quiet) as progress:
-            calibration = _Calibration(model, layers, running, checkpoint, progress)
+            calibration = Calibration(model, layers, running, checkpoint, progress)
             calibration.open(None, text.length)
             calibration.read(data, text)
             sums = calibration.covariances(out, keep=layers.keep, shard=part, overwrite=shown.overwrite)
@@ -180,7 +115,7 @@ def covariances(
 
 
 @contextlib.contextmanager
-def _reserved(out: Path, shown: Shown, running: Running, *, calibrates: bool) -> Iterator[Path]:
+def reserved(out: Path, shown: Shown, running: Running, *, calibrates: bool) -> Iterator[Path]:
     """Context manager: inside, no other run writes to OUT. What is in the way of OUT or of its checkpoint is an error at once.
 
     Of several processes that calibrate together, the first one holds OUT; its errors are raised on all.
@@ -218,8 +153,8 @@ def _reserved(out: Path, shown: Shown, running: Running, *, calibrates: bool) ->
 
 
 @dataclass
-class _Calibration:
-    """A model, the data that it is run on, and how."""
+class Calibration:
+    """A model, the data that it is run on, and how. `open` sets model, tokenizer and targets, `read` the batches."""
 
     name: str
     layers: Layers
@@ -245,27 +180,6 @@ class _Calibration:
             check_length(self.model.config, self.name, length)
         targets, exclude = options.parse_targets(self.layers.targets), options.parse_exclude(self.layers.exclude)
         self.targets = find_targets(self.model, targets, exclude=exclude, rank=rank)
-
-    def check_adaptable(self, adapter: Adapter) -> None:
-        """Raise if PEFT cannot adapt a target, or the method cannot serve one."""
-        from nullspace.integrations import peft
-
-        config = self.peft_config(adapter)
-        peft.fit_config(config, self.model, self.targets)
-        peft.check_servable(self.model, self.targets, adapter.method, offloaded=True)
-
-    def peft_config(self, adapter: Adapter) -> Any:
-        """PEFT's configuration for the targets."""
-        from peft import LoraConfig
-
-        alpha: Any = adapter.rank if adapter.alpha is None else adapter.alpha  # PEFT declares int, and takes any number
-        return LoraConfig(
-            r=adapter.rank,
-            lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
-            use_rslora=adapter.use_rslora,
-            target_modules=list(self.targets),
-            task_type="CAUSAL_LM" if type(self.model).__name__.endswith("ForCausalLM") else None,
-        )
 
     def read(self, data: str, text: Text) -> None:
         """Read the data and cut them into batches."""
@@ -335,105 +249,10 @@ def check_length(config: Any, name: str, length: int) -> None:
         )
 
 
-def _row_spaces(adapters: list[Path] | None) -> dict[str, Any] | None:
+def row_spaces(adapters: list[Path] | None) -> dict[str, Any] | None:
+    """Of --avoid: layer → what the rows of the adapters' A span."""
     if not adapters:
         return None
     from nullspace.integrations.peft import row_spaces
 
     return row_spaces(*adapters)
-
-
-# ---- what `init` starts from, and what it writes
-
-
-def _check_sources(source: InitSource, adapter: Adapter, needs: Collection[str]) -> None:
-    """Raise `ValueError` unless what is given is what the method needs."""
-    sources = [("--data", source.data), ("--spaces", source.spaces), ("--covariances", source.covariances)]
-    given = [name for name, value in sources if value is not None]
-    if not needs and given:
-        raise ValueError(f"method {adapter.method!r} looks at the weights alone: leave out {given[0]}")
-    if needs and (len(given) != 1 or (source.spaces is not None and "spaces" not in needs)):
-        more = " and --spaces" if "spaces" in needs else f" for {adapter.method!r}"
-        raise ValueError(f"give one of --data, --covariances{more}")
-    if adapter.preserve is None and "preserve" in needs:
-        raise ValueError(f"{adapter.method!r} needs --preserve")
-
-
-@dataclass
-class _Inputs:
-    """What a method makes its factors of: loaded, or computed later."""
-
-    avoided: dict[str, Any] | None
-    covariances: Any
-    preserved: Any
-    spaces: Any
-
-    @classmethod
-    def load(cls, source: InitSource, adapter: Adapter) -> _Inputs:
-        """What is given as files."""
-        from nullspace import Covariances, NullSpaces
-
-        return cls(
-            _row_spaces(adapter.avoid),
-            None if source.covariances is None else Covariances.load(source.covariances, partial=source.partial),
-            None if adapter.preserve is None else Covariances.load(adapter.preserve, partial=source.partial),
-            None if source.spaces is None else NullSpaces.load(source.spaces),
-        )
-
-    def leave_out_others(self, targets: Targets) -> None:
-        """Leave out the targets that one of them does not have."""
-        for known in (each for each in (self.spaces, self.covariances, self.preserved) if each is not None):
-            for name in [name for name in targets if name not in known]:
-                targets.leave_out(name, "is none of the layers of --spaces, --covariances or --preserve")
-
-
-def _write_init(
-    out: Path, calibration: _Calibration, source: InitSource, adapter: Adapter, inputs: _Inputs, shown: Shown
-) -> dict[str, Any]:
-    """Write adapter, base and null spaces. Returns the record of how they were made."""
-    from nullspace.integrations import peft
-    from nullspace.methods import METHODS
-
-    config = calibration.peft_config(adapter)
-    numbers: dict[str, Any] = {name: getattr(adapter, name) for name in ("sigma_scale", "beta", "damping")}
-    method = METHODS[adapter.method]
-    record = {
-        "data": source.data or (str(source.covariances) if source.covariances else None),
-        "rank": adapter.rank,
-        "alpha": config.lora_alpha,
-        "use_rslora": adapter.use_rslora,
-        "method": adapter.method,
-        **{name: value for name, value in numbers.items() if name in method.options},
-        "versions": _versions(),
-    }
-    peft.write_init(
-        out,
-        calibration.model,
-        config,
-        inputs.spaces,
-        method=adapter.method,
-        covariances=None if "spaces" in method.needs else inputs.covariances,
-        preserve=inputs.preserved,
-        **numbers,
-        tokenizer=calibration.tokenizer,
-        record={**record, "model": calibration.name},
-        overwrite=shown.overwrite,
-        progress=calibration.progress,
-    )
-    return record
-
-
-def _next_steps(out: Path, base: Path | str) -> str:
-    return (
-        f"\nWrote {out}. To train it:\n\n"
-        f"    base = AutoModelForCausalLM.from_pretrained({str(base)!r})\n"
-        f"    model = PeftModel.from_pretrained(base, {str(out / 'adapter')!r}, is_trainable=True)\n\n"
-        f"and afterwards, for the untouched base: nullspace export TRAINED --initial {out} --out EXPORTED"
-    )
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    others = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
-    return {"python": platform.python_version(), "nullspace-lora": nullspace.__version__, **others}

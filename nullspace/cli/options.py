@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from nullspace.checks import FRACTION, NOT_NEGATIVE, check_device, check_integer, check_one_of, check_real
+from nullspace.checks import check_device, check_integer, check_one_of, check_real
 
 Values = Mapping[str, Any]
 """A command's arguments: parameter name → value."""
@@ -163,7 +163,7 @@ def parsed(parse: Callable[[Any], Any]) -> Callable[[str, Any], None]:
     return checked
 
 
-def _check_choice(name: str, value: str) -> None:
+def check_choice(name: str, value: str) -> None:
     """The check of options whose values are those of another package, which imports torch."""
     from nullspace.calibration.hidden_states import PLACES
     from nullspace.calibration.run import STRATEGIES
@@ -211,23 +211,24 @@ def _ending(values: Values) -> str:
     return Path(values["data"]).suffix.lower()
 
 
-def _method(values: Values) -> Any:
+def method_of(values: Values) -> Any:
+    """The entry of `--method`."""
     from nullspace.methods import METHODS
 
     return METHODS[values["method"]]
 
 
 def _computes_spaces(values: Values) -> bool:
-    return "method" not in values or ("spaces" in _method(values).needs and values["spaces"] is None)
+    return "method" not in values or ("spaces" in method_of(values).needs and values["spaces"] is None)
 
 
-def _of_methods(option: str) -> Condition:
+def of_methods(option: str) -> Condition:
     """The methods that have this option."""
 
     def missing(values: Values) -> str | None:
         from nullspace.methods import takers
 
-        return None if option in _method(values).options else " and ".join(map(repr, takers(option)))
+        return None if option in method_of(values).options else " and ".join(map(repr, takers(option)))
 
     return missing
 
@@ -244,9 +245,6 @@ _HUB = needed("--data that is a hub data set, not a file", lambda v: _has_data(v
 _BLOCKS = needed("a layerwise run on data (--strategy layerwise or auto)", lambda v: _has_data(v) and v["strategy"] != "resident")
 _MODEL = needed("a run with a model", lambda v: v["model"] is not None)
 _SPACES = needed("null spaces that are being computed: 'lora-null' and 'b-zero', without --spaces", _computes_spaces)
-_PRESERVE = needed("'sc-lora'", lambda v: "preserve" in _method(v).needs)
-_check_fraction = functools.partial(check_real, allowed=FRACTION)
-_check_not_negative = functools.partial(check_real, allowed=NOT_NEGATIVE)
 
 # ---- options of several commands
 
@@ -269,7 +267,7 @@ EXCLUDE = option("Layers to take away from --targets, in the same form.", None, 
 PRECISION = option(
     "'auto', 'mixed' for float32 chains throughout, 'fp64' for float64 products, 'qr' for no products (slow).",
     "auto",
-    _check_choice,
+    check_choice,
     _DATA,
 )
 DTYPE = option("Of the model's weights: " + ", ".join(DTYPES) + ".", "auto", one_of(*DTYPES), _MODEL)
@@ -310,11 +308,11 @@ class Running:
     strategy: str = option(
         "'resident': all layers' sums at once; 'layerwise': block by block; 'auto': what the memory asks for.",
         "auto",
-        _check_choice,
+        check_choice,
         _DATA,
     )
     hidden_states: str = option(
-        "Where a layerwise run keeps what lies between two blocks: device, host, disk, or auto.", "auto", _check_choice, _BLOCKS
+        "Where a layerwise run keeps what lies between two blocks: device, host, disk, or auto.", "auto", check_choice, _BLOCKS
     )
     fresh: bool = option("Begin anew, whatever an interrupted run left in OUT.checkpoint.", False, needs=_DATA)
     timeout: float = option("Under torchrun: minutes that one process waits for the others.", 30.0, check_real, _DATA, least=0.05)
@@ -325,32 +323,6 @@ class RunningForSpaces(Running):
     """The same, for null spaces."""
 
     spectrum: bool = option("Report effective ranks too.", False, needs=_SPACES)
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """The adapter, and the method that gives it its first values."""
-
-    rank: int = RANK
-    alpha: float | None = option("LoRA's alpha; the rank by default, so that the scaling is 1.", None, check_real)
-    use_rslora: bool = option("Scale by alpha / sqrt(rank).", False)
-    method: str = option(
-        "'lora-null', 'corda-kpm', 'corda-ipm', 'corda-exact', 'sc-lora', 'milora' or 'pissa'; 'b-zero', 'eva' or "
-        "'orthogonal' leave the base alone.",
-        "lora-null",
-        _check_choice,
-    )
-    sigma_scale: float = option(
-        "lora-null: multiply the adapter's product (the paper's Table 5).", 1.0, check_real, _of_methods("sigma_scale")
-    )
-    preserve: Path | None = option(
-        "sc-lora: covariances of what must not be forgotten; --data is then the task.", None, needs=_PRESERVE
-    )
-    beta: float = option("sc-lora: 0 for the task alone, 1 for preservation alone.", 0.5, _check_fraction, _of_methods("beta"))
-    damping: float = option(
-        "corda: added to the diagonal of C, relative to its mean.", 0.01, _check_not_negative, _of_methods("damping")
-    )
-    avoid: list[Path] | None = AVOID
 
 
 @dataclass(frozen=True)

@@ -469,7 +469,7 @@ def test_with_json_nothing_else_is_printed(
     tiny_checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DeepSpeed, where it is installed, logs to standard output when transformers imports it."""
-    monkeypatch.setattr("nullspace.cli.calibrate._versions", lambda: print("a library's own words") or {})
+    monkeypatch.setattr("nullspace.cli.init._versions", lambda: print("a library's own words") or {})
     result = run("init", tiny_checkpoint, "--data", data, "--out", tmp_path / "out", *SMALL, "--json")
     assert json.loads(result.stdout)["out"] == str(tmp_path / "out")
     assert "a library's own words" in result.stderr

@@ -1,0 +1,223 @@
+"""`nullspace init`: from a model to an adapter and its base."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nullspace
+from nullspace.checks import FRACTION, NOT_NEGATIVE, check_real
+from nullspace.cli import console, options, together
+from nullspace.cli.calibrate import Calibration, reserved, row_spaces
+from nullspace.cli.options import Layers, RunningForSpaces, Shown, Text, check_choice, method_of, needed, of_methods, option
+
+if TYPE_CHECKING:
+    from nullspace.model.sites import Targets
+
+
+_check_fraction = functools.partial(check_real, allowed=FRACTION)
+_check_not_negative = functools.partial(check_real, allowed=NOT_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `init` starts from."""
+
+    data: str | None = options.DATA
+    spaces: Path | None = option("Use these null spaces (of `nullspace compute`) instead of --data.", None)
+    covariances: Path | None = options.COVARIANCES
+    partial: bool = options.PARTIAL
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter, and the method that gives it its first values."""
+
+    rank: int = options.RANK
+    alpha: float | None = option("LoRA's alpha; the rank by default, so that the scaling is 1.", None, check_real)
+    use_rslora: bool = option("Scale by alpha / sqrt(rank).", False)
+    method: str = option(
+        "'lora-null', 'corda-kpm', 'corda-ipm', 'corda-exact', 'sc-lora', 'milora' or 'pissa'; 'b-zero', 'eva' or "
+        "'orthogonal' leave the base alone.",
+        "lora-null",
+        check_choice,
+    )
+    sigma_scale: float = option(
+        "lora-null: multiply the adapter's product (the paper's Table 5).", 1.0, check_real, of_methods("sigma_scale")
+    )
+    preserve: Path | None = option(
+        "sc-lora: covariances of what must not be forgotten; --data is then the task.",
+        None,
+        needs=needed("'sc-lora'", lambda values: "preserve" in method_of(values).needs),
+    )
+    beta: float = option("sc-lora: 0 for the task alone, 1 for preservation alone.", 0.5, _check_fraction, of_methods("beta"))
+    damping: float = option(
+        "corda: added to the diagonal of C, relative to its mean.", 0.01, _check_not_negative, of_methods("damping")
+    )
+    avoid: list[Path] | None = options.AVOID
+
+
+def init(
+    *,
+    model: str = options.MODEL,
+    out: Path = option("Directory for adapter/, base/ and spaces/; must not exist yet."),
+    source: Source,
+    text: Text,
+    adapter: Adapter,
+    layers: Layers,
+    running: RunningForSpaces,
+    shown: Shown,
+) -> dict[str, Any] | None:
+    """From a model and a text to a LoRA adapter in the text's null space (or of another method), and its residual base."""
+    from nullspace import NullSpaces
+    from nullspace.artifacts.checkpoint import COVARIANCES
+    from nullspace.integrations import peft
+    from nullspace.methods import METHODS
+
+    began = time.perf_counter()
+    method = METHODS[adapter.method]
+    _check_sources(source, adapter, method.needs)
+    if source.data is None and not together.is_first():
+        return None
+    with reserved(out, shown, running, calibrates=source.data is not None) as checkpoint:
+        inputs = _Inputs.load(source, adapter)
+        with console.Bars(shown.quiet) as progress:
+            calibration = Calibration(model, layers, running, checkpoint, progress)
+            calibration.open(adapter.rank, None if source.data is None else text.length)
+            inputs.leave_out_others(calibration.targets)
+            peft.fit_config(_peft_config(calibration, adapter), calibration.model, calibration.targets)
+            peft.check_servable(calibration.model, calibration.targets, adapter.method, offloaded=True)
+            if source.data is not None:
+                calibration.read(source.data, text)
+                if "spaces" in method.needs:
+                    inputs.spaces = calibration.spaces(adapter.rank, inputs.avoided, running.spectrum)
+                else:
+                    inputs.covariances = calibration.covariances(checkpoint / COVARIANCES, overwrite=True)
+                if not together.is_first():
+                    return None
+            else:
+                if "spaces" in method.needs and inputs.spaces is None:
+                    how: dict[str, Any] = {"rank": adapter.rank, "spectrum": running.spectrum, "avoid": inputs.avoided}
+                    inputs.spaces = NullSpaces.from_covariances(inputs.covariances, **how, progress=progress)
+                calibration.targets.settle(calibration.model)
+            record = _write_init(out, calibration, source, adapter, inputs, shown)
+        facts = {"out": str(out), **record, "model": model, "seconds": time.perf_counter() - began}
+        if inputs.spaces is not None:
+            document = console.show_spaces(inputs.spaces, facts, as_json=shown.as_json, quiet=shown.quiet)
+        else:
+            document = {**facts, "layers": len(calibration.targets)} if shown.as_json else None
+        if not (shown.as_json or shown.quiet):
+            console.print_line(_next_steps(out, out / "base" if method.changes_base else model))
+    return document
+
+
+def _peft_config(calibration: Calibration, adapter: Adapter) -> Any:
+    """PEFT's configuration for the targets."""
+    from peft import LoraConfig
+
+    alpha: Any = adapter.rank if adapter.alpha is None else adapter.alpha  # PEFT declares int, and takes any number
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        use_rslora=adapter.use_rslora,
+        target_modules=list(calibration.targets),
+        task_type="CAUSAL_LM" if type(calibration.model).__name__.endswith("ForCausalLM") else None,
+    )
+
+
+def _check_sources(source: Source, adapter: Adapter, needs: Collection[str]) -> None:
+    """Raise `ValueError` unless what is given is what the method needs."""
+    sources = [("--data", source.data), ("--spaces", source.spaces), ("--covariances", source.covariances)]
+    given = [name for name, value in sources if value is not None]
+    if not needs and given:
+        raise ValueError(f"method {adapter.method!r} looks at the weights alone: leave out {given[0]}")
+    if needs and (len(given) != 1 or (source.spaces is not None and "spaces" not in needs)):
+        more = " and --spaces" if "spaces" in needs else f" for {adapter.method!r}"
+        raise ValueError(f"give one of --data, --covariances{more}")
+    if adapter.preserve is None and "preserve" in needs:
+        raise ValueError(f"{adapter.method!r} needs --preserve")
+
+
+@dataclass
+class _Inputs:
+    """What a method makes its factors of: loaded, or computed later."""
+
+    avoided: dict[str, Any] | None
+    covariances: Any
+    preserved: Any
+    spaces: Any
+
+    @classmethod
+    def load(cls, source: Source, adapter: Adapter) -> _Inputs:
+        """What is given as files."""
+        from nullspace import Covariances, NullSpaces
+
+        return cls(
+            row_spaces(adapter.avoid),
+            None if source.covariances is None else Covariances.load(source.covariances, partial=source.partial),
+            None if adapter.preserve is None else Covariances.load(adapter.preserve, partial=source.partial),
+            None if source.spaces is None else NullSpaces.load(source.spaces),
+        )
+
+    def leave_out_others(self, targets: Targets) -> None:
+        """Leave out the targets that one of them does not have."""
+        for known in (each for each in (self.spaces, self.covariances, self.preserved) if each is not None):
+            for name in [name for name in targets if name not in known]:
+                targets.leave_out(name, "is none of the layers of --spaces, --covariances or --preserve")
+
+
+def _write_init(
+    out: Path, calibration: Calibration, source: Source, adapter: Adapter, inputs: _Inputs, shown: Shown
+) -> dict[str, Any]:
+    """Write adapter, base and null spaces. Returns the record of how they were made."""
+    from nullspace.integrations import peft
+    from nullspace.methods import METHODS
+
+    config = _peft_config(calibration, adapter)
+    numbers: dict[str, Any] = {name: getattr(adapter, name) for name in ("sigma_scale", "beta", "damping")}
+    method = METHODS[adapter.method]
+    record = {
+        "data": source.data or (str(source.covariances) if source.covariances else None),
+        "rank": adapter.rank,
+        "alpha": config.lora_alpha,
+        "use_rslora": adapter.use_rslora,
+        "method": adapter.method,
+        **{name: value for name, value in numbers.items() if name in method.options},
+        "versions": _versions(),
+    }
+    peft.write_init(
+        out,
+        calibration.model,
+        config,
+        inputs.spaces,
+        method=adapter.method,
+        covariances=None if "spaces" in method.needs else inputs.covariances,
+        preserve=inputs.preserved,
+        **numbers,
+        tokenizer=calibration.tokenizer,
+        record={**record, "model": calibration.name},
+        overwrite=shown.overwrite,
+        progress=calibration.progress,
+    )
+    return record
+
+
+def _next_steps(out: Path, base: Path | str) -> str:
+    return (
+        f"\nWrote {out}. To train it:\n\n"
+        f"    base = AutoModelForCausalLM.from_pretrained({str(base)!r})\n"
+        f"    model = PeftModel.from_pretrained(base, {str(out / 'adapter')!r}, is_trainable=True)\n\n"
+        f"and afterwards, for the untouched base: nullspace export TRAINED --initial {out} --out EXPORTED"
+    )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    others = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
+    return {"python": platform.python_version(), "nullspace-lora": nullspace.__version__, **others}
