@@ -261,7 +261,7 @@ def test_an_earlier_adapters_rows_are_left_alone(tiny_checkpoint: Path, data: Pa
         (["compute"], "give MODEL and --data, or --covariances"),
         (["compute", "MODEL", "--covariances", "DATA"], "--covariances needs neither MODEL nor --data"),
         (["compute", "--covariances", "none"], "none is not a directory"),
-        (["covariances", "MODEL", "--data", "DATA", "--keep", "float16"], "--keep must be float64 or float32"),
+        (["covariances", "MODEL", "--data", "DATA", "--keep", "float16"], "--keep must be one of 'float64', 'float32'"),
         (["merge", "none"], "none is not a directory"),
         (["merge", "none", "--weights", "a"], "--weights must be numbers"),
     ],
