@@ -496,6 +496,7 @@ def test_version() -> None:
     assert result.stdout == f"nullspace {nullspace.__version__}\n"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["init", "--help"]], ids=" ".join)
 def test_help_of_a_checkout_imports_the_command_line_alone(arguments: list[str]) -> None:
     """Without torch it takes less than half a second of CPU time; with torch and transformers, 10 seconds."""
