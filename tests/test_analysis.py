@@ -15,7 +15,6 @@ from models import random_batches, tiny
 from nullspace import Covariance, Covariances, NullSpaces, Site, analysis, solvers
 from nullspace.analysis import INITIAL, Course, State
 from nullspace.factors import LowRank, lora_null
-from nullspace.model.layer_names import is_attention, locations
 from nullspace.model.sites import find_targets
 
 TOKENS, D_IN, D_OUT, R = 300, 40, 24, 6
@@ -274,16 +273,3 @@ def test_an_adapter_of_another_model_is_named() -> None:
             courses=[Course("mine", {"model.layers.0.self_attn.q_proj": LowRank(a, b)})],
             progress=False,
         )
-
-
-def test_places_of_names() -> None:
-    names = ["model.layers.0.self_attn.q_proj", "model.layers.10.mlp.up_proj", "score"]
-    assert list(locations(names).values()) == [(0, "q_proj"), (10, "up_proj"), (None, "score")]
-    assert locations(["h.0.attn.c_proj", "h.1.mlp.c_proj"])["h.1.mlp.c_proj"] == (1, "mlp.c_proj")
-    experts = locations(["layers.2.experts.7.w1", "layers.2.experts.3.w1"])
-    assert experts["layers.2.experts.7.w1"] == (2, "w1")
-    two = locations(["encoder.block.0.fc", "decoder.block.0.fc"])
-    assert [place.block for place in two.values()] == ["encoder.block.0", "decoder.block.0"]
-    assert is_attention("h.0.attn.c_proj")
-    assert is_attention("encoder.layer.0.attention.self.query")
-    assert not is_attention("h.0.mlp.c_proj")

@@ -277,10 +277,9 @@ class Reduction:
             self._vector.copy_(self._sent)
 
 
-def default_store() -> dist.Store | None:
+def default_store() -> dist.Store:
     """The store of the default process group."""
-    get = getattr(dist.distributed_c10d, "_get_default_store", None)
-    return None if get is None else get()
+    return dist.distributed_c10d._get_default_store()
 
 
 def _short(value: Any) -> str:

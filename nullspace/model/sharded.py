@@ -153,7 +153,7 @@ def placeholder_weights(model: nn.Module) -> Iterator[None]:
 
 def gathers_weights(model: nn.Module) -> bool:
     """Whether a forward pass gathers weights from several ranks (FSDP2, ZeRO-3)."""
-    return any(True for _ in _states(model)) or any(is_zero(p) for p in model.parameters())
+    return any(True for _ in _states(model)) or any(map(is_zero, model.parameters()))
 
 
 def is_model_sharded(model: nn.Module) -> bool:
@@ -368,9 +368,7 @@ def _refuse_cut_by_hand(model: nn.Module) -> None:
 
 
 def _refuse_without_hooks(model: nn.Module) -> None:
-    if not any(is_zero(p) for p in model.parameters()):
-        return
-    if not has_deepspeed_engine(model):
+    if any(map(is_zero, model.parameters())) and not has_deepspeed_engine(model):
         raise ValueError(
             "the weights are partitioned (ZeRO-3), and without an engine nothing gathers them in a forward pass: call "
             "deepspeed.initialize and give engine.module, or use strategy='layerwise'"
