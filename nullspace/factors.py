@@ -1,7 +1,7 @@
-"""From a weight and what a calibration knows of its inputs to the two factors of an adapter: one pure function a method, fp64.
+"""The two factors of an adapter from a weight and second moments of its inputs: one pure function a method, in float64.
 
-Most of them keep of W₀ what lies in r directions of its *output*, B A = Q Qᵀ W₀ with orthonormal Q, and differ in whose directions
-these are, and in how the product is divided among A and B:
+Most of them take the part of W₀ in r directions of its *output*, B A = Q Qᵀ W₀ with orthonormal Q. They differ in these directions,
+and in how the product is divided between A and B:
 
     pissa, milora    eigenvectors of W₀ W₀ᵀ                      the largest, the smallest
     corda            eigenvectors of W₀ C² W₀ᵀ                   the largest (ipm), the smallest (kpm)
@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 
 from nullspace import solvers
-from nullspace.checks import FRACTION, NOT_NEGATIVE, check_between, check_integer, check_real
+from nullspace.checks import FRACTION, NOT_NEGATIVE, check_between, check_integer, check_one_of, check_real
 
 CORDA_MODES = ("kpm", "ipm")
-# What PEFT and the paper's code add to the diagonal of C, relative to its mean.
+# Added to the diagonal of C, relative to its mean, by PEFT and the paper's code.
 DAMPING = 0.01
-# A singular value below this, relative to the norm of its product, is zero: nothing is divided by it.
+# Singular values below this, relative to the norm of the matrix, count as zero, and nothing is divided by them.
 ZERO = 1e-14
 
 
@@ -74,8 +74,8 @@ def b_zero(basis: torch.Tensor, d_out: int, *, rank: int | None = None) -> LowRa
 
     Args:
         basis: (d_in, k), columns by ascending eigenvalue.
-        d_out: rows of the weight, which is not needed for anything else.
-        rank: r of the adapter, at most k and d_out: the r quietest directions; k by default.
+        d_out: rows of the weight, which itself is not needed.
+        rank: r of the adapter, at most k and d_out; k by default. The r directions of the smallest eigenvalues are taken.
 
     Returns:
         `LowRank(A (r, d_in), B (d_out, r))`, float64, on the device of the basis.
@@ -131,20 +131,20 @@ def corda(
 ) -> LowRank:
     """CorDA's start (arXiv 2406.05223, eq. 2–5): SVD(W₀ C) = U Σ Vᵀ, and r triples of it: B = U_r √Σ_r, A = √Σ_r V_rᵀ C⁻¹.
 
-    As U_rᵀ W₀ C = Σ_r V_rᵀ, A is Σ_r^-½ U_rᵀ W₀ and B A = U_r U_rᵀ W₀: C⁻¹ is never formed. The scale of C does not change B A, but
-    how it is divided: B grows with its square root, and A shrinks.
+    As U_rᵀ W₀ C = Σ_r V_rᵀ, A is Σ_r^-½ U_rᵀ W₀ and B A = U_r U_rᵀ W₀: C⁻¹ is never formed. The scale of C does not change B A,
+    only its division: B grows with the square root of the scale, and A shrinks.
 
-    This minimises ‖(W₀ − W₀′) C‖ over the W₀′ of the residual's rank (kpm), and not ‖(W₀ − W₀′) X‖, which the paper sets out from:
-    for that see `corda_exact`.
+    This minimises ‖(W₀ − W₀′) C‖ over the W₀′ of the residual's rank (kpm); the paper's objective is ‖(W₀ − W₀′) X‖, for which see
+    `corda_exact`.
 
     Args:
         weight: (d_out, d_in) W₀.
         c: (d_in, d_in) second moment of the layer's inputs, in any scale.
         rank: r, at most the smaller side of the weight.
-        mode: `"kpm"` (knowledge-preserved: the last r triples, of data that must not be forgotten) or `"ipm"`
-            (instruction-previewed: the first r, of the task's data).
+        mode: `"kpm"` (knowledge-preserved: the last r triples; C of data to be preserved) or `"ipm"` (instruction-previewed: the
+            first r; C of the task's data).
         damping: added to the diagonal of C, relative to its mean. 0 leaves C as it is; it may be singular.
-        trace: that C is brought to, `Covariance.peft_trace` for PEFT's division of B A; by default d_in, a mean diagonal of 1.
+        trace: C is scaled to it: `Covariance.peft_trace` for PEFT's division of B A; by default d_in, a mean diagonal of 1.
 
     Returns:
         As `pissa`: singular values descending.
@@ -152,7 +152,7 @@ def corda(
     Raises:
         ValueError: if the shapes do not fit, r, mode or damping is out of range, or C is zero or holds NaN or Inf.
     """
-    _check_mode(mode)
+    check_one_of("mode", mode, CORDA_MODES)
     check_real("damping", damping, NOT_NEGATIVE)
     weight, (c,) = _with_moments(weight, c)
     if trace is not None and not 0.0 < trace < float("inf"):
@@ -167,18 +167,18 @@ def corda(
 
 @torch.no_grad()
 def corda_exact(weight: torch.Tensor, c: torch.Tensor, *, rank: int, mode: str = "kpm") -> LowRank:
-    """What CorDA approximates: SVD(W₀ C^½) = U Σ Vᵀ, B A = U_r Σ_r V_rᵀ C^-½ = U_r U_rᵀ W₀.
+    """The optimum that CorDA approximates: SVD(W₀ C^½) = U Σ Vᵀ, B A = U_r Σ_r V_rᵀ C^-½ = U_r U_rᵀ W₀.
 
     W₀ − B A minimises ‖(W₀ − W₀′) X‖_F over all W₀′ of its rank (kpm: arXiv 2503.02659, eq. 5), and B A does so over those of
-    rank r (ipm). U holds eigenvectors of W₀ C W₀ᵀ. Theorem 2 there says that CorDA's own start is the optimum, but the SVD of
-    W₀ C is that of another norm.
+    rank r (ipm). U holds eigenvectors of W₀ C W₀ᵀ. Theorem 2 there states this optimum for CorDA's start, but the SVD of W₀ C
+    is optimal in another norm.
 
     Args and errors: as `corda`.
 
     Returns:
-        As `pissa`, but Σ_r here is ‖u_iᵀ W₀‖: the rows of A and the columns of B are of equal norm.
+        As `pissa`, but with ‖u_iᵀ W₀‖ in place of Σ_r: the rows of A and the columns of B have equal norms.
     """
-    _check_mode(mode)
+    check_one_of("mode", mode, CORDA_MODES)
     weight, (c,) = _with_moments(weight, c)
     values, vectors = torch.linalg.eigh(c / _mean_diagonal(c))
     root = weight @ (vectors * values.clamp(min=0).sqrt())
@@ -188,7 +188,7 @@ def corda_exact(weight: torch.Tensor, c: torch.Tensor, *, rank: int, mode: str =
 
 @torch.no_grad()
 def sc_lora(weight: torch.Tensor, c_plus: torch.Tensor, c_minus: torch.Tensor, *, rank: int, beta: float = 0.5) -> LowRank:
-    """SC-LoRA's start (arXiv 2505.23724): outputs that the task's data drive and those to be preserved do not.
+    """SC-LoRA's start (arXiv 2505.23724): output directions that are large on the task's data and small on data to be preserved.
 
     Q holds the r top eigenvectors of (1 − β) Cov₊ − β Cov₋ of the layer's outputs, B = Q, A = Qᵀ W₀. With y = W₀ x, Cov = W₀ C W₀ᵀ,
     so no further pass over the data is needed; a bias of the layer is not part of y here.
@@ -196,7 +196,7 @@ def sc_lora(weight: torch.Tensor, c_plus: torch.Tensor, c_minus: torch.Tensor, *
     Args:
         weight: (d_out, d_in) W₀.
         c_plus: (d_in, d_in) second moment of the inputs of the task's data, *per token* (`Covariance.matrix() / Covariance.mass`).
-        c_minus: the same of the data to be preserved.
+        c_minus: the same for the data to be preserved.
         rank: r, at most d_out.
         beta: β between 0 (only the task) and 1 (only preservation).
 
@@ -221,7 +221,7 @@ def eva(c: torch.Tensor, mean: torch.Tensor, mass: float, d_out: int, *, rank: i
     Args:
         c: (d_in, d_in) second moment Σ x xᵀ of the inputs, uncentred.
         mean: (d_in,) their mean.
-        mass: how many tokens were summed (the sum of their weights, if they have any).
+        mass: the number of tokens (the sum of their weights, if they have weights).
         d_out: rows of the weight.
         rank: r, at most d_in and d_out.
 
@@ -258,7 +258,7 @@ def orthogonal(
         d_in: columns of the weight.
         d_out: its rows.
         rank: r, even.
-        generator: of the random numbers; PyTorch's own by default. They are drawn on the CPU, whatever the device.
+        generator: of the random numbers; PyTorch's default one otherwise. They are drawn on the CPU for every device.
         device: of the factors.
 
     Returns:
@@ -290,9 +290,9 @@ def _left(m: torch.Tensor, rank: int, end: str) -> tuple[torch.Tensor, torch.Ten
 
 
 def _projected(weight: torch.Tensor, u: torch.Tensor, sigma: torch.Tensor | None) -> LowRank:
-    """B A = U Uᵀ W₀, with B = U √σ and A = √σ⁻¹ Uᵀ W₀; a σ that is zero, or None, stands for the norm of its row of Uᵀ W₀.
+    """B A = U Uᵀ W₀ with B = U √σ and A = √σ⁻¹ Uᵀ W₀; where σ is zero or None, the norm of the row of Uᵀ W₀ replaces it.
 
-    Both signs are such that A is positive in the entry of largest magnitude of every row.
+    Signs: A is positive in the entry of largest magnitude of every row.
     """
     a = u.mT @ weight
     norms = torch.linalg.vector_norm(a, dim=1)
@@ -320,11 +320,6 @@ def _mean_diagonal(c: torch.Tensor) -> torch.Tensor:
         )
         raise ValueError(f"{what}: leave the layer out of the targets, or add data that reach it")
     return mean
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in CORDA_MODES:
-        raise ValueError(f"mode must be 'kpm' or 'ipm', not {mode!r}")
 
 
 def _check_rank_of(weight: torch.Tensor, rank: int, limit: int) -> None:

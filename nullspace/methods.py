@@ -17,7 +17,7 @@ from nullspace import factors
 from nullspace.artifacts.covariances import Covariances
 from nullspace.artifacts.sitewise import Sitewise
 from nullspace.artifacts.spaces import NullSpaces
-from nullspace.checks import FRACTION, NOT_NEGATIVE, POSITIVE, Range, check_integer, check_real
+from nullspace.checks import FRACTION, NOT_NEGATIVE, POSITIVE, Range, check_integer, check_one_of, check_real
 from nullspace.factors import LowRank
 from nullspace.model.linear import weight_shape
 from nullspace.moments.covariance import Covariance
@@ -189,8 +189,7 @@ def takers(option: str) -> list[str]:
 
 def check_method(method: str, given: Sources | None = None) -> None:
     """Raise `ValueError` for an unknown method, and for a number of `given` that is out of range or not one of its options."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}")
+    check_one_of("method", method, METHODS)
     if given is None:
         return
     for option, allowed in OPTIONS.items():

@@ -597,7 +597,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     *((lambda r=r: factors.eva(C, MEAN, 9, 4, rank=r), "rank must be between 1 and 4") for r in (0, 5)),
     (lambda: factors.eva(C, MEAN, 9, 40, rank=7), "rank must be between 1 and 6"),
     *((lambda r=r: factors.orthogonal(6, 4, rank=r), f"must be even, not {r}") for r in (3, 1, 0, -2)),
-    *((lambda f=f: f(WEIGHT, C, rank=1, mode="kpn"), "mode must be 'kpm' or 'ipm'") for f in OF_MOMENT),
+    *((lambda f=f: f(WEIGHT, C, rank=1, mode="kpn"), "mode must be one of 'kpm', 'ipm'") for f in OF_MOMENT),
     *((lambda d=d: factors.corda(WEIGHT, C, rank=1, damping=d), "damping must be") for d in (-0.1, NAN, INF)),
     *((lambda b=b: factors.sc_lora(WEIGHT, C, C, rank=1, beta=b), "beta must be between") for b in (-0.1, 1.1, NAN)),
     *(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nullspace.checks import check_integer
+from nullspace.checks import check_integer, check_one_of
 from nullspace.planning.units import duration, gigabytes
 
 PLACES = ("device", "host", "disk")
@@ -92,10 +92,9 @@ class Workload:
     def __post_init__(self) -> None:
         for name in ("samples", "length", "batch_size", "rank"):
             check_integer(name, getattr(self, name))
-        if self.device not in ("cuda", "cpu"):
-            raise ValueError(f"device must be 'cuda' or 'cpu', not {self.device!r}")
-        if self.weights is not None and self.weights not in PLACES:
-            raise ValueError(f"weights must be one of {', '.join(map(repr, PLACES))}, not {self.weights!r}")
+        check_one_of("device", self.device, ("cuda", "cpu"))
+        if self.weights is not None:
+            check_one_of("weights", self.weights, PLACES)
 
     @property
     def batches(self) -> int:

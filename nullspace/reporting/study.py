@@ -1,11 +1,11 @@
-"""The records of a preservation study: what each run forgot and what it learned, and methods compared where they learned the same.
+"""The records of a preservation study: what each run forgot and learned, and a comparison of methods at equal task loss.
 
 A study is one file of JSON Lines, which `benchmarks.preservation` writes, each line an object with a `kind`:
 
-| `kind` | what | beside it |
+| `kind` | what | other fields |
 |---|---|---|
 | `study` | what all runs have in common | `settings` |
-| `base` | the model before anything was done to it | `scores` |
+| `base` | the model before training, without adapters | `scores` |
 | `start` | with untrained adapters | `variant`, `scores` |
 | `dropped` | the base of the adapters alone, BA left out (the paper's Figure 5) | `variant`, `scores` |
 | `run` | after training | `variant`, `method`, `sigma_scale`, `learning_rate`, `seed`, `scores`, `layers` |
@@ -13,8 +13,8 @@ A study is one file of JSON Lines, which `benchmarks.preservation` writes, each 
 `scores` are of three groups: `knowledge` (data set → `log_likelihood` in nats an answer, `exact_match`), `text` (data set →
 `perplexity`), `task` (`loss` in nats a response token, `token_accuracy`, and `exact_match` where it was measured).
 
-Methods move at different speeds for one learning rate, so that a table at one learning rate compares speeds. A *front* is
-forgetting against task loss over all learning rates of a method; fronts are compared at one task loss.
+Methods learn at different speeds for one learning rate, so a table at one learning rate compares speeds. A *path* is forgetting
+against task loss over all learning rates of a method; paths are compared at one task loss.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nullspace.artifacts.records import check_regular
-from nullspace.checks import an_object, check_fields, finite, map_of, optional, or_none, shown, text, whole
+from nullspace.checks import an_object, check_fields, check_one_of, finite, map_of, optional, or_none, shown, text, whole
 
-# What the file is called in a study's directory.
+# The file in a study's directory.
 RESULTS = "results.jsonl"
 Record = dict[str, Any]
 
@@ -56,13 +56,13 @@ _RECORD_FIELDS = {
 
 
 class Study(NamedTuple):
-    """What a file of records holds.
+    """The records of a file, by kind.
 
     Attributes:
         settings: what all runs have in common.
-        base: scores of the model before anything was done to it; None if they are not there yet.
+        base: scores of the model before training; None if they are missing so far.
         start: variant → scores with untrained adapters.
-        dropped: variant → scores of the base of the adapters alone.
+        dropped: variant → scores of the adapters' base without them.
         runs: the records of runs.
     """
 
@@ -79,7 +79,7 @@ class Study(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Of several seeds: mean, standard deviation (nan of one), and how many."""
+    """Mean and standard deviation over seeds (NaN for one seed), and their number."""
 
     mean: float
     deviation: float
@@ -87,13 +87,13 @@ class Spread(NamedTuple):
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """The lines of a file of JSON Lines; a last one that was cut off while it was written is left out.
+    """The lines of a file of JSON Lines, without an incomplete last line (of an interrupted run).
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is no such file.
         ValueError: naming file and line, for any other line that is not an object with a `kind`.
     """
-    found: list[Record] = []
+    records: list[Record] = []
     check_regular(Path(path))
     try:
         content = Path(path).read_text(encoding="utf-8")
@@ -106,18 +106,32 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
             raise ValueError(f"{path}, line {number}: not a record of a preservation study")
-        found.append(record)
-    return found
+        records.append(record)
+    return records
 
 
 def read_study(path: str | os.PathLike[str]) -> Study:
-    """A study's records, sorted by what they are.
+    """The records of a study by kind, checked.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming it and the record, if it is not of a study, or a record lacks what its kind has or says what it cannot.
+        ValueError: naming the file and the record, if it is no study, or a record lacks a field or has a value out of range.
     """
     records = read_records(path)
+    _check_records(records, path)
+    of_kind: dict[str, list[Record]] = {kind: [r for r in records if r["kind"] == kind] for kind in _RECORD_FIELDS}
+    if not of_kind["study"]:
+        raise ValueError(f"{path} does not begin with the settings of a preservation study")
+    return Study(
+        of_kind["study"][0]["settings"],
+        next((record["scores"] for record in of_kind["base"]), None),
+        {record["variant"]: record["scores"] for record in of_kind["start"]},
+        {record["variant"]: record["scores"] for record in of_kind["dropped"]},
+        of_kind["run"],
+    )
+
+
+def _check_records(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
     base = next((record for record in records if record["kind"] == "base"), None)
     measured = next(
         (set(record["layers"]) for record in records if isinstance(record.get("layers"), dict) and record["layers"]), set()
@@ -132,16 +146,6 @@ def read_study(path: str | os.PathLike[str]) -> Study:
                 raise ValueError(f"{where}: its scores are of {_data_sets(record)}, and the base's of {_data_sets(base)}")
         if record["kind"] == "run" and record.get("layers") and set(record["layers"]) != measured:
             raise ValueError(f"{where}: its 'layers' have {sorted(record['layers'])}, and the first run's {sorted(measured)}")
-    settings = next((record["settings"] for record in records if record["kind"] == "study"), None)
-    if settings is None:
-        raise ValueError(f"{path} does not begin with the settings of a preservation study")
-    return Study(
-        settings,
-        next((record["scores"] for record in records if record["kind"] == "base"), None),
-        {record["variant"]: record["scores"] for record in records if record["kind"] == "start"},
-        {record["variant"]: record["scores"] for record in records if record["kind"] == "dropped"},
-        [record for record in records if record["kind"] == "run"],
-    )
 
 
 def _check_scores(scores: Mapping[str, Any], where: str, *, task_alone: bool = False) -> None:
@@ -151,8 +155,8 @@ def _check_scores(scores: Mapping[str, Any], where: str, *, task_alone: bool = F
         return
     check_fields(scores, {"knowledge": an_object(), "text": an_object()}, f"{where}, scores")
     for group, fields in (("knowledge", _KNOWLEDGE_FIELDS), ("text", _TEXT_FIELDS)):
-        for name, found in scores[group].items():
-            check_fields(found, fields, f"{where}, scores, {group}, {name!r}")
+        for name, values in scores[group].items():
+            check_fields(values, fields, f"{where}, scores, {group}, {name!r}")
 
 
 def _data_sets(record: Record) -> list[str]:
@@ -163,16 +167,16 @@ def _data_sets(record: Record) -> list[str]:
 
 
 def knowledge_lost(scores: Mapping[str, Any], base: Mapping[str, Any]) -> float:
-    """How much less likely the gold answers became: nats an answer, the mean over the knowledge sets."""
+    """The decrease of the gold answers' log-likelihood: nats an answer, the mean over the knowledge sets."""
     return statistics.fmean(
-        base["knowledge"][name]["log_likelihood"] - found["log_likelihood"] for name, found in scores["knowledge"].items()
+        base["knowledge"][name]["log_likelihood"] - after["log_likelihood"] for name, after in scores["knowledge"].items()
     )
 
 
 def text_lost(scores: Mapping[str, Any], base: Mapping[str, Any]) -> float:
-    """How much worse text is predicted: growth of the log-perplexity, nats a token, the mean over the texts."""
+    """The increase of the log-perplexity: nats a token, the mean over the texts."""
     return statistics.fmean(
-        math.log(found["perplexity"] / base["text"][name]["perplexity"]) for name, found in scores["text"].items()
+        math.log(after["perplexity"] / base["text"][name]["perplexity"]) for name, after in scores["text"].items()
     )
 
 
@@ -183,11 +187,11 @@ MEASURES: dict[str, Measure] = {"knowledge": knowledge_lost, "text": text_lost}
 def paper_columns(scores: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float | None]:
     """The columns of the paper's tables, in per cent.
 
-    Avg1: the mean exact match over the knowledge sets. Avg1(Per): the mean of what is left of each, after / before. Avg2: the task,
+    Avg1: the mean exact match over the knowledge sets. Avg1(Per): the mean ratio after / before. Avg2: the task,
     exact match where it was measured and the accuracy of response tokens otherwise. GM: √(Avg1 · Avg2). None where the model
-    knew no answer to begin with, or none was written.
+    knew no answer before, or no answer was generated.
     """
-    matches = {name: found.get("exact_match") for name, found in scores["knowledge"].items()}
+    matches = {name: after.get("exact_match") for name, after in scores["knowledge"].items()}
     avg2 = 100 * scores["task"].get("exact_match", scores["task"]["token_accuracy"])
     if any(match is None for match in matches.values()):
         return {"Avg1": None, "Avg1(Per)": None, "Avg2": avg2, "GM": None}
@@ -205,7 +209,7 @@ def path(runs: Iterable[Record], base: Mapping[str, Any], measure: str) -> list[
 
 
 def at_task_loss(points: Sequence[tuple[float, float]], target: float) -> float | None:
-    """Forgetting where a path of (task loss, forgetting) first comes down to a task loss, linear between its points.
+    """Forgetting where a path of (task loss, forgetting) first reaches a task loss from above, linear between points; or None.
 
     Example:
         >>> at_task_loss([(2.0, 0.0), (1.5, 0.25), (1.0, 0.75)], 1.25)
@@ -221,7 +225,7 @@ def at_task_loss(points: Sequence[tuple[float, float]], target: float) -> float 
 
 
 def common_losses(study: Study, parts: Sequence[float] = (0.25, 0.5, 0.75, 1.0)) -> list[float]:
-    """Task losses that every variant reaches with every seed: these parts of the way from the base's to the hardest to reach."""
+    """Task losses that every variant reaches with every seed: at these fractions between the base's and the lowest of them."""
     assert study.base is not None
     begin = study.base["task"]["loss"]
     hardest = max(min(run["scores"]["task"]["loss"] for run in runs) for runs in _paths(study).values())
@@ -238,36 +242,35 @@ def at_equal_loss(study: Study, measure: str = "knowledge", losses: Sequence[flo
 
     Returns:
         One row a variant and loss: `variant`, `task_loss`, `forgetting` (a `Spread` over the seeds that reach the loss; None if
-        none does), `reached` (how many seeds do) and `seeds`.
+        none does), `reached` (the number of those seeds) and `seeds`.
 
     Raises:
         ValueError: if the study has no base or no runs, or for an unknown measure.
     """
-    if measure not in MEASURES:
-        raise ValueError(f"measure must be one of {', '.join(MEASURES)}, not {measure!r}")
+    check_one_of("measure", measure, MEASURES)
     if study.base is None or not study.runs:
         raise ValueError("the study has no run to compare yet")
     by_path = _paths(study)
     rows = []
     for loss in common_losses(study) if losses is None else losses:
         for variant in study.variants:
-            found = [at_task_loss(path(runs, study.base, measure), loss) for (name, _), runs in by_path.items() if name == variant]
-            reached = [value for value in found if value is not None]
+            lost = [at_task_loss(path(runs, study.base, measure), loss) for (name, _), runs in by_path.items() if name == variant]
+            reached = [value for value in lost if value is not None]
             rows.append(
                 {
                     "variant": variant,
                     "task_loss": loss,
                     "forgetting": spread(reached) if reached else None,
                     "reached": len(reached),
-                    "seeds": len(found),
+                    "seeds": len(lost),
                 }
             )
     return rows
 
 
 def over_seeds(study: Study) -> list[Record]:
-    """One row a variant and learning rate: `variant`, `learning_rate`, and a `Spread` of `task_loss`, of what was forgotten, of the
-    paper's columns, and of what the records say of the `layers`."""
+    """One row a variant and learning rate: `variant`, `learning_rate`, and a `Spread` of `task_loss`, of the measures of forgetting,
+    of the paper's columns, and of the numbers in `layers`."""
     assert study.base is not None
     groups: dict[tuple[str, float], list[Record]] = {}
     for run in study.runs:
@@ -278,10 +281,10 @@ def over_seeds(study: Study) -> list[Record]:
         for name, lost in MEASURES.items():
             values[f"{name}_lost"] = [lost(run["scores"], study.base) for run in runs]
         columns = [paper_columns(run["scores"], study.base) for run in runs]
-        values.update({name: [found[name] for found in columns] for name in columns[0]})
+        values.update({name: [row[name] for row in columns] for name in columns[0]})
         if all(run.get("layers") for run in runs):
             values.update({name: [run["layers"][name] for run in runs] for name in runs[0]["layers"]})
-        known = {name: spread([v for v in found if v is not None]) for name, found in values.items() if None not in found}
+        known = {name: spread([v for v in each if v is not None]) for name, each in values.items() if None not in each}
         rows.append({"variant": variant, "learning_rate": rate, **known})
     return rows
 
@@ -292,7 +295,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def as_json(rows: Iterable[Record]) -> list[Record]:
-    """Rows with every `Spread` as an object; a deviation that there is not is null."""
+    """Rows with every `Spread` as an object; the deviation of a single seed is null."""
     return [
         {
             name: {**value._asdict(), "deviation": None if math.isnan(value.deviation) else value.deviation}
@@ -305,7 +308,8 @@ def as_json(rows: Iterable[Record]) -> list[Record]:
 
 
 def _paths(study: Study) -> dict[tuple[str, int], list[Record]]:
-    found: dict[tuple[str, int], list[Record]] = {}
+    """The runs by variant and seed."""
+    paths: dict[tuple[str, int], list[Record]] = {}
     for run in study.runs:
-        found.setdefault((run["variant"], run["seed"]), []).append(run)
-    return found
+        paths.setdefault((run["variant"], run["seed"]), []).append(run)
+    return paths

@@ -137,7 +137,7 @@ def test_one_row_a_variant_and_rate_with_its_spread() -> None:
 def test_nothing_to_compare() -> None:
     with pytest.raises(ValueError, match="no run to compare"):
         fronts.at_equal_loss(study())
-    with pytest.raises(ValueError, match="measure must be one of knowledge, text"):
+    with pytest.raises(ValueError, match="measure must be one of 'knowledge', 'text'"):
         fronts.at_equal_loss(study(run("a", 1e-3, 0, 1.0, -11.0)), "wisdom")
 
 
