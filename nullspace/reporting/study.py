@@ -269,7 +269,7 @@ def at_equal_loss(study: Study, measure: str = "knowledge", losses: Sequence[flo
 
 
 def over_seeds(study: Study) -> list[Record]:
-    """One row a variant and learning rate: `variant`, `learning_rate`, and a `Spread` of `task_loss`, of the measures of forgetting,
+    """One row a variant and learning rate: `variant`, `learning_rate`, and a `Spread` of `task_loss`, of each `…_lost`,
     of the paper's columns, and of the numbers in `layers`."""
     assert study.base is not None
     groups: dict[tuple[str, float], list[Record]] = {}
