@@ -1,8 +1,8 @@
-"""How quiet are the bases really? Every site of SmolLM2-135M, and of it under massive activations.
+"""The excess leak of the bases, at every site of SmolLM2-135M, and at some with massive activations planted.
 
     python -m benchmarks.accuracy
 
-Workload: 4,096 tokens of English, rank 32, all 120 inputs that linear layers hear. Truth: the float64 singular values of the
+Workload: 4,096 tokens of English, rank 32, all 120 inputs of linear layers. Reference: the float64 singular values of the
 materialised activations. Figure: excess leak, ‖UᵀX‖ over the optimum, minus 1, for both precisions and, beside them, for one
 float32 product with a float64 eigensolver (what one writes without thinking). The massive activations are planted: 32 of the
 tokens are scaled by 1e3 and by 1e4, at the inputs of layers 0, 1, 15 and 29.

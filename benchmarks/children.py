@@ -34,14 +34,14 @@ def run_child(module: str, arguments: list[str], *, timeout: float | None = None
 
 
 def run_together(module: str, count: int, arguments: list[str], *, timeout: float = 300.0) -> list[dict[str, Any]]:
-    """`run_child` of `count` processes at the same time, which are also told `--rank`, `--ranks` and `--meet` (a file to meet at).
+    """`run_child` of `count` processes at the same time, which also get `--rank`, `--ranks` and `--meet` (the rendezvous file).
 
     Each computes with one thread. If one fails or takes too long, all are ended, and the program with them.
     """
     from nullspace.artifacts.locks import temporary_folder
 
     with temporary_folder() as folder, contextlib.ExitStack() as stack:
-        processes, said = [], []
+        processes, outputs = [], []
         for rank in range(count):
             own = ["--rank", str(rank), "--ranks", str(count), "--meet", f"{folder}/meet"]
             files = [stack.enter_context(Path(folder, f"{rank}.{name}").open("w+")) for name in ("out", "err")]
@@ -63,12 +63,12 @@ def run_together(module: str, count: int, arguments: list[str], *, timeout: floa
                 err.seek(0)
                 raise SystemExit(f"{' '.join(arguments)}: rank {rank} of {count}: {code}\n{err.read()[-2000:]}")
             out.seek(0)
-            said.append(json.loads(out.read().splitlines()[-1]))
-    return said
+            outputs.append(json.loads(out.read().splitlines()[-1]))
+    return outputs
 
 
 def take_turns(module: str, variants: Sequence[str], rounds: int, arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """Every variant once a round, so that a slow spell of the machine hits all of them: what each run printed, and its round."""
+    """Every variant once a round, so that a slow period of the machine affects all; returns each run's output and round."""
     runs: list[dict[str, Any]] = []
     for number in range(rounds):
         for variant in variants:
@@ -86,12 +86,12 @@ def show_summary(summary: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def peak_bytes() -> int:
-    """The most that this process has had in memory (Linux). `ru_maxrss` would begin with its parent's."""
+    """Peak resident memory of this process (Linux). `ru_maxrss` would start with that of its parent."""
     return _status("VmHWM")
 
 
 def anonymous_bytes() -> int:
-    """What this process holds of memory that is no file's (Linux)."""
+    """Memory of this process that belongs to no file (Linux)."""
     return _status("RssAnon")
 
 
@@ -99,7 +99,7 @@ def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status does not say {field}")
+    raise OSError(f"/proc/self/status has no {field}")
 
 
 class PeakMemory:

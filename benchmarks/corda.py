@@ -15,32 +15,26 @@ layers of three blocks, and for random W and inputs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.children import peak_bytes, show_summary, take_turns
 from benchmarks.environment import write_result
-from benchmarks.peers import BATCH_SIZE, LENGTH, RANK, SAMPLES, checkpoint_of_demo_model, setup, summarise
+from benchmarks.peers import (
+    RANK,
+    WORKLOAD,
+    checkpoint_of_demo_model,
+    corda_config,
+    parser_of,
+    sample_by_sample,
+    setup,
+    summarise,
+)
 
 VARIANTS = ["forward", "nullspace", "peft"]
 BLOCKS = (1, 15, 28)
 LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-
-
-def configuration(mode: str, targets: list[str]) -> Any:
-    from peft import LoraConfig
-    from peft.tuners.lora.config import CordaConfig
-
-    return LoraConfig(
-        r=RANK,
-        lora_alpha=RANK,
-        init_lora_weights="corda",
-        target_modules=targets,
-        corda_config=CordaConfig(corda_method=mode),  # type: ignore[arg-type]
-    )
 
 
 def function(variant: str) -> Any:
@@ -53,23 +47,11 @@ def function(variant: str) -> Any:
     return ours
 
 
-def runner(model: Any, batches: Any) -> Any:
-    import torch
-
-    def run_model() -> None:
-        with torch.no_grad():
-            for batch in batches:
-                for sample in batch["input_ids"].split(1):
-                    model(input_ids=sample, use_cache=False)
-
-    return run_model
-
-
 def run_variant(variant: str, mode: str, checkpoint: str) -> dict[str, Any]:
     from nullspace.model.sites import find_targets
 
     model, batches = setup(checkpoint)
-    config, run_model = configuration(mode, list(find_targets(model))), runner(model, batches)
+    config, run_model = corda_config(mode, list(find_targets(model))), sample_by_sample(model, batches)
     preprocess = function(variant)
     loaded = peak_bytes()
     began = time.perf_counter()
@@ -96,7 +78,7 @@ def distances(model: Any, names: list[str], inputs: Any, mode: str, run_model: A
     """Of every layer: how far either BA is from the reference, and the two from each other, relatively."""
     import torch
 
-    config = configuration(mode, names)
+    config = corda_config(mode, names)
     product: dict[str, dict[str, Any]] = {}
     for variant in ("nullspace", "peft"):
         options = {"parity": True} if variant == "nullspace" else {}
@@ -136,7 +118,7 @@ def accuracy(checkpoint: str) -> list[dict[str, Any]]:
         model.get_submodule(name).register_forward_pre_hook(lambda _, args, kept=inputs[name]: kept.append(args[0][0].clone()))
         for name in names
     ]
-    run_model = runner(model, batches)
+    run_model = sample_by_sample(model, batches)
     run_model()
     for handle in handles:
         handle.remove()
@@ -156,11 +138,8 @@ def accuracy(checkpoint: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = parser_of(__doc__, VARIANTS)
     parser.add_argument("--mode", choices=("kpm", "ipm"), default="kpm")
-    parser.add_argument("--checkpoint", type=Path, default=Path(".venv") / "smollm2-135m", help="made if it is not there")
-    parser.add_argument("--run", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
         print(json.dumps(run_variant(options.run, options.mode, str(options.checkpoint))))
@@ -176,8 +155,7 @@ def main() -> None:
     show_summary(summary)
     speed = summary["peft"]["time_over_forward"] / summary["nullspace"]["time_over_forward"]
     print(f"{speed:.2f} x faster than PEFT (ratio of medians)")
-    workload = {"model": "SmolLM2-135M float32", "samples": SAMPLES, "length": LENGTH, "batch_size": BATCH_SIZE, "rank": RANK}
-    content = {"workload": {**workload, "mode": options.mode}, "summary": summary, "accuracy": rows, "runs": runs}
+    content = {"workload": {**WORKLOAD, "mode": options.mode}, "summary": summary, "accuracy": rows, "runs": runs}
     print(f"\nwrote {write_result('corda-cpu', content)}")
 
 

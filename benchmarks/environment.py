@@ -1,4 +1,4 @@
-"""What a result must carry to mean something: hardware, versions, commit."""
+"""The environment of a result: hardware, versions, commit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "vector_unit": torch.backends.cpu.get_cpu_capability(),
         "versions": versions,
-        # A copy of the tree without its history is told its commit.
+        # A copy of the tree without its history gets its commit from the environment.
         "commit": _git("rev-parse", "HEAD") or os.environ.get("NULLSPACE_COMMIT", ""),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"))
         if _git("rev-parse", "HEAD")

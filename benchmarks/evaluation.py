@@ -39,14 +39,14 @@ def questions(rows: Iterable[Mapping[str, Any]]) -> list[Question]:
     Raises:
         ValueError: naming the row that has no question or no answer.
     """
-    found = []
+    questions = []
     for number, row in enumerate(rows, start=1):
         answers = _answers(row.get("answer", row.get("answers")))
         if not row.get("question") or not answers:
             raise ValueError(f"row {number} has no question and answer; its fields are {', '.join(map(str, row))}")
         question = str(row["question"]).strip().rstrip("?")
-        found.append(Question(f"Question: {question}?\nAnswer:", answers))
-    return found
+        questions.append(Question(f"Question: {question}?\nAnswer:", answers))
+    return questions
 
 
 def _answers(given: Any) -> tuple[str, ...]:
@@ -118,7 +118,7 @@ def score(model: Any, rows: Sequence[Mapping[str, Sequence[int]]], batch_size: i
     """
     model.eval()
     cache = _read(model, context)
-    found: dict[int, tuple[float, int, int]] = {}
+    sums: dict[int, tuple[float, int, int]] = {}
     for batch in _batches([len(row["input_ids"]) for row in rows], batch_size):
         ids_bt, mask_bt = _padded([rows[row]["input_ids"] for row in batch], 0, model.device)
         labels_bt, _ = _padded([rows[row]["labels"] for row in batch], IGNORED, model.device)
@@ -130,8 +130,8 @@ def score(model: Any, rows: Sequence[Mapping[str, Sequence[int]]], batch_size: i
         hit_n = logits_nv.argmax(-1) == gold_n
         sizes = wanted_bt.sum(1).tolist()
         for row, likely, hit in zip(batch, likely_n.split(sizes), hit_n.split(sizes), strict=True):
-            found[row] = (float(likely.sum()), len(likely), int(hit.sum()))
-    in_order = [found[row] for row in range(len(rows))]
+            sums[row] = (float(likely.sum()), len(likely), int(hit.sum()))
+    in_order = [sums[row] for row in range(len(rows))]
     return Scored(*(list(column) for column in zip(*in_order, strict=True)))  # type: ignore[arg-type]
 
 
@@ -163,15 +163,15 @@ def knowledge(
     before = "".join(f"{shot.prompt} {shot.answers[0]}\n\n" for shot in shots)
     context = _ids(tokenizer, before, first=True) if before else []
     rows = [tokenized(tokenizer, question.prompt, " " + question.answers[0], first=not context) for question in asked]
-    found = {"log_likelihood": _mean(score(model, rows, batch_size, context=context).log_likelihood)}
+    scores = {"log_likelihood": _mean(score(model, rows, batch_size, context=context).log_likelihood)}
     if new_tokens:
         asked = asked[:answered]
         prompts = [question.prompt for question in asked]
-        said = greedy(model, tokenizer, prompts, new_tokens=new_tokens, batch_size=2 * batch_size, context=context)
-        answers = [normalised(text.lstrip().split("\n", 1)[0]) for text in said]
+        texts = greedy(model, tokenizer, prompts, new_tokens=new_tokens, batch_size=2 * batch_size, context=context)
+        answers = [normalised(text.lstrip().split("\n", 1)[0]) for text in texts]
         gold = [{normalised(answer) for answer in question.answers} for question in asked]
-        found["exact_match"] = _mean(answer in right for answer, right in zip(answers, gold, strict=True))
-    return found
+        scores["exact_match"] = _mean(answer in right for answer, right in zip(answers, gold, strict=True))
+    return scores
 
 
 def perplexity(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], batch_size: int = 4) -> float:
@@ -182,15 +182,15 @@ def perplexity(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], batch_
             kept = ids[mask.bool()].tolist()
             if len(kept) > 1:
                 rows.append({"input_ids": kept, "labels": [IGNORED, *kept[1:]]})
-    found = score(model, rows, batch_size)
-    return math.exp(-sum(found.log_likelihood) / sum(found.tokens))
+    scored = score(model, rows, batch_size)
+    return math.exp(-sum(scored.log_likelihood) / sum(scored.tokens))
 
 
 def task(model: Any, rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int = 8) -> dict[str, float]:
     """`loss`: nats a response token. `token_accuracy`: the share of response tokens that were the likeliest ones."""
-    found = score(model, rows, batch_size)
-    tokens = sum(found.tokens)
-    return {"loss": -sum(found.log_likelihood) / tokens, "token_accuracy": sum(found.hits) / tokens}
+    scored = score(model, rows, batch_size)
+    tokens = sum(scored.tokens)
+    return {"loss": -sum(scored.log_likelihood) / tokens, "token_accuracy": sum(scored.hits) / tokens}
 
 
 @torch.no_grad()
@@ -201,7 +201,7 @@ def greedy(
     model.eval()
     cache = _read(model, context)
     ids = [_ids(tokenizer, prompt, first=not context) for prompt in prompts]
-    said: dict[int, str] = {}
+    texts: dict[int, str] = {}
     for batch in _batches([len(row) for row in ids], batch_size):
         ids_bt, mask_bt = _padded([ids[row] for row in batch], 0, model.device)
         logits_btv, kept = _behind(model, cache, ids_bt, mask_bt, keep=True)
@@ -223,24 +223,24 @@ def greedy(
         for row, tokens in zip(batch, torch.cat(written, 1).tolist(), strict=True):
             if tokenizer.eos_token_id in tokens:
                 tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
-            said[row] = tokenizer.decode(tokens)
-    return [said[row] for row in range(len(ids))]
+            texts[row] = tokenizer.decode(tokens)
+    return [texts[row] for row in range(len(ids))]
 
 
 def last_number(text: str) -> str | None:
     """GSM8K's answer: what stands behind `####`, or else the last number, without separators and trailing zeros."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text.rsplit("####", 1)[-1])
-    if not found:
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text.rsplit("####", 1)[-1])
+    if not numbers:
         return None
-    number = (found[0] if "####" in text else found[-1]).replace(",", "")
+    number = (numbers[0] if "####" in text else numbers[-1]).replace(",", "")
     return number.rstrip("0").rstrip(".") if "." in number else number
 
 
-def same_result(said: str, gold: str) -> bool:
+def same_result(answer: str, gold: str) -> bool:
     """Whether a written response ends where the gold one does: in GSM8K's number, or else word for word, after `normalised`."""
     if "####" in gold:
-        return last_number(said) == last_number(gold)
-    return normalised(said) == normalised(gold)
+        return last_number(answer) == last_number(gold)
+    return normalised(answer) == normalised(gold)
 
 
 def normalised(answer: str) -> str:

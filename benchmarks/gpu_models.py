@@ -5,7 +5,7 @@
 
 Workload: random weights in bf16 (`benchmarks.shapes`, massive activations planted), 256 × 1024 tokens in batches of 4, all seven
 projections, rank 128. The depth is cut to `--blocks`, since all blocks are alike and a decomposition of 14,336 columns in float64
-takes many seconds; what is said of the whole depth is extrapolated by block, and marked so. Not timed: making the model.
+takes many seconds; figures for the whole depth are extrapolated by block, and marked so. Not timed: making the model.
 
 A run is one fresh process, the variants take turns within a round, and no process outlives `--seconds`: what does not fit is left
 out and named. Peak memory is `torch.cuda.max_memory_allocated`, the model's weights included (on a CPU, anonymous memory
@@ -113,13 +113,13 @@ def ours(options: argparse.Namespace, model: Any, variant: str) -> dict[str, Any
         tolerance=float("inf"),  # the fast sums alone: a second pass would be another measurement
         **wanted,
     )
-    found = [spaces[site.name] for site in spaces.sites]
+    each = [spaces[site.name] for site in spaces.sites]
     return {
         "stages": {stage: at - began for stage, at in marks.items()},
-        "sites": len(found),
-        "leak": {"median": statistics.median(s.leak for s in found), "max": max(s.leak for s in found)},
-        "excess_estimate_max": max(s.excess_estimate for s in found),
-        "precisions": sorted({s.precision for s in found}),
+        "sites": len(each),
+        "leak": {"median": statistics.median(s.leak for s in each), "max": max(s.leak for s in each)},
+        "excess_estimate_max": max(s.excess_estimate for s in each),
+        "precisions": sorted({s.precision for s in each}),
     }
 
 
@@ -189,14 +189,14 @@ def run_variant(options: argparse.Namespace, variant: str) -> dict[str, Any]:
 
 
 def forecasts(options: argparse.Namespace) -> dict[str, float]:
-    """What `nullspace.planning` says of each variant's peak, in GB, for the result to be held against."""
+    """The forecast of `nullspace.planning` for each variant's peak, in GB."""
     import torch
 
     from benchmarks import shapes
     from nullspace.planning.forecast import forecast
     from nullspace.planning.plan import Workload
 
-    said: dict[str, float] = {}
+    forecast_gb: dict[str, float] = {}
     for variant, (strategy, weights, hidden) in OURS.items():
         capped = variant.startswith("capped") and options.device == "cuda"
         name, blocks = (CAPPED_MODEL, CAPPED_BLOCKS) if capped else (options.model, options.blocks)
@@ -213,8 +213,8 @@ def forecasts(options: argparse.Namespace) -> dict[str, float]:
             weights, hidden = ("disk" if weights == "disk" else "host"), "host"
         for plan in forecast(empty, work):
             if (plan.strategy, plan.weights) == (strategy, weights) and hidden == plan.hidden_states:
-                said[variant] = (plan.device_bytes or plan.host_bytes) / 1e9
-    return said
+                forecast_gb[variant] = (plan.device_bytes or plan.host_bytes) / 1e9
+    return forecast_gb
 
 
 def summarise(runs: list[dict[str, Any]], depth: int) -> dict[str, dict[str, Any]]:
@@ -285,11 +285,11 @@ def main() -> None:
     from benchmarks import shapes
 
     depth = shapes.config(options.model).num_hidden_layers
-    summary, said = summarise(runs, depth), forecasts(options)
+    summary, forecast_gb = summarise(runs, depth), forecasts(options)
     for variant, figures in summary.items():
         ratio = f"{figures['time_over_forward']:6.2f} x" if figures["time_over_forward"] else "       –"
         leak = f"  leak {figures['leak']['median']:.2e}" if figures["leak"] else ""
-        forecast = f" (forecast {said[variant]:.2f})" if variant in said else ""
+        forecast = f" (forecast {forecast_gb[variant]:.2f})" if variant in forecast_gb else ""
         print(f"{variant:16} {figures['seconds']:8.1f} s {ratio}  peak {figures['peak_gb']:6.2f} GB{forecast}{leak}")
         if "extrapolated_seconds_all_blocks" in figures:
             print(f"{'':16} {figures['extrapolated_seconds_all_blocks']:8.0f} s for all {depth} blocks, EXTRAPOLATED")
@@ -300,7 +300,7 @@ def main() -> None:
         "workload": {name: getattr(options, name) for name in names},
         "extrapolated": "extrapolated_seconds_all_blocks is seconds · depth / blocks; nobody has measured it",
         "summary": summary,
-        "forecast_gb": said,
+        "forecast_gb": forecast_gb,
         "left_out": left_out,
         "runs": runs,
     }

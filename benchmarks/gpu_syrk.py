@@ -418,10 +418,13 @@ def main() -> None:
             continue
         try:
             # At the largest width one `eigh` takes tens of seconds, and what cuBLAS loses is known from the others.
-            result["errors"][d] = found = errors(d, WINDOWS if d <= 4096 else (), cublas=d <= 20_000)
+            result["errors"][d] = measured_errors = errors(d, WINDOWS if d <= 4096 else (), cublas=d <= 20_000)
         except RuntimeError as error:  # cuSOLVER has failed above 25,000; the speeds are worth keeping
-            result["errors"][d] = found = {"failed": str(error)[:300]}
-        print(f"d {d:6} " + ", ".join(f"{k} {v:.2e}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()), flush=True)
+            result["errors"][d] = measured_errors = {"failed": str(error)[:300]}
+        print(
+            f"d {d:6} " + ", ".join(f"{k} {v:.2e}" if isinstance(v, float) else f"{k} {v}" for k, v in measured_errors.items()),
+            flush=True,
+        )
         if GPU:
             torch.cuda.empty_cache()
             write_result(f"gpu_syrk-{slug()}", result, arguments.out)

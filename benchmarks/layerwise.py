@@ -12,16 +12,14 @@ Measured is `compute_null_spaces` without injection; loading and tokenising are 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.children import peak_bytes, show_summary, take_turns
 from benchmarks.environment import write_result
-from benchmarks.peers import BATCH_SIZE, LENGTH, RANK, SAMPLES, checkpoint_of_demo_model, forward, setup, summarise
+from benchmarks.peers import RANK, WORKLOAD, checkpoint_of_demo_model, forward, parser_of, setup, summarise
 
 VARIANTS = ["forward", "resident", "layerwise"]
 
@@ -48,11 +46,7 @@ def run_variant(variant: str, checkpoint: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--checkpoint", type=Path, default=Path(".venv") / "smollm2-135m", help="made if it is not there")
-    parser.add_argument("--run", choices=VARIANTS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser_of(__doc__, VARIANTS).parse_args()
     if options.run:
         print(json.dumps(run_variant(options.run, str(options.checkpoint))))
         return
@@ -60,8 +54,7 @@ def main() -> None:
     runs = take_turns("benchmarks.layerwise", VARIANTS, options.rounds, ["--checkpoint", checkpoint])
     summary = summarise(runs, VARIANTS)
     show_summary(summary)
-    workload = {"model": "SmolLM2-135M float32", "samples": SAMPLES, "length": LENGTH, "batch_size": BATCH_SIZE, "rank": RANK}
-    print(f"\nwrote {write_result('layerwise-cpu', {'workload': workload, 'summary': summary, 'runs': runs})}")
+    print(f"\nwrote {write_result('layerwise-cpu', {'workload': WORKLOAD, 'summary': summary, 'runs': runs})}")
 
 
 if __name__ == "__main__":

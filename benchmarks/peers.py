@@ -4,7 +4,7 @@
 
 Workload: SmolLM2-135M in float32, 16 × 512 tokens in batches of 4, all 210 linear layers, rank 32, on the CPU. A run is one fresh
 process, so that its peak memory is its own; loading the model and tokenising are not timed. The variants take turns within a
-round, so that a slow spell of the machine hits all of them; ratios are taken within a round, and their median is reported.
+round, so that a slow period of the machine affects all of them; ratios are taken within a round, and their median is reported.
 
 - `forward`: the model over the batches, nothing else.
 - `nullspace`: `compute_null_spaces` and `inject_adapters`.
@@ -18,6 +18,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from benchmarks.children import peak_bytes, show_summary, take_turns
 from benchmarks.environment import write_result
 
 SAMPLES, LENGTH, BATCH_SIZE, RANK = 16, 512, 4, 32
+WORKLOAD = {"model": "SmolLM2-135M float32", "samples": SAMPLES, "length": LENGTH, "batch_size": BATCH_SIZE, "rank": RANK}
 VARIANTS = ("forward", "nullspace", "corda")
 
 
@@ -69,21 +71,17 @@ def nullspace(model: Any, batches: Any) -> dict[str, float]:
     }
 
 
-def corda(model: Any, batches: Any) -> dict[str, float]:
-    import torch
-    from peft import LoraConfig, get_peft_model
+def corda_config(mode: str, targets: list[str]) -> Any:
+    from peft import LoraConfig
     from peft.tuners.lora.config import CordaConfig
-    from peft.tuners.lora.corda import preprocess_corda
 
-    from nullspace.model.sites import find_targets
+    corda: Any = CordaConfig(corda_method=mode)  # type: ignore[arg-type]
+    return LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="corda", target_modules=targets, corda_config=corda)
 
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=RANK,
-        init_lora_weights="corda",
-        target_modules=list(find_targets(model)),
-        corda_config=CordaConfig(corda_method="kpm"),
-    )
+
+def sample_by_sample(model: Any, batches: Any) -> Callable[[], None]:
+    """The `run_model` of PEFT's CorDA, which takes one sample a call."""
+    import torch
 
     def run_model() -> None:
         with torch.no_grad():
@@ -91,15 +89,25 @@ def corda(model: Any, batches: Any) -> dict[str, float]:
                 for sample in batch["input_ids"].split(1):
                     model(input_ids=sample, use_cache=False)
 
+    return run_model
+
+
+def corda(model: Any, batches: Any) -> dict[str, float]:
+    from peft import get_peft_model
+    from peft.tuners.lora.corda import preprocess_corda
+
+    from nullspace.model.sites import find_targets
+
+    config = corda_config("kpm", list(find_targets(model)))
     began = time.perf_counter()
-    preprocess_corda(model, config, run_model=run_model)
+    preprocess_corda(model, config, run_model=sample_by_sample(model, batches))
     computed = time.perf_counter()
     get_peft_model(model, config)
     return {"preprocess_corda": computed - began, "injection": time.perf_counter() - computed}
 
 
 def run_variant(variant: str, checkpoint: str) -> dict[str, Any]:
-    """One variant in this process: seconds a stage, and how far it drove the peak memory above the loaded model's."""
+    """One variant in this process: seconds a stage, peak memory, and peak memory after loading."""
     model, batches = setup(checkpoint)
     loaded = peak_bytes()
     stages = {"forward": forward, "nullspace": nullspace, "corda": corda}[variant](model, batches)
@@ -108,7 +116,7 @@ def run_variant(variant: str, checkpoint: str) -> dict[str, Any]:
 
 
 def checkpoint_of_demo_model(folder: Path) -> str:
-    """SmolLM2-135M as a float32 checkpoint: loading GGUF would drive the peak memory above anything that is measured."""
+    """SmolLM2-135M as a float32 checkpoint: loading GGUF would raise the peak memory above that of any variant."""
     from nullspace.artifacts import store
     from nullspace.cli import demo
     from nullspace.integrations.transformers import load_model
@@ -121,12 +129,18 @@ def checkpoint_of_demo_model(folder: Path) -> str:
     return str(folder)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None, variants: Sequence[str]) -> argparse.ArgumentParser:
+    """The options of every benchmark of this workload."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--without", nargs="*", default=[], choices=VARIANTS[1:])
     parser.add_argument("--checkpoint", type=Path, default=Path(".venv") / "smollm2-135m", help="made if it is not there")
-    parser.add_argument("--run", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=variants, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__, VARIANTS)
+    parser.add_argument("--without", nargs="*", default=[], choices=VARIANTS[1:])
     options = parser.parse_args()
     if options.run:
         print(json.dumps(run_variant(options.run, str(options.checkpoint))))
@@ -136,8 +150,7 @@ def main() -> None:
     runs = take_turns("benchmarks.peers", variants, options.rounds, ["--checkpoint", checkpoint])
     summary = summarise(runs, variants)
     show_summary(summary)
-    workload = {"model": "SmolLM2-135M float32", "samples": SAMPLES, "length": LENGTH, "batch_size": BATCH_SIZE, "rank": RANK}
-    print(f"\nwrote {write_result('peers-cpu', {'workload': workload, 'summary': summary, 'runs': runs})}")
+    print(f"\nwrote {write_result('peers-cpu', {'workload': WORKLOAD, 'summary': summary, 'runs': runs})}")
 
 
 def summarise(runs: list[dict[str, Any]], variants: list[str]) -> dict[str, dict[str, float]]:

@@ -215,14 +215,14 @@ def load_data(settings: Settings, tokenizer: Any) -> Data:
         return load_texts(name, split=split)
 
     def taught(source: str, wanted: int) -> Iterator[tuple[str, str, dict[str, list[int]]]]:
-        found = 0
+        matching = 0
         for row in rows(source):
             prompt, response = prompt_and_response(row)
             ids = evaluation.tokenized(tokenizer, PROMPT.format(prompt), response + tokenizer.eos_token)
             if len(ids["input_ids"]) <= settings.max_length:
                 yield prompt, response, ids
-                found += 1
-            if found == wanted:
+                matching += 1
+            if matching == wanted:
                 return
 
     knowledge = {name: evaluation.questions(rows(source, settings.questions)) for name, source in settings.knowledge}
@@ -238,8 +238,8 @@ def load_data(settings: Settings, tokenizer: Any) -> Data:
         [ids for _, _, ids in test[: settings.examples]],
         [(PROMPT.format(prompt), response) for prompt, response, _ in test[: settings.solved]],
     )
-    for what, found in (("--train", data.train), ("--test", data.test)):
-        if not found:
+    for what, examples in (("--train", data.train), ("--test", data.test)):
+        if not examples:
             raise SystemExit(f"{what} has no example of at most {settings.max_length} tokens (--max-length)")
     return data
 
@@ -248,9 +248,9 @@ def evaluate(model: Any, tokenizer: Any, data: Data, settings: Settings) -> dict
     """The `scores` of a record."""
     task = evaluation.task(model, data.test)
     if data.solve:
-        said = evaluation.greedy(model, tokenizer, [prompt for prompt, _ in data.solve], new_tokens=settings.max_length)
+        answers = evaluation.greedy(model, tokenizer, [prompt for prompt, _ in data.solve], new_tokens=settings.max_length)
         task["exact_match"] = statistics.fmean(
-            evaluation.same_result(text, response) for text, (_, response) in zip(said, data.solve, strict=True)
+            evaluation.same_result(text, response) for text, (_, response) in zip(answers, data.solve, strict=True)
         )
     return {
         "knowledge": {
@@ -422,7 +422,7 @@ def look_at_layers(peft_model: Any, initial: Mapping[str, Any], out: Path) -> di
 
     covariances = Covariances.load(out / "covariances")
     layers = lora_layers(peft_model, "default")
-    found: dict[str, list[float]] = {name: [] for name in ("leak_before", "leak_after", "drift", "update", "change_of_a")}
+    numbers: dict[str, list[float]] = {name: [] for name in ("leak_before", "leak_after", "drift", "update", "change_of_a")}
     for site in covariances.sites:
         c = covariances[site.name].matrix()
         for name in site.members:
@@ -434,12 +434,12 @@ def look_at_layers(peft_model: Any, initial: Mapping[str, Any], out: Path) -> di
             weight = layer.get_base_layer().weight.detach().double()
             weight = (weight.T if layer.fan_in_fan_out else weight) + before.B @ before.A  # W₀: the base plus the first product
             delta = analysis.update(before, after)
-            found["leak_before"].append(analysis.leak(a0, c))
-            found["leak_after"].append(analysis.leak(a, c))
-            found["drift"].append(analysis.drift(weight, c, delta))
-            found["update"].append(float((delta.B @ delta.A).norm() / weight.norm()))
-            found["change_of_a"].append(analysis.change(a, a0))
-    return {name: statistics.fmean(values) for name, values in found.items()}
+            numbers["leak_before"].append(analysis.leak(a0, c))
+            numbers["leak_after"].append(analysis.leak(a, c))
+            numbers["drift"].append(analysis.drift(weight, c, delta))
+            numbers["update"].append(float((delta.B @ delta.A).norm() / weight.norm()))
+            numbers["change_of_a"].append(analysis.change(a, a0))
+    return {name: statistics.fmean(values) for name, values in numbers.items()}
 
 
 def difference(ours: Sequence[fronts.Record], theirs: Sequence[fronts.Record]) -> tuple[int, str | None]:
@@ -469,7 +469,7 @@ def write_report(settings: Settings, out: Path, rates: Sequence[float], seed: in
     rate = sorted(rates)[len(rates) // 2]
     folders = {variant: folder_of(out, variant) for variant in study.variants}
     states = {variant: (folder / f"initial-seed{seed}", folder / f"lr{rate:g}-seed{seed}") for variant, folder in folders.items()}
-    found = analysis.analyse(
+    analysed = analysis.analyse(
         Covariances.load(out / "covariances"),
         NullSpaces.load(out / "spaces"),
         modules=find_targets(load_model(settings)[0]),
@@ -477,7 +477,7 @@ def write_report(settings: Settings, out: Path, rates: Sequence[float], seed: in
     )
     intro = f"Model {settings.model}; adapters of rank {settings.rank}, {settings.steps} steps of {settings.batch_size} examples; "
     intro += f"by layer: seed {seed}, learning rate {rate:g}."
-    parts = [*sections.study_sections(study), *sections.sections(found)]
+    parts = [*sections.study_sections(study), *sections.sections(analysed)]
     return page.write(out / "report.html", "Preservation of knowledge", intro, parts, overwrite=True)
 
 
@@ -509,8 +509,8 @@ def show(study: fronts.Study) -> None:
         losses = list(dict.fromkeys(row["task_loss"] for row in rows))
         print(f"\n{measure} lost at a task loss of\n{'':18}" + "".join(f"{loss:>20.4f}" for loss in losses))
         for variant in study.variants:
-            found = [row for row in rows if row["variant"] == variant]
-            print(f"{variant:18}" + "".join(f"{_cell(row['forgetting']):>20}" for row in found))
+            own = [row for row in rows if row["variant"] == variant]
+            print(f"{variant:18}" + "".join(f"{_cell(row['forgetting']):>20}" for row in own))
 
 
 def _cell(value: Any) -> str:
@@ -564,7 +564,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         if given is None:
             return tuple((name, source(name)) for name in default)
         pairs = [text.partition("=") for text in given]
-        return tuple((name, found if found else source(name)) for name, _, found in pairs)
+        return tuple((name, path if path else source(name)) for name, _, path in pairs)
 
     model = options.model
     if model is None:

@@ -4,7 +4,7 @@
     python -m benchmarks.scaling --page             # scaling.md alone, from the json that is there
     python -m benchmarks.scaling --quick            # a dry run: tiny sizes, nothing is written
 
-Every process computes with one thread; where there are more of them than cores, they share these, and the model is told so.
+Every process computes with one thread; more processes than cores share them, which the model takes into account.
 
 - reductions: one site's, as `Job` does it (packed, `dist.reduce`, unpacked at the owner), of several widths; also from one process
   to one other, and an exchange of Python objects. Latencies and bandwidths are fitted to every other width; the widths between are
@@ -62,7 +62,7 @@ QUICK: dict[str, Any] = {
 Runs = list[dict[str, Any]]
 
 
-# ---- what one process does
+# ---- one process
 
 
 def reductions(rank: int, ranks: int, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def reductions(rank: int, ranks: int, settings: Mapping[str, Any]) -> dict[str, 
     from nullspace import Covariance, Site
     from nullspace.distributed import Job
 
-    job, found = Job(), []
+    job, rows = Job(), []
     generator = torch.Generator().manual_seed(rank)
     covariances = {}
     for d in settings["widths"]:
@@ -101,7 +101,7 @@ def reductions(rank: int, ranks: int, settings: Mapping[str, Any]) -> dict[str, 
                 dist.send(vector, 1) if rank == 0 else dist.recv(vector, 0)
                 own["message"] = time.perf_counter() - began
             if repeat:  # the first one opens connections and fetches memory
-                found.append({"d": d, "bytes": vector.numel() * vector.element_size(), **own})
+                rows.append({"d": d, "bytes": vector.numel() * vector.element_size(), **own})
             vector.zero_()  # or the numbers would grow from repeat to repeat
             covariance.expand()
         for count in (0, settings["sites"]):
@@ -110,8 +110,8 @@ def reductions(rank: int, ranks: int, settings: Mapping[str, Any]) -> dict[str, 
             began = time.perf_counter()
             job.exchange(sites)
             if repeat:
-                found.append({"sites": count, "exchange": time.perf_counter() - began})
-    return {"found": found}
+                rows.append({"sites": count, "exchange": time.perf_counter() - began})
+    return {"rows": rows}
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def calibrate(call: str, strategy: str, settings: Mapping[str, Any], model: Any,
 def calibrations(rank: int, ranks: int, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds and reduced bytes of every way to calibrate."""
     model, batches = prepared(settings["model"], settings)
-    found = []
+    rows = []
     for strategy in STRATEGIES:
         calibrate(CALLS[0], strategy, settings, model, batches[:ranks])  # what is made once, is made
         for call in CALLS:
@@ -168,10 +168,8 @@ def calibrations(rank: int, ranks: int, settings: Mapping[str, Any]) -> dict[str
                 began = time.perf_counter()
                 calibrate(call, strategy, settings, model, batches)
                 seconds = time.perf_counter() - began
-            found.append(
-                {"strategy": strategy, "call": call, "seconds": seconds, "reductions": len(counted), "bytes": sum(counted)}
-            )
-    return {"found": found}
+            rows.append({"strategy": strategy, "call": call, "seconds": seconds, "reductions": len(counted), "bytes": sum(counted)})
+    return {"rows": rows}
 
 
 def memory(rank: int, ranks: int, settings: Mapping[str, Any], strategy: str) -> dict[str, Any]:
@@ -180,7 +178,7 @@ def memory(rank: int, ranks: int, settings: Mapping[str, Any], strategy: str) ->
     together(ranks)
     with PeakMemory() as peak:
         calibrate("compute_null_spaces", strategy, settings, model, batches)
-    return {"found": [{"strategy": strategy, "peak_bytes": peak.bytes}]}
+    return {"rows": [{"strategy": strategy, "peak_bytes": peak.bytes}]}
 
 
 def together(ranks: int) -> None:
@@ -214,18 +212,18 @@ def run_rank(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(settings: Mapping[str, Any], rounds: int) -> Runs:
-    """Every run: what it was, and of each of its processes what it found."""
+    """Every run: its kind, and the results over its processes."""
     runs: Runs = []
 
     def run(what: str, ranks: int, number: int) -> None:
         began = time.perf_counter()
-        said = run_together("benchmarks.scaling", ranks, ["--run", what, "--settings", json.dumps(settings)])
-        # Whoever is last counts; a message has two ends.
-        found = [
+        outputs = run_together("benchmarks.scaling", ranks, ["--run", what, "--settings", json.dumps(settings)])
+        # The slowest process counts; a message has two ends.
+        rows = [
             {name: max(part[name] for part in parts if name in part) for name in parts[0]}
-            for parts in zip(*(each["found"] for each in said), strict=True)
+            for parts in zip(*(each["rows"] for each in outputs), strict=True)
         ]
-        runs.extend({"what": what.partition(":")[0], "round": number, "ranks": ranks, **each} for each in found)
+        runs.extend({"what": what.partition(":")[0], "round": number, "ranks": ranks, **each} for each in rows)
         print(f"round {number}  {what:18} {ranks} ranks  {time.perf_counter() - began:6.1f} s", flush=True)
 
     for number in range(rounds):
@@ -251,8 +249,8 @@ def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float
     weight = 1 / np.asarray(seconds)
     a = np.asarray(rows) * weight[:, None]
     scale = np.maximum(np.abs(a).max(axis=0), 1e-300)  # seconds and bytes are many orders apart
-    found, _ = nnls(a / scale, np.ones(len(weight)))
-    return [float(x) for x in found / scale]
+    solution, _ = nnls(a / scale, np.ones(len(weight)))
+    return [float(x) for x in solution / scale]
 
 
 def rate(seconds_a_byte: float) -> float:
@@ -277,7 +275,7 @@ def fitted(runs: Runs, settings: Mapping[str, Any], cores: int) -> Any:
     full = {n: median(runs, "exchange", ranks=n, sites=settings["sites"]) for n in several}
     crowds = {n: max(1.0, n / cores) for n in several}
     exchange = statistics.mean(max(0.0, bare[n] - 2 * network.latency(n, crowds[n])) / crowds[n] for n in several)
-    told = statistics.mean(max(0.0, full[n] - bare[n]) / (crowds[n] * n * settings["sites"]) for n in several)
+    exchange_site = statistics.mean(max(0.0, full[n] - bare[n]) / (crowds[n] * n * settings["sites"]) for n in several)
     return Cluster(
         name="this machine",
         network=network,
@@ -286,7 +284,7 @@ def fitted(runs: Runs, settings: Mapping[str, Any], cores: int) -> Any:
         panel=panel,
         copy=rate(copy),
         exchange=exchange,
-        told=told,
+        exchange_site=exchange_site,
         cores=cores,
         measured=True,
     )
@@ -352,22 +350,22 @@ def summarise(runs: Runs, settings: Mapping[str, Any], cores: int) -> dict[str, 
         here = replace(cluster, rates=replace(cluster.rates, forward=speed, sums=speed, decomposition=eigh))
         for call in CALLS:
             for n in COUNTS:
-                said = cost(survey, workload, n, here, strategy=strategy, solved=call == CALLS[1])
-                found = median(runs, "seconds", ranks=n, strategy=strategy, call=call)
+                predicted = cost(survey, workload, n, here, strategy=strategy, solved=call == CALLS[1])
+                seconds = median(runs, "seconds", ranks=n, strategy=strategy, call=call)
                 counted = {r["bytes"] for r in runs if (r.get("strategy"), r.get("call"), r["ranks"]) == (strategy, call, n)}
                 whole.append(
                     {
                         "strategy": strategy,
                         "call": call,
                         "ranks": n,
-                        "measured": found,
-                        "speedup": alone[call] / found,
-                        "model": said.total_seconds,
-                        "parts": dict(said.seconds),
-                        "error": said.total_seconds / found - 1,
+                        "measured": seconds,
+                        "speedup": alone[call] / seconds,
+                        "model": predicted.total_seconds,
+                        "parts": dict(predicted.seconds),
+                        "error": predicted.total_seconds / seconds - 1,
                         "fitted": n == 1,
                         "bytes_counted": sorted(counted),
-                        "bytes_model": said.reduced,
+                        "bytes_model": predicted.reduced,
                     }
                 )
         single = median(runs, "peak_bytes", ranks=1, strategy=strategy)
@@ -385,7 +383,7 @@ def summarise(runs: Runs, settings: Mapping[str, Any], cores: int) -> dict[str, 
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """For JSON, which knows no infinity: None, where the fit has found no time that goes with the bytes."""
+    """For JSON, which has no infinity: None, where the fit attributes no time to the bytes."""
     return {
         name: _finite(value) if isinstance(value, Mapping) else None if value == float("inf") else value
         for name, value in values.items()

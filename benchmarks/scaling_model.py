@@ -1,11 +1,11 @@
-"""What n ranks cost: bytes that go between them, seconds of everything, and how many ranks are worth having.
+"""A model of the cost of n ranks: bytes between them, seconds of every step, and how many ranks are worth having.
 
-`cost` takes a `Survey` of a model (one on the meta device will do), a `Workload`, a number of ranks and a `Cluster`, and follows
-what `nullspace.distributed.Job` does: every rank runs its share of the batches, every site is reduced to its owner, the owners
-solve. Where a step waits for the slowest rank, so does the model.
+`cost` takes a `Survey` of a model (also of one on the meta device), a `Workload`, a number of ranks and a `Cluster`, and follows
+the steps of a calibration by several processes: every rank runs its share of the batches, every site is reduced to its owner, the
+owners solve. Where a step waits for the slowest rank, so does the model.
 
-Bytes are counted. Seconds are flops, bytes and hops over the rates of the cluster, and worth what these are worth:
-`benchmarks/results/scaling.md` has the model beside measurements on a CPU. `H100` is made of data sheets and was never measured.
+Bytes are counted. Seconds are flops, bytes and hops over the rates of the cluster, and as accurate as these:
+`benchmarks/results/scaling.md` has the model beside measurements on a CPU. `h100` comes from data sheets and was never measured.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from nullspace.solvers import decomposition_cost
 
 # Beside the triangle and Σ x: tokens, their mass, outlier tokens, and four sums that account for rounding (`GramSums.state`).
 COUNTS = 9
-# Exchanges of a run: who has which batches (before and after), whether the arguments and the models are the same, which layers were
-# silent, which sites there are, what was found. Layerwise, the last two but one are asked again after every block.
+# Exchanges of a run: each rank's batches (before and after), whether the arguments and the models are the same, layers without
+# input, sites, results. Layerwise, layers without input and sites are exchanged again after every block.
 EXCHANGES, EXCHANGES_A_BLOCK = 7, 2
-# Ranks are worth doubling while that takes this part of the time off.
+# Doubling the ranks is worth it while that saves this fraction of the time.
 WORTH = 0.1
 
 
@@ -120,13 +120,13 @@ class Cluster:
     Attributes:
         name: for tables.
         network: between the ranks.
-        rates: throughputs of one rank with nobody beside it. `transfer` is also what bases go to the host with.
+        rates: throughputs of one rank alone. `transfer` also applies to bases that go to the host.
         memory: bytes of device memory a rank.
-        panel: seconds to launch what one row panel of a triangle takes to be compressed for its journey, or expanded after it.
+        panel: seconds to launch the compression of one row panel of a triangle before a reduction, or its expansion after it.
         copy: bytes a second copied within a rank's memory.
-        exchange: seconds of an exchange of Python objects, beside the network's.
-        told: seconds that every site of every rank adds to the exchange in which the sites are told.
-        cores: that all ranks share; None where each has a device of its own.
+        exchange: seconds of an exchange of Python objects, besides the network's.
+        exchange_site: seconds that every site of every rank adds to the exchange of sites.
+        cores: shared by all ranks; None if each has its own device.
         measured: whether the figures were fitted to measurements.
     """
 
@@ -137,7 +137,7 @@ class Cluster:
     panel: float
     copy: float
     exchange: float
-    told: float
+    exchange_site: float
     cores: int | None = None
     measured: bool = False
 
@@ -196,7 +196,7 @@ def h100(links: int = 8) -> Cluster:
         panel=6e-5,  # about ten launches: a guess
         copy=1e12,  # 3.35e12 of memory bandwidth (data sheet), read and written
         exchange=1e-3,  # pickling, copies to the device and back: a guess
-        told=5e-6,  # unpickling one site: a guess
+        exchange_site=5e-6,  # unpickling one site: a guess
     )
 
 
@@ -336,7 +336,7 @@ def cost(
         number = EXCHANGES + (EXCHANGES_A_BLOCK * count if layerwise else 0)
         # Sizes first, then what there is to say.
         exchanges = number * (cluster.exchange * crowd + 2 * cluster.network.latency(ranks, crowd))
-        exchanges += cluster.told * crowd * ranks * len(survey.sites)
+        exchanges += cluster.exchange_site * crowd * ranks * len(survey.sites)
         if solved:
             sizes = [8 * s.d_in * min(workload.rank, s.d_in - 1) for s in survey.sites]
             bases = sum(cluster.network.broadcast_seconds(size, ranks, crowd) + size / rates.transfer for size in sizes)

@@ -110,20 +110,20 @@ def _case(case: tuple[str, str, str]) -> str:
     held = {"device": "weights on the device", "host": "weights in host memory"}[weights]
     rows = []
     for ranks in (1, *RANKS):
-        found = calibrated(case, ranks)
-        seconds = found.seconds
+        costs = calibrated(case, ranks)
+        seconds = costs.seconds
         rows.append(
             [
                 f"{ranks:,}",
-                _n(found.reduced / 1e9),
-                *(_n(1e3 * found.site_seconds[d]) for d in widths),
+                _n(costs.reduced / 1e9),
+                *(_n(1e3 * costs.site_seconds[d]) for d in widths),
                 _n(seconds["reductions"]),
-                _n(found.hidden),
+                _n(costs.hidden),
                 _n(seconds["eigenproblems"]),
                 _n(seconds["forward"] + seconds["sums"]),
                 _n(seconds["weights"] + seconds["exchanges"] + seconds["bases"]),
-                _n(found.total_seconds),
-                f"{calibrated(case, 1).total_seconds / found.total_seconds:.1f} ×",
+                _n(costs.total_seconds),
+                f"{calibrated(case, 1).total_seconds / costs.total_seconds:.1f} ×",
             ]
         )
     head = [
@@ -200,7 +200,7 @@ def _what_if() -> str:
         def figure(name: str) -> float:
             holder = next(part for part in (base.network, rates, base) if hasattr(part, name))
             value = float(getattr(holder, name))
-            return value * 2 if name in ("start", "hop_within", "hop_between", "panel", "exchange", "told") else value / 2
+            return value * 2 if name in ("start", "hop_within", "hop_between", "panel", "exchange", "exchange_site") else value / 2
 
         return _changed(base, **{name: figure(name) for name in names})
 
@@ -218,7 +218,7 @@ def _what_if() -> str:
         ("PCIe at half the rate", worse("transfer"), {}),
         ("a panel at twice the time", worse("panel"), {}),
         ("memory at half the rate", worse("copy"), {}),
-        ("exchanges at twice the time", worse("exchange", "told"), {}),
+        ("exchanges at twice the time", worse("exchange", "exchange_site"), {}),
     ]
     rows = [[what, *(_n(calibrated(case, 64, cluster, **more).total_seconds) for case in CASES)] for what, cluster, more in changes]
     kept = max(sum(site_bytes(s.d_in) for s in surveyed(name)[0].sites if s.block == 0) / 1e9 for name, *_ in CASES)
@@ -243,7 +243,7 @@ def _weights() -> str:
         case = next(c for c in CASES if c[0] == name)
         size, count = max(survey.block_weights), len(survey.block_weights)
         holders = network.ranks_a_node
-        found = {ranks: calibrated(case, ranks) for ranks in (8, 64, 1024)}
+        costs = {ranks: calibrated(case, ranks) for ranks in (8, 64, 1024)}
         rows.append(
             [
                 name,
@@ -251,8 +251,8 @@ def _weights() -> str:
                 _n(size / 1e9),
                 _n(1e3 * size / base.rates.transfer),
                 _n(1e3 * (network.latency(holders) + size * (holders - 1) / holders / network.within)),
-                *(_n(1e3 * (cost.seconds["forward"] + cost.seconds["sums"]) / count) for cost in found.values()),
-                _n(found[1024].seconds["weights"]),
+                *(_n(1e3 * (cost.seconds["forward"] + cost.seconds["sums"]) / count) for cost in costs.values()),
+                _n(costs[1024].seconds["weights"]),
                 _n(plans["layerwise"].host_bytes / 1e9),
             ]
         )
@@ -352,8 +352,8 @@ def _crowded(cores: int) -> str:
     if cores >= 4:
         return ""
     return (
-        f"4 processes share the {cores} cores, and the model is told so: they cannot be faster than {cores} there, and are in the "
-        "tables for what they cost and for their memory."
+        f"4 processes share the {cores} cores, which the model takes into account: they cannot be faster than {cores} there, and "
+        "are in the tables for what they cost and for their memory."
     )
 
 
@@ -403,7 +403,11 @@ def _assumptions(result: Mapping[str, Any]) -> str:
             f"{_n(1e3 * base.exchange)} ms",
             f"Python objects from all to all (guess; measured over gloo: {_n(1e3 * here['exchange'])} ms)",
         ],
-        ["`told`", f"{_n(1e6 * base.told)} µs", f"a site of a rank in an exchange (guess; measured: {_n(1e6 * here['told'])} µs)"],
+        [
+            "`exchange_site`",
+            f"{_n(1e6 * base.exchange_site)} µs",
+            f"a site of a rank in an exchange (guess; measured: {_n(1e6 * here['exchange_site'])} µs)",
+        ],
         ["`memory`", f"{_n(base.memory / 1e9)} GB", "data sheet"],
     ]
     fits = [
@@ -413,8 +417,8 @@ def _assumptions(result: Mapping[str, Any]) -> str:
         ["into the root", _rate(here["network"]["gather"])],
         *(
             [f"{kind}, {strategy}", f"{_n(value / 1e9)} GFLOP/s"]
-            for strategy, found in result["summary"]["rates"].items()
-            for kind, value in found.items()
+            for strategy, rates in result["summary"]["rates"].items()
+            for kind, value in rates.items()
         ),
     ]
     return f"""

@@ -25,7 +25,7 @@ WORK = Workload(samples=8, length=32, batch_size=1, rank=8)
 STRATEGIES = ("resident", "layerwise")
 GLOO = Gloo(start=1e-4, hop=2e-4, ring=1e9, gather=2e9)
 NETWORKS = (h100().network, GLOO)
-SHARED = replace(h100(), network=GLOO, panel=2e-6, copy=3e9, exchange=5e-4, told=2e-6, cores=2)
+SHARED = replace(h100(), network=GLOO, panel=2e-6, copy=3e9, exchange=5e-4, exchange_site=2e-6, cores=2)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def made_up() -> dict[str, Any]:
             runs.append({"ranks": n, "d": d, "bytes": size, **parts})
         crowd = here.crowd(n)
         for sites in (0, sizes["sites"]):
-            seconds = here.exchange * crowd + 2 * here.network.latency(n, crowd) + here.told * crowd * n * sites
+            seconds = here.exchange * crowd + 2 * here.network.latency(n, crowd) + here.exchange_site * crowd * n * sites
             runs.append({"ranks": n, "sites": sites, "exchange": seconds})
     shape = Survey(shapes.empty(sizes["model"], dtype=torch.float32), batch_size=1, length=sizes["length"], device="cpu")
     for n in scaling.COUNTS:
@@ -259,7 +259,9 @@ def made_up() -> dict[str, Any]:
 def test_a_machine_that_is_as_the_model_has_it_is_found(made_up: dict[str, Any]) -> None:
     summary = made_up["summary"]
     cluster = summary["cluster"]
-    assert [cluster[name] for name in ("panel", "copy", "exchange", "told")] == pytest.approx([2e-6, 3e9, 5e-4, 2e-6], rel=1e-3)
+    assert [cluster[name] for name in ("panel", "copy", "exchange", "exchange_site")] == pytest.approx(
+        [2e-6, 3e9, 5e-4, 2e-6], rel=1e-3
+    )
     assert [cluster["network"][name] for name in ("start", "hop", "ring", "gather")] == pytest.approx(
         [1e-4, 2e-4, 1e9, 2e9], rel=1e-3
     )
