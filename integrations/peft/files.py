@@ -1,4 +1,4 @@
-"""PEFT's adapter directories: written so that two runs write the same bytes, and read with checks."""
+"""PEFT's adapter directories: written with the same bytes in every run, and read with checks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from nullspace.model.wrappers import named_modules, unwrap
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What of its configuration is used here.
+# The fields of its configuration that are used here.
 _CONFIG_FIELDS = {
     "r": whole(1),
     "lora_alpha": finite(),
@@ -39,11 +39,11 @@ _CONFIG_FIELDS = {
     "use_dora": optional(or_none(flag())),
     "base_model_name_or_path": optional(or_none(text())),
 }
-# What of the record of an init is used here.
+# The fields of an init's record that are used here.
 _INIT_FIELDS = {name: optional(or_none(text())) for name in ("model", "method", "residual", "architecture")}
 _INIT_FIELDS["leak"] = optional(or_none(an_object()))
 _LEAK_FIELDS = {"median": finite(0), "worst": finite(0), "worst_site": text()}
-# What transformers' Trainer calls what it saves on the way.
+# Folders that transformers' Trainer saves during training.
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -51,24 +51,24 @@ A_WEIGHT, B_WEIGHT = ".lora_A.weight", ".lora_B.weight"
 
 
 def save_adapter(peft_model: PeftModel, adapter: str, directory: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """Let PEFT save one adapter, into the directory itself.
+    """Save one adapter by PEFT, into the directory itself.
 
     Args:
-        peft_model: with the adapter. If its weights are spread over several ranks, those that are saved are gathered: all of these
-            have to call this.
+        peft_model: with the adapter. If it is sharded over several ranks, the saved weights are gathered: all ranks have to call
+            this.
         adapter: its name.
         directory: where to.
-        state_dict: what to save in place of the model's state.
+        state_dict: saved in place of the model's state.
     """
     if state_dict is None and is_model_sharded(peft_model):
         prepare_to_gather(peft_model, Job())
         state_dict = _gathered(peft_model, adapter)
     peft_model.save_pretrained(str(directory), selected_adapters=[adapter], save_embedding_layers=False, state_dict=state_dict)
-    if adapter != "default":  # to which alone PEFT gives no folder of its own
+    if adapter != "default":  # PEFT saves any other in a subfolder
         for file in (directory / adapter).iterdir():
             file.rename(directory / file.name)
         (directory / adapter).rmdir()
-    # PEFT keeps names in sets, whose order changes from process to process; two runs are to write the same bytes.
+    # PEFT keeps names in sets, whose order differs between processes; the bytes of two runs must be equal.
     path = directory / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     for name in ("target_modules", "modules_to_save", "exclude_modules"):
@@ -78,7 +78,7 @@ def save_adapter(peft_model: PeftModel, adapter: str, directory: Path, state_dic
 
 
 def _gathered(peft_model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    """The state of a model that is spread over ranks, whole where PEFT saves it and nowhere else."""
+    """The state of a sharded model, with the tensors that PEFT saves gathered and all others as they are."""
     own: dict[str, torch.Tensor] = {
         **dict(peft_model.named_parameters(remove_duplicate=False)),
         **dict(peft_model.named_buffers(remove_duplicate=False)),
@@ -134,10 +134,10 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def scaling_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """What PEFT multiplies B A by: α/r, or α/√r with rsLoRA, with the α that `alpha_pattern` has for the layer.
+    """PEFT's factor of B A: α/r, or α/√r with rsLoRA, with the α that `alpha_pattern` has for the layer.
 
     Args:
-        config: of the adapter, as its file has it.
+        config: the content of the adapter's configuration file.
         layer: its name in the base model.
         rank: rows of its A.
     """
@@ -151,20 +151,20 @@ def init_record(
     original: str | None,
     method: str,
     config: LoraConfig,
-    place: str,
+    residual: str,
     spaces: NullSpaces | None,
     record: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """What the manifest of an init says.
+    """The content of an init's manifest.
 
     Args:
         model: the base model.
         original: its name, before it became a residual.
         method: of `inject_adapters`.
         config: of the adapter.
-        place: where the residual is, as `check_servable` says.
-        spaces: what the adapter is made of, if there are any.
-        record: what the caller adds, or knows better.
+        residual: as `check_servable` returns it.
+        spaces: that the adapter is made of, if any.
+        record: further facts of the caller, which take precedence.
     """
     leaks = [] if spaces is None else sorted((spaces[site.name].leak, site.name) for site in spaces.sites)
     facts = {
@@ -174,7 +174,7 @@ def init_record(
         "rank": config.r,
         "alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
-        "residual": place,
+        "residual": residual,
         "leak": {"median": leaks[len(leaks) // 2][0], "worst": leaks[-1][0], "worst_site": leaks[-1][1]} if leaks else None,
         **(record or {}),
     }
@@ -188,7 +188,7 @@ def adapter_in(directory: Path) -> Path:
 
 
 def init_around(directory: Path) -> dict[str, Any] | None:
-    """The record that `save_init` wrote beside an `adapter`, `base` or `subtracted` of its own; None if there is none.
+    """The record of `save_init` in the parent of its `adapter`, `base` or `subtracted`; None if there is none.
 
     Raises:
         ValueError: naming the file, if it is damaged.
@@ -198,7 +198,7 @@ def init_around(directory: Path) -> dict[str, Any] | None:
 
 
 def read_init(directory: Path) -> dict[str, Any]:
-    """The record of what `save_init` wrote.
+    """The record that `save_init` wrote.
 
     Raises:
         ValueError: naming the file, if it is damaged.
@@ -210,36 +210,37 @@ def read_init(directory: Path) -> dict[str, Any]:
 
 
 def located(name: str | None) -> str | None:
-    """The name of a model for use from any working directory: a folder's or a file's is made absolute, a hub name stays."""
+    """A model's name, valid in any working directory: paths that exist are made absolute, hub names stay."""
     return os.path.abspath(name) if name and os.path.exists(name) else name or None
 
 
 def row_spaces(*adapters: str | os.PathLike[str] | PeftModel) -> dict[str, torch.Tensor]:
-    """The A of adapters that were trained before, for `avoid=`: what a new one is not to read (O-LoRA, arXiv 2310.14152).
+    """The A of adapters that were trained before, for `avoid=`: a new adapter must not read these directions (O-LoRA, arXiv
+    2310.14152).
 
     Args:
-        adapters: directories of PEFT's LoRA adapters, or models with one (all of its adapters). Of a model whose weights are spread
-            over several ranks they are gathered: all of these have to call this.
+        adapters: directories of PEFT's LoRA adapters, or models with one (all of its adapters). Of a model that is sharded over
+            several ranks they are gathered: all ranks have to call this.
 
     Returns:
-        Name of the layer in the base model → (m, d_in) float32, the rows of all A of this layer, one below the other.
+        Name of the layer in the base model → (m, d_in) float32, the rows of all A of this layer, concatenated.
 
     Raises:
         FileNotFoundError: if an adapter's file is missing.
         ValueError: naming it, if it is damaged or no LoRA adapter.
     """
-    found: dict[str, list[torch.Tensor]] = {}
+    rows_of: dict[str, list[torch.Tensor]] = {}
     for adapter in map(unwrap, adapters):
-        for name, rows in _rows_of(adapter) if isinstance(adapter, PeftModel) else _rows_in(Path(adapter)):
-            known = found.setdefault(name, [])
+        for name, rows in _rows_in_model(adapter) if isinstance(adapter, PeftModel) else _rows_in(Path(adapter)):
+            known = rows_of.setdefault(name, [])
             if rows.ndim != 2 or (known and rows.shape[1] != known[0].shape[1]):
                 width = known[0].shape[1] if known else "d_in"
                 raise ValueError(f"{adapter}: the A of {name!r} should be (rank, {width}), not {tuple(rows.shape)}")
             known.append(rows.to("cpu", torch.float32))
-    return {name: torch.cat(rows) for name, rows in found.items()}
+    return {name: torch.cat(rows) for name, rows in rows_of.items()}
 
 
-def _rows_of(peft_model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+def _rows_in_model(peft_model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
     prepare_to_gather(peft_model, Job() if is_model_sharded(peft_model) else Job.alone())
     for name, layer in named_modules(peft_model.get_base_model()).items():
         if isinstance(layer, LoraLayer):
@@ -265,30 +266,30 @@ def read_factors(directory: str | os.PathLike[str]) -> dict[str, LowRank]:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: naming it, if it is damaged or no LoRA adapter, or if what it adds to a weight is no product B A (DoRA, adapters
+        ValueError: naming it, if it is damaged or no LoRA adapter, or if it adds something else than a product B A (DoRA, adapters
             of embeddings and convolutions alone).
     """
     adapter = read_adapter(Path(directory))
     if adapter.config.get("use_dora"):
         raise ValueError(f"{adapter.path} uses DoRA: what it adds to a weight is no product B A")
-    found = {}
+    factors = {}
     for key, a in adapter.tensors.items():
         if not key.endswith(A_WEIGHT) or a.ndim != 2:
             continue
         name, b = layer_of(key), adapter.tensors.get(key.removesuffix(A_WEIGHT) + B_WEIGHT)
         if b is None or b.ndim != 2 or b.shape[1] != a.shape[0]:
             raise ValueError(f"{adapter.path / ADAPTER_WEIGHTS} has no B that fits the A {tuple(a.shape)} of {name!r}")
-        found[name] = LowRank(a.to(torch.float64), scaling_of(adapter.config, name, len(a)) * b.to(torch.float64))
-    if not found:
+        factors[name] = LowRank(a.to(torch.float64), scaling_of(adapter.config, name, len(a)) * b.to(torch.float64))
+    if not factors:
         raise ValueError(f"{adapter.path} has no LoRA factors of a linear layer")
-    return found
+    return factors
 
 
 def read_course(name: str, initial: str | os.PathLike[str], *trained: str | os.PathLike[str]) -> Course:
     """An adapter from its start through training, for `nullspace.analysis.analyse`.
 
     Args:
-        name: what to call it.
+        name: for tables and figures.
         initial: what `nullspace init` or `save_init` wrote, or the adapter directory in it.
         trained: directories of the trained adapter, in order. A folder with Trainer's `checkpoint-N` in it stands for all of them.
 
@@ -323,8 +324,8 @@ def read_course(name: str, initial: str | os.PathLike[str], *trained: str | os.P
 def _checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a directory")
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(found)] or [folder]
+    steps = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(steps)] or [folder]
 
 
 def layer_of(key: str) -> str:

@@ -1,4 +1,4 @@
-"""Which layers PEFT wraps, found out on a copy of the model without weights, and a configuration that names exactly some layers."""
+"""Which layers PEFT wraps, tried on a copy of the model without weights, and configurations that name exactly some layers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from nullspace.model.wrappers import unwrapped
 
 
 def fit_config(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraConfig:
-    """A configuration with which PEFT gives adapters to exactly these layers. It takes no weights: ask it before a calibration.
+    """A configuration with which PEFT gives adapters to exactly these layers. It needs no weights: call it before a calibration.
 
-    PEFT takes some names for something else: in mixture models whose experts transformers has fused (DeepSeek-V3, GLM-4-MoE,
+    PEFT reads some names otherwise: in mixture models whose experts transformers has fused (DeepSeek-V3, GLM-4-MoE,
     Qwen3-MoE, …) the `gate_proj`, `up_proj` and `down_proj` of a dense layer or a shared expert become parameters of the routed
     experts, whether a list names them in full or an expression matches them. Such layers go into `target_parameters`, by the name
     of their weight: PEFT then wraps the same layer, and saves A and B under the same names. All others stay in the list.
@@ -31,7 +31,7 @@ def fit_config(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraCon
     Args:
         config: not changed.
         model: the base model; its weights are neither read nor copied.
-        layers: those that are to get an adapter. Of `"all-linear"`, what PEFT cannot adapt (Mamba's `out_proj`) is left out.
+        layers: that are to get an adapter. Those of `"all-linear"` that PEFT cannot adapt (Mamba's `out_proj`) are left out.
 
     Returns:
         A copy; with the targets as given, if PEFT wraps exactly these layers for them.
@@ -79,21 +79,21 @@ def refuse_other_layers(config: LoraConfig, model: nn.Module, layers: Targets) -
 
 
 def _difference(config: LoraConfig, model: nn.Module, wanted: Iterable[str]) -> str:
-    """What PEFT does otherwise than wrapping these linear layers; nothing if it does that."""
+    """How the layers that PEFT wraps differ from these; empty if they do not."""
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), unwrapped(model):
             warnings.simplefilter("ignore")
             adapted: Any = get_peft_model(without_weights(model), copy.deepcopy(config), low_cpu_mem_usage=True)
     except ValueError as error:
         return str(error).rstrip(".")
-    found = {
+    wrapped = {
         name: module.get_base_layer() if _is_whole(module) else None
         for name, module in adapted.get_base_model().named_modules()
         if isinstance(module, LoraLayer)
     }
     wanted = set(wanted)
-    missing = sorted(name for name in wanted if found.get(name) is None)
-    extra = sorted(found.keys() - wanted)
+    missing = sorted(name for name in wanted if wrapped.get(name) is None)
+    extra = sorted(wrapped.keys() - wanted)
     parts = [f"it leaves out {missing[0]!r}"] if missing else []
     parts += [f"it takes {extra[0]!r}"] if extra else []
     return " and ".join(parts)

@@ -1,4 +1,4 @@
-"""A model without its weights, for transformers and PEFT to handle: what they would save, under which names."""
+"""A copy of a model without its weights, on which transformers and PEFT show what they would save, and under which names."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from nullspace.model.sharded_tensors import is_sharded, shape_of
 from nullspace.model.weights import own_tensors
 
 BASE_WEIGHTS = "model{suffix}.safetensors"
-# Where transformers keeps which ranks a model is spread over.
-_PLACES = ("_device_mesh", "_mesh_manager")
+# Where transformers keeps the device mesh of a sharded model.
+_MESHES = ("_device_mesh", "_mesh_manager")
 
 
 class BasePlan(NamedTuple):
-    """What `save_pretrained` would write: every tensor under its name in the checkpoint, in the checkpoint's order."""
+    """The tensors that `save_pretrained` would write, in the checkpoint's order."""
 
     names: dict[str, str]
     """In the checkpoint → in the model."""
@@ -38,9 +38,9 @@ def on_disk(model: nn.Module) -> bool:
 
 
 def without_weights(model: nn.Module) -> Any:
-    """A copy of a model for transformers and PEFT to handle: weights on the meta device, no hooks of accelerate's, nothing sharded.
+    """A copy of a model with its weights on the meta device, without accelerate's hooks and without sharding.
 
-    Quantised weights with what belongs to them, and integers, which PEFT may look into, are the model's own: nobody writes to them.
+    Quantised weights with their scales, and integers, which PEFT may read, are shared with the model: they are not written to.
     """
     memo: dict[int, Any] = {}
     twins: dict[Any, torch.Tensor] = {}
@@ -48,7 +48,7 @@ def without_weights(model: nn.Module) -> Any:
         if "_hf_hook" in module.__dict__:
             memo[id(module._hf_hook)] = None
         for name, value in module.__dict__.items():
-            if name in _PLACES:
+            if name in _MESHES:
                 memo[id(value)] = None
             if type(value).__module__.startswith("bitsandbytes."):  # a layer's scales, and its weight once more
                 memo[id(value)] = value
@@ -57,32 +57,32 @@ def without_weights(model: nn.Module) -> Any:
                 memo[id(t)] = t
                 continue
             elsewhere = t.device.type == "meta" or t.numel() == 0 or is_sharded(t)
-            place = None if elsewhere else (t.device, t.data_ptr(), t.shape, t.stride())
+            key = None if elsewhere else (t.device, t.data_ptr(), t.shape, t.stride())
             empty = torch.empty(shape_of(t), dtype=t.dtype, device="meta")
             if isinstance(t, nn.Parameter):
                 empty = nn.Parameter(empty, requires_grad=t.requires_grad)
-            memo[id(t)] = twins.setdefault(place or id(t), empty)
+            memo[id(t)] = twins.setdefault(key or id(t), empty)
     with without_fsdp_classes(model):
         shell = copy.deepcopy(model, memo)
     for module in shell.modules():
         if module.__dict__.pop("_old_forward", None) is not None:
             module.__dict__.pop("forward", None)
-        for name in ("_hf_hook", "hf_device_map", "to", "cuda", *_PLACES):
+        for name in ("_hf_hook", "hf_device_map", "to", "cuda", *_MESHES):
             module.__dict__.pop(name, None)
     config = getattr(shell, "config", None)
-    getattr(config, "__dict__", {}).pop("distributed_config", None)  # or transformers would gather what is not there
+    getattr(config, "__dict__", {}).pop("distributed_config", None)  # or transformers would gather
     return shell
 
 
 def plan_base(shell: Any, folder: Path, *, strict: bool = True) -> BasePlan | None:
-    """Let transformers save tiny stand-ins, to see which names and which order it gives to what.
+    """Let `save_pretrained` save tiny stand-ins, which shows the names and the order of the tensors in its checkpoint.
 
-    All that it does to a state dict is seen so: tied weights, names that differ between model and checkpoint, what is left out.
-    A stand-in has two entries along every axis, all different: whatever is joined, divided or turned does not come out as it went
-    in. What else `save_pretrained` writes (the configurations) stays in the folder.
+    This covers all that it does to a state dict: tied weights, other names in the checkpoint than in the model, tensors that it
+    leaves out. A stand-in has two entries along every axis, all different, so that joined, divided or transposed tensors are
+    detected. The other files of `save_pretrained` (the configurations) stay in the folder.
 
     Returns:
-        None if the weights are not saved one by one as they are, unless `strict`.
+        None if weights are not saved one by one as they are, unless `strict`.
 
     Raises:
         ValueError: the same, if `strict`.
@@ -107,7 +107,7 @@ def plan_base(shell: Any, folder: Path, *, strict: bool = True) -> BasePlan | No
             shell.save_pretrained(folder, state_dict=dict(stand_ins), max_shard_size=1)
         plan = _read_plan(folder, stand_ins, owners, names)
         problem: Exception | None = None
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever a conversion trips over
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # of a conversion that fails on stand-ins
         problem = error
     for path in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
         path.unlink()
@@ -123,13 +123,13 @@ def _read_plan(
 ) -> BasePlan:
     names: dict[str, str] = {}
     metadata: dict[str, str] = {}
-    for path in sorted(folder.glob(BASE_WEIGHTS.format(suffix="*"))):  # one a tensor, numbered
+    for path in sorted(folder.glob(BASE_WEIGHTS.format(suffix="*"))):  # one per tensor, numbered
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             for key in file.keys():  # noqa: SIM118
-                found = file.get_tensor(key)
-                owner = owners.get(int(found.reshape(-1)[0]))
-                if owner is None or not torch.equal(found, stand_ins[owner]):
+                saved = file.get_tensor(key)
+                owner = owners.get(int(saved.reshape(-1)[0]))
+                if owner is None or not torch.equal(saved, stand_ins[owner]):
                     raise ValueError(f"{key!r} is made of several, or of a part of one")
                 names[key] = owner
     return BasePlan(names, {key: known[name] for key, name in names.items()}, metadata, 0)

@@ -1,4 +1,4 @@
-"""Warnings where an adapter and its base are not what they were together, without an error by which one could tell."""
+"""Warnings where a model computes wrongly without an error: a residual base without its adapter, one adapter of a pair, dropout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from nullspace.artifacts import residual
+from nullspace.artifacts.residual import unmark
 from nullspace.integrations.peft.layers import SUBTRACTED, lora_layers
 
 INSTEAD = (
@@ -19,16 +19,16 @@ INSTEAD = (
 )
 
 
-def warn_of_dropout(config: LoraConfig, method: str, place: str, *, stacklevel: int) -> None:
-    """`UserWarning` if a model in training mode is another one from the first step on.
+def warn_of_dropout(config: LoraConfig, method: str, residual: str, *, stacklevel: int) -> None:
+    """`UserWarning` if dropout changes the model's outputs from the first training step on.
 
     Args:
         config: of the adapter.
         method: of `inject_adapters`.
-        place: what `check_servable` said.
-        stacklevel: of `warnings.warn`, as seen by the caller of this.
+        residual: of `check_servable`.
+        stacklevel: of `warnings.warn`, counted from the caller.
     """
-    if config.lora_dropout > 0 and place in ("base", "adapter"):
+    if config.lora_dropout > 0 and residual in ("base", "adapter"):
         warnings.warn(
             f"lora_dropout={config.lora_dropout} with method {method!r}: the adapter starts with a part of the weights, and "
             "dropping its inputs changes what the model computes in training mode from the first step on. Use lora_dropout=0, or "
@@ -38,27 +38,29 @@ def warn_of_dropout(config: LoraConfig, method: str, place: str, *, stacklevel: 
         )
 
 
-def watch(peft_model: PeftModel, adapter: str, place: str) -> None:
-    """Warn from now on where the model computes with one part of what belongs together.
+def watch(peft_model: PeftModel, adapter: str, residual: str) -> None:
+    """Install hooks that warn if the model computes with a residual base and no adapter of it, or with one adapter of a pair.
 
-    Where the base is a residual, its adapter has to be active or merged, beside others or alone; another adapter that names the
-    same base, such as a copy or a checkpoint of it, does as well. Where a second adapter takes the product away, both have to be
-    active or none. Copies of the model warn too.
+    If the base is a residual, its adapter must be active or merged, alone or beside others; another adapter that names the same
+    base, such as a copy or a checkpoint, will do. If a second adapter subtracts the product, both must be active, or none. Copies
+    of the model warn too.
 
     Args:
         peft_model: with the adapter.
         adapter: its name.
-        place: what `check_servable` said.
+        residual: of `check_servable`.
     """
     layer: Any = next(iter(lora_layers(peft_model, adapter).values()), None)
-    if layer is None or place not in ("base", "adapter") or any(_is_ours(hook) for hook in layer._forward_hooks.values()):
+    if layer is None or residual not in ("base", "adapter") or any(_is_ours(hook) for hook in layer._forward_hooks.values()):
         return
-    # PEFT sets all layers alike. It has let its own hooks choose adapters by the row when forward hooks are called.
+    # One layer is enough, as PEFT sets all layers alike. Its own hooks, which choose adapters by row, run before forward hooks.
     tuner: Any = peft_model.base_model
     own = tuner.peft_config[adapter]
-    check = functools.partial(_check_residual, adapter, own, tuner) if place == "base" else functools.partial(_check_pair, adapter)
+    check = (
+        functools.partial(_check_residual, adapter, own, tuner) if residual == "base" else functools.partial(_check_pair, adapter)
+    )
     layer.register_forward_hook(check, with_kwargs=True)
-    if place == "base":
+    if residual == "base":
         for name in ("unload", "merge_and_unload"):
             setattr(tuner, name, functools.partial(_unload, tuner, name, adapter, own))
 
@@ -68,7 +70,7 @@ def _is_ours(hook: Any) -> bool:
 
 
 def _used(layer: Any, kwargs: dict[str, Any]) -> list[set[str]]:
-    """The adapters with which a layer has just computed: for every row of the batch, if it says so itself, or for all."""
+    """The adapters with which a layer has just computed: one set per row, if the batch names them, or one for all rows."""
     names = kwargs.get("adapter_names")
     if names is not None:
         return [{name} for name in names]
@@ -78,7 +80,7 @@ def _used(layer: Any, kwargs: dict[str, Any]) -> list[set[str]]:
 
 
 def _complete(used: Collection[str], adapter: str, own: LoraConfig, tuner: Any) -> bool:
-    """Whether among these is one that belongs to the residual base."""
+    """Whether one of these adapters belongs to the residual base."""
     configs = tuner.peft_config
     bases = {configs[name].base_model_name_or_path for name in used if name in configs}
     return adapter in used or own.base_model_name_or_path in bases
@@ -89,8 +91,8 @@ def _check_residual(adapter: str, own: LoraConfig, tuner: Any, layer: Any, args:
     if not all(_complete(each, adapter, own, tuner) for each in used):
         active = ", ".join(sorted(map(repr, set.union(*used)))) or "none"
         warnings.warn(
-            f"the base is the residual of adapter {adapter!r} and computes without it (active: {active}): what comes out is "
-            f"neither the original model's nor what another adapter was made for. Keep {adapter!r} active beside others; "
+            f"the base is the residual of adapter {adapter!r} and computes without it (active: {active}): its outputs are "
+            f"neither the original model's nor those that another adapter was trained for. Keep {adapter!r} active beside others; "
             f"{INSTEAD}.",
             UserWarning,
             stacklevel=2,
@@ -113,7 +115,7 @@ def _unload(tuner: Any, name: str, adapter: str, own: LoraConfig, *args: Any, **
     layers = [module for module in tuner.model.modules() if isinstance(module, LoraLayer) and adapter in module.lora_A]
     model: nn.Module = getattr(type(tuner), name)(tuner, *args, **kwargs)
     if layers and all(_complete(layer.merged_adapters, adapter, own, tuner) for layer in layers):
-        residual.unmark(model)
+        unmark(model)
     else:
         warnings.warn(
             f"{name} returns the residual of adapter {adapter!r}, which is not the original model: merge {adapter!r} too "

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -25,24 +23,18 @@ from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.distributed import Job
 from nullspace.factors import DAMPING
-from nullspace.integrations.peft.cards import write_cards
+from nullspace.integrations.peft.base import Source, check_plan, copy_base, files_of, source_of, write_base
 from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, init_record, located, save_adapter
-from nullspace.integrations.peft.layers import (
-    check_layers,
-    check_servable,
-    lora_layers,
-    own_config,
-    random_seed,
-    residual_of,
-    start_of,
-    with_spaces,
-)
-from nullspace.integrations.peft.shell import BASE_WEIGHTS, BasePlan, on_disk, plan_base, saving_here, without_weights
+from nullspace.integrations.peft.folders.cards import write_cards
+from nullspace.integrations.peft.layers import check_layers, check_servable, lora_layers
+from nullspace.integrations.peft.shell import BasePlan, on_disk, plan_base, saving_here, without_weights
+from nullspace.integrations.peft.start import random_seed, residual_of, start_of, with_spaces
+from nullspace.integrations.peft.targets import own_config
 from nullspace.integrations.peft.watch import warn_of_dropout
 from nullspace.methods import METHODS, Sources, check_method, check_sources
 from nullspace.model.linear import weight_of
 from nullspace.model.sharded import is_model_sharded, prepare_to_gather
-from nullspace.model.weights import execution_device, tensor_of
+from nullspace.model.weights import tensor_of
 from nullspace.model.wrappers import unwrap, unwrapped
 from nullspace.progress import Progress, reporter
 
@@ -70,13 +62,17 @@ def write_init(
 ) -> Path:
     """`inject_adapters` and `save_init` in one, tensor by tensor: the model is left alone, and may be offloaded to the disk.
 
-    What is written is the same to the bit. In memory is one weight at a time, in its own dtype and once in float64. (Of a model
-    whose checkpoint holds weights in another form than the model does, such as fused experts, all residuals at once.)
+    In memory is one weight at a time, in its own dtype and once in float64. What is written is the same to the bit, but for this:
+
+    - If accelerate reads the weights from a safetensors checkpoint in its own dtype, `OUT/base` is a copy of that checkpoint
+      (weights, configurations, tokenizer, code) in which the targets alone are replaced. All else stays as it is: tensors that the
+      model class does not know, the division into files, the form of experts that the model has fused.
+    - Of a model in memory whose checkpoint holds weights in another form (fused experts), all residuals are in memory at once.
 
     Args:
         out: as in `save_init`: a directory that must not exist yet, or be empty.
         model: transformers' base model, on any device, or with weights that accelerate keeps on the disk
-            (`nullspace.integrations.transformers.load_model(..., offload=True)`). If they are spread over the processes of the
+            (`nullspace.integrations.transformers.load_model(..., offload=True)`). If it is sharded over the processes of the
             default group (FSDP2, ZeRO-3, DTensors of tensor parallelism), all of them have to call this with the same arguments:
             weights are gathered one at a time, and the first process writes.
         config: as in `inject_adapters`.
@@ -84,13 +80,13 @@ def write_init(
         tokenizer: saved beside the base, if given.
         record: JSON-able facts to keep in `nullspace.json`.
         overwrite: replace an earlier directory of ours.
-        max_shard_bytes: of one file of the base's weights; a larger tensor gets a file of its own.
+        max_shard_bytes: of one file of the base's weights; a larger tensor gets a file of its own. A copy keeps its files.
         progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
 
     Raises:
-        ValueError: as `inject_adapters`, before anything is written; and naming the tensor, if the model is offloaded and its
-            checkpoint holds weights in another form than the model does (fused experts): load it whole; or if the configuration
-            makes PEFT save more than A and B: use `inject_adapters` and `save_init`.
+        ValueError: as `inject_adapters`, before anything is written; if the configuration makes PEFT save more than A and B (use
+            `inject_adapters` and `save_init`); and naming the tensor, if the model is offloaded, its checkpoint cannot be copied
+            (it is not safetensors, or of another dtype) and holds weights in another form (fused experts): load it whole.
         TypeError: as `inject_adapters`; and if the model has no `save_pretrained`.
         FileExistsError: if `out` is in the way, or another run is writing to it.
         OSError: if it cannot be written; then nothing is left behind.
@@ -99,9 +95,10 @@ def write_init(
     job = Job() if is_model_sharded(model) else Job.alone()
     with job.sharing_errors(), unwrapped(model):
         given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, seed=random_seed(method))
+        output = _Output(Path(out), tokenizer, record or {}, overwrite, max_shard_bytes)
 
         def write() -> None:
-            _write(Path(out), model, config, given, method, tokenizer, record or {}, overwrite, max_shard_bytes, progress, job)
+            _write(output, model, config, given, method, reporter(progress, bars=job.first), job)
 
         if job.count == 1:
             written_once(out, write)
@@ -112,98 +109,139 @@ def write_init(
     return Path(out)
 
 
-def _write(
-    out: Path,
-    model: nn.Module,
-    config: LoraConfig,
-    given: Sources,
-    method: str,
-    tokenizer: Any,
-    record: Mapping[str, Any],
-    overwrite: bool,
-    max_shard_bytes: int,
-    progress: bool | Progress,
-    job: Job,
-) -> None:
+class _Output(NamedTuple):
+    """The arguments of `write_init` that say what is written, and where."""
+
+    folder: Path
+    tokenizer: Any
+    record: Mapping[str, Any]
+    overwrite: bool
+    max_shard_bytes: int
+
+
+def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources, method: str, report: Progress, job: Job) -> None:
     check_method(method, given)
     check_sources(method, given)
-    resolved = store.resolved(out)
-    spread = prepare_to_gather(model, job)
+    resolved = store.resolved(output.folder)
+    sharded = prepare_to_gather(model, job)
     config = own_config(config, model, given, job)
-    residual = METHODS[method].changes_base
-    report = reporter(progress, bars=job.first)
-    reserved = store.reserved(resolved, overwrite=overwrite) if job.first else contextlib.nullcontext()
+    reserved = store.reserved(resolved, overwrite=output.overwrite) if job.first else contextlib.nullcontext()
     with reserved, temporary_folder() as plans:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that nobody will see
+        with torch.random.fork_rng(devices=[]):  # the numbers that PEFT draws are not used
             peft_model = get_peft_model(without_weights(model), config)
         adapter = peft_model.active_adapter
         layers = lora_layers(peft_model, adapter)
         modules = dict(model.named_modules(remove_duplicate=False))
+        bases = {name: modules[name] for name in layers}
         given = with_spaces(method, given, layers, adapter)
-        check_layers(layers, {name: modules[name] for name in layers}, adapter, method, given, job)
-        place = check_servable(model, {name: modules[name] for name in layers}, method, offloaded=True)
+        check_layers(layers, bases, adapter, method, given, job)
+        residual = check_servable(model, bases, method, offloaded=True)
         shell = without_weights(model)
-        # Of several processes, transformers saves something in the first one alone.
-        base = plan_base(shell, plans / "base", strict=spread or on_disk(model)) if residual and job.first else None
-        base = job.exchange(base)[0]
-        if base is not None:
-            _check_base(model, base, layers)
+        base: Source | BasePlan | None = None
+        if residual == "base":
+            base = source_of(model, [f"{name}.weight" for name in layers])
+            if base is None and job.first:  # transformers saves nothing in the other processes
+                base = plan_base(shell, plans / "base", strict=sharded or on_disk(model))
+            base = job.exchange(base)[0]
+        if isinstance(base, BasePlan):
+            check_plan(model, base, layers)
         original = config.base_model_name_or_path
-        place_of_base = os.path.abspath(out / "base") if residual else located(original)
-        config.base_model_name_or_path = place_of_base
-        of_adapter = _plan_adapter(peft_model, adapter, layers, plans / "adapter")
-        done = 0
-        changes: list[Change] = []
-
-        def fetch(name: str) -> torch.Tensor:
-            job.exchange(None)  # before a weight is gathered, whoever has failed must have told it
-            module, _, tensor = name.rpartition(".")
-            return tensor_of(modules[module], tensor)
-
-        def adapt(name: str) -> torch.Tensor | None:
-            nonlocal done
-            report("adapters", done, len(layers), 0)
-            stored = fetch(f"{name}.weight") if residual else weight_of(modules[name])
-            a, b = start_of(name, layers[name], stored, adapter, method, given)
-            adapter_file.write(of_adapter.keys[name, "lora_A"], a)
-            adapter_file.write(of_adapter.keys[name, "lora_B"], b)
-            done += 1
-            if place != "base":
-                return None
-            rest = residual_of(name, layers[name], stored, adapter, a, b)
-            changes.append(change_of(name, stored, rest))
-            return rest
-
-        if not job.first:  # one writes, and the others help to gather
-            if base is not None:
-                for keys in _files(base, max_shard_bytes).filename_to_tensors.values():
+        config.base_model_name_or_path = os.path.abspath(output.folder / "base") if residual == "base" else located(original)
+        files = _plan_adapter(peft_model, adapter, layers, plans / "adapter")
+        starts = _Starts(modules, layers, adapter, method, given, report, job)
+        if not job.first:  # the first process writes, the others take part in gathering
+            if isinstance(base, BasePlan):
+                for keys in files_of(base, output.max_shard_bytes).filename_to_tensors.values():
                     for key in keys:
-                        fetch(base.names[key])
+                        starts.fetch(base.names[key])
             job.exchange(None)
             return
-        with store.new_directory(resolved, overwrite=overwrite) as part:
+        with store.new_directory(resolved, overwrite=output.overwrite) as part:
             if given.spaces is not None:
                 given.spaces.write(part / "spaces")
             shutil.copytree(plans, part, dirs_exist_ok=True)
-            with records.TensorFile(part / "adapter" / ADAPTER_WEIGHTS, of_adapter.tensors, of_adapter.metadata) as adapter_file:
-                if base is None:
-                    rests = {f"{name}.weight": adapt(name) for name in layers}
-                    if residual:
-                        state = {**model.state_dict(), **rests}
-                        with saving_here(shell):
-                            shell.save_pretrained(part / "base", state_dict=state, max_shard_size=max_shard_bytes)
-                else:
-                    _write_base(part / "base", base, {f"{name}.weight": name for name in layers}, adapt, fetch, max_shard_bytes)
-            if changes:
-                mark_file(part / "base" / "config.json", method, located(original), max(changes, key=lambda change: change.ratio))
-            if residual and tokenizer is not None:
-                tokenizer.save_pretrained(part / "base")
-            facts = init_record(model, original, method, config, place, given.spaces, record)
+            with records.TensorFile(part / "adapter" / ADAPTER_WEIGHTS, files.tensors, files.metadata) as file:
+                starts.write_to(file, files.keys)
+                _write_weights(part / "base", base, starts, model, shell, residual, output.max_shard_bytes)
+            if starts.changes:
+                largest = max(starts.changes, key=lambda change: change.ratio)
+                mark_file(part / "base" / "config.json", method, located(original), largest)
+            if residual == "base" and output.tokenizer is not None:
+                output.tokenizer.save_pretrained(part / "base")
+            facts = init_record(model, original, method, config, residual, given.spaces, output.record)
             write_cards(part, facts)
             records.write_manifest(part, "init", facts)
-        report("adapters", done, len(layers), 0)
+        report("adapters", len(layers), len(layers), 0)
     given.directions.warn(f"method {method!r}", stacklevel=3)
     job.exchange(None)
+
+
+def _write_weights(
+    folder: Path, base: Source | BasePlan | None, starts: _Starts, model: nn.Module, shell: Any, residual: str, max_shard_bytes: int
+) -> None:
+    """All A and B, and the base's weights if they become residuals."""
+    targets = {f"{name}.weight": name for name in starts.layers}
+    if isinstance(base, Source):
+        copy_base(folder, base, targets, starts.residual)
+    elif isinstance(base, BasePlan):
+        write_base(folder, base, targets, starts.residual, starts.fetch, max_shard_bytes)
+    elif residual == "base":
+        state = {**model.state_dict(), **{tensor: starts.residual(name) for tensor, name in targets.items()}}
+        with saving_here(shell):
+            shell.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_bytes)
+    else:
+        for name in starts.layers:
+            starts.start(name, weight_of(starts.modules[name]))
+
+
+class _Starts:
+    """What the layers start with, one layer at a time.
+
+    Attributes:
+        changes: of the weights that have become residuals.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        layers: Mapping[str, LoraLayer],
+        adapter: str,
+        method: str,
+        given: Sources,
+        report: Progress,
+        job: Job,
+    ) -> None:
+        self.modules, self.layers = modules, layers
+        self.changes: list[Change] = []
+        self._adapter, self._method, self._given, self._report, self._job = adapter, method, given, report, job
+        self._done = 0
+
+    def write_to(self, file: records.TensorFile, keys: Mapping[tuple[str, str], str]) -> None:
+        """Where A and B go from now on: `keys` has the names of both in the file."""
+        self._file, self._keys = file, keys
+
+    def fetch(self, name: str) -> torch.Tensor:
+        """The values of a tensor of the model. A collective, if it is sharded."""
+        self._job.exchange(None)  # an error on any rank must be known before the others wait for it in a gather
+        module, _, tensor = name.rpartition(".")
+        return tensor_of(self.modules[module], tensor)
+
+    def start(self, name: str, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of a layer, which are written to the file."""
+        self._report("adapters", self._done, len(self.layers), 0)
+        a, b = start_of(name, self.layers[name], stored, self._adapter, self._method, self._given)
+        self._file.write(self._keys[name, "lora_A"], a)
+        self._file.write(self._keys[name, "lora_B"], b)
+        self._done += 1
+        return a, b
+
+    def residual(self, name: str) -> torch.Tensor:
+        """W₀ − s·BA of a layer, whose A and B are written to the file."""
+        stored = self.fetch(f"{name}.weight")
+        a, b = self.start(name, stored)
+        rest = residual_of(name, self.layers[name], stored, self._adapter, a, b)
+        self.changes.append(change_of(name, stored, rest))
+        return rest
 
 
 class _AdapterPlan(NamedTuple):
@@ -213,17 +251,6 @@ class _AdapterPlan(NamedTuple):
     """(layer, "lora_A" or "lora_B") → name in the file."""
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
-
-
-def _check_base(model: nn.Module, plan: BasePlan, layers: Iterable[str]) -> None:
-    lost = {f"{name}.weight" for name in layers}.difference(plan.names.values())
-    if lost:
-        raise ValueError(f"{min(lost)!r} is not saved with {type(model).__name__}, so it cannot become a residual")
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in plan.names.values():
-        module, _, tensor = name.rpartition(".")
-        if getattr(modules[module], tensor).device.type == "meta" and execution_device(modules[module]) is None:
-            raise ValueError(f"{name!r} is on the meta device: its values were never loaded")
 
 
 def _plan_adapter(peft_model: PeftModel, adapter: str, layers: Mapping[str, LoraLayer], folder: Path) -> _AdapterPlan:
@@ -249,35 +276,3 @@ def _plan_adapter(peft_model: PeftModel, adapter: str, layers: Mapping[str, Lora
             keys[wanted[origin]], tensors[key] = key, state[origin]
     path.unlink()
     return _AdapterPlan(keys, tensors, metadata)
-
-
-def _files(plan: BasePlan, max_shard_bytes: int) -> Any:
-    """Which tensors go into which file."""
-    return split_torch_state_dict_into_shards(plan.tensors, filename_pattern=BASE_WEIGHTS, max_shard_size=max_shard_bytes)
-
-
-def _write_base(
-    folder: Path,
-    plan: BasePlan,
-    targets: Mapping[str, str],
-    adapt: Callable[[str], torch.Tensor | None],
-    fetch: Callable[[str], torch.Tensor],
-    max_shard_bytes: int,
-) -> None:
-    """The weights of the residual model, read, changed and written one by one; `targets` maps tensor names to layers."""
-    split = _files(plan, max_shard_bytes)
-    for filename, keys in split.filename_to_tensors.items():
-        with records.TensorFile(folder / filename, {key: plan.tensors[key] for key in keys}, plan.metadata) as file:
-            for key in keys:
-                name = plan.names[key]
-                value = adapt(targets[name]) if name in targets else fetch(name)
-                assert value is not None
-                file.write(key, value)
-                del value
-    if split.is_sharded:
-        index = {
-            "metadata": {"total_parameters": plan.total_parameters, **split.metadata},
-            "weight_map": split.tensor_to_filename,
-        }
-        path = folder / f"{BASE_WEIGHTS.format(suffix='')}.index.json"
-        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -98,7 +98,7 @@ class TensorFile:
             raise ValueError(f"{name!r} in {self._path} should be {dtype} {tuple(shape)}, not {tensor.dtype} {tuple(tensor.shape)}")
         if tensor.numel() > 0:
             self._file.seek(self._data + begin)
-            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._file.write(_bytes(tensor))
 
     def __enter__(self) -> TensorFile:
         return self
@@ -107,6 +107,35 @@ class TensorFile:
         self._file.close()
         if kind is None and self._missing:
             raise ValueError(f"{next(iter(self._missing))!r} was never written to {self._path}")
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The tensors of a safetensors file: name → `dtype` (safetensors' name), `shape`, and `data_offsets` from the file's start."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, dict[str, Any]] = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {name: {**entry, "data_offsets": [8 + size + at for at in entry["data_offsets"]]} for name, entry in header.items()}
+
+
+def fits(entry: Mapping[str, Any], tensor: torch.Tensor) -> bool:
+    """Whether an entry of `read_header` has a tensor's dtype and shape."""
+    return (entry["dtype"], entry["shape"]) == (_DTYPES.get(tensor.dtype), list(tensor.shape))
+
+
+def replace_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Overwrite one tensor of a safetensors file, which must have its dtype and shape, in place."""
+    entry = read_header(path)[name]
+    if not fits(entry, tensor):
+        raise ValueError(f"{name!r} in {path} is {entry['dtype']} {entry['shape']}, not {tensor.dtype} {list(tensor.shape)}")
+    if tensor.numel() > 0:
+        with open(path, "r+b") as file:
+            file.seek(entry["data_offsets"][0])
+            file.write(_bytes(tensor))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def looks_of(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

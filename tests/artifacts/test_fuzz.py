@@ -43,7 +43,8 @@ from torch import nn
 from nullspace import Covariances, NullSpaces, compute_covariances, compute_null_spaces, tables
 from nullspace.artifacts import records
 from nullspace.cli import console
-from nullspace.integrations.peft import corda, files
+from nullspace.integrations.peft import files
+from nullspace.integrations.peft.corda import files as corda_files
 from nullspace.integrations.transformers import load_rows, load_texts, read_config
 from nullspace.reporting import study as fronts
 
@@ -209,9 +210,9 @@ def layers() -> dict[str, nn.Linear]:
 
 def read_pt(folder: Path) -> Value:
     found: list[Any] = [[]]
-    for site, covariance in corda._read_covariances(folder / "sums.pt", layers()):
+    for site, covariance in corda_files.read_covariances(folder / "sums.pt", layers()):
         found[0].append((site, covariance.matrix().tolist()))
-    eigens = corda._read_cache(folder / "cache.pt", layers(), dict.fromkeys(layers(), 2))
+    eigens = corda_files.read_eigens(folder / "cache.pt", layers(), dict.fromkeys(layers(), 2))
     found.append({name: [t.tolist() for t in vars(each).values()] for name, each in eigens.items()})
     return found
 

@@ -18,7 +18,8 @@ from peft.tuners.lora import eva as peft_eva
 from torch import nn
 
 from models import random_batches, tiny
-from nullspace.integrations.peft import eva, get_eva_state_dict, initialize_lora_eva_weights
+from nullspace.integrations.peft import get_eva_state_dict, initialize_lora_eva_weights
+from nullspace.integrations.peft.targets import rank_of
 from nullspace.integrations.transformers import PackedBatches, load_model
 from reference import recorded_inputs
 
@@ -102,7 +103,7 @@ def test_ranks_are_those_of_peft(rho: float, rank_pattern: dict[str, int]) -> No
     settings = config(rho=rho, rank_pattern=rank_pattern)
     found = state_dict(model, batches, settings)
     inputs = recorded_inputs(model, batches, found)
-    ranks = {name: eva.rank_of(name, settings) for name in found}
+    ranks = {name: rank_of(name, settings) for name in found}
     assert (sum(ranks.values()) == RANK * len(found)) == (not rank_pattern)
     shared = {name: name.replace("v_proj", "q_proj") for name in found if name.endswith("v_proj")}
     most = {name: round(rank * rho) for name, rank in ranks.items()}
@@ -479,9 +480,9 @@ def all_masked(batches: Batches) -> Batches:
     ("batches", "options", "message"),
     [
         ([], {}, "dataloader is empty"),
-        (random_batches(1, 1, 8), {"rank": 8, "rho": 1.0}, r"layers\.0\.self_attn\.q_proj.* heard 8 tokens"),
-        (random_batches(1, 1, 8), {"rank": 4, "rho": 2.0}, r"layers\.0\.self_attn\.q_proj.* heard 8 tokens"),
-        (random_batches(1, 1, 48), {"rho": 999.0}, r"layers\.0\.self_attn\.q_proj.* heard 48 tokens"),
+        (random_batches(1, 1, 8), {"rank": 8, "rho": 1.0}, r"layers\.0\.self_attn\.q_proj.* received 8 tokens"),
+        (random_batches(1, 1, 8), {"rank": 4, "rho": 2.0}, r"layers\.0\.self_attn\.q_proj.* received 8 tokens"),
+        (random_batches(1, 1, 48), {"rho": 999.0}, r"layers\.0\.self_attn\.q_proj.* received 48 tokens"),
         (all_masked(random_batches(2)), {}, r"no tokens at .*q_proj"),
         (
             [{"input_ids": torch.full((4, 16), 5)}],

@@ -15,7 +15,7 @@ import torch
 import transformers
 from calibrated import RANK, sources_for, spaces_for
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models import FAMILIES, random_batches, tiny
@@ -37,10 +37,10 @@ def loaded(folder: Path, family: str) -> nn.Module:
     return type(tiny(family)).from_pretrained(folder).eval()
 
 
-def offloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+def offloaded(folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | str = "auto") -> nn.Module:
     """Without a tokenizer, which tiny checkpoints do not have."""
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
-    return load_model(folder, device="cpu", offload=True)[0]
+    return load_model(folder, device="cpu", dtype=dtype, offload=True)[0]
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -147,14 +147,14 @@ def test_what_is_written_of_an_offloaded_model_computes_what_the_model_did(
 
 def test_shards_are_those_of_save_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint("llama", tmp_path / "model", max_shard_size="60KB")  # read from several files, too
-    model = offloaded(folder, monkeypatch)
-    write_init(tmp_path / "out", model, LoraConfig(r=RANK), spaces_for("llama"), max_shard_bytes=60_000)
+    model = offloaded(folder, monkeypatch, torch.float64)  # another dtype, so that the files are not copied
+    write_init(tmp_path / "out", model, LoraConfig(r=RANK), spaces_for("llama"), max_shard_bytes=90_000)
     base = tmp_path / "out" / "base"
-    loaded(base, "llama").save_pretrained(tmp_path / "again", max_shard_size=60_000)
+    loaded(base, "llama").save_pretrained(tmp_path / "again", max_shard_size=90_000)
     assert len(list(base.glob("model-*-of-*.safetensors"))) > 3
     (base / "README.md").unlink()
     assert contents(base, base) == contents(tmp_path / "again", base)
-    assert max(path.stat().st_size for path in base.glob("*.safetensors")) < 70_000
+    assert max(path.stat().st_size for path in base.glob("*.safetensors")) < 100_000
 
 
 def test_a_checkpoint_that_is_not_safetensors_is_converted_in_a_folder_that_goes_with_the_model(
@@ -216,7 +216,7 @@ def _mixtral() -> nn.Module:
 
 
 @pytest.mark.parametrize("method", integration.METHODS)
-def test_fused_experts_are_saved_from_memory_and_refused_from_the_disk(
+def test_fused_experts_are_saved_from_memory_and_copied_from_the_disk(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "model"
@@ -226,21 +226,70 @@ def test_fused_experts_are_saved_from_memory_and_refused_from_the_disk(
     assert written == wanted
     if method == "lora-null":
         assert any("experts.0.w2" in name for name in load_file(tmp_path / "two" / "base" / "model.safetensors"))
-    model = offloaded(folder, monkeypatch)
-    layers = {name: m for name, m in model.named_modules() if name in spaces_for("mixtral")}
-    sources = sources_for(method, "mixtral")
-    if not integration.METHODS[method].changes_base:
-        torch.manual_seed(1)
-        write_init(tmp_path / "three", model, LoraConfig(r=RANK), method=method, record={"note": "x"}, **sources)
-        assert contents(tmp_path / "three", tmp_path / "three") == wanted
+    model, sources = offloaded(folder, monkeypatch), sources_for(method, "mixtral")
+    torch.manual_seed(1)
+    write_init(tmp_path / "three", model, LoraConfig(r=RANK), method=method, record={"note": "x"}, **sources)
+    assert contents(tmp_path / "three", tmp_path / "three") == wanted
+    if method != "lora-null":
         return
+    model = offloaded(folder, monkeypatch, torch.float64)  # not the checkpoint's dtype: its files cannot be copied
+    layers = {name: m for name, m in model.named_modules() if name in spaces_for("mixtral")}
     for refused in (
         lambda: integration.check_servable(model, layers, method, offloaded=True),  # the command line asks before the work
-        lambda: write_init(tmp_path / "three", model, LoraConfig(r=RANK), method=method, **sources),
+        lambda: write_init(tmp_path / "four", model, LoraConfig(r=RANK), method=method, **sources),
     ):
         with pytest.raises(ValueError, match=r"MixtralForCausalLM.*saved one by one.*load the model whole"):
             refused()
-    assert not (tmp_path / "three").exists()
+    assert not (tmp_path / "four").exists()
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "60KB"}], ids=["one file", "shards"])
+def test_a_copied_checkpoint_differs_in_the_targets_alone(
+    shards: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, base = checkpoint("llama", tmp_path / "model", torch.bfloat16, **shards), tmp_path / "out" / "base"
+    file = max(folder.glob("*.safetensors"))
+    unknown = {"model.layers.9.extra": torch.arange(7), "model.layers.9.scales": torch.randn(3, 3)}  # as of a second head
+    save_file({**load_file(file), **unknown}, file, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        known = json.loads(index.read_text())
+        index.write_text(json.dumps({**known, "weight_map": {**known["weight_map"], **dict.fromkeys(unknown, file.name)}}))
+    for name in ("modeling_own.py", "merges.txt", "pytorch_model.bin", "other.safetensors"):
+        (folder / name).write_bytes(b"x")
+    model, memory = offloaded(folder, monkeypatch), []
+    replace = records.replace_tensor
+    monkeypatch.setattr(records, "replace_tensor", lambda path, name, t: (memory.append(t.nbytes), replace(path, name, t)))
+    write_init(tmp_path / "out", model, LoraConfig(r=RANK), spaces_for("llama"), max_shard_bytes=1000)
+    assert [(base / name).exists() for name in ("modeling_own.py", "merges.txt", "pytorch_model.bin")] == [True, True, False]
+    assert {p.name for p in base.glob("*.[bs]*")} == {p.name for p in folder.glob("model*.safetensors")}
+    targets = {f"{name}.weight" for name in spaces_for("llama")}
+    for path in folder.glob("model*.safetensors"):
+        before, after = load_file(path), load_file(base / path.name)
+        assert before.keys() == after.keys()
+        assert {name for name in before if not torch.equal(before[name], after[name])} == targets & before.keys()
+        assert all(before[name].dtype == after[name].dtype for name in before)
+    assert len(memory) == len(targets) + 1  # and the last norm, which is in memory
+    state = logits(PeftModel.from_pretrained(loaded(base, "llama"), tmp_path / "out" / "adapter").eval())
+    assert (state - logits(loaded(folder, "llama"))).abs().max() < 0.05
+
+
+def test_a_tensor_in_memory_that_was_changed_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = offloaded(checkpoint("llama", tmp_path / "model"), monkeypatch)
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight").mul_(2)
+    write_init(tmp_path / "out", model, LoraConfig(r=RANK), spaces_for("llama"))
+    written = load_file(tmp_path / "out" / "base" / "model.safetensors")
+    assert torch.equal(written["model.norm.weight"], model.get_parameter("model.norm.weight"))
+
+
+def test_a_checkpoint_under_other_names_is_written_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names without the prefix of the base model, as in GPT-2's checkpoint: of tensors in memory none is known in the file."""
+    folder = checkpoint("gpt2", tmp_path / "model")
+    file = folder / "model.safetensors"
+    save_file({name.removeprefix("transformer."): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    wanted, written = both_ways(tmp_path, folder, "gpt2", offloaded(folder, monkeypatch), {"r": RANK})
+    assert written == wanted
 
 
 class _Turned(transformers.LlamaForCausalLM):
@@ -252,7 +301,7 @@ class _Turned(transformers.LlamaForCausalLM):
 
 
 def test_a_weight_that_is_turned_when_it_is_saved_does_not_go_unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = offloaded(checkpoint("llama", tmp_path / "model"), monkeypatch)
+    model = offloaded(checkpoint("llama", tmp_path / "model", torch.bfloat16), monkeypatch, torch.float32)
     model.__class__ = _Turned
     with pytest.raises(ValueError, match=r"up_proj.*load the model whole"):
         write_init(tmp_path / "out", model, LoraConfig(r=RANK), spaces_for("llama"))

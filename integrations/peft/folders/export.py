@@ -14,8 +14,6 @@ from peft import PeftModel
 from nullspace.artifacts import records, store
 from nullspace.artifacts.locks import temporary_folder
 from nullspace.artifacts.shared_writes import written_once
-from nullspace.integrations.peft.cards import write_card
-from nullspace.integrations.peft.checkpoints import is_residual, mark_of, what_differs
 from nullspace.integrations.peft.files import (
     A_WEIGHT,
     ADAPTER_CONFIG,
@@ -30,9 +28,11 @@ from nullspace.integrations.peft.files import (
     save_adapter,
     scaling_of,
 )
+from nullspace.integrations.peft.folders.cards import write_card
+from nullspace.integrations.peft.folders.checkpoints import is_residual, mark_of, what_differs
 from nullspace.model.wrappers import unwrap, unwrapped
 
-# ‖B A‖ over ‖B‖ ‖A‖, below which an adapter that starts so has left its base alone.
+# An initial adapter with ‖B A‖ / (‖B‖ ‖A‖) below this has left its base alone.
 ORTHOGONAL = 1e-6
 # What vLLM's --max-lora-rank accepts.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -46,7 +46,7 @@ def export_lora(
     base: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """After training: a plain LoRA for the *untouched* base model, which does what the trained adapter does on the residual one.
+    """Write, after training, a plain LoRA for the *untouched* base model, equivalent to the trained adapter on the residual one.
 
     With W₀ = W_res + s·B₀A₀, the trained model is W_res + s·BA = W₀ + s·(BA − B₀A₀). Where A was frozen that is s·(B − B₀)A₀, of
     rank r; otherwise `[s·B, −s·B₀][A; A₀]`, of rank 2r.
@@ -139,13 +139,13 @@ KINDS = {
 
 def contents(tensors: Iterable[str]) -> dict[str, list[str]]:
     """What an adapter's file holds beside A and B: kind → names of layers or tensors in the base model."""
-    found: dict[str, list[str]] = {}
+    held: dict[str, list[str]] = {}
     for key in tensors:
         if not key.endswith((A_WEIGHT, B_WEIGHT)):
             kind = next((kind for part, kind in KINDS.items() if part in key), WHOLE)
             name = layer_of(key) or key.removeprefix(PREFIX).removesuffix(".token_adapter.trainable_tokens_delta")
-            found.setdefault(kind, []).append(name)
-    return found
+            held.setdefault(kind, []).append(name)
+    return held
 
 
 def described(holds: Mapping[str, list[str]]) -> str:
@@ -168,7 +168,7 @@ def _factors(adapter: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _plain_factors(now: Adapter, start: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B in float64 whose product is what the untouched weight lacks."""
+    """A and B in float64 whose product is to be added to the untouched weight."""
     (a, b), (a0, b0) = _factors(now, layer), _factors(start, layer)
     scaling = scaling_of(now.config, layer, len(a))
     if torch.equal(a, a0):
@@ -180,7 +180,7 @@ def _plain_factors(now: Adapter, start: Adapter, layer: str) -> tuple[torch.Tens
 
 def _plain_tensors(now: Adapter, start: Adapter, layers: list[str], rank: int) -> dict[str, torch.Tensor]:
     """The tensors of the new file."""
-    found: dict[str, torch.Tensor] = {
+    tensors: dict[str, torch.Tensor] = {
         key: tensor for key, tensor in now.tensors.items() if not key.endswith((A_WEIGHT, B_WEIGHT, B_BIAS))
     }
     dtype = now.tensors[f"{PREFIX}{layers[0]}{A_WEIGHT}"].dtype
@@ -192,23 +192,23 @@ def _plain_tensors(now: Adapter, start: Adapter, layers: list[str], rank: int) -
         if not bool(b.isfinite().all()):
             raise ValueError(f"{now.path}: B of {layer!r} times its scaling is beyond the range of {dtype}")
         missing = rank - len(a)
-        found[f"{PREFIX}{layer}{A_WEIGHT}"] = torch.nn.functional.pad(a, (0, 0, 0, missing))
-        found[f"{PREFIX}{layer}{B_WEIGHT}"] = torch.nn.functional.pad(b, (0, missing))
+        tensors[f"{PREFIX}{layer}{A_WEIGHT}"] = torch.nn.functional.pad(a, (0, 0, 0, missing))
+        tensors[f"{PREFIX}{layer}{B_WEIGHT}"] = torch.nn.functional.pad(b, (0, missing))
         bias = f"{PREFIX}{layer}{B_BIAS}"
         if bias in now.tensors:
             change = now.tensors[bias].double() - start.tensors[bias].double()
-            found[bias] = (scaling_of(now.config, layer, len(now.tensors[f"{PREFIX}{layer}{A_WEIGHT}"])) * change).to(dtype)
-    return found
+            tensors[bias] = (scaling_of(now.config, layer, len(now.tensors[f"{PREFIX}{layer}{A_WEIGHT}"])) * change).to(dtype)
+    return tensors
 
 
 def _is_zero(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether B A is nothing but rounding: B = 0, or the rows of B and the columns of A are orthogonal."""
+    """Whether B A is zero up to rounding: B = 0, or the rows of B and the columns of A are orthogonal."""
     product = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()  # ‖BA‖² = tr(BᵀB AAᵀ): r × r matrices
     return bool(product <= ORTHOGONAL * torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b))
 
 
 def _original(start: Adapter, untouched: bool) -> str:
-    """The name of the untouched base, as far as the initial adapter and what lies around it say."""
+    """The name of the untouched base, from the initial adapter and the files around it."""
     init, named = init_around(start.path), start.config.get("base_model_name_or_path")
     if init is not None:
         name = init.get("model")
@@ -218,26 +218,26 @@ def _original(start: Adapter, untouched: bool) -> str:
         name = (mark_of(Path(named)) or {}).get("model") if named and os.path.isdir(named) else None
     if not name:
         raise ValueError(
-            f"the untouched base that {start.path} was made of is not known by name: say it with base= "
+            f"the untouched base that {start.path} was made of is not known by name: give it with base= "
             "(on the command line --base), a hub name or a folder"
         )
     return name
 
 
 def _check_base(base: str, start: Adapter, now: Adapter) -> None:
-    """Refuse an untouched base that is known to lack what the adapter was trained beside."""
+    """Raise `ValueError` for an untouched base that differs from the one that the adapter was trained on."""
     if os.path.isdir(base) and is_residual(Path(base)):
         raise ValueError(f"{base} is a residual base, and an export is for the untouched model: name that one")
     residual = start.path.parent / "base"
     if init_around(start.path) is None or not residual.is_dir():
         return
     adapted = {layer_of(key) for key in start.tensors if key.endswith(A_WEIGHT)}
-    found = what_differs(residual, base, adapted=adapted, saved=contents(now.tensors).get(WHOLE, []))
-    if found:
+    differences = what_differs(residual, base, adapted=adapted, saved=contents(now.tensors).get(WHOLE, []))
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise ValueError(
-            f"{base} is not the model that {start.path} was made of: {'; '.join(found[:3])}"
-            f"{f'; and {len(found) - 3} more' if len(found) > 3 else ''}. Save the model as it was before it got its adapters, "
-            "and export for that folder (base=, on the command line --base)"
+            f"{base} is not the model that {start.path} was made of: {'; '.join(differences[:3])}{more}. Save the model as "
+            "it was before it got its adapters, and export for that folder (base=, on the command line --base)"
         )
 
 
@@ -248,9 +248,9 @@ def _check_pair(now: Adapter, start: Adapter) -> None:
                 f"{now.path} and {start.path} do not belong together: {name} is {now.config.get(name)} and {start.config.get(name)}"
             )
     for key, value in start.tensors.items():
-        found = now.tensors.get(key)
-        if ".lora_" in key and (found is None or found.shape != value.shape):
-            what = "is missing" if found is None else f"has shape {tuple(found.shape)}, not {tuple(value.shape)}"
+        trained = now.tensors.get(key)
+        if ".lora_" in key and (trained is None or trained.shape != value.shape):
+            what = "is missing" if trained is None else f"has shape {tuple(trained.shape)}, not {tuple(value.shape)}"
             raise ValueError(f"{now.path} and {start.path} do not belong together: {key} {what} in the trained adapter")
     extra = next((key for key in now.tensors if ".lora_" in key and key not in start.tensors), None)
     if extra is not None:

@@ -1,4 +1,4 @@
-"""What a folder holds and which base it needs: init, adapter, residual base, trained adapter, export."""
+"""`describe` and `set_base`: what a folder holds (init, adapter, residual base, export, …), and which base it needs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nullspace.artifacts import checkpoint, records, store
-from nullspace.integrations.peft import cards
-from nullspace.integrations.peft.checkpoints import is_residual, mark_of
-from nullspace.integrations.peft.export import A_WEIGHT, contents, described, vllm_rank
 from nullspace.integrations.peft.files import (
     ADAPTER_CONFIG,
     Adapter,
@@ -23,9 +20,12 @@ from nullspace.integrations.peft.files import (
     read_init,
     scaling_of,
 )
+from nullspace.integrations.peft.folders import cards
+from nullspace.integrations.peft.folders.checkpoints import is_residual, mark_of
+from nullspace.integrations.peft.folders.export import A_WEIGHT, contents, described, vllm_rank
 
 MODEL_CONFIG = "config.json"
-# What an init record says of the method.
+# Fields of an init record about the method.
 METHOD_FACTS = ("model", "method", "data", "leak", "architecture")
 
 
@@ -33,11 +33,11 @@ class Base(NamedTuple):
     """The base model that an adapter is for."""
 
     named: str | None
-    """As the adapter's configuration has it."""
-    place: Path | None
-    """Where it is on this machine, as far as can be seen."""
+    """As in the adapter's configuration."""
+    folder: Path | None
+    """Where it is on this machine, if known."""
     residual: bool | None
-    """Whether it is a residual model; None if its files are not at hand."""
+    """Whether it is a residual model; None if its files are not on this machine."""
     init: Mapping[str, Any] | None
     """The record of the init that the adapter or its base comes from."""
 
@@ -51,7 +51,7 @@ def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         `kind` (`"init"`, `"adapter"`, `"export"`, `"residual base"`, `"model"` or `"checkpoint"`), `notes` (sentences on what to
-        do and what not) and what is known: of adapters `base` (as their configuration names it), `base_kind` (`"residual"`,
+        do and what to avoid), and of adapters, as far as known: `base` (as in their configuration), `base_kind` (`"residual"`,
         `"untouched"` or `"unknown"`), `base_found` (its folder here), `rank`, `alpha`, `scaling`, `layers`, `method`, `model`,
         `data`, `leak`, ….
 
@@ -101,7 +101,7 @@ def set_base(directory: str | os.PathLike[str], base: str) -> None:
     named = located(base)
     assert named is not None
     init = old.init
-    # What is called so and is not here may well be what save_init wrote.
+    # A base of this name that is not on this machine may be one of save_init.
     needs_residual = old.residual or (old.residual is None and Path(old.named or "").name == "base")
     if Path(named).is_dir():
         if not (Path(named) / MODEL_CONFIG).is_file():
@@ -136,19 +136,23 @@ def base_of(adapter: Adapter) -> Base:
         return Base(named, _folder(named), False, None)
     init = init_around(folder)
     beside = folder.parent / "base"
-    place = _folder(named)
-    if init is not None and (folder.name in ("adapter", "subtracted") or place is None):
+    named_folder = _folder(named)
+    if init is not None and (folder.name in ("adapter", "subtracted") or named_folder is None):
         if beside.is_dir():
             return Base(named, beside, True, init)
-        return Base(named, place, init.get("residual") == "base", init)
-    if place is None:
+        return Base(named, named_folder, init.get("residual") == "base", init)
+    if named_folder is None:
         return Base(named, None, True if cards.says_residual(folder) else None, None)
-    return Base(named, place, True, _init_of(place)) if is_residual(place) else Base(named, place, False, None)
+    return (
+        Base(named, named_folder, True, _init_of(named_folder))
+        if is_residual(named_folder)
+        else Base(named, named_folder, False, None)
+    )
 
 
-def _is_at(name: str, place: Path) -> bool:
+def _is_at(name: str, folder: Path) -> bool:
     """Whether a name leads to a folder from every working directory."""
-    return os.path.isabs(name) and os.path.exists(name) and os.path.samefile(name, place)
+    return os.path.isabs(name) and os.path.exists(name) and os.path.samefile(name, folder)
 
 
 def _folder(name: str | None) -> Path | None:
@@ -167,7 +171,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "kind": "export" if records.kind_of(directory) == "export" else "adapter",
         "base": base.named,
         "base_kind": {True: "residual", False: "untouched", None: "unknown"}[base.residual],
-        "base_found": None if base.place is None else str(base.place),
+        "base_found": None if base.folder is None else str(base.folder),
         **{name: init.get(name) for name in METHOD_FACTS},
         "layers": len(ranks),
         "rank": rank,
@@ -184,7 +188,7 @@ def _base_notes(adapter: Adapter, base: Base) -> list[str]:
     original = (base.init or {}).get("model") or "the untouched model"
     notes = []
     if base.residual:
-        where = base.place or f"that it was made with, which is missing: {base.named}"
+        where = base.folder or f"that it was made with, which is missing: {base.named}"
         notes.append(
             f"It needs the residual base {where}. On {original} it is silently wrong: for that one, nullspace export TRAINED "
             "--initial INIT --out EXPORTED"
@@ -198,12 +202,12 @@ def _base_notes(adapter: Adapter, base: Base) -> list[str]:
         )
     if (base.init or {}).get("residual") == "adapter" and adapter.path.name != "subtracted":
         notes.append("The frozen adapter in 'subtracted' must be active beside it (attach_subtracted): alone it is silently wrong.")
-    if base.named and base.place is not None and not _is_at(base.named, base.place):
+    if base.named and base.folder is not None and not _is_at(base.named, base.folder):
         notes.append(
-            f"{ADAPTER_CONFIG} names {base.named!r}, but the base is in {base.place}: nullspace inspect {adapter.path} --base "
-            f"{base.place} writes that"
+            f"{ADAPTER_CONFIG} names {base.named!r}, but the base is in {base.folder}: nullspace inspect {adapter.path} --base "
+            f"{base.folder} writes that"
         )
-    elif base.place is None and base.residual is not False:
+    elif base.folder is None and base.residual is not False:
         notes.append(f"Where the base is elsewhere: nullspace inspect {adapter.path} --base FOLDER_OR_NAME")
     return notes
 

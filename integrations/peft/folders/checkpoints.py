@@ -1,4 +1,4 @@
-"""Two checkpoints of one architecture, compared by what their files say: nothing is loaded as a model."""
+"""Two checkpoints of one architecture, compared by their files, without loading a model."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ from nullspace.integrations.peft.files import init_around
 
 
 def what_differs(residual: Path, base: str, *, adapted: Collection[str], saved: Collection[str]) -> list[str]:
-    """What a residual base has and the untouched base has not, or has otherwise, as far as their safetensors files are at hand.
+    """Differences between a residual base and the untouched one, as far as their safetensors files are on this machine.
 
     Args:
         residual: folder of the residual base.
         base: folder, or hub name, of the untouched one. Nothing is fetched: a hub name is looked up in the local cache.
         adapted: names of the layers with an adapter, whose weights differ.
-        saved: names of tensors that the adapter brings along itself.
+        saved: names of tensors that the adapter's file holds.
 
     Returns:
-        One sentence a tensor, or a top-level module; empty where nothing can be compared.
+        One sentence per tensor or top-level module; empty if nothing can be compared.
     """
     folder = local_folder(base)
     ours, theirs = _shapes(residual), {} if folder is None else _shapes(folder)
     if folder is None or not ours or not theirs:
         return []
     tied = read_config(folder).get("tie_word_embeddings", False)
-    found = []
+    differences = []
     for top in dict.fromkeys(name.split(".")[0] for name in ours):
         names = [name for name in ours if name.split(".")[0] == top]
         # Checkpoints of a base class have the same names without the first component.
         if any(name in theirs or name.partition(".")[2] in theirs for name in names) or (tied and top == "lm_head"):
             continue
         if not any(name in saved for name in names):
-            found.append(f"it has no {top!r}")
+            differences.append(f"it has no {top!r}")
     for name, shape in ours.items():
         if name in theirs and shape != theirs[name]:
-            found.append(f"{name!r} has shape {list(theirs[name])} there and {list(shape)} in {residual}")
+            differences.append(f"{name!r} has shape {list(theirs[name])} there and {list(shape)} in {residual}")
     same = [
         name
         for name, shape in ours.items()
         if theirs.get(name) == shape and name not in saved and name.removesuffix(".weight") not in adapted
     ]
     mine, other = _fingerprints(residual, same), _fingerprints(folder, same)
-    found += [f"{name!r} is another one in {residual}" for name in same if not _alike(mine[name], other[name])]
-    return found
+    differences += [f"{name!r} is another one in {residual}" for name in same if not _alike(mine[name], other[name])]
+    return differences
 
 
 def local_folder(name: str) -> Path | None:
-    """Where a model's files are on this machine: the folder itself, or a hub name's snapshot in the cache; None if nowhere."""
+    """A model's folder on this machine: the folder itself, or a hub name's snapshot in the cache; None if there is none."""
     if Path(name).is_dir():
         return Path(name)
     try:
@@ -65,7 +65,7 @@ def local_folder(name: str) -> Path | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A model's `config.json`; empty if there is none that can be read."""
+    """A model's `config.json`; empty if there is none or it cannot be read."""
     try:
         config = records.read_json(folder / "config.json")
     except (OSError, ValueError):
@@ -74,15 +74,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def is_residual(base: Path) -> bool:
-    """Whether a folder holds a residual model, by the record beside it or by a mark in its configuration that still holds."""
+    """Whether a folder holds a residual model, by the record beside it or by a valid mark in its configuration."""
     init = init_around(base)
     return (init is not None and base.name == "base") or mark_of(base) is not None
 
 
 def mark_of(folder: Path) -> dict[str, Any] | None:
-    """What a model's configuration says of being a residual base; None if it says nothing, or if it no longer is one.
+    """The mark of a residual base in a model's configuration; None if there is none, or if it is no longer valid.
 
-    The mark shows a few entries of a weight. After the adapter was merged into the model these are others, and the mark is void.
+    The mark has a few entries of a weight. Merging the adapter into the model changes them, which makes the mark invalid.
     """
     mark: Any = read_config(folder).get("nullspace")
     mark = mark.get("residual") if isinstance(mark, dict) else None

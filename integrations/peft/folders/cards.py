@@ -1,4 +1,4 @@
-"""Model cards: the `README.md` of the folders that are written here, and what they add to one that PEFT or a person has written."""
+"""Model cards: the `README.md` of our folders, and a section for cards that PEFT or a person has written."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TITLES = {
 
 
 def write_card(directory: Path, kind: str, facts: Mapping[str, Any], base: str | None) -> None:
-    """`README.md` of a folder. It does not name the folder's own place, so that it stays right when that is moved.
+    """Write the `README.md` of a folder. It does not name the folder's own path, so it stays right when the folder is moved.
 
     Args:
         directory: where to write it.
         kind: one of `TITLES`.
         facts: the manifest of an init or an export: model (the untouched one), method, rank, alpha, leak, …; any may be missing.
-        base: name or path of the model that the folder's content is for or, for a base, made of.
+        base: name or path of the model that the folder's content is for or, for a base, was made from.
     """
     title = TITLES[kind].format(method=facts.get("method") or "unknown method")
     parts = [f"# {title}", _table(kind, facts, base), *_sections(kind, facts, base)]
@@ -42,7 +42,7 @@ def write_card(directory: Path, kind: str, facts: Mapping[str, Any], base: str |
 
 
 def write_cards(part: Path, facts: Mapping[str, Any]) -> None:
-    """The cards of what an init wrote.
+    """Write the cards of an init's folders.
 
     Args:
         part: where the folders are now.
@@ -55,7 +55,7 @@ def write_cards(part: Path, facts: Mapping[str, Any]) -> None:
 
 
 def name_base(directory: Path, facts: Mapping[str, Any] | None, base: str) -> None:
-    """Let an adapter's card name another base; one that is not ours keeps its text and gets what must be known of a residual base.
+    """Write another base into an adapter's card. A card that is not ours keeps its text, and gets the notice on residual bases.
 
     Args:
         directory: of the adapter.
@@ -117,7 +117,7 @@ def _table(kind: str, facts: Mapping[str, Any], base: str | None) -> str:
 
 
 def code(value: Any) -> str:
-    """A value as a code span that no name can break out of."""
+    """A value as a code span; backticks and line breaks in it are replaced."""
     text = " ".join(str(value).replace("`", "'").replace("|", "¦").split())
     return f"`{text}`" if text else ""
 
@@ -161,7 +161,7 @@ def _example(facts: Mapping[str, Any], base: str | None, adapter: str = ".") -> 
 
 
 def _notice(facts: Mapping[str, Any]) -> str:
-    """What the user of an adapter must know of its base; empty where it is an ordinary one."""
+    """The notice on an adapter's base; empty if the base is an ordinary model."""
     model = code(facts.get("model") or "the untouched model")
     if facts.get("residual") == "adapter":
         return (

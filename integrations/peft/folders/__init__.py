@@ -1,0 +1,1 @@
+"""What a folder holds: model cards, which base an adapter needs, and exporting a plain LoRA."""
