@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,12 +149,11 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
         original = config.base_model_name_or_path
         config.base_model_name_or_path = os.path.abspath(output.folder / "base") if residual == "base" else located(original)
         files = _plan_adapter(peft_model, adapter, layers, plans / "adapter")
-        starts = _Starts(modules, layers, adapter, method, given, report, job)
         if not job.first:  # the first process writes, the others take part in gathering
             if isinstance(base, BasePlan):
                 for keys in files_of(base, output.max_shard_bytes).filename_to_tensors.values():
                     for key in keys:
-                        starts.fetch(base.names[key])
+                        _fetch(base.names[key], modules, job)
             job.exchange(None)
             return
         with store.new_directory(resolved, overwrite=output.overwrite) as part:
@@ -161,7 +161,7 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
                 given.spaces.write(part / "spaces")
             shutil.copytree(plans, part, dirs_exist_ok=True)
             with records.TensorFile(part / "adapter" / ADAPTER_WEIGHTS, files.tensors, files.metadata) as file:
-                starts.write_to(file, files.keys)
+                starts = _Starts(modules, layers, adapter, method, given, report, job, file, files.keys)
                 _write_weights(part / "base", base, starts, model, shell, residual, output.max_shard_bytes)
             if starts.changes:
                 largest = max(starts.changes, key=lambda change: change.ratio)
@@ -194,54 +194,49 @@ def _write_weights(
             starts.start(name, weight_of(starts.modules[name]))
 
 
+@dataclass
 class _Starts:
-    """What the layers start with, one layer at a time.
+    """Computes A and B one layer at a time, and writes them to the adapter's file."""
 
-    Attributes:
-        changes: of the weights that have become residuals.
-    """
-
-    def __init__(
-        self,
-        modules: Mapping[str, nn.Module],
-        layers: Mapping[str, LoraLayer],
-        adapter: str,
-        method: str,
-        given: Sources,
-        report: Progress,
-        job: Job,
-    ) -> None:
-        self.modules, self.layers = modules, layers
-        self.changes: list[Change] = []
-        self._adapter, self._method, self._given, self._report, self._job = adapter, method, given, report, job
-        self._done = 0
-
-    def write_to(self, file: records.TensorFile, keys: Mapping[tuple[str, str], str]) -> None:
-        """Where A and B go from now on: `keys` has the names of both in the file."""
-        self._file, self._keys = file, keys
-
-    def fetch(self, name: str) -> torch.Tensor:
-        """The values of a tensor of the model. A collective, if it is sharded."""
-        self._job.exchange(None)  # an error on any rank must be known before the others wait for it in a gather
-        module, _, tensor = name.rpartition(".")
-        return tensor_of(self.modules[module], tensor)
+    modules: Mapping[str, nn.Module]
+    layers: Mapping[str, LoraLayer]
+    adapter: str
+    method: str
+    given: Sources
+    report: Progress
+    job: Job
+    file: records.TensorFile
+    keys: Mapping[tuple[str, str], str]
+    """(layer, "lora_A" or "lora_B") → name in the file."""
+    changes: list[Change] = field(default_factory=list)
+    """Of the weights that have become residuals."""
+    done: int = 0
 
     def start(self, name: str, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of a layer, which are written to the file."""
-        self._report("adapters", self._done, len(self.layers), 0)
-        a, b = start_of(name, self.layers[name], stored, self._adapter, self._method, self._given)
-        self._file.write(self._keys[name, "lora_A"], a)
-        self._file.write(self._keys[name, "lora_B"], b)
-        self._done += 1
+        self.report("adapters", self.done, len(self.layers), 0)
+        a, b = start_of(name, self.layers[name], stored, self.adapter, self.method, self.given)
+        self.file.write(self.keys[name, "lora_A"], a)
+        self.file.write(self.keys[name, "lora_B"], b)
+        self.done += 1
         return a, b
 
+    def fetch(self, name: str) -> torch.Tensor:
+        return _fetch(name, self.modules, self.job)
+
     def residual(self, name: str) -> torch.Tensor:
-        """W₀ − s·BA of a layer, whose A and B are written to the file."""
+        """W₀ − s·BA of a layer, in the layout and dtype of W₀."""
         stored = self.fetch(f"{name}.weight")
         a, b = self.start(name, stored)
-        rest = residual_of(name, self.layers[name], stored, self._adapter, a, b)
+        rest = residual_of(name, self.layers[name], stored, self.adapter, a, b)
         self.changes.append(change_of(name, stored, rest))
         return rest
+
+
+def _fetch(name: str, modules: Mapping[str, nn.Module], job: Job) -> torch.Tensor:
+    """The values of a tensor of the model. A collective, if it is sharded."""
+    job.exchange(None)  # an error on any rank must be known before the others wait for it in a gather
+    module, _, tensor = name.rpartition(".")
+    return tensor_of(modules[module], tensor)
 
 
 class _AdapterPlan(NamedTuple):
