@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import OffloadedWeightsLoader
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
@@ -58,7 +57,8 @@ def source_of(model: nn.Module, targets: Sequence[str]) -> Source | None:
     locations |= {name: (path_of.get(name, folder), name) for name in in_memory}
     if not all(location in entries and records.fits(entries[location], tensors[name]) for name, location in locations.items()):
         return None
-    beside = [path.name for path in folder.iterdir() if path.suffix in COPIED and not path.name.endswith(".index.json")]
+    names = {path.name for path in folder.iterdir() if path.suffix in COPIED} - {records.MANIFEST}
+    beside = sorted(name for name in names if not name.endswith(".index.json"))
     return Source(
         folder, [*weights, *index_file, *beside], {name: (path.name, key) for name, (path, key) in locations.items()}, in_memory
     )
@@ -67,9 +67,10 @@ def source_of(model: nn.Module, targets: Sequence[str]) -> Source | None:
 def _index(model: nn.Module) -> dict[str, Any]:
     """accelerate's index of the weights that stay in files: tensor → `safetensors_file` and `weight_name`."""
     for module in model.modules():
-        loader = getattr(offloaded_weights(module), "dataset", None)
-        if isinstance(loader, OffloadedWeightsLoader):
-            return {name: entry for name, entry in loader.index.items() if name not in loader.state_dict}
+        loader = getattr(offloaded_weights(module), "dataset", None)  # an OffloadedWeightsLoader
+        index = getattr(loader, "index", None)
+        if loader is not None and isinstance(index, Mapping):
+            return {name: entry for name, entry in index.items() if name not in loader.state_dict}
     return {}
 
 

@@ -124,8 +124,7 @@ def preprocess_corda(
     for eigens_of, c in decompose(moments, solve):
         for name, eigens in eigens_of.items():
             _attach(targets[name], eigens)
-            if c is not None:
-                kept[name] = c
+            kept |= {} if c is None else {name: c}
         done += len(eigens_of)
         report("corda", done, len(targets), 0)
     targets.settle(model)
@@ -133,10 +132,10 @@ def preprocess_corda(
         lora_config.target_modules = list(targets)
     solve.directions.warn(f"corda_method={options.corda_method!r}", stacklevel=3)
     for name, layer in targets.items() if keep else ():
-        fields: Any = layer
-        fields.covariance_matrix, fields.rank, fields.corda_method = kept[name], ranks[name], options.corda_method
+        holder: Any = layer
+        holder.covariance_matrix, holder.rank, holder.corda_method = kept[name], ranks[name], options.corda_method
         if not from_file:
-            fields.sample_count = calls[name]
+            holder.sample_count = calls[name]
     if sums is not None and not from_file:
         save(sums, {name: kept[name] for name in targets})
     if cache is not None:
