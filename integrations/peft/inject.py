@@ -14,7 +14,6 @@ from torch import nn
 from nullspace.artifacts import residual as residual_base
 from nullspace.artifacts.covariances import Covariances
 from nullspace.artifacts.residual import Change
-from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.distributed import Job
 from nullspace.factors import DAMPING

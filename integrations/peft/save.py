@@ -15,8 +15,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from nullspace.artifacts import records, store
-from nullspace.artifacts.spaces import NullSpaces
 from nullspace.artifacts.shared_writes import written_once
+from nullspace.artifacts.spaces import NullSpaces
 from nullspace.integrations.peft.files import init_record, located, save_adapter
 from nullspace.integrations.peft.folders.cards import CARD, name_base, write_card, write_cards
 from nullspace.integrations.peft.layers import SUBTRACTED
