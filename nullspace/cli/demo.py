@@ -67,20 +67,18 @@ def demo(
 def run(
     out: Path, *, rank: int, overwrite: bool, say: Callable[[str], None], progress: Progress, samples: int = SAMPLES
 ) -> dict[str, Any]:
-    """Do it, saying what happens; returns what the fresh process found.
+    """Calibrate, write adapter and base, and compare them with the original model in a fresh process, whose answer is returned.
 
     Raises:
         FileNotFoundError: if the packages that carry the model are not installed.
-        RuntimeError: if the fresh process fails, or does not find the original model's logits.
+        RuntimeError: if the fresh process fails, or its logits are not the original model's.
     """
     gguf = find_model()
     import torch
     from peft import LoraConfig
-    from safetensors.torch import save_file
 
     from nullspace import compute_null_spaces
     from nullspace.artifacts import store
-    from nullspace.artifacts.locks import temporary_folder
     from nullspace.integrations.peft import inject_adapters, save_init
     from nullspace.integrations.transformers import PackedBatches, load_model
 
@@ -96,9 +94,9 @@ def run(
     spaces = compute_null_spaces(model, batches, rank=rank, progress=progress)
     leaks = sorted(spaces[site.name].leak for site in spaces.sites)
     say(
-        f"{len(spaces)} layers hear {len(spaces.sites)} inputs. {batches.tokens:,} tokens of Python's documentation leak "
-        f"{leaks[len(leaks) // 2]:.1%} of their norm (median; {leaks[0]:.1e} to {leaks[-1]:.1%}) into the {rank} quietest "
-        "directions."
+        f"{len(spaces)} layers have {len(spaces.sites)} inputs. {batches.tokens:,} tokens of Python's documentation leak "
+        f"{leaks[len(leaks) // 2]:.1%} of their norm (median; {leaks[0]:.1e} to {leaks[-1]:.1%}) into the {rank} "
+        "directions in which it is smallest."
     )
     peft_model = inject_adapters(model, LoraConfig(r=rank, lora_alpha=rank, task_type="CAUSAL_LM"), spaces)
     save_init(out, peft_model, spaces, tokenizer=tokenizer, record={"data": "pydoc_data.topics", "rank": rank}, overwrite=overwrite)
@@ -106,6 +104,21 @@ def run(
     say(f"{out}/adapter trains {trainable:,} of {total:,} parameters; {out}/base is the residual model.")
 
     say("A fresh process with transformers and PEFT, and without nullspace, loads both:")
+    answer = _ask_fresh_process(out, probe, logits)
+    size = float(logits.abs().max())
+    say(f"  largest difference from the original model's logits (up to {size:.0f}): {answer['error']:.1e}")
+    say(f"  “{QUESTION}” — “{answer['answer']}”")
+    if answer["error"] > FLOAT32_NOISE * size:
+        raise RuntimeError("the adapter does not reproduce the original model")
+    return answer
+
+
+def _ask_fresh_process(out: Path, probe: Any, logits: Any) -> dict[str, Any]:
+    """Load the result without nullspace: the largest difference from these logits (`error`), and the `answer` to the question."""
+    from safetensors.torch import save_file
+
+    from nullspace.artifacts.locks import temporary_folder
+
     with temporary_folder() as folder:
         reference = os.path.join(folder, "reference.safetensors")
         save_file({"input_ids": probe.cpu(), "logits": logits.cpu().contiguous()}, reference)
@@ -117,13 +130,8 @@ def run(
         )
     if done.returncode:
         raise RuntimeError(f"the fresh process failed:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    size = float(logits.abs().max())
-    say(f"  largest difference from the original model's logits (up to {size:.0f}): {found['error']:.1e}")
-    say(f"  “{QUESTION}” — “{found['answer']}”")
-    if found["error"] > FLOAT32_NOISE * size:
-        raise RuntimeError("the adapter does not reproduce the original model")
-    return found
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 def find_model() -> Path:

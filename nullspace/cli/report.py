@@ -97,7 +97,7 @@ def report(
         analysed = _analyse(sources, quiet)
         parts += sections.sections(analysed) if has_layers else []
         used = sources.as_json()
-        page.write(out, "What the layers hear", _sources_line(used), parts, overwrite=overwrite)
+        page.write(out, "Layer inputs, weights and adapters", _sources_line(used), parts, overwrite=overwrite)
     facts: dict[str, Any] = {"out": str(out), **used, "seconds": time.perf_counter() - began}
     if results is not None:
         facts["equal_loss"] = {name: study.as_json(study.at_equal_loss(results, name)) for name in study.MEASURES}
