@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from models import random_batches, tiny
 from nullspace import compute_null_spaces
-from nullspace.cli import app, demo
+from nullspace.cli import app, console, demo
 from nullspace.integrations import transformers as loading
 
 SMALL = ["--samples", "6", "--length", "64", "--batch-size", "2", "--rank", "8"]
@@ -77,6 +77,26 @@ def test_every_bar_and_every_sentence_is_on_the_screen_once(
     assert behind[0].split()[:3] == ["site", "d_in", "tokens"]
     assert "Wrote out. To train it:" in behind
     assert all(warning not in behind for warning in chatty)
+
+
+def test_bars_that_take_turns_and_lines_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a layerwise run: each bar and each line is on the screen once, and nothing of a bar that another one has replaced."""
+    with terminal(monkeypatch) as screen, console.captured(), console.Bars() as bars:
+        for block in range(3):
+            for step in range(4):
+                bars("forward", 4 * block + step + 1, 12, 10**6 * (block + 1))
+                time.sleep(0.03)
+            warnings.warn(f"of block {block}", stacklevel=1)
+            bars("null spaces", block + 1, 3, 0)
+            print("of a library", file=sys.stderr)
+        bars("adapters", 1, 2, 0)
+    lines = [line for line in screen.lines if line]
+    drawn = [line for line in lines if "━" in line]
+    assert [line.split("  ")[0] for line in drawn] == ["forward", "null spaces", "adapters"]
+    assert [line.endswith(" tokens/s") for line in drawn] == [True, False, False]
+    for text, count in (("warning: of block 0", 1), ("warning: of block 2", 1), ("of a library", 3)):
+        assert lines.count(text) == count
+    assert len(lines) == 3 + 3 + 3
 
 
 def test_without_a_terminal_warnings_of_loading_are_lines_and_bars_are_not_drawn(
