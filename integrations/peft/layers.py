@@ -15,6 +15,7 @@ from nullspace.artifacts import identity
 from nullspace.artifacts.identity import Weight, weights_of
 from nullspace.artifacts.locks import temporary_folder
 from nullspace.artifacts.residual import described, residual_mark
+from nullspace.checks import check_one_of
 from nullspace.distributed import Job
 from nullspace.integrations.peft.base import source_of
 from nullspace.integrations.peft.shell import on_disk, plan_base, without_weights
@@ -56,8 +57,7 @@ def check_servable(
     Raises:
         ValueError: naming the layer, and what to use instead.
     """
-    if residual not in RESIDUALS:
-        raise ValueError(f"residual must be one of {', '.join(map(repr, RESIDUALS))}, not {residual!r}")
+    check_one_of("residual", residual, RESIDUALS)
     mark = residual_mark(model)
     if mark is not None:
         raise ValueError(

@@ -550,6 +550,20 @@ def test_tensor_file_is_that_of_safetensors_byte_for_byte(metadata: dict[str, st
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
+def test_one_tensor_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    tensors = mixed_tensors()
+    for name, tensor in tensors.items():
+        save_file(tensors, tmp_path / "file")
+        new = tensor.flip(0) if tensor.ndim else tensor + 1
+        records.replace_tensor(tmp_path / "file", name, new)
+        save_file({**tensors, name: new.contiguous()}, tmp_path / "wanted")
+        assert (tmp_path / "file").read_bytes() == (tmp_path / "wanted").read_bytes()
+    before = (tmp_path / "file").read_bytes()
+    with pytest.raises(ValueError, match=r"'scalar' in .*file is I64 \[\], not torch\.float32 \[1\]"):
+        records.replace_tensor(tmp_path / "file", "scalar", torch.zeros(1))
+    assert (tmp_path / "file").read_bytes() == before
+
+
 def test_tensor_file_takes_what_was_announced_and_all_of_it(tmp_path: Path) -> None:
     announced = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
     with (
