@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.hooks import ModelHook, add_hook_to_module
+from scipy.linalg import cython_lapack
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -138,6 +139,7 @@ EXISTS: dict[str, Callable[[], Any]] = {
     },
     "ds_numel": lambda: said_in("deepspeed", r"\bds_tensor\.ds_numel ="),
     "packing_format_for_cpu": lambda: said_in("bitsandbytes", r"\bpacking_format_for_cpu\b"),
+    "__pyx_capi__": lambda: "dsytrd" in cython_lapack.__pyx_capi__,
     "_context": lambda: hasattr(filelock.FileLock("unused")._context, "lock_file_fd"),
 }
 
