@@ -105,17 +105,15 @@ def preprocess_corda(
     if options.corda_method not in CORDA_MODES:
         raise ValueError(f"corda_method must be 'kpm' or 'ipm' where there is no cache_file, not {options.corda_method!r}")
     from_file = sums is not None and is_filled(sums)
-    if not from_file and run_model is None:
-        raise ValueError("run_model is needed: there is neither a covariance_file nor a cache_file yet")
-    for path in (cache, sums):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
     calls: Counter[str] = Counter()
     if from_file and sums is not None:
         moments = read_covariances(sums, targets)
-    else:
-        assert run_model is not None
+    elif run_model is not None:
         moments = _sums(targets, run_model, hooked, parity, calls)
+    else:
+        raise ValueError("run_model is needed: there is neither a covariance_file nor a cache_file yet")
+    for path in filter(None, (cache, sums)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     keep = not options.prune_temporary_fields
     solve = _Solver(targets, ranks, options.corda_method, from_file, parity, keep or (sums is not None and not from_file))
     report = reporter(bool(options.verbose))
