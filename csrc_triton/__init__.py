@@ -1,6 +1,6 @@
-"""Kernels on plain tensors, each beside its twin in `naive.py`, the few lines of torch that say what it must compute.
+"""Triton kernels on plain tensors. Each has a twin in `naive.py`, a few lines of torch that define what it must compute.
 
-Nothing here imports Triton before a kernel is asked for: a machine without it can import everything, and `unavailable` says what is
+Triton is imported when a kernel is first accessed: a machine without it can import this package, and `unavailable` returns what is
 missing.
 """
 
@@ -40,7 +40,7 @@ def unavailable(device: torch.device) -> str | None:
 
 @functools.cache
 def _launch_failure(device: torch.device) -> str | None:
-    """What goes wrong when two small kernels are launched: Triton may lack a C compiler, or not know the device."""
+    """The error of launching two small kernels, None if they run: Triton may lack a C compiler, or not support the device."""
     ops = importlib.import_module(f"{__name__}.syrk"), importlib.import_module(f"{__name__}.stage")
     x = torch.zeros(1, 1, dtype=torch.bfloat16, device=device)
     rows = torch.zeros(1, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""`stage_rows` and `zero_rows`: tokens on their way to a product, without the host having to look at them."""
+"""`stage_rows` and `zero_rows`: prepare rows for a product without a wait of the host for the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from nullspace.csrc_triton.syrk import _on
 
 ROWS, COLUMNS = 32, 128
-# Columns that one program walks over: enough programs for a GPU even with few rows.
+# Columns of one program: with few rows, there are then still enough programs for a GPU.
 CHUNK = 1024
 
 
@@ -55,7 +55,7 @@ def _zero(x, rows, count, d, stride, COLUMNS: tl.constexpr):
 
 
 def stage_rows(x: torch.Tensor, out: torch.Tensor, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copy rows of x to `out`, and take their norms and their sum on the way: one reading of x.
+    """Copy rows of x to `out` and compute their norms and their sum, in one pass over x.
 
     Args:
         x: (tokens, d), bfloat16, float16 or float32; rows may be strided, the last axis is contiguous.

@@ -8,8 +8,8 @@ Each program owns one tile of the triangle. Its sum has three levels:
 3. the float64 matrix, read and written once a launch.
 
 Kahan's next summand is "what the last addition lost, plus the next chain", so a chain *starts* from `low` instead of zero: the
-tensor core itself adds the two, and the two levels need two float32 registers an entry, no more than a plain fused sum with a
-separate accumulator would. Nothing is atomic, and every tile has one owner: equal inputs give equal bits.
+tensor core itself adds the two, and the two levels need two float32 registers an entry, as many as a plain fused sum with a
+separate accumulator. Nothing is atomic, and every tile has one owner: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _operand(
 
 @triton.jit
 def _collect(high, low):
-    """Kahan's step: low, a chain that started from what the last step lost, goes into high; what that loses is returned as low."""
+    """Kahan's step: adds low, a chain that started from the last step's error, to high; returns the sum and its error."""
     total = high + low
     return total, low - (total - high)
 
@@ -86,7 +86,7 @@ def _syrk(
     high = tl.zeros((BLOCK, BLOCK), tl.float32)
     low = tl.zeros((BLOCK, BLOCK), tl.float32)
     # One flat loop: a nested one would drain the pipeline at the end of every window. On Hopper a step is a whole window: under a
-    # condition some versions of ptxas wait for every single product (test_compiled.py looks).
+    # condition some versions of ptxas wait for every single product (test_compiled.py checks for that).
     for start in tl.range(0, tokens, BLOCK_K):
         left = _operand(x, start, row, tokens, d, stride, BLOCK, BLOCK_K, DESCRIPTOR, UPCAST)
         right = _operand(x, start, column, tokens, d, stride, BLOCK, BLOCK_K, DESCRIPTOR, UPCAST)
@@ -95,7 +95,7 @@ def _syrk(
             high, low = _collect(high, low)
         elif start % WINDOW == WINDOW - BLOCK_K:
             high, low = _collect(high, low)
-    # The last window may be a part of one, and is then still in `low`: the sum of the two is exact enough all the same.
+    # If the last window is incomplete, its chain is still in `low`: high + low includes it, and is exact enough.
     g += tl.load(tile + 2)
     stride_g = tl.load(tile + 3)
     # A quarter at a time: float64 entries and their addresses are six registers each.
@@ -134,15 +134,15 @@ def _syrk_rows(
     BLOCK_K: tl.constexpr,
 ):
     selected = tl.load(count).to(tl.int32)
-    # As many programs as fill the device walk over the tiles: with no row selected, which is the rule, they end at once.
+    # As many programs as fill the device loop over the tiles. With no row selected, the usual case, they end at once.
     last = tl.where(selected > 0, tile_count, 0)
     for index in tl.range(tl.program_id(0), last, tl.num_programs(0)):
         tile = tiles + 4 * index
         i = tl.load(tile).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
         j = tl.load(tile + 1).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK, BLOCK), tl.float64)
-        # Each step multiplies what the last one loaded. Operands that a loop carries have no 16-bit history, which Triton 3.6 would
-        # derive a layout from that float64 products do not have.
+        # Each step multiplies what the last one loaded. From a 16-bit load in the same step, Triton 3.6 would derive a layout that
+        # float64 products do not support; operands that a loop carries have no such origin.
         left = _selected(x, rows, 0, selected, i, d, stride, BLOCK_K)
         right = _selected(x, rows, 0, selected, j, d, stride, BLOCK_K)
         for start in tl.range(BLOCK_K, selected + BLOCK_K, BLOCK_K):
@@ -213,11 +213,11 @@ def syrk_accumulate_rows(
 ) -> None:
     """Add the lower triangle of `s.T @ s` into `g`, s being the rows `rows[:count]` of x; every product is taken in float64.
 
-    How many rows there are is read on the device: nothing waits for it on the host.
+    `count` is read on the device: the host does not wait for it.
 
     Args:
         g, x, panel_rows: as in `syrk_accumulate`.
-        rows: (≥ count,) int32 or int64: indices into x, on its device. Only the first `count` are looked at.
+        rows: (≥ count,) int32 or int64: indices into x, on its device. Only the first `count` are read.
         count: one int32 or int64, on the device.
 
     Raises:
@@ -290,5 +290,5 @@ def _programs(device: torch.device) -> int:
 
 
 def _on(device: torch.device) -> torch.cuda.device:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """A context in which the device of the tensors is the current one, on which Triton launches."""
     return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -1,4 +1,4 @@
-"""Which tiles a kernel takes on which device, and in which order it visits those of a triangle."""
+"""The tiling of a kernel on a device, and the order in which it visits the tiles of a triangle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GROUP = 8
 
 
 class Tiling(NamedTuple):
-    """The shape of the work of one program.
+    """The shape of one program's work.
 
     Attributes:
         block: rows and columns of an output tile.
@@ -31,10 +31,10 @@ class Tiling(NamedTuple):
     descriptor: bool
 
 
-# By compute capability, for 16-bit inputs. None was timed yet: what is known of them is that the compiled loop keeps everything in
+# By compute capability, for 16-bit inputs. None was timed yet. Known is that the compiled loop keeps everything in
 # registers and that shared memory fits (tests/csrc_triton/test_compiled.py). `python -m benchmarks.gpu_syrk` times them.
 # Windows: Hopper rounds once in 16 tokens, 25 binary places behind the largest product; Ampere once in 8, 24 places behind, and
-# needs windows half as long for the same resolution (simulated: tests/tensor_core.py). What nobody has looked at is treated alike.
+# needs windows half as long for the same resolution (simulated: tests/tensor_core.py). Other devices get Ampere's.
 HALF = {
     (9, 0): Tiling(block=128, block_k=128, window=128, warps=8, stages=3, descriptor=True),
     (8, 0): Tiling(block=128, block_k=32, window=64, warps=8, stages=4, descriptor=False),

@@ -19,7 +19,8 @@ from nullspace.artifacts.sitewise import Entry, Sitewise, write_sites
 from nullspace.artifacts.store import new_directory
 from nullspace.checks import Field, an_object, list_of, optional
 from nullspace.model.sites import Site
-from nullspace.moments.covariance import DTYPES, FIELDS, Covariance
+from nullspace.moments.covariance import Covariance
+from nullspace.moments.state import DTYPES, FIELDS
 
 
 class Covariances(Sitewise[Covariance]):

@@ -23,7 +23,7 @@ from nullspace.calibration.stream import one_pass
 from nullspace.distributed import Job
 from nullspace.distributed.loaders import part_of
 from nullspace.model.sites import Site
-from nullspace.moments.covariance import check_state
+from nullspace.moments.state import check_state
 from nullspace.progress import Progress
 
 # A site, the facts and tensors of its covariance, and the weights of its members.

@@ -20,7 +20,8 @@ from nullspace.model.sharded import layer_input
 from nullspace.model.sharded_tensors import is_sharded, version_of
 from nullspace.model.sites import Site, Targets
 from nullspace.model.token_rows import TokenRows
-from nullspace.moments.covariance import Covariance, find_nonfinite, precision_of
+from nullspace.moments.covariance import Covariance, find_nonfinite
+from nullspace.moments.precision import precision_of
 from nullspace.moments.sums import TokenMask
 
 

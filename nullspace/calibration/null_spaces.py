@@ -34,7 +34,7 @@ from nullspace.distributed import Job
 from nullspace.distributed.loaders import example_of, length
 from nullspace.model.linear import weight_shape
 from nullspace.model.sites import Site
-from nullspace.moments.covariance import precision_of
+from nullspace.moments.precision import precision_of
 from nullspace.planning.choice import advice
 from nullspace.progress import Progress
 from nullspace.solvers import decompose

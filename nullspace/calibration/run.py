@@ -27,7 +27,7 @@ from nullspace.model.blocks import find_blocks
 from nullspace.model.sites import Targets, find_targets
 from nullspace.model.weights import refuse_meta
 from nullspace.model.wrappers import unwrap
-from nullspace.moments.covariance import PRECISIONS
+from nullspace.moments.precision import PRECISIONS
 from nullspace.planning.choice import choose_strategy
 from nullspace.progress import Progress, reporter
 

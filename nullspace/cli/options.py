@@ -168,7 +168,7 @@ def check_choice(name: str, value: str) -> None:
     from nullspace.calibration.hidden_states import PLACES
     from nullspace.calibration.run import STRATEGIES
     from nullspace.methods import METHODS
-    from nullspace.moments.covariance import PRECISIONS
+    from nullspace.moments.precision import PRECISIONS
 
     choices = {"--hidden-states": PLACES, "--method": METHODS, "--precision": PRECISIONS, "--strategy": STRATEGIES}
     check_one_of(name, value, tuple(choices[name]))

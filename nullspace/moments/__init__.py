@@ -1,1 +1,1 @@
-"""Activations become second moments: running sums in float64, and what their rounding may have cost."""
+"""Second moments of activations: running sums in float64, and estimates of their rounding errors."""

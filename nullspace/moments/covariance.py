@@ -1,49 +1,32 @@
-"""`Covariance`: one running second moment. The only place where activations become numbers.
+"""`Covariance`: the running second moment of the inputs of one site.
 
-"Covariance" is the field's word for the *uncentred* second moment C = Σ_t x_t x_tᵀ; Σ_t x_t is kept beside it for the methods
-that centre.
+"Covariance" is the field's word for the *uncentred* second moment C = Σ_t x_t x_tᵀ. Σ_t x_t is kept beside it for the methods that
+centre.
 
-The sum has two precisions. `"fp64"` takes every product in float64. `"auto"` takes them in float32 over short chains of tokens,
-each chain added to a wider sum, and takes *outlier tokens* (norm above 8 × the median) out of the chains and adds them by
-a float64 product: a single massive activation in a float32 partial sum rounds away everything that the quiet directions had
-put there, and no wider master brings it back. Some spectra are too steep for float32 chains without any outlier: on a CPU the first
-tokens are therefore summed in float64, and where they show that the bottom of the spectrum would be lost, so are all others;
-everywhere `error_norm` says what may have been lost. `"mixed"` does without that look, for whoever damps the bottom of the spectrum
-anyway (CorDA).
+`"fp64"` takes every product in float64. `"auto"` takes products in float32 over short chains of tokens, and adds each chain to a
+float64 sum. *Outlier tokens* (norm above 8 × the median) are left out of the chains and added by a float64 product: one massive
+activation in a float32 partial sum rounds away what directions of small energy have put there, and no wider sum restores it. Some
+spectra are too steep for float32 chains without any outlier. On a CPU the first tokens are therefore summed in float64, and if they
+show that the bottom of the spectrum would be lost, so are all others. `error_norm` estimates what has been lost. `"mixed"` omits
+that test, for methods that damp the bottom of the spectrum (CorDA). `"qr"` takes no products, and keeps a triangular factor.
 
-Who takes the products: the Triton kernels on a CUDA device (`nullspace.sums_triton`), PyTorch elsewhere (`nullspace.sums_torch`).
+The products are those of the Triton kernels on a CUDA device (`nullspace.moments.sums_triton`) and of PyTorch elsewhere
+(`nullspace.moments.sums_torch`).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-import nullspace.csrc_triton as csrc_triton
-from nullspace.checks import an_object, check_fields, check_one_of, check_tensor, finite, list_of, optional, whole
+from nullspace.checks import check_one_of
+from nullspace.moments.precision import PRECISIONS, new_sums
+from nullspace.moments.state import check_state
 from nullspace.moments.sums import GramSums, Sums, TokenMask, nonfinite
 from nullspace.moments.sums_qr import QrSums
-from nullspace.moments.sums_torch import TorchSums
-from nullspace.moments.sums_triton import TritonSums
-
-PRECISIONS = ("auto", "mixed", "fp64", "qr")
-# What a file says of a covariance, beside its tensors; `sums` is checked when it is known what the tensors are.
-FIELDS = {
-    "d_in": whole(1),
-    "tokens": whole(),
-    "mass": finite(0),
-    "outliers": whole(),
-    "sums": an_object(),
-    "samples": optional(list_of(finite(0), least=2, most=2)),  # earlier versions did not keep them
-}
-# Of the one large tensor in a file.
-DTYPES = (torch.float64, torch.float32)
 
 
 class Covariance:
@@ -53,7 +36,7 @@ class Covariance:
         d_in: width of the inputs, at least 1.
         device: where the sums live; inputs are moved there.
         precision: `"auto"` (float32 chains into a wider sum, outlier tokens in float64; all in float64 where the first tokens ask
-            for it), `"mixed"` (the same whatever the first tokens say), `"fp64"` (every product in float64) or `"qr"` (no product
+            for it), `"mixed"` (the same without that test), `"fp64"` (every product in float64) or `"qr"` (no product
             at all: the root R of C = RᵀR by streaming QR in float64, some ten times the time of `"fp64"`).
             float64 inputs are never summed in less.
 
@@ -82,7 +65,7 @@ class Covariance:
         self.d_in = d_in
         self.device = torch.device(device)
         self.precision = precision
-        self._sums = _new_sums(d_in, self.device, precision)
+        self._sums = new_sums(d_in, self.device, precision)
         self._tokens = 0
         self._mass = 0.0
         self._samples = _Samples(self._sums.device)
@@ -98,7 +81,7 @@ class Covariance:
 
         Raises:
             ValueError: on a wrong width, a mask of another size, or NaN or Inf in a row that counts. Where the kernels take the
-                products, nothing waits for the device here, and NaN or Inf is raised by whatever reads the sums next.
+                products, nothing waits for the device here: NaN or Inf is an error of the next method that reads the sums.
             TypeError: if `x` is not floating point.
         """
         if not x.is_floating_point():
@@ -137,22 +120,22 @@ class Covariance:
 
     @classmethod
     def from_matrix(cls, matrix: torch.Tensor, *, tokens: int = 1) -> Covariance:
-        """A covariance that somebody else has summed, on the matrix's device; its Σ x is not known, and taken for zero.
+        """A covariance from a second moment that was summed elsewhere, on its device. Σ x is unknown, and taken to be zero.
 
         Args:
             matrix: (d_in, d_in) symmetric and positive semi-definite; taken in float64, its lower triangle.
             tokens: how many were summed.
         """
-        found = cls(len(matrix), device=matrix.device, precision="fp64")
+        covariance = cls(len(matrix), device=matrix.device, precision="fp64")
         rows = torch.cat([matrix[i, : i + 1] for i in range(len(matrix))])
-        assert isinstance(found._sums, GramSums)
-        found._sums.triangle.set_rows(rows)
-        found._sums.count_rounding(matrix.dtype)
-        found._tokens, found._mass = tokens, float(tokens)
-        return found
+        assert isinstance(covariance._sums, GramSums)
+        covariance._sums.triangle.set_rows(rows)
+        covariance._sums.count_rounding(matrix.dtype)
+        covariance._tokens, covariance._mass = tokens, float(tokens)
+        return covariance
 
     def scale(self, weight: float) -> None:
-        """Let every token that was added so far count `weight` times: C, Σ x and `mass` are multiplied by it, `tokens` is not.
+        """Count every token added so far `weight` times: C, Σ x and `mass` are multiplied by it, `tokens` is not.
 
         Raises:
             ValueError: if the weight is not a positive number.
@@ -164,7 +147,7 @@ class Covariance:
         self._mass *= weight
 
     def state(self, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """All of it, to keep in a file: facts as JSON takes them, and tensors; the inverse is `from_state`.
+        """The state to keep in a file: facts as JSON takes them, and tensors. The inverse is `from_state`.
 
         Args:
             dtype: of the one large tensor, d_in (d_in + 1) / 2 entries: float64, or float32 for half the space and 7 digits.
@@ -189,26 +172,26 @@ class Covariance:
         """The covariance whose `state` this is.
 
         Args:
-            facts, tensors: what `state` gave.
-            device: where its sums are to live.
-            precision: for what may be added to it. `"qr"` for a root, whatever is given here.
+            facts, tensors: of `state`.
+            device: where its sums will live.
+            precision: for tokens that are added later. Always `"qr"` for a root.
 
         Raises:
             ValueError: naming the fact or the tensor, if these cannot be sums: values of a wrong type, shape or sign. The tensors'
                 sizes are compared with `d_in` before anything of that size is allocated.
         """
         check_state(facts, tensors)
-        found = cls(facts["d_in"], device=device, precision="qr" if "root" in tensors else precision)
-        found._sums.load_state(facts["sums"], tensors)
-        found._sums.outliers = facts["outliers"]
-        found._tokens, found._mass = facts["tokens"], facts["mass"]
-        found._samples.sums.copy_(torch.tensor(facts.get("samples", [0.0, 0.0]), dtype=torch.float64))
-        return found
+        covariance = cls(facts["d_in"], device=device, precision="qr" if "root" in tensors else precision)
+        covariance._sums.load_state(facts["sums"], tensors)
+        covariance._sums.outliers = facts["outliers"]
+        covariance._tokens, covariance._mass = facts["tokens"], facts["mass"]
+        covariance._samples.sums.copy_(torch.tensor(facts.get("samples", [0.0, 0.0]), dtype=torch.float64))
+        return covariance
 
     def compress(self) -> torch.Tensor:
-        """All of it as one vector, in the memory that holds it, for sums over parts of the data: they add up entry by entry.
+        """Pack the state in place into one vector. The sum of such vectors of parts of the data is the state of all data.
 
-        Until `expand`, which goes on with what the vector holds by then, nothing else is to be asked of this covariance.
+        The object is unusable until `expand`, which reads what the vector holds by then.
 
         Returns:
             (d (d + 1) / 2 + d + 9,) float64. Counts of tokens are exact up to 2⁵³.
@@ -229,10 +212,10 @@ class Covariance:
         self._samples.sums.copy_(torch.tensor(samples, dtype=torch.float64))
 
     def flush(self) -> None:
-        """Sum what is still on its way, as whatever reads the sums does first.
+        """Sum the rows that are still staged. Every method that reads the sums does this first.
 
         Raises:
-            ValueError: for NaN or Inf that `update` has left to be found.
+            ValueError: for NaN or Inf that `update` has not looked for.
         """
         self._sums.flush()
 
@@ -241,7 +224,7 @@ class Covariance:
         return self._flushed().square()
 
     def root(self) -> torch.Tensor:
-        """R, (d_in, d_in) upper triangular float64, with RᵀR = C: what `precision="qr"` holds, and has lost nothing of.
+        """R, (d_in, d_in) upper triangular float64, with RᵀR = C, as `precision="qr"` keeps it: nothing was squared.
 
         Raises:
             ValueError: under another precision.
@@ -281,7 +264,7 @@ class Covariance:
         """The trace that this second moment has in PEFT's CorDA: the mean of ‖X‖²_F / (max X)² over samples.
 
         A sample is one entry of the first axis of what `update` was given, or all of it if there are no more than two axes. None
-        where that is not known: for sums that somebody else has made, or that were kept by earlier versions.
+        where that is unknown: for sums that were made elsewhere, or kept by earlier versions.
         """
         self._flushed()
         energy, count = self._samples.numbers()
@@ -294,10 +277,10 @@ class Covariance:
 
     @property
     def error_norm(self) -> float:
-        """About how far `matrix()` is from the true C, ‖E‖_F: what float32 chains and float64 sums lose to rounding.
+        """An estimate of ‖E‖_F, where `matrix()` is C + E: what float32 chains and float64 sums lose to rounding.
 
         An error that is proportional to C is not counted: it moves no eigenvector. Outlier tokens never pass through a chain.
-        Under `"qr"`, how far X is from the one whose root `root()` is.
+        Under `"qr"`, of ‖E‖_F, where `root()` is the factor of X + E.
         """
         return self._flushed().error_norm
 
@@ -307,7 +290,7 @@ class Covariance:
 
 
 class _Samples:
-    """Σ ‖X‖²_F / (max X)² over samples, and their number: what PEFT's CorDA divides a sample by, and the sum by, is in them.
+    """Σ ‖X‖²_F / (max X)² over samples, and the number of samples: their quotient is the trace that PEFT's CorDA has.
 
     Attributes:
         sums: (2,) float64.
@@ -333,35 +316,14 @@ class _Samples:
 
     def numbers(self) -> list[float]:
         """Both as numbers, and zeros where they are beyond the range of float32."""
-        found: list[float] = self.sums.tolist()
-        return found if all(map(math.isfinite, found)) else [0.0, 0.0]
-
-
-def check_state(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise `ValueError` unless facts and tensors are those of a covariance."""
-    where = "the facts of a covariance"
-    check_fields(facts, FIELDS, where)
-    kind, name = (QrSums, "root") if "root" in tensors else (GramSums, "triangle")
-    check_fields(facts["sums"], dict.fromkeys(kind.LOSSES, finite(0)), f"{where}, 'sums'")
-    d = facts["d_in"]
-    large = check_tensor(tensors, name, (d * (d + 1) // 2,), DTYPES, "a covariance")
-    check_tensor(tensors, "total", (d,), (torch.float64,), "a covariance")
-    if name == "triangle":
-        diagonal = large[torch.arange(1, d + 1).cumsum(0) - 1]
-        if bool((diagonal < 0).any()):
-            raise ValueError("a covariance: the diagonal of its triangle holds sums of squares, and one is negative")
-        trace = float(diagonal.sum(dtype=torch.float64))
-    else:
-        norm = float(torch.linalg.vector_norm(large, dtype=torch.float64))
-        trace = norm * norm
-    if trace == math.inf:
-        raise ValueError("a covariance: its trace is beyond the range of float64")
+        numbers: list[float] = self.sums.tolist()
+        return numbers if all(map(math.isfinite, numbers)) else [0.0, 0.0]
 
 
 def find_nonfinite(covariances: Sequence[Covariance]) -> tuple[Covariance, str] | None:
-    """The first covariance that was given NaN or Inf since this was last asked, and what to say of it.
+    """The first covariance that was given NaN or Inf since the last call, and a message about it.
 
-    One wait for the device, however many covariances. Where `update` looks for itself there is nothing to find.
+    Waits for the device once, however many covariances there are. Where `update` itself raises, this returns None.
     """
     fresh = [(c, norms) for c in covariances for norms in c._sums.unchecked]
     if nonfinite([norms.sum()[None].to(fresh[0][1].device, non_blocking=True) for _, norms in fresh]):
@@ -369,26 +331,3 @@ def find_nonfinite(covariances: Sequence[Covariance]) -> tuple[Covariance, str] 
     for c in covariances:
         c._sums.unchecked.clear()
     return None
-
-
-def _new_sums(d_in: int, device: torch.device, precision: str) -> Sums:
-    if device.type == "cuda" and precision in ("auto", "mixed"):
-        obstacle = csrc_triton.unavailable(device)
-        if obstacle is None:
-            return TritonSums(d_in, device)
-        _warn_of_fallback(obstacle)
-    if precision == "qr":
-        return QrSums(d_in, device)
-    return TorchSums(d_in, device, mixed=precision != "fp64", probe=precision == "auto" and device.type == "cpu")
-
-
-@functools.cache
-def _warn_of_fallback(obstacle: str) -> None:
-    warnings.warn(f"{obstacle}: second moments are summed by PyTorch's matrix products, which is slower", stacklevel=4)
-
-
-def precision_of(name: str, precision: str | Mapping[str, str]) -> str:
-    """What a precision says of one layer."""
-    if isinstance(precision, str):
-        return precision
-    return next((value for pattern, value in precision.items() if re.fullmatch(pattern, name)), "auto")

@@ -1,4 +1,4 @@
-"""Whether data span as many directions as is asked of them: `Directions` collects the sites where they do not, for one warning."""
+"""`Directions`: sites whose data span fewer directions than a method needs, collected for one warning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from nullspace import solvers
 from nullspace.moments.covariance import Covariance
 
-# Of the names in a warning, that many are written out.
+# A warning lists so many names.
 NAMES = 4
 
 
@@ -33,7 +33,7 @@ class Directions:
         self._known: weakref.WeakKeyDictionary[Covariance, tuple[int, int]] = weakref.WeakKeyDictionary()
 
     def add(self, name: str, spanned: int, needed: int, d_in: int) -> None:
-        """Note how many directions the data of a site span, and how many are needed."""
+        """Record how many directions the data of a site span, and how many are needed."""
         self._looked_at.add(name)
         if spanned < needed and name not in self._short:
             self._short[name] = Short(name, spanned, needed, d_in)
@@ -43,10 +43,11 @@ class Directions:
 
         Args:
             name: of the layer.
-            covariance: whose sums they are; looked at once, whatever the number of layers that share it.
-            needed: how many directions have to be there, certainly.
-            c: (d_in, d_in) float64, its matrix; centred or not, but all alike of one covariance.
-            spared: all directions but so many have to be there. What float32 chains cannot tell from zero is then no lack.
+            covariance: of its inputs; decomposed once, whatever the number of layers that share it.
+            needed: how many directions must be present with certainty.
+            c: (d_in, d_in) float64, its matrix; centred or not, but the same for every layer that shares the covariance.
+            spared: all but so many directions must be present. Eigenvalues that float32 chains cannot tell from zero count as
+                present.
 
         Cost: d_in³ / 3 flops, or 5/3 · d_in³ where some directions are missing.
         """
@@ -62,10 +63,10 @@ class Directions:
             self.add(name, possible, most, len(c))
 
     def warn(self, what: str, *, stacklevel: int = 2) -> None:
-        """Say so, in one `UserWarning`, if there are any.
+        """Issue one `UserWarning` about all of them, if there are any.
 
         Args:
-            what: needs the directions: "method 'eva'".
+            what: what needs the directions, such as "method 'eva'".
             stacklevel: as of `warnings.warn`, counted from the caller.
         """
         text = self.text(what)
@@ -73,7 +74,7 @@ class Directions:
             warnings.warn(text, stacklevel=stacklevel + 1)
 
     def text(self, what: str) -> str:
-        """What `warn` says; empty if there is nothing to say."""
+        """The text of the warning; empty if no site is short of directions."""
         if not self._short:
             return ""
         short = list(self._short.values())
@@ -86,5 +87,5 @@ class Directions:
 
 
 def noise_of(covariance: Covariance) -> float:
-    """Eigenvalues of a covariance up to this size may be rounding's."""
+    """Eigenvalues of a covariance up to this size may be due to rounding."""
     return covariance.error_norm**2 if covariance.products == "qr" else covariance.error_norm

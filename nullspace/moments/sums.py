@@ -1,4 +1,4 @@
-"""`Sums`: what a running second moment is made of, whatever takes the products; and `TokenMask`, which tokens count."""
+"""`Sums`: the interface of running sums, and `GramSums`, those that form products; `TokenMask`: which rows are tokens."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from nullspace.moments.triangle import LowerTriangle
 
 # A token is an outlier if its norm exceeds this many times the median norm of those around it.
 OUTLIER_RATIO = 8.0
-# Fewer rows than this are no sample to take a median norm of, and are not worth a product.
+# Fewer rows than this are too few for a median norm, and for a product.
 STAGE_TOKENS = 512
 # Median norms outside this range would under- or overflow in float32 products: such rows are summed in float64.
 FLOAT32_NORMS = (1e-12, 1e14)
 # ‖E‖_F / ‖C‖_F of a float64 sum, where C + E is what the sum comes to and its eigensolver makes of it: an upper end of what was
-# measured, as the excess leak under massive tokens of 1e3 to 3e6 times the others' norm.
+# measured, by the excess leak under massive tokens of 1e3 to 3e6 times the others' norm.
 FLOAT64_RESOLUTION = 2.5e-15
 
 
 class TokenMask:
-    """Which rows of an input are tokens and which are padding. Looked at once, however many inputs it is for.
+    """Which rows of an input are tokens and which are padding. The mask is read once, however many inputs it serves.
 
     Args:
         mask: as many entries as there are rows, of any shape; zero or False is padding.
@@ -50,9 +50,9 @@ class Sums(abc.ABC):
     Attributes:
         total: Σ x, (d_in,) float64.
         outliers: tokens whose norm exceeded `OUTLIER_RATIO` × the median of those that were summed with them.
-        unchecked: norms of tokens that nobody has looked at yet, for NaN and Inf.
+        unchecked: norms of tokens that were not yet checked for NaN and Inf.
 
-    They, and whatever is read of Σ x xᵀ, are complete after `flush`.
+    These, and everything that is read of Σ x xᵀ, are complete after `flush`.
     """
 
     def __init__(self, d_in: int, device: torch.device) -> None:
@@ -68,14 +68,14 @@ class Sums(abc.ABC):
 
     @abc.abstractmethod
     def flush(self) -> None:
-        """Bring everything up to date.
+        """Sum all staged rows.
 
         Raises:
-            ValueError: for NaN or Inf that was not found while adding.
+            ValueError: for NaN or Inf that `add` has not looked for.
         """
 
     def merge(self, other: Sums) -> None:
-        """Add all that another one, of the same precision, holds."""
+        """Add other sums, of the same precision."""
         self.flush()
         other.flush()
         self.total += other.total.to(self.device)
@@ -110,28 +110,28 @@ class Sums(abc.ABC):
     @property
     @abc.abstractmethod
     def products(self) -> str:
-        """How the products were taken: `"mixed"`, `"fp64"` or `"qr"`."""
+        """The precision of the products: `"mixed"`, `"fp64"` or `"qr"`."""
 
     @property
     @abc.abstractmethod
     def error_norm(self) -> float:
-        """About ‖E‖_F of what rounding has cost: C + E is what the sum comes to, or, of a root, X + E is whose root it is."""
+        """An estimate of ‖E‖_F: the sum is C + E, or a root is that of X + E."""
 
 
 class GramSums(Sums):
-    """Sums that form the products: the lower triangle of Σ x xᵀ, and an account of what rounding may have done to it."""
+    """Sums of products: the lower triangle of Σ x xᵀ, and an account of its rounding errors."""
 
     LOSSES = ("mixed_energy", "independent_loss", "common_loss", "storage_loss")
 
     def __init__(self, d_in: int, device: torch.device) -> None:
         super().__init__(d_in, device)
         self.triangle = LowerTriangle(d_in, device=device)
-        # Σ‖x‖² over the tokens whose products were not taken in float64; and what these may have lost, as Frobenius norms: the sum
-        # of squares of independent errors, and the sum of those that point the same way.
+        # Σ‖x‖² over the tokens whose products were not taken in float64; and estimates of their errors, as Frobenius norms: the sum
+        # of squares of independent errors, and the sum of errors of the same sign.
         self._mixed_energy = 0.0
         self._independent_loss = 0.0
         self._common_loss = 0.0
-        self._storage_loss = 0.0  # absolute: ‖·‖_F of what a narrower dtype in a file has cost
+        self._storage_loss = 0.0  # absolute: ‖·‖_F of the rounding to a narrower dtype in a file
 
     def scale(self, weight: float) -> None:
         super().scale(weight)
@@ -142,7 +142,7 @@ class GramSums(Sums):
         self._storage_loss *= weight
 
     def count_rounding(self, dtype: torch.dtype) -> None:
-        """Take note that what is summed so far was kept in a dtype narrower than float64."""
+        """Count the rounding of all that is summed so far to a dtype narrower than float64."""
         if dtype != torch.float64:
             self._storage_loss += torch.finfo(dtype).eps * self.triangle.norm()
 
@@ -167,9 +167,9 @@ class GramSums(Sums):
         self._common_loss, self._storage_loss = numbers["common_loss"], numbers["storage_loss"]
 
     def compress(self, counts: Sequence[float]) -> torch.Tensor:
-        """All of it, and some counts, as one vector in the memory that holds it: complete after `flush`, and undone by `expand`.
+        """Pack the state and some counts in place into one vector; complete after `flush`, and undone by `expand`.
 
-        Vectors of parts of the data add up to that of all.
+        The sum of the vectors of parts of the data is that of all data.
 
         Returns:
             (d (d + 1) / 2 + d + 4 + len(counts),) float64.
@@ -178,7 +178,7 @@ class GramSums(Sums):
         return self.triangle.compress(torch.cat([self.total, self.total.new_tensor([*losses, *counts])]))
 
     def expand(self, count: int) -> list[float]:
-        """Go on with what the vector of `compress` holds by now; its `count` counts."""
+        """Read the state back from the vector of `compress`, whatever it holds by now. Returns its `count` counts."""
         beside = self.triangle.expand()
         self.total.copy_(beside[: self.d_in])
         numbers: list[float] = beside[self.d_in : self.d_in + 4 + count].tolist()
@@ -216,7 +216,7 @@ class GramSums(Sums):
 
 
 def narrowed(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-    """float64 numbers in `dtype`, and the norm of what they lose by it. `rows` is overwritten.
+    """float64 numbers in `dtype`, and the norm of their rounding errors. `rows` is overwritten.
 
     Raises:
         ValueError: if one is beyond the range of `dtype`.
@@ -231,13 +231,20 @@ def narrowed(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, floa
 
 
 def nonfinite(norms: Sequence[torch.Tensor]) -> str | None:
-    """What to say of tokens whose norms are NaN or Inf; None if there are none. Waits for the device."""
+    """A message about tokens whose norms are NaN or Inf; None if there are none. Waits for the device."""
     if not norms:
         return None
     bad = ~torch.isfinite(torch.cat(list(norms)))
     if not bad.any():
         return None
     return f"NaN or Inf in {int(bad.sum())} of {len(bad)} tokens (the first one is token {int(bad.nonzero()[0])})"
+
+
+def refuse_nonfinite(norms: Sequence[torch.Tensor]) -> None:
+    """Raise `ValueError`, naming the first token, if norms of tokens are NaN or Inf. Waits for the device."""
+    message = nonfinite(norms)
+    if message:
+        raise ValueError(message)
 
 
 def find_outliers(norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,8 @@
-"""`QrSums`: second moments that are never squared.
+"""`QrSums`: second moments as a triangular factor, without squares.
 
-R of X = QR carries all that C = RᵀR carries, with the condition number of X instead of its square: where a few massive tokens are
-1e5 times the others, even float64 sums have lost the quiet directions, and R has not. A chunk of tokens is taken in by the QR
-decomposition of [R; X_chunk] (COALA, arXiv 2507.07580, calibrates so for the same reason). It costs some ten times the product.
+R of X = QR determines C = RᵀR, with the condition number of X instead of its square: where a few massive tokens have 1e5 times the
+norm of the others, float64 sums have lost the directions of small energy, and R has not. A chunk of tokens is added by the QR
+decomposition of [R; X_chunk], as in COALA (arXiv 2507.07580). It costs some ten times the product.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from nullspace.moments.sums import STAGE_TOKENS, Sums, TokenMask, find_outliers, narrowed, nonfinite
+from nullspace.moments.sums import STAGE_TOKENS, Sums, TokenMask, find_outliers, narrowed, refuse_nonfinite
 
 # ‖E‖_F / ‖X‖_F, where R is that of X + E: Householder QR is backward stable.
 QR_RESOLUTION = 1e-15
@@ -33,15 +33,13 @@ class QrSums(Sums):
         # As many tokens as there are columns: the decomposition of R's own rows then costs no more than that of the new ones.
         self._chunk = max(STAGE_TOKENS, d_in)
         self._staged: list[torch.Tensor] = []
-        self._storage_loss = 0.0  # ‖·‖_F of what a narrower dtype in a file has cost
+        self._storage_loss = 0.0  # ‖·‖_F of the rounding to a narrower dtype in a file
 
     def add(self, x_nd: torch.Tensor, mask: TokenMask | None) -> None:
         """Add rows; if it raises (`ValueError`, for NaN or Inf), nothing was added."""
         x_nd = x_nd.to(self.device)
         rows = (x_nd if mask is None else x_nd.index_select(0, mask.indices(self.device))).double()
-        complaint = nonfinite([torch.linalg.vector_norm(rows, dim=1)])
-        if complaint:
-            raise ValueError(complaint)
+        refuse_nonfinite([torch.linalg.vector_norm(rows, dim=1)])
         self.total += rows.sum(0)
         self._staged.append(rows.clone() if rows.data_ptr() == x_nd.data_ptr() else rows)
         if sum(map(len, self._staged)) >= self._chunk:

@@ -1,6 +1,6 @@
 """`TorchSums`: second moments by PyTorch's matrix products, over blocks of the triangle.
 
-The host decides as it goes: it looks at every norm before the tokens are summed. On a CPU that costs nothing.
+The host reads every norm before the tokens are summed, and decides what is an outlier. On a CPU that costs nothing.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from nullspace.moments.sums import FLOAT32_NORMS, OUTLIER_RATIO, STAGE_TOKENS, GramSums, Sums, TokenMask, nonfinite
+from nullspace.moments.sums import FLOAT32_NORMS, OUTLIER_RATIO, STAGE_TOKENS, GramSums, Sums, TokenMask, refuse_nonfinite
 
 # Tokens in one float32 chain. The error of a chain grows like the square root of its length; below about 1024 tokens the
-# float64 master's own traffic (8 d² bytes a chain, whatever its length) begins to show in the time.
+# traffic of the float64 sum (8 d² bytes a chain, whatever its length) begins to show in the time.
 CHAIN_TOKENS = 1024
 # Outlier rows are kept until this many make a product worth it.
 OUTLIER_ROWS = 64
 # ‖E‖_F / ‖C‖_F of one float32 chain: an upper end of what was measured over the inputs of seven families of models and of SmolLM2.
 # The errors of several chains are independent, and partly cancel.
 FLOAT32_RESOLUTION = 2e-7
-# The first tokens, this many times d_in, are summed in float64, and show whether float32 chains could see the bottom of the
-# spectrum: see `_resolves_float32`. On a GPU they would cost as much as all others: there the second pass has to do.
+# The first tokens, this many times d_in, are summed in float64, and show whether float32 chains would resolve the bottom of the
+# spectrum: see `_resolves_float32`. On a GPU they would cost as much as all others: there a second pass has to suffice.
 PROBE_TOKENS = 1.25
 PROBE_LIMIT = 0.1
 
@@ -36,14 +36,14 @@ class TorchSums(GramSums):
         d_in: width of the inputs.
         device: where the sums live; inputs are moved there.
         mixed: take products in float32; False: all in float64.
-        probe: look at the first tokens, in float64, for whether float32 will do.
+        probe: sum the first tokens in float64, and decide by them whether float32 suffices.
     """
 
     def __init__(self, d_in: int, device: torch.device, *, mixed: bool, probe: bool) -> None:
         super().__init__(d_in, device)
         self._absorbed = 0
         self._probe_energy = 0.0
-        self._float32: bool | None = None if mixed and probe else mixed  # None: not known yet
+        self._float32: bool | None = None if mixed and probe else mixed  # None: undecided
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._outlier_rows: list[torch.Tensor] = []
 
@@ -53,9 +53,7 @@ class TorchSums(GramSums):
         rows = x_nd if mask is None else x_nd.index_select(0, mask.indices(self.device))
         # Chain by chain: a norm in float64 copies its rows to float64.
         norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows.split(CHAIN_TOKENS)])
-        complaint = nonfinite([norms])
-        if complaint:
-            raise ValueError(complaint)
+        refuse_nonfinite([norms])
         if rows.shape[0] >= STAGE_TOKENS:
             self._absorb(rows, norms)
             return
@@ -75,12 +73,12 @@ class TorchSums(GramSums):
             self._probe_energy += other._probe_energy
             self._float32 = other._float32 if self._float32 is None else self._float32
         elif self._float32 is None:
-            self._float32 = False  # the sum is no longer that of the first tokens alone
+            self._float32 = False  # the sum is not of the first tokens alone any more
 
     def _load_losses(self, numbers: Mapping[str, float]) -> None:
         super()._load_losses(numbers)
         if self._float32 is None:
-            self._float32 = False  # nobody knows which of them were the first tokens
+            self._float32 = False  # which of the tokens were the first ones is unknown
 
     def scale(self, weight: float) -> None:
         super().scale(weight)
@@ -126,12 +124,12 @@ class TorchSums(GramSums):
                 self.triangle.add_gram(chain)
 
     def _resolves_float32(self) -> bool:
-        """Whether the bottom of the spectrum, as the first tokens show it, lies above what float32 chains would lose.
+        """Whether the bottom of the spectrum of the first tokens lies above what float32 chains would lose.
 
         With e the entry size of the loss and S = tr C⁻¹ = Σ 1/λ, dominated by the smallest λ: e S is about e over the smallest λ,
         and e² S² / r bounds the energy that a basis of r vectors picks up by rounding, relative to its own. S is estimated from a
-        Cholesky factor and a few random signs (Hutchinson 1990), d³ / 3 flops. A wrong yes is found out by
-        `NullSpace.excess_estimate`, a wrong no costs time.
+        Cholesky factor and a few random signs (Hutchinson 1990), d³ / 3 flops. `NullSpace.excess_estimate` shows where True was
+        wrong; a wrong False costs time.
         """
         c = self.triangle.square()
         entry = FLOAT32_RESOLUTION * min(self.triangle.norm(), self._probe_energy) / self.d_in
@@ -153,7 +151,7 @@ class TorchSums(GramSums):
     def _product_dtype(self, rows_nd: torch.Tensor, median_norm: float) -> torch.dtype:
         low, high = FLOAT32_NORMS
         fits = median_norm == 0.0 or low < median_norm < high
-        # Whoever reads the sums early leaves a few rows, whose median may be that of massive tokens.
+        # A flush can leave fewer than STAGE_TOKENS rows. The median of so few may be that of outliers: these are summed in float64.
         few = len(rows_nd) < STAGE_TOKENS
         if not self._float32 or rows_nd.dtype == torch.float64 or few or not fits:
             return torch.float64

@@ -1,9 +1,9 @@
-"""`TritonSums`: second moments on a GPU, by the kernels of `csrc_triton`, with nothing on the way that the host waits for.
+"""`TritonSums`: second moments on a GPU, by the kernels of `csrc_triton`; the host never waits for the device while adding.
 
-Tokens are copied into a buffer (padding left behind, norms and Σ x taken on the way) until a launch is worth the float64
-triangle's own traffic. What the host decides elsewhere, the device decides here: which of the tokens are outliers is a list and
-a count in its memory, the float64 kernel reads both, and the buffer's outlier rows are zeroed before the fast kernel runs.
-NaN and Inf are therefore found later: by `Covariance`'s readers, or by the stream at the end of a batch.
+Tokens without padding are copied into a buffer, and their norms and Σ x computed in the same pass, until a launch is worth the
+traffic of the float64 triangle. The device decides which tokens are outliers: it keeps their list and count in its memory, the
+float64 kernel reads both, and the buffer's outlier rows are zeroed before the fast kernel runs. NaN and Inf are therefore reported
+later: when the sums are read, or at the end of a batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 import nullspace.csrc_triton as csrc_triton
-from nullspace.moments.sums import FLOAT32_NORMS, STAGE_TOKENS, GramSums, TokenMask, find_outliers, nonfinite
+from nullspace.moments.sums import FLOAT32_NORMS, STAGE_TOKENS, GramSums, TokenMask, find_outliers, refuse_nonfinite
 from nullspace.moments.triangle import PANEL_ROWS
 
 # ‖E‖_F / ‖C‖_F, the part of E that is proportional to C left out (it moves no eigenvector): tensor-core chains lose by rounding
@@ -46,7 +46,7 @@ class TritonSums(GramSums):
 
     def add(self, x_nd: torch.Tensor, mask: TokenMask | None) -> None:
         """Add rows, without waiting for the device."""
-        # What the kernels do not know (8-bit floats) fits into float32.
+        # Dtypes that the kernels do not take (8-bit floats) fit into float32.
         known = x_nd.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
         x_nd = x_nd.to(self.device, x_nd.dtype if known else torch.float32)
         if x_nd.dtype == torch.float64:
@@ -75,10 +75,8 @@ class TritonSums(GramSums):
 
     def flush(self) -> None:
         self._absorb()
-        self._buffer = None  # whoever reads the sums is done with most of them, and needs the memory
-        complaint = nonfinite(self.unchecked)
-        if complaint:
-            raise ValueError(complaint)
+        self._buffer = None  # a reader has had most of the tokens, and needs the memory
+        refuse_nonfinite(self.unchecked)
         self.unchecked.clear()
         self.outliers += int(self._outliers)
         self._mixed_energy += float(self._energy)
@@ -100,7 +98,7 @@ class TritonSums(GramSums):
         self._outliers += outlier.sum()
         low, high = FLOAT32_NORMS
         in_float64 = outlier | (median <= low) | (median >= high)  # all of them, if that is where the median lies
-        # Whoever reads the sums early leaves a few rows, whose median may be that of massive tokens.
+        # A flush can leave fewer than STAGE_TOKENS rows. The median of so few may be that of outliers: these are summed in float64.
         few = len(rows) < STAGE_TOKENS
         if few:
             in_float64 = torch.ones_like(outlier)

@@ -12,7 +12,7 @@ import torch
 # 256 rows a panel: GEMM is at full speed, and the part of the diagonal blocks that is computed twice stays small (8 % at
 # d = 1536). Measured on 2 CPU cores for d = 576 and 1536; 96 to 384 are within 10 % of each other.
 PANEL_ROWS = 256
-# Numbers that may go with a triangle, beside d, when it is made a vector.
+# How many numbers beside d more may be packed with a triangle into one vector.
 BESIDE = 16
 
 
@@ -24,7 +24,7 @@ class LowerTriangle:
         device: where it lives.
 
     Attributes:
-        packed: the panels, one behind the other. What it holds above the diagonal has no meaning.
+        packed: the panels, one behind the other. Entries above the diagonal have no meaning.
     """
 
     def __init__(self, d: int, *, device: torch.device | str = "cpu") -> None:
@@ -63,9 +63,9 @@ class LowerTriangle:
                 at += row + 1
 
     def compress(self, beside: torch.Tensor) -> torch.Tensor:
-        """The triangle without what lies above the diagonal, and other numbers behind it, as one vector.
+        """Pack the entries on and below the diagonal, and other numbers behind them, in place into one vector.
 
-        It lies in the triangle's own memory, which holds nothing else until `expand`.
+        The triangle is unusable until `expand`.
 
         Args:
             beside: at most d + BESIDE numbers.
@@ -123,6 +123,6 @@ class LowerTriangle:
 
 
 def _below(rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the lower triangle of a block is."""
+    """Row and column indices of the lower triangle of a block."""
     row, column = torch.tril_indices(rows, rows, device=device)
     return row, column

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from nullspace.checks import check_between
+from nullspace.checks import check_between, check_one_of
 from nullspace.solvers import cost, lapack
 from nullspace.solvers.checks import check_symmetric, with_fixed_signs
 from nullspace.solvers.krylov import shift_invert
@@ -67,8 +67,7 @@ def partial_eigh(
     """
     d = check_symmetric(c)
     check_between("k", k, d)
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}")
+    check_one_of("method", method, METHODS)
     if method == "auto":
         method = cost.choose_method(d, k, c.device, every=every)
     if method == "shift-invert":

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nullspace.csrc_triton as csrc_triton
 import nullspace.moments.covariance as covariance_module
+import nullspace.moments.precision as precision_module
 from inputs import activations, randn
 from models import random_batches, tiny
 from nullspace import Covariance, stream_covariances
@@ -33,7 +34,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Covariances on the kernels, wherever they live."""
-    monkeypatch.setattr(covariance_module, "_new_sums", lambda d_in, device, precision: TritonSums(d_in, device))
+    monkeypatch.setattr(covariance_module, "new_sums", lambda d_in, device, precision: TritonSums(d_in, device))
 
 
 def covariance_of(*updates: torch.Tensor, device: torch.device) -> Covariance:
@@ -259,7 +260,7 @@ def test_few_tokens_are_summed_in_float64(device: torch.device) -> None:
 def test_merging_is_summing_all_tokens(theirs: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = (activations(tokens, 20, quietest=1e-2, massive=1e3, every=200, seed=seed) for seed, tokens in enumerate((900, 700)))
     covariance = covariance_of(x, device=device)
-    monkeypatch.setattr(covariance_module, "_new_sums", lambda d_in, device, precision: theirs(d_in, device))
+    monkeypatch.setattr(covariance_module, "new_sums", lambda d_in, device, precision: theirs(d_in, device))
     other = covariance_of(y, device=device)
     before, error = other.matrix(), covariance.error_norm
     covariance.merge(other)
@@ -402,18 +403,18 @@ def test_nan_in_a_model_is_named_with_its_batch(device: torch.device) -> None:
 def choice(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """Which sums a covariance of a given precision would get on a CUDA device."""
     monkeypatch.undo()
-    monkeypatch.setattr(covariance_module, "TritonSums", lambda d_in, device: "kernels")
-    monkeypatch.setattr(covariance_module, "TorchSums", lambda d_in, device, mixed, probe: f"PyTorch, {mixed=}, {probe=}")
-    covariance_module._warn_of_fallback.cache_clear()
-    return lambda precision: covariance_module._new_sums(8, torch.device("cuda"), precision)
+    monkeypatch.setattr(precision_module, "TritonSums", lambda d_in, device: "kernels")
+    monkeypatch.setattr(precision_module, "TorchSums", lambda d_in, device, mixed, probe: f"PyTorch, {mixed=}, {probe=}")
+    precision_module._warn_of_fallback.cache_clear()
+    return lambda precision: precision_module.new_sums(8, torch.device("cuda"), precision)
 
 
 def test_the_kernels_are_used_where_they_can_be(choice: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(csrc_triton, "unavailable", lambda device: None)
     assert choice("auto") == "kernels"
     assert choice("fp64") == "PyTorch, mixed=False, probe=False"
-    assert covariance_module._new_sums(8, torch.device("cpu"), "auto") == "PyTorch, mixed=True, probe=True"
-    assert covariance_module._new_sums(8, torch.device("cpu"), "mixed") == "PyTorch, mixed=True, probe=False"
+    assert precision_module.new_sums(8, torch.device("cpu"), "auto") == "PyTorch, mixed=True, probe=True"
+    assert precision_module.new_sums(8, torch.device("cpu"), "mixed") == "PyTorch, mixed=True, probe=False"
 
 
 def test_elsewhere_pytorch_is_and_says_so_once(choice: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
