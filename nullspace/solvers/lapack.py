@@ -2,12 +2,12 @@
 
 `scipy.linalg.lapack` and `scipy.linalg.eigh` hold the lock, so that matrices in several threads are solved one after the other.
 SciPy also publishes C pointers to the same routines, each in a capsule whose name is the C signature (`scipy.linalg.cython_lapack`,
-for Cython code), and `ctypes` releases the lock around a call. Where a pointer is missing or has another signature (64-bit integers,
-say), the routine of `scipy.linalg.lapack` does the same work.
+for Cython code), and `ctypes` releases the lock around a call. Where a pointer is missing or has another signature (such as 64-bit
+integers), the routine of `scipy.linalg.lapack` does the same work.
 
 What that is worth: null spaces of SmolLM2-135M (90 sites of d = 576, 30 of d = 1536, rank 128, 8 × 512 tokens, 2 CPU cores, two
 runs each in turn) take 26.3 s; with `eigh(subset_by_index=…, driver="evr")` in the place of these steps 31.4 s, at equal CPU time.
-Of the solves alone, `"evr"` takes 1.83 times the time (1.73 to 1.86), and the wrappers of `scipy.linalg.lapack` 1.53 times. With all
+Of the solves alone, `"evr"` takes 1.83 times as long (1.73 to 1.86), and the wrappers of `scipy.linalg.lapack` 1.53 times. With all
 eigenvalues (`spectrum=True`), which a subset driver gives by a second reduction only, it is 2.55 and 1.57 times.
 
 All arrays are float64. Nothing is checked here: `nullspace.solvers.eigen` does that.
