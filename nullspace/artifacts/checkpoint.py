@@ -1,12 +1,11 @@
-"""What a long run has finished, on disk: a directory of one file a site, each written whole or not at all.
+"""`Checkpoint`: the finished sites of a run in a directory, one file a site, each written completely or not at all.
 
-`run.json` says which run it belongs to: the identity of model and data, and every setting that the result depends on. Whoever
-comes with another one is told what differs. A file is written under another name, synced, and renamed; what a crash leaves half
-done is called `.part` and is overwritten by the next run. Several processes write their own sites into one directory, and another
-number of them may go on with it.
+`run.json` identifies the run: model, data, and every setting that the result depends on. A run with another identity gets an error
+that names the differences. Files are written as `….part`, synced, and renamed; the next run overwrites the `.part` files of a
+crash. Several processes write their own sites into one directory, and another number of processes may continue the run.
 
-Every file carries SHA-256 digests of its facts and of each tensor, and `run.json` one of itself. A site whose file is damaged is
-computed again; without `run.json` nothing is known of the others, so that its damage is an error.
+Every file holds SHA-256 digests of its facts and of each tensor, and `run.json` one of itself. A site with a damaged file is
+computed again. A damaged `run.json` is an error, since the run of the other files is then unknown.
 """
 
 from __future__ import annotations
@@ -37,21 +36,21 @@ RUN = "run.json"
 _FILE = re.compile(r"[0-9]{5,}")
 _RECORD_FIELDS = {"facts": an_object(), "tensors": map_of(text())}
 _FACTS_FIELDS = {"members": list_of(text(), least=1, distinct=True)}
-COVARIANCES = "covariances"  # where the command line's `init` keeps them until its adapter is written
+COVARIANCES = "covariances"  # folder of those that the command line's `init` keeps until its adapter is written
 _OWN = re.compile(r"run\.json(\.[0-9]+)?(\.part)?|[0-9]{5,}\.safetensors(\.part)?")
 
 
 class Checkpoint:
-    """Sites that are finished.
+    """The finished sites of a run.
 
     Args:
-        directory: is made when the first site is kept.
-        run: which run this is (`fingerprint_of_run`), as JSON takes it.
-        job: the processes that write into it; this one alone by default.
+        directory: is created when the first site is kept.
+        run: identity of the run (`fingerprint_of_run`); values that JSON can hold.
+        job: the processes that write into it; this process alone by default.
 
     Raises:
-        ValueError: naming what differs, if the directory is another run's; naming the file, if it is damaged.
-        FileExistsError: if the directory is not empty and not ours.
+        ValueError: naming what differs, if the directory is another run's; naming `run.json`, if it is damaged.
+        FileExistsError: if the directory is neither empty nor a checkpoint.
     """
 
     def __init__(self, directory: str | os.PathLike[str], run: Mapping[str, Any], job: Job | None = None) -> None:
@@ -69,20 +68,19 @@ class Checkpoint:
     def load(
         self, check: Callable[[dict[str, Any], dict[str, torch.Tensor]], object] | None = None
     ) -> Iterator[tuple[dict[str, Any], Callable[..., dict[str, torch.Tensor]]]]:
-        """What was kept, in the order in which it was first kept: facts, and what reads the tensors (all, or those named).
+        """Yields the facts of every kept site, and a function that reads its tensors (all, or those named), oldest first.
 
-        Every file is compared with its digests first, a share of them by each process. To be drawn to its end
-        before `hold` and `keep`.
+        Every file is first compared with its digests, which the processes share. Exhaust the generator before `hold` and `keep`.
 
         Args:
-            check: of facts and tensors: raises `ValueError` for what cannot be this run's.
+            check: raises `ValueError` for facts and tensors that do not belong to this run.
 
         Raises:
-            ValueError: naming the file, by what reads its tensors, if it was damaged in the meantime.
+            ValueError: naming the file, by the reading function, if it was damaged in the meantime.
 
         Warns:
-            UserWarning: naming file and site, for every file that is damaged or refused by `check`. It is deleted, and its site
-                is to be computed again.
+            UserWarning: naming file and site, for every file that is damaged or that `check` refuses. It is deleted, and its site
+                must be computed again.
         """
         paths = sorted(path for path in self._directory.glob("*.safetensors") if _FILE.fullmatch(path.stem))
         own: dict[str, str] = {}
@@ -94,20 +92,20 @@ class Checkpoint:
             except ValueError as error:
                 own[path.name] = str(error.__cause__ or error)
         damaged = {name: reason for theirs in self._job.exchange(own) for name, reason in theirs.items()}
-        known: dict[str, Path] = {}
+        owners: dict[str, Path] = {}
         for path in paths:
             facts = {} if path.name in damaged else _facts(path)
-            twice = next((member for member in facts.get("members", ()) if member in known), None)
+            twice = next((member for member in facts.get("members", ()) if member in owners), None)
             if twice is not None:
-                damaged[path.name] = f"{twice!r} is in {known[twice].name} already"
+                damaged[path.name] = f"{twice!r} is in {owners[twice].name} already"
             if path.name in damaged:
-                self._give_up(path, damaged[path.name])
+                self._discard(path, damaged[path.name])
                 continue
-            known.update(dict.fromkeys(facts["members"], path))
+            owners.update(dict.fromkeys(facts["members"], path))
             self._numbers[facts["members"][0]] = int(path.stem)
             yield facts, functools.partial(_read, path)
 
-    def _give_up(self, path: Path, reason: str) -> None:
+    def _discard(self, path: Path, reason: str) -> None:
         if not self._job.first:
             return
         warnings.warn(f"{path} is damaged: its site is computed again. {_likely_site(path)}{reason}", stacklevel=4)
@@ -115,23 +113,23 @@ class Checkpoint:
             path.unlink(missing_ok=True)
 
     def reader(self, site: str) -> Callable[..., dict[str, torch.Tensor]]:
-        """What reads the tensors (all, or those named) of a site that was kept, by whichever process (`numbers`)."""
+        """A function that reads the tensors (all, or those named) of a site that any process has kept (`numbers`)."""
         return functools.partial(_read, self._path(self._numbers[site]))
 
     @property
     def numbers(self) -> dict[str, int]:
-        """Site → number of its file, as far as this process knows. Processes tell each other, by `update`, what they have kept."""
+        """Site → number of its file. The caller adds the numbers of other processes' sites to this dictionary."""
         return self._numbers
 
     def hold(self) -> None:
-        """Lock the directory, until `close`: before sites are computed that are to be kept. Several processes share the lock.
+        """Lock the directory until `close`; call this before computing sites to keep. The processes of the job share the lock.
 
         Raises:
-            FileExistsError: naming it, if another run writes to it, or has since `load`.
+            FileExistsError: naming it, if another run writes to it, or has written to it since `load`.
         """
         if self._held:
             return
-        if self._job.first:  # for all
+        if self._job.first:  # for all processes
             self._lock.enter_context(locks.locked(self._directory))
         self._held = True
         there = {int(path.stem) for path in self._directory.glob("*.safetensors") if _FILE.fullmatch(path.stem) and path.is_file()}
@@ -144,14 +142,14 @@ class Checkpoint:
         self._held = False
 
     def keep(self, site: str, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write one site, in the place of what there was of it.
+        """Write one site, replacing its previous file.
 
         Raises:
-            OSError: if it cannot be written; what was there before is still there.
+            OSError: if it cannot be written; the previous file then remains.
         """
         if not self._begun:
             self._begin()
-        if site not in self._numbers:  # the lowest that is free, as damaged files were deleted, and no other process's
+        if site not in self._numbers:  # the lowest free number (damaged files were deleted) that is this process's
             taken = set(self._numbers.values())
             free = (n for n in itertools.count(self._job.number, self._job.count) if n not in taken)
             self._numbers[site] = next(n for n in free if not self._path(n).is_dir())
@@ -159,7 +157,7 @@ class Checkpoint:
         part = path.with_name(path.name + ".part")
         record = json.dumps({"facts": facts, "tensors": {name: _digest(tensor) for name, tensor in tensors.items()}})
         records.write_tensors(part, tensors, metadata={"record": record, "sha256": hashlib.sha256(record.encode()).hexdigest()})
-        _make_real(part, path)
+        _publish(part, path)
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number:05d}.safetensors"
@@ -169,16 +167,16 @@ class Checkpoint:
         part = self._directory / (f"{RUN}.{self._job.number}.part" if self._job.count > 1 else f"{RUN}.part")
         with store.writing(part):
             part.write_text(records.sealed(self._run), encoding="utf-8")
-            _make_real(part, self._directory / RUN)
+            _publish(part, self._directory / RUN)
         self._begun = True
 
 
 def check_place(directory: Path) -> None:
-    """Whether a directory is a run's checkpoint, or can become one since it is empty or does not exist.
+    """Check that a directory is a checkpoint, empty, or missing.
 
     Raises:
         FileExistsError: if it is something else.
-        ValueError: if its `run.json` is damaged, or not ours.
+        ValueError: if its `run.json` is damaged, or not written by nullspace.
     """
     if os.path.lexists(directory / RUN):
         _read_run(directory / RUN)
@@ -189,17 +187,17 @@ def check_place(directory: Path) -> None:
 
 
 def sites_in(directory: Path) -> int:
-    """How many finished sites a checkpoint holds; 0 if there is none."""
+    """Number of finished sites in a checkpoint; 0 if there is none."""
     return len(list(directory.glob("*.safetensors"))) if (directory / RUN).is_file() else 0
 
 
 def delete(directory: Path) -> None:
-    """Delete what runs have kept in a checkpoint. Files of other origin stay, and the directory with them."""
+    """Delete a checkpoint's files. Files of other origin stay, and then the directory too."""
     if not directory.is_dir():
         return
     store.delete_directory(directory / COVARIANCES)
     own = [path for path in directory.iterdir() if _OWN.fullmatch(path.name) and path.is_file()]
-    for path in sorted(own, key=lambda path: path.name == RUN):  # by which it is known, last
+    for path in sorted(own, key=lambda path: path.name == RUN):  # last, since it identifies the checkpoint
         path.unlink()
     with contextlib.suppress(OSError):
         directory.rmdir()
@@ -207,7 +205,7 @@ def delete(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A file that was kept, and its record of facts and digests. Whatever is wrong with it is a `ValueError` that names it."""
+    """Context manager: a kept file, and its record of facts and digests. Any damage raises `ValueError`, naming the file."""
     records.check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -228,22 +226,22 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, *names: str) -> dict[str, torch.Tensor]:
-    found = {}
+    tensors = {}
     with _opened(path) as (file, record):
         for name in names or record["tensors"]:
-            found[name] = file.get_tensor(name)
-            if _digest(found[name]) != record["tensors"][name]:
+            tensors[name] = file.get_tensor(name)
+            if _digest(tensors[name]) != record["tensors"][name]:
                 raise ValueError(f"the SHA-256 of the tensor {name!r} does not fit")
-    return found
+    return tensors
 
 
 def _likely_site(path: Path) -> str:
-    """Which site a damaged file says it holds, if it can still be read."""
+    """Text that names the site of a damaged file, if it can be read."""
     try:
         records.check_regular(path)
         with safe_open(path, framework="pt") as file:
             return f"It held {json.loads(file.metadata()['record'])['facts']['members'][0]!r}. "
-    except Exception:  # whatever the damage: it was reported already
+    except Exception:  # the damage was reported already
         return ""
 
 
@@ -256,7 +254,7 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def check_site(facts: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-    """Raise `ValueError` if what was kept is of layers that are none of these, or of another width."""
+    """Raise `ValueError` if a kept site has members that are not among these layers, or another width."""
     for member in facts["members"]:
         if member not in modules or weight_shape(modules[member])[1] != facts["d_in"]:
             raise ValueError(f"{member!r} with inputs of width {facts['d_in']} is no layer of this run")
@@ -272,16 +270,16 @@ def _read_run(path: Path) -> dict[str, Any]:
 
 
 def _compare(path: Path, run: dict[str, Any]) -> None:
-    known = _read_run(path)
-    ours = json.loads(json.dumps(run))
-    if known == ours:
+    there = _read_run(path)
+    now = json.loads(json.dumps(run))
+    if there == now:
         return
-    keys = [key for key in {**known, **ours} if known.get(key) != ours.get(key)]
-    lines = "".join(f"\n  {key}: {known.get(key)!r} there, {ours.get(key)!r} now" for key in keys)
+    keys = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+    lines = "".join(f"\n  {key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys)
     raise ValueError(f"{path.parent} is the checkpoint of another run; delete it, or give another directory. It differs in:{lines}")
 
 
-def _make_real(part: Path, path: Path) -> None:
+def _publish(part: Path, path: Path) -> None:
     store.sync(part)
     part.rename(path)
     store.sync(path.parent)

@@ -1,7 +1,7 @@
-"""`Covariances`: the second moments of a whole model, kept, added up, and used again without the model.
+"""`Covariances`: the second moments of all sites of a model, saved, added up, and used without the model.
 
-What a calibration learns of its data is in them: null spaces, CorDA's and EVA's factors come from the files, for any rank. More
-data later, other machines and other corpora are a sum.
+Null spaces, CorDA's and EVA's factors of any rank are computed from them. Results of more data, other machines or other corpora are
+added.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from nullspace.moments.state import DTYPES, FIELDS
 
 
 class Covariances(Sitewise[Covariance]):
-    """Module name → `Covariance`; the members of a site share one object. Those that were loaded are read when they are asked for.
+    """Module name → `Covariance`; the members of a site share one object. Loaded ones are read from their files when needed.
 
     Args:
         pairs: what `stream_covariances` yields.
-        weights: module name → (d_out, d_in) and fingerprint of its weight, by which the model is known again.
+        weights: module name → (d_out, d_in) and fingerprint of its weight, which identify the model.
 
     Attributes:
-        shards: of which shards of which data they are the sum, where data were split (`compute_covariances(shard=…)`); else empty.
+        shards: the shards in the sum, if the data were split (`compute_covariances(shard=…)`); else empty.
     """
 
     KIND, WHAT, FIELDS = "covariances", "covariance", FIELDS
@@ -44,26 +44,26 @@ class Covariances(Sitewise[Covariance]):
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, partial: bool = False) -> Covariances:
-        """Read what `save` wrote, checking every byte; the tensors stay in their files until they are asked for, one by one.
+        """Open a directory that `save` wrote, and check every byte. Tensors are read from their files when needed, site by site.
 
         Args:
             directory: of `save`, `compute_covariances` or the command line.
-            partial: take it even if shards of its data are missing.
+            partial: accept a sum in which shards of the data are missing.
 
         Raises:
             FileNotFoundError: if there is no such directory.
-            ValueError: naming the file that is missing, truncated, altered or not ours; and naming the shards that are missing.
+            ValueError: naming the file that is missing, truncated, altered or not written by nullspace; or the missing shards.
         """
-        found = super().load(directory)
-        missing = what_is_missing(found.shards)
+        loaded = super().load(directory)
+        missing = what_is_missing(loaded.shards)
         if missing and not partial:
             raise ValueError(
                 f"{directory} is not of all its data: {missing} missing. Merge it with these (`nullspace merge`), or take it "
                 "as it is: partial=True, --partial"
             )
-        return found
+        return loaded
 
-    def _take_note(self, manifest: Mapping[str, Any]) -> None:
+    def _read_more(self, manifest: Mapping[str, Any]) -> None:
         self.shards = tuple(Shards.from_json(entry) for entry in manifest.get("shards", ()))
 
     @staticmethod
@@ -75,20 +75,20 @@ class Covariances(Sitewise[Covariance]):
         return Covariance.from_state(facts, tensors)
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False, dtype: torch.dtype = torch.float64) -> None:
-        """Write a directory: `nullspace.json` and one safetensors file a site, of its lower triangle. Whole or not at all.
+        """Write a directory: `nullspace.json` and one safetensors file a site (its lower triangle), completely or not at all.
 
-        In a process group, one process may call this, or all of them: then one writes, and the others return when it has.
+        In a process group, one process may call this, or all of them. Then one writes, and the others return when it is done.
 
         Args:
             directory: must not exist yet, or be empty.
-            overwrite: replace an earlier directory of ours.
+            overwrite: replace a directory that nullspace wrote.
             dtype: float64, or float32 for half the space: enough for CorDA and EVA, and for null spaces that leak more than
-                some 1e-4 (`NullSpace.excess_estimate` counts it in).
+                some 1e-4 (`NullSpace.excess_estimate` includes its rounding).
 
         Raises:
-            ValueError: for another dtype, or one that the sums do not fit.
-            FileExistsError: if the directory is in the way, or another run is writing to it.
-            OSError: if it cannot be written; then nothing is left behind. All errors of one process are raised by all that call.
+            ValueError: for another dtype, or sums beyond its range.
+            FileExistsError: if the directory exists and may not be replaced, or another run is writing to it.
+            OSError: if it cannot be written; nothing is left behind. An error of the writing process is raised by all callers.
         """
         check_dtype(dtype)
 
@@ -108,19 +108,18 @@ class Covariances(Sitewise[Covariance]):
         normalise: bool = False,
         partial: bool = False,
     ) -> Covariances:
-        """The second moments of all data together. Sites are added when they are asked for, one at a time.
+        """The sum of several runs. Each site is added when it is needed.
 
         Args:
-            runs: of one model and the same layers, in any order. Those of shards may be merges themselves: neither order nor
-                grouping changes more than rounding.
-            weights: a positive factor a run; 1 by default. What counts is their ratio.
-            normalise: divide each run's sums by their trace first, site by site, so that runs count alike however many tokens they
-                have and however loud these are: for several corpora or tasks, all of which a basis is to leave alone.
-            partial: shards of the data may be missing: a merge on the way, to be merged with others.
+            runs: of one model and the same layers, in any order. They may be merges: order and grouping change only rounding.
+            weights: a positive factor a run; 1 by default. Only their ratios matter for bases.
+            normalise: first divide each run's sums by their trace, site by site, so that runs count alike whatever their numbers
+                and norms of tokens: for several corpora or tasks, all of which a basis shall preserve.
+            partial: shards of the data may be missing; the result can be merged with others.
 
         Raises:
             ValueError: naming what differs, for runs of different layers, sites or models; for weights that are not positive,
-                or not one a run; and naming the shard, if one is missing or there twice.
+                or not one a run; naming the shard, if one is missing or counted twice.
         """
         if not runs:
             raise ValueError("nothing to merge")
@@ -141,15 +140,15 @@ class Covariances(Sitewise[Covariance]):
         lacking = next((n for n, run in enumerate(runs, start=1) if what_is_missing(run.shards)), None)
         if unequal and lacking is not None:
             raise ValueError(f"run {lacking} is a part of its data: merge its shards first, and weigh or normalise the sum of them")
-        found = cls(())
-        found.shards = shards
-        found._set_entries(
+        merged = cls(())
+        merged.shards = shards
+        merged._set_entries(
             _Sum(entry.site, [run._of[entry.site.name] for run in runs], weights, normalise) for entry in first._entries
         )
-        return found
+        return merged
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dictionary a site, of values that JSON takes."""
+        """One dictionary a site, of values that JSON can hold."""
         return [
             {
                 "site": site.name,
@@ -176,11 +175,12 @@ class _Sum(Entry[Covariance]):
     def value(self) -> Covariance:
         total: Covariance | None = None
         for part, weight in zip(self._parts, self._by, strict=True):
-            covariance = Covariance.from_state(*part.value().state())  # a copy: what it is taken from stays as it is
+            covariance = Covariance.from_state(*part.value().state())  # a copy: the run keeps its sums
             if self._normalise:
                 if not covariance.trace > 0:
                     raise ValueError(
-                        f"{self.site.name!r} has heard nothing but zeros in one of the runs: it has no trace to divide by"
+                        f"the inputs of {self.site.name!r} are all zero in one of the runs: there is no trace to divide by. "
+                        "Merge without normalise, or leave that run out"
                     )
                 weight /= covariance.trace
             if weight != 1.0:
@@ -201,13 +201,13 @@ class _Sum(Entry[Covariance]):
 
 
 def account(shards: Iterable[Shards]) -> dict[str, Any]:
-    """What a manifest says of them: nothing if there are none."""
+    """The field of a manifest for some shards; empty if there are none."""
     entries = [part.as_json() for part in shards]
     return {"shards": entries} if entries else {}
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Raise `ValueError` for a dtype that covariances are not kept in."""
+    """Raise `ValueError` for a dtype that covariances are not saved in."""
     if dtype not in DTYPES:
         raise ValueError(f"covariances are kept in float64 or float32, not {dtype}")
 

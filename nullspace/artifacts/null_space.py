@@ -13,7 +13,7 @@ from nullspace.checks import check_fields, check_integer, check_tensor, finite, 
 from nullspace.model.sites import Site
 from nullspace.moments.covariance import Covariance
 
-# What a file says of a null space, beside its tensors.
+# Fields of a null space in a file, beside its tensors.
 FIELDS = {
     "members": list_of(text(), least=1, distinct=True),
     "d_in": whole(1),
@@ -27,41 +27,41 @@ FIELDS = {
     "excess_estimate": finite(-1e-9),
     "excess_bound": finite(-1e-9),
     "effective_rank": or_none(finite(0)),
-    "excluded": optional(whole()),  # files of the first versions do not have it
+    "excluded": optional(whole()),  # missing in files of the first versions
 }
 
-# Relative to tr C: an eigenvalue further below zero is not rounding's.
+# Relative to tr C: rounding makes no eigenvalue more negative than this.
 INDEFINITE = 1e-6
 
-# ‖UᵀU − I‖ of a basis that was written is some 1e-13: eigenvectors of float64 solvers.
+# Limit of ‖UᵀU − I‖; some 1e-13 for eigenvectors of float64 solvers.
 ORTHONORMAL = 1e-8
 
-# Relative to tr C: what rounding may do to the order of eigenvalues, and to their sum.
+# Relative to tr C: tolerance for the order of eigenvalues and for their sum.
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
 class NullSpace:
-    """The r quietest directions of one site's input: C U = U Λ (arXiv 2503.02659, eq. 6–7; U is the paper's U_null).
+    """The r directions with the smallest norm of one site's input: C U = U Λ (arXiv 2503.02659, eq. 6–7; U is the paper's U_null).
 
     Attributes:
         basis: (d_in, rank) float64, orthonormal columns, by ascending eigenvalue.
         eigenvalues: (rank,) float64, ascending, ≥ 0: λ_i = ‖u_iᵀX‖², summed over tokens.
         trace: tr C = ‖X‖_F².
         tokens: tokens that were summed, padding left out.
-        gap: (λ_{r+1} − λ_r) / λ_{r+1}, between 0 and 1: how clearly the spectrum says where to cut. Near 0 the next direction is as
-            quiet as the last one, and the basis, but not its leak, depends on rounding and on the data's chance.
+        gap: (λ_{r+1} − λ_r) / λ_{r+1}, between 0 and 1. Near 0, the basis, but not its leak, depends on rounding and on the sample
+            of data, since the next direction is as good as the last one.
         outliers: tokens whose norm exceeded 8 × the median.
-        nullity: eigenvalues, of those that were found, that are zero as far as the sum can tell: not above `Covariance.error_norm`.
-            Where it exceeds the rank, any basis within the null space would have done as well.
+        nullity: number of computed eigenvalues that cannot be told from zero: at most `Covariance.error_norm`. If it exceeds the
+            rank, any basis within the null space is as good.
         precision: `"mixed"` (float32 chains into float64 sums, outlier tokens in float64), `"fp64"` or `"qr"`.
-        excess_estimate: how much louder than the quietest basis this one may be for rounding's sake: leak / optimum − 1, by
-            second-order perturbation theory (`estimated_excess`). Rather too high than too low.
-        excess_bound: the same without any theory of how errors fall (Ky Fan's inequality, `bounded_excess`): never too low if the
-            error of the sum is what it is taken for, and often too high by many orders.
-        effective_rank: exp of the entropy of σ / Σσ of X (eq. 2–3); None unless it was asked for with `spectrum=True`.
-        site: which input, and which layers hear it.
-        avoided: how many directions the basis had to be orthogonal to (`avoid`).
+        excess_estimate: leak / optimum − 1 that rounding may have caused, by second-order perturbation theory
+            (`estimated_excess`); more often too high than too low.
+        excess_bound: an upper bound of it (Ky Fan's inequality, `bounded_excess`), given the error of the sum; often too high by
+            many orders of magnitude.
+        effective_rank: exp of the entropy of σ / Σσ of X (eq. 2–3); None without `spectrum=True`.
+        site: the input, and the layers that receive it.
+        avoided: number of directions that the basis is orthogonal to by request (`avoid`).
     """
 
     basis: torch.Tensor
@@ -85,7 +85,7 @@ class NullSpace:
 
     @property
     def leak(self) -> float:
-        """‖UᵀX‖_F / ‖X‖_F = √(Σ λ / tr C): the part of the calibration input that the space hears, 0 for a true null space."""
+        """‖UᵀX‖_F / ‖X‖_F = √(Σ λ / tr C): the fraction of the calibration input in the space; 0 for an exact null space."""
         return float(self.eigenvalues.sum() / self.trace) ** 0.5 if self.trace > 0 else 0.0
 
     @classmethod
@@ -98,14 +98,14 @@ class NullSpace:
         spectrum: bool = False,
         avoid: torch.Tensor | None = None,
     ) -> NullSpace:
-        """The bottom of a second moment.
+        """The bottom eigenspace of a second moment.
 
         Args:
             covariance: the sums, with at least one token.
             rank: 1 ≤ rank < d_in.
-            site: which input this is; a site without a name by default.
-            spectrum: report the effective rank too (of the whole input, whatever is avoided).
-            avoid: (d_in, m) orthonormal columns that the basis is to be orthogonal to: it is then the quietest such basis.
+            site: of the covariance; a site without a name by default.
+            spectrum: compute the effective rank too (of the whole input, including what is avoided).
+            avoid: (d_in, m) orthonormal columns; the basis is then the one with the smallest leak that is orthogonal to them.
 
         Raises:
             ValueError: if the rank is out of range or there are no tokens.
@@ -119,27 +119,16 @@ class NullSpace:
             raise ValueError(f"rank must be between 1 and {limit}{where}{beside}, not {rank}")
         if covariance.tokens == 0:
             raise ValueError("the covariance has no tokens")
-        squared = covariance.products != "qr"
-        if squared:
-            c = covariance.matrix()
-            whole = solvers.spectrum(c) if spectrum and avoid is not None else None
-            known, vectors = solvers.partial_eigh(
-                c if avoid is None else solvers.deflated(c, avoid.to(c)), rank, overwrite=True, every=spectrum
-            )
-        else:
-            root = covariance.root()
-            whole = torch.linalg.svdvals(root).square() if spectrum and avoid is not None else None
-            known, vectors = solvers.bottom_right_singular(
-                root if avoid is None else solvers.deflated_root(root, avoid.to(root)), rank
-            )
-        error, trace = covariance.error_norm, covariance.trace
-        if trace > 0 and float(known[0]) < -max(10 * error, INDEFINITE * trace):
+        lowest, vectors, every = _eigenpairs(covariance, rank, spectrum, avoid)
+        error, trace, squared = covariance.error_norm, covariance.trace, covariance.products != "qr"
+        if trace > 0 and float(lowest[0]) < -max(10 * error, INDEFINITE * trace):
             where = f" of {site.name!r}" if site is not None else ""
             raise ValueError(
-                f"the second moment{where} is none: it has the eigenvalue {float(known[0]):.3g}, and its trace is {trace:.3g}"
+                f"the second moment{where} is not positive semi-definite: it has the eigenvalue {float(lowest[0]):.3g}, and its "
+                f"trace is {trace:.3g}. Compute it again"
             )
-        known = known.clamp(min=0).cpu()
-        values, behind = known[:rank], float(known[rank])
+        lowest = lowest.clamp(min=0).cpu()
+        values, behind = lowest[:rank], float(lowest[rank])
         return cls(
             basis=vectors.cpu().contiguous(),
             eigenvalues=values.clone(),
@@ -147,17 +136,17 @@ class NullSpace:
             tokens=covariance.tokens,
             gap=(behind - float(values[rank - 1])) / behind if behind > 0 else 0.0,
             outliers=covariance.outliers,
-            nullity=int((known <= (error if squared else error**2)).sum()),
+            nullity=int((lowest <= (error if squared else error**2)).sum()),
             precision=covariance.products,
-            excess_estimate=solvers.estimated_excess(known, rank, error, trace, d_in=covariance.d_in, squared=squared),
+            excess_estimate=solvers.estimated_excess(lowest, rank, error, trace, d_in=covariance.d_in, squared=squared),
             excess_bound=solvers.bounded_excess(values, error, trace, squared=squared),
             site=site or Site(members=("",), d_in=covariance.d_in),
-            effective_rank=(solvers.effective_rank((known if whole is None else whole.clamp(min=0)).sqrt()) if spectrum else None),
+            effective_rank=solvers.effective_rank((lowest if every is None else every.clamp(min=0)).sqrt()) if spectrum else None,
             avoided=avoided,
         )
 
     def facts(self) -> dict[str, Any]:
-        """Everything but the tensors, as JSON takes it; the inverse is `from_facts`."""
+        """All attributes but the tensors, as values that JSON can hold; the inverse is `from_facts`."""
         return {
             "members": list(self.site.members),
             "d_in": self.site.d_in,
@@ -176,11 +165,11 @@ class NullSpace:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> NullSpace:
-        """A space of what `facts` gave and its two tensors, `basis` and `eigenvalues`; the basis may be on the meta device.
+        """The inverse of `facts`, with the two tensors `basis` and `eigenvalues`; the basis may be on the meta device.
 
         Raises:
-            ValueError: naming the fact or the tensor, if this is no null space: values of a wrong type, shape or sign, a basis
-                that is not orthonormal, or eigenvalues that do not ascend from 0 or exceed the trace.
+            ValueError: naming the fact or the tensor, for a wrong type, shape or sign, a basis that is not orthonormal, or
+                eigenvalues that do not ascend from 0 or exceed the trace.
         """
         check_fields(facts, FIELDS, "the facts of a null space")
         _check_tensors(facts, tensors)
@@ -194,8 +183,28 @@ class NullSpace:
         )
 
 
+def _eigenpairs(
+    covariance: Covariance, rank: int, spectrum: bool, avoid: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Solve for the bottom of a second moment.
+
+    Returns:
+        More than `rank` eigenvalues (all with `spectrum`), ascending; the (d_in, rank) vectors; and all eigenvalues without regard
+        to `avoid`, if they are needed and differ from the first result.
+    """
+    separately = spectrum and avoid is not None
+    if covariance.products != "qr":
+        c = covariance.matrix()
+        every = solvers.spectrum(c) if separately else None
+        c = c if avoid is None else solvers.deflated(c, avoid.to(c))
+        return *solvers.partial_eigh(c, rank, overwrite=True, every=spectrum), every
+    root = covariance.root()
+    every = torch.linalg.svdvals(root).square() if separately else None
+    return *solvers.bottom_right_singular(root if avoid is None else solvers.deflated_root(root, avoid.to(root)), rank), every
+
+
 def _check_tensors(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise `ValueError` unless these are the orthonormal basis and the eigenvalues that the facts speak of."""
+    """Raise `ValueError` unless the basis is orthonormal and the eigenvalues fit the facts."""
     where = f"the null space of {facts['members'][0]!r}"
     d_in, rank = facts["d_in"], facts["rank"]
     basis = check_tensor(tensors, "basis", (d_in, rank), (torch.float64,), where)

@@ -1,8 +1,8 @@
-"""Bases that are residuals of an adapter: a mark in their configuration, which holds as long as the weights are what they were.
+"""A mark in the configuration of a residual base, valid while its weights are unchanged.
 
-A residual base W₀ − s·BA without its adapter is a model of its own, and its files look like any other's. So its configuration says
-what it is (`config.json`: `"nullspace": {"residual": …}`; other libraries keep the entry and ignore it), and shows a few entries
-of one weight. When something is added to the weight again (the adapter is merged), these are no longer there and the mark is void.
+A residual base W₀ − s·BA without its adapter is another model, but its files look like any other's. The mark in its `config.json`
+(`"nullspace": {"residual": …}`; other libraries keep the entry and ignore it) holds the method, the original model, and a few
+entries of one weight. After the adapter is merged, these entries differ and the mark is void.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from nullspace.artifacts import identity
 from nullspace.model.sharded_tensors import is_sharded
 
 KEY = "nullspace"
-# How many entries of a weight are shown.
+# Entries of a weight in a mark.
 ENTRIES = 4
 
 
 class Change(NamedTuple):
-    """What a residual did to the entries of a weight that it changed most."""
+    """The entries of a weight that a residual changed most."""
 
     layer: str
     ratio: float
-    """The largest change, in units of what rounding to a 16-bit dtype may change."""
+    """The largest change, in units of the tolerance for rounding to a 16-bit dtype."""
     at: list[int]
     """Flat indices into the weight as the layer stores it."""
     values: list[float]
-    """What is there now."""
+    """The entries after the change."""
 
 
 def change_of(layer: str, before: torch.Tensor, after: torch.Tensor) -> Change:
-    """Of a weight, in a few of its entries; both (d_out, d_in) or the transpose, as the layer stores them."""
+    """The change of a weight in a few of its entries; both (d_out, d_in) or the transpose, as the layer stores them."""
     at = identity.sampled_positions(before.numel())
     was, now = (t.detach().reshape(-1)[at.to(t.device)].to("cpu", torch.float64) for t in (before, after))
     ratios = (now - was).abs() / (identity.FINGERPRINT_TOLERANCE * was.abs() + 1e-6)
@@ -51,20 +51,20 @@ def entry(method: str, model: str | None, change: Change) -> dict[str, Any]:
     Args:
         method: of `nullspace.methods`.
         model: name of the original one.
-        change: of the layer by which the residual is known again.
+        change: of the layer whose entries identify the residual.
     """
     shown = {"layer": change.layer, "at": change.at, "values": change.values}
     return {"residual": {"method": method, "model": model, **shown}}
 
 
 def mark(model: nn.Module, method: str, original: str | None, change: Change) -> None:
-    """Put the entry into a model's configuration, if it has one of transformers': `save_pretrained` keeps it."""
+    """Put the entry into a model's configuration, if it is one of transformers; `save_pretrained` keeps it."""
     if hasattr(getattr(model, "config", None), "to_dict"):
         setattr(model.config, KEY, entry(method, original, change))
 
 
 def mark_file(path: Path, method: str, original: str | None, change: Change) -> None:
-    """Put the entry into a `config.json`, as transformers would write it."""
+    """Put the entry into a `config.json`, in the format of transformers."""
     config = {**json.loads(path.read_text(encoding="utf-8")), KEY: entry(method, original, change)}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -75,9 +75,9 @@ def unmark(model: nn.Module) -> None:
 
 
 def residual_mark(model: nn.Module) -> dict[str, Any] | None:
-    """What is marked in a model's configuration, if the model is a residual base still; None if it is not, or not known to be.
+    """The mark in a model's configuration; None if there is none or it is void.
 
-    Where the weight cannot be looked at (on the meta device, quantised, spread over ranks), the mark is taken at its word.
+    If the values of the weight cannot be read (meta device, quantised, sharded), the mark counts as valid.
     """
     ours = getattr(getattr(model, "config", None), KEY, None)
     mark = ours.get("residual") if isinstance(ours, dict) else None
@@ -92,8 +92,8 @@ def residual_mark(model: nn.Module) -> dict[str, Any] | None:
         return mark
     if at and max(at) >= weight.numel():
         return None
-    found = weight.detach().reshape(-1)[torch.tensor(at, device=weight.device)].to("cpu", torch.float32)
-    return mark if identity.same_fingerprint(torch.tensor(values, dtype=torch.float32), found) else None
+    now = weight.detach().reshape(-1)[torch.tensor(at, device=weight.device)].to("cpu", torch.float32)
+    return mark if identity.same_fingerprint(torch.tensor(values, dtype=torch.float32), now) else None
 
 
 def warn_of_residual(model: nn.Module) -> None:
@@ -105,13 +105,13 @@ def warn_of_residual(model: nn.Module) -> None:
 
 
 def described(mark: dict[str, Any]) -> str:
-    """In words, of a mark that `residual_mark` returned."""
+    """A mark of `residual_mark` as text, to follow the model's name."""
     return (
         f"is the residual base of an adapter (method {mark.get('method')!r}), and not {mark.get('model') or 'the original model'}"
     )
 
 
 def _are(kind: Any, values: Any) -> bool:
-    """Whether these are a list of finite numbers of a kind; indices are not negative."""
+    """Whether this is a list of finite numbers of one kind; integers must be ≥ 0."""
     numbers = isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) and math.isfinite(v) for v in values)
     return numbers and (kind is not int or min(values, default=0) >= 0)

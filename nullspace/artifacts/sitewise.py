@@ -1,7 +1,7 @@
-"""What is known of every site of a model, by module name; kept in a directory and read site by site when it is asked for.
+"""`Sitewise`: a mapping from module names to one value per site, saved in a directory and read lazily, site by site.
 
-`NullSpaces` and `Covariances` are such mappings. Beside each value are the shape and the fingerprint of the weights that hear the
-input, by which the model is known again.
+`NullSpaces` and `Covariances` are such mappings. They also hold the shapes and fingerprints of the members' weights, which identify
+the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 FINGERPRINT = "fingerprint."
 
-# What a manifest says of every site, beside the facts of its value.
+# Fields of every site in a manifest, beside those of its value.
 _SITE_FIELDS = {
     "file": file_name(),
     "members": list_of(text(), least=1, distinct=True),
@@ -42,21 +42,21 @@ _SITE_FIELDS = {
 
 
 class Entry(abc.ABC, Generic[T]):
-    """One site, whose value may have to be fetched first."""
+    """One site, and access to its value."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     @abc.abstractmethod
     def value(self) -> T:
-        """The value: at hand, read, or made."""
+        """The value, which may be read or computed first."""
 
     @abc.abstractmethod
     def weights(self) -> Weights:
-        """Of the site's members, as far as they are known."""
+        """Shapes and fingerprints of the members' weights, as far as they are known."""
 
 
-class _AtHand(Entry[T]):
+class _InMemory(Entry[T]):
     def __init__(self, site: Site, value: T, weights: Weights) -> None:
         super().__init__(site)
         self._value, self._weights = value, {m: weights[m] for m in site.members if m in weights}
@@ -69,7 +69,7 @@ class _AtHand(Entry[T]):
 
 
 class _Stored(Entry[T]):
-    """A value that is read when it is asked for, and again when nobody holds it any more."""
+    """A value that is read from its file when needed, and again after the last reference to it is dropped."""
 
     def __init__(
         self,
@@ -95,25 +95,25 @@ class _Stored(Entry[T]):
 
     def weights(self) -> Weights:
         shapes: Mapping[str, list[int]] = self._entry["weight_shapes"]
-        # Not by `read_tensors`, which takes in the whole file: what is compared here was checked when the directory was opened.
+        # `read_tensors` would read the whole file, which was checked when the directory was opened.
         path = self._directory / self._entry["file"]
         try:
             with safe_open(path, framework="pt") as file:
                 prints = {key: file.get_tensor(key) for key in file.keys() if key.startswith(FINGERPRINT)}  # noqa: SIM118
         except (SafetensorError, FileNotFoundError) as error:
             raise ValueError(f"{path} is missing or was altered since it was opened: {error}") from error
-        for key, found in prints.items():
-            check_tensor(prints, key, (min(len(found.reshape(-1)), identity.FINGERPRINT_ENTRIES),), (torch.float32,), path)
+        for key, mark in prints.items():
+            check_tensor(prints, key, (min(len(mark.reshape(-1)), identity.FINGERPRINT_ENTRIES),), (torch.float32,), path)
         return {name: ((shape[0], shape[1]), prints.get(FINGERPRINT + name)) for name, shape in shapes.items()}
 
 
 class Fetched(Entry[T]):
-    """A value that is made when it is asked for, and again when nobody holds it any more.
+    """A value that is computed when needed, and again after the last reference to it is dropped.
 
     Args:
-        site: whose value.
-        make: it.
-        weights: of the site's members, and others.
+        site: of the value.
+        make: computes the value.
+        weights: of the site's members; others are ignored.
     """
 
     def __init__(self, site: Site, make: Callable[[], T], weights: Weights) -> None:
@@ -133,25 +133,25 @@ class Fetched(Entry[T]):
 
 
 class Sitewise(Mapping[str, T], Generic[T]):
-    """Module name → what is known of its input; the members of a site share one object.
+    """Module name → value of its site; the members of a site share one object.
 
-    Subclasses say what a value is made of: `_pack`, `_unpack`, and what the thing is called.
+    Subclasses define how a value is stored (`_pack`, `_unpack`), and the class variables.
     """
 
     KIND: ClassVar[str]
-    """Of its directories (`nullspace.store`)."""
+    """Kind of the directories, in their manifests."""
     WHAT: ClassVar[str]
-    """For messages: "there is no … for this layer"."""
+    """Name of a value in messages: "there is no … for this layer"."""
     FIELDS: ClassVar[Mapping[str, Field]]
-    """Of the facts of a value, as they stand in the manifest."""
+    """Fields of a value's facts in the manifest."""
     MORE_FIELDS: ClassVar[Mapping[str, Field]] = {}
-    """Of the manifest, beside the sites."""
+    """Fields of the manifest, beside the sites."""
 
     def __init__(self, values: Iterable[tuple[Site, T]], weights: Weights | None = None) -> None:
-        self._set_entries(_AtHand(site, value, weights or {}) for site, value in values)
+        self._set_entries(_InMemory(site, value, weights or {}) for site, value in values)
 
     def _set_entries(self, entries: Iterable[Entry[T]]) -> None:
-        # The members of a site are mostly asked for one after the other: its value is held until another one's is wanted.
+        # Members of a site are mostly accessed one after the other, so the last value is held.
         self._last: tuple[Entry[T], T] | None = None
         self._entries: tuple[Entry[T], ...] = tuple(entries)
         self._of = {name: entry for entry in self._entries for name in entry.site.members}
@@ -159,12 +159,12 @@ class Sitewise(Mapping[str, T], Generic[T]):
     @staticmethod
     @abc.abstractmethod
     def _pack(value: T) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Facts, as JSON takes them, and tensors."""
+        """Facts, which JSON can hold, and tensors."""
 
     @staticmethod
     @abc.abstractmethod
     def _unpack(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> T:
-        """The inverse of `_pack`; the facts come with `members` and `d_in`."""
+        """The inverse of `_pack`; the facts include `members` and `d_in`."""
 
     def __getitem__(self, name: str) -> T:
         entry = self._of[name]
@@ -184,19 +184,19 @@ class Sitewise(Mapping[str, T], Generic[T]):
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites, in the order in which the run that made them gave them."""
+        """The sites, in the order of the run that computed them."""
         return tuple(entry.site for entry in self._entries)
 
     def check(self, name: str, module: nn.Module, weight: Weight | None = None) -> None:
-        """Whether this was computed for this layer of this model.
+        """Check that this was computed for this layer of this model.
 
         Args:
             name: the layer's name in the model that was calibrated.
             module: the linear layer.
-            weight: what `weights_of` says of it, if somebody has asked that already: of a sharded weight it is a collective.
+            weight: shape and fingerprint of its weight, if they are known; of a sharded weight, `weights_of` is a collective.
 
         Raises:
-            ValueError: showing both sides, if the name is unknown or the shape or the fingerprint differs.
+            ValueError: with both values, if the name is unknown, or the shape or the fingerprint differs.
         """
         if name not in self._of:
             known = ", ".join(list(self._of)[:3])
@@ -216,17 +216,17 @@ class Sitewise(Mapping[str, T], Generic[T]):
             )
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write a directory: `nullspace.json` and one safetensors file a site. Whole or not at all.
+        """Write a directory: `nullspace.json` and one safetensors file a site, completely or not at all.
 
-        In a process group, one process may call this, or all of them: then one writes, and the others return when it has.
+        In a process group, one process may call this, or all of them. Then one writes, and the others return when it is done.
 
         Args:
             directory: must not exist yet, or be empty.
-            overwrite: replace an earlier directory of ours.
+            overwrite: replace a directory that nullspace wrote.
 
         Raises:
-            FileExistsError: if the directory is in the way, or another run is writing to it.
-            OSError: if it cannot be written; then nothing is left behind. All errors of one process are raised by all that call.
+            FileExistsError: if the directory exists and may not be replaced, or another run is writing to it.
+            OSError: if it cannot be written; nothing is left behind. An error of the writing process is raised by all callers.
         """
 
         def write() -> None:
@@ -236,41 +236,41 @@ class Sitewise(Mapping[str, T], Generic[T]):
         written_once(directory, write)
 
     def write(self, directory: Path) -> None:
-        """The content of `save`, into a directory that somebody else makes and renames."""
+        """Write the files of `save` into a directory that the caller creates and renames."""
         write_sites(directory, self.KIND, ((each.site, *self._pack(each.value()), each.weights()) for each in self._entries))
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote, checking every byte; the tensors stay in their files until they are asked for, one by one.
+        """Open a directory that `save` wrote, and check every byte. Tensors are read from their files when needed, site by site.
 
         Raises:
             FileNotFoundError: if there is no such directory.
-            ValueError: naming the file that is missing, truncated, altered or not ours.
+            ValueError: naming the file that is missing, truncated, altered or not written by nullspace.
         """
         return cls._open(directory, check=True)
 
     @classmethod
     def _open(cls, directory: str | os.PathLike[str], *, check: bool) -> Self:
-        """`load`; without the check, every file is only checked when it is read."""
-        directory = Path(directory).absolute()  # files are read later, from whichever directory is the working one then
+        """`load`; without `check`, each file is checked when it is read."""
+        directory = Path(directory).absolute()  # files are read later, when the working directory may be another one
         manifest = records.read_manifest(directory, cls.KIND, {"sites": list_of(an_object()), **cls.MORE_FIELDS})
         _check_sites(manifest, cls.FIELDS, directory / records.MANIFEST)
         for entry in manifest["sites"] if check else ():
             records.check_file(directory, entry["file"], manifest)
-        found = cls(())
-        found._set_entries(_Stored(directory, entry, manifest, cls._unpack) for entry in manifest["sites"])
+        loaded = cls(())
+        loaded._set_entries(_Stored(directory, entry, manifest, cls._unpack) for entry in manifest["sites"])
         try:
-            found._take_note(manifest)
+            loaded._read_more(manifest)
         except ValueError as error:
             raise ValueError(f"{directory / records.MANIFEST}: {error}") from error
-        return found
+        return loaded
 
-    def _take_note(self, manifest: Mapping[str, Any]) -> None:
-        """Of what a subclass keeps in the manifest beside the sites. `ValueError` if it is not what it should be."""
+    def _read_more(self, manifest: Mapping[str, Any]) -> None:
+        """Read a subclass's fields of the manifest, beside the sites; `ValueError` for a wrong value."""
 
 
 def _check_sites(manifest: Mapping[str, Any], fields: Mapping[str, Field], path: Path) -> None:
-    """Raise `ValueError`, naming the file and the site, if the manifest says what no run could have written."""
+    """Raise `ValueError`, naming the file and the site, if the manifest's sites have wrong fields or contradict each other."""
     known: dict[str, int] = {}
     files: dict[str, int] = {}
     for number, entry in enumerate(manifest["sites"]):
@@ -298,24 +298,24 @@ def write_sites(
     job: Job | None = None,
     order: Sequence[str] = (),
 ) -> None:
-    """One file a site, as they come, and then the manifest: nothing is held but the site at hand.
+    """Write one file a site, then the manifest. Only one site is in memory at a time.
 
     Args:
-        directory: which several processes fill together.
-        kind: what it is (`nullspace.store`).
+        directory: the same for all processes.
+        kind: of the directory.
         sites: those of this process.
-        content: what else the manifest is to say.
-        job: the processes; the first one writes the manifest. This one alone by default.
-        order: names of layers: several processes number the sites' files by it.
+        content: more fields of the manifest.
+        job: the processes; the first one writes the manifest. This process alone by default.
+        order: names of layers; with several processes, they number the files.
     """
     job = job or Job.alone()
     directory.mkdir(parents=True, exist_ok=True)
-    places = {name: index for index, name in enumerate(order)}
+    positions = {name: index for index, name in enumerate(order)}
     entries: list[dict[str, Any]] = []
     for count, (site, facts, tensors, weights) in enumerate(sites):
-        index = count if job.count == 1 else min(places[member] for member in site.members)
+        index = count if job.count == 1 else min(positions[member] for member in site.members)
         name = f"{index:04d}-{re.sub(r'[^A-Za-z0-9._-]', '_', site.name)[:200]}.safetensors"
-        prints = {FINGERPRINT + m: found for m, (_, found) in weights.items() if found is not None}
+        prints = {FINGERPRINT + m: mark for m, (_, mark) in weights.items() if mark is not None}
         records.write_tensors(directory / name, {**tensors, **prints})
         shapes = {m: shape for m, (shape, _) in weights.items()}
         entries.append({"file": name, "members": list(site.members), "d_in": site.d_in, **facts, "weight_shapes": shapes})

@@ -1,4 +1,4 @@
-"""`NullSpace` (one site), `NullSpaces` (a model) and `compute_null_spaces`: the whole calibration in one call."""
+"""`NullSpaces`: the null spaces of a model's sites, from kept second moments or from `compute_null_spaces`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from nullspace.moments.directions import Directions
 from nullspace.progress import Progress, reporter
 from nullspace.solvers import NO_LEAK, decompose
 
-# Excess leak, by estimate, above which a float32 sum is not trusted and the site is summed again in float64.
+# Estimated excess leak above which a float32 sum is repeated in float64.
 TOLERANCE = 1e-4
-# What float64 sums leave of an exact null space, where no massive tokens make the norm of X meaningless.
+# Leak of an exact null space in float64 sums without outlier tokens, which would dominate the norm of X.
 NEGLIGIBLE_LEAK = 1e-7
-# And what `excess_estimate` makes of that, as a leak: at most 2e-7 where measured, and from 5e-5 on for sums kept in float32.
+# Limit of (1 + excess_estimate) · NO_LEAK for an exact null space: measured at most 2e-7 in float64, at least 5e-5 in float32.
 FLOAT64_NOISE = 1e-6
 
 
@@ -38,8 +38,8 @@ class NullSpaces(Sitewise[NullSpace]):
 
     Args:
         spaces: one a site.
-        weights: module name → (d_out, d_in) and fingerprint (`nullspace.store.fingerprint`) of its weight, by which the model is
-            known again.
+        weights: module name → (d_out, d_in) and fingerprint (`nullspace.artifacts.identity.fingerprint`) of its weight, which
+            identify the model.
     """
 
     KIND, WHAT, FIELDS = "spaces", "null space", FIELDS
@@ -57,24 +57,24 @@ class NullSpaces(Sitewise[NullSpace]):
 
     @classmethod
     def _of_files(cls, spaces: Iterable[NullSpace], kept: Checkpoint, weights: Weights) -> NullSpaces:
-        """Spaces whose tensors are read from a checkpoint when they are asked for."""
+        """Spaces whose tensors are read from a checkpoint when needed."""
 
         def make(space: NullSpace) -> NullSpace:
             read = kept.reader(space.site.name)()
             return replace(space, basis=read["basis"], eigenvalues=read["eigenvalues"])
 
-        found = cls(())
-        # Not the space itself, whose basis may be at hand: none is to be held.
+        result = cls(())
+        # Without the bases: those that are in memory are freed.
         lean = [replace(space, basis=space.basis.to("meta")) for space in spaces]
-        found._set_entries(Fetched(space.site, functools.partial(make, space), weights) for space in lean)
-        return found
+        result._set_entries(Fetched(space.site, functools.partial(make, space), weights) for space in lean)
+        return result
 
     def summary(self) -> str:
         """A table: site, layers, d_in, tokens, rank, leak, gap, outliers, precision, and the effective rank where known."""
         return tables.text_table(self.rows())
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dictionary a site, in the model's order, of values that JSON takes: what `summary` shows, unrounded."""
+        """One dictionary a site, in the model's order, of values that JSON can hold: those of `summary`, unrounded, and more."""
         return [
             {
                 "site": site.name,
@@ -105,11 +105,11 @@ class NullSpaces(Sitewise[NullSpace]):
         avoid: Mapping[str, torch.Tensor] | None = None,
         progress: bool | Progress = True,
     ) -> NullSpaces:
-        """The null spaces of second moments that were kept: no model, no data.
+        """The null spaces of kept second moments, without model and data.
 
         Args:
-            covariances: of one run, or merged (`Covariances.merge`): with `normalise=True`, what is quiet in every one of several
-                corpora or tasks.
+            covariances: of one run, or merged (`Covariances.merge`); with `normalise=True`, the spaces are small in every one of
+                several corpora or tasks.
             rank: as in `compute_null_spaces`.
             spectrum: as in `compute_null_spaces`.
             avoid: as in `compute_null_spaces`.
@@ -119,45 +119,45 @@ class NullSpaces(Sitewise[NullSpace]):
             ValueError: naming the site, if the rank does not fit it.
 
         Warns:
-            UserWarning: naming the sites that saw fewer than d_in + rank tokens, or whose tokens span fewer than d_in − rank
-                directions, and those whose sums rounding has made too coarse for their bases.
+            UserWarning: naming the sites with fewer than d_in + rank tokens, those whose tokens span fewer than d_in − rank
+                directions, and those whose sums have too large a rounding error for their bases.
         """
         rank = check_integer("rank", rank, least=None)
         report_progress = reporter(progress)
         kept = check_avoid(avoid, covariances)
         for site in covariances.sites:
             check_site_rank(site, rank, kept)
-        found: list[NullSpace] = []
+        spaces: list[NullSpace] = []
         report_progress("null spaces", 0, len(covariances), 0)
         pairs = ((site, covariances[site.name]) for site in covariances.sites)
         for space in decompose(pairs, functools.partial(bottom_of, rank=rank, spectrum=spectrum, avoid=kept)):
-            found.append(space)
-            report_progress("null spaces", sum(len(s.site.members) for s in found), len(covariances), 0)
-        # A leak that the sum is too coarse to show (a float32 file's) may be more than the computed one, which is then 0.
+            spaces.append(space)
+            report_progress("null spaces", sum(len(s.site.members) for s in spaces), len(covariances), 0)
+        # In a float32 file, rounding may hide a leak: the computed one is then 0.
         unsure = [
             s
-            for s in found
+            for s in spaces
             if s.excess_estimate > TOLERANCE
             and (s.outliers > 0 or s.leak > NEGLIGIBLE_LEAK or (1 + s.excess_estimate) * NO_LEAK > FLOAT64_NOISE)
         ]
         if unsure:
             warnings.warn(
-                f"rounding may have cost {len(unsure)} of {len(found)} sites more than {TOLERANCE:g} of their leak (at worst "
+                f"rounding may have cost {len(unsure)} of {len(spaces)} sites more than {TOLERANCE:g} of their leak (at worst "
                 f"{max(s.excess_estimate for s in unsure):.1g}, by estimate): {few_names(unsure)}. Sum them again with "
                 'precision="fp64" or "qr", and keep them in float64.',
                 stacklevel=2,
             )
-        warn_of_few_directions(found)
-        return cls(found, {name: weight for entry in covariances._entries for name, weight in entry.weights().items()})
+        warn_of_few_directions(spaces)
+        return cls(spaces, {name: weight for entry in covariances._entries for name, weight in entry.weights().items()})
 
 
 def check_avoid(avoid: Mapping[str, torch.Tensor] | None, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """Checked rows that a basis must be orthogonal to: layer → (m, d_in) float64 on the CPU.
 
     Raises:
-        ValueError: naming the layer, if it is none of these, or its rows are no finite matrix.
+        ValueError: naming the layer, if it is none of these, or its rows are not a finite matrix.
     """
-    known, found = set(names), {}
+    known, checked = set(names), {}
     for name, rows in (avoid or {}).items():
         if name not in known:
             raise ValueError(f"avoid: {name!r} is none of the layers; their names are like {next(iter(known))!r}")
@@ -165,12 +165,12 @@ def check_avoid(avoid: Mapping[str, torch.Tensor] | None, names: Iterable[str]) 
             raise ValueError(
                 f"avoid: {name!r} needs a finite floating-point matrix (m, d_in), not {tuple(rows.shape)} {rows.dtype}"
             )
-        found[name] = rows.detach().to("cpu", torch.float64)
-    return found
+        checked[name] = rows.detach().to("cpu", torch.float64)
+    return checked
 
 
 def _avoided_at(site: Site, avoid: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """(d_in, m) orthonormal: the span of what is to be avoided by any member of a site; None if there is nothing."""
+    """(d_in, m) orthonormal: the span of the rows of all members of a site; None if there are none."""
     rows = [avoid[name] for name in site.members if name in avoid]
     if not any(map(len, rows)):
         return None
@@ -195,12 +195,11 @@ def check_site_rank(site: Site, rank: int, avoid: Mapping[str, torch.Tensor]) ->
 
 
 def warn_of_few_directions(spaces: list[NullSpace]) -> None:
-    """One warning for sites with too few tokens, and for those whose tokens, however many, leave more than the basis untouched."""
+    """One warning for sites with too few tokens, and for sites whose tokens span fewer than d_in − rank directions."""
     short = [s for s in spaces if s.tokens < s.site.d_in + s.rank]
     directions = Directions()
     for s in spaces:
-        # Of the eigenvalues maybe only the bottom is known: there may be still fewer directions. Where the sum is too coarse to
-        # tell zeros from small numbers, nothing is said.
+        # Only the lowest eigenvalues may be known, so there may be still fewer directions. No warning where rounding hides zeros.
         is_exact = (1 + s.excess_estimate) * NO_LEAK <= FLOAT64_NOISE
         is_zero = float(s.eigenvalues[-1]) <= solvers.ZERO_EIGENVALUE * s.trace
         lacks = s.tokens >= s.site.d_in + s.rank and is_exact and is_zero

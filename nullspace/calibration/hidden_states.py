@@ -1,4 +1,4 @@
-"""Hidden states between two blocks: a model's inputs at one depth, for all batches, wherever there is room for them."""
+"""Hidden states between two blocks, for all batches, in the memory that has room for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nullspace.model.sharded_tensors import version_of
 from nullspace.planning.memory import free_on_device, free_on_host
 
 PLACES = ("auto", "device", "host", "disk")
-# "auto" fills at most this part of the memory that is free.
+# "auto" fills at most this fraction of the free memory.
 SHARE = 0.25
 
 
@@ -29,12 +29,15 @@ def choose_place(place: str, size: int, device: torch.device) -> str:
 
 
 class Shelf:
-    """Tensors that are put away and taken back, by batch.
+    """Storage of tensors by batch and slot.
 
     Args:
-        place: `"device"`: they stay where they are. `"host"`: in host memory, pinned if they come from a GPU. `"disk"`: in files of
-            a temporary folder, one a tensor, each as large as its tensor.
-        folder: where the temporary folder is made; the system's place for such by default.
+        place: `"device"`: tensors stay on their devices. `"host"`: in host memory, pinned if they come from a GPU. `"disk"`: in
+            files of a temporary folder, one a tensor, of the tensor's size.
+        folder: parent of the temporary folder; by default the system's directory for temporary files.
+
+    Attributes:
+        bytes: size of all tensors.
     """
 
     def __init__(self, place: str, folder: str | None = None) -> None:
@@ -46,7 +49,7 @@ class Shelf:
         self.bytes = 0
 
     def put(self, batch: int, slot: int, tensor: torch.Tensor) -> None:
-        """Keep a tensor in the place of what the slot held before."""
+        """Store a tensor, in the place of the slot's previous one."""
         key = (batch, slot)
         if key not in self._kept and key not in self._files:
             self.bytes += tensor.numel() * tensor.element_size()
@@ -58,14 +61,14 @@ class Shelf:
             known = self._kept.get(key)
             fits = known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype
             pinned = known if known is not None and fits else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            pinned.copy_(tensor, non_blocking=True)  # what reads it comes behind it in the same stream
+            pinned.copy_(tensor, non_blocking=True)  # reads come later in the same stream
             self._kept[key] = pinned
         else:
             self._kept[key] = tensor
             self._versions[key] = version_of(tensor)
 
     def get(self, batch: int, slot: int, device: torch.device) -> torch.Tensor:
-        """What a slot holds, on a device."""
+        """The tensor of a slot, on a device."""
         key = (batch, slot)
         if self._folder is None:
             return self._kept[key].to(device, non_blocking=True)
@@ -76,11 +79,11 @@ class Shelf:
         return torch.from_numpy(np.fromfile(self._path(key), dtype=np.uint8)).view(dtype).view(shape).to(device)
 
     def find_rewritten(self) -> int | None:
-        """The first batch with a tensor that is not as it was put away, because somebody has written to it since."""
+        """The first batch with a stored tensor that was written to since `put`; None if there is none."""
         return next((key[0] for key, version in self._versions.items() if version_of(self._kept[key]) != version), None)
 
     def close(self) -> None:
-        """Forget everything."""
+        """Drop all tensors, and delete the temporary folder."""
         self._kept.clear()
         self._files.clear()
         if self._folder is not None:
@@ -92,12 +95,12 @@ class Shelf:
 
 
 class Arguments:
-    """The arguments that every block is called with, for all batches: hidden states, and what the blocks share beside them.
+    """The arguments of every block, for all batches.
 
-    A tensor that several blocks are handed (a mask, rotary embeddings) is kept once. Slot 0 holds the hidden states.
+    A tensor that several blocks get (a mask, rotary embeddings) is stored once. Slot 0 holds the hidden states.
 
     Args:
-        shelf: where tensors go.
+        shelf: stores the tensors.
     """
 
     def __init__(self, shelf: Shelf) -> None:
@@ -105,18 +108,18 @@ class Arguments:
         self._calls: dict[tuple[int, int], tuple[list[Any], Any]] = {}
 
     def keep(self, batch: int, blocks: list[tuple[list[Any], Any]], hidden: list[int]) -> None:
-        """Put the arguments of one batch away.
+        """Store the arguments of one batch.
 
         Args:
             batch: its number.
             blocks: for every block the leaves of its `(args, kwargs)`, and their structure.
-            hidden: for every block, which leaf is its hidden states; of those, only the first block's are kept.
+            hidden: for every block, the index of the leaf with the hidden states. Only the first block's are stored.
         """
         slots: dict[int, int] = {}
-        for index, ((leaves, spec), place) in enumerate(zip(blocks, hidden, strict=True)):
+        for index, ((leaves, spec), at) in enumerate(zip(blocks, hidden, strict=True)):
             named: list[Any] = []
             for number, leaf in enumerate(leaves):
-                if number == place:
+                if number == at:
                     named.append(_Slot(0))
                     if index == 0:
                         self._shelf.put(batch, 0, leaf)
@@ -132,16 +135,16 @@ class Arguments:
     def take(self, batch: int, block: int, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`(args, kwargs)` of a block."""
         leaves, spec = self._calls[batch, block]
-        found = [self._shelf.get(batch, leaf.number, device) if isinstance(leaf, _Slot) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(found, spec)
+        values = [self._shelf.get(batch, leaf.number, device) if isinstance(leaf, _Slot) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(values, spec)
         return args, kwargs
 
     def put(self, batch: int, hidden: torch.Tensor) -> None:
-        """What a block made of its hidden states: the next one's."""
+        """Store the hidden states that a block returned: the next block's."""
         self._shelf.put(batch, 0, hidden)
 
     def hidden(self, batch: int, device: torch.device) -> torch.Tensor:
-        """The hidden states at the depth reached."""
+        """The hidden states that were stored last."""
         return self._shelf.get(batch, 0, device)
 
 

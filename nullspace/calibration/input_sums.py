@@ -1,7 +1,7 @@
 """`InputSums`: the second moments of the inputs of linear layers while the model runs, and which layers share an input.
 
-A layer that gets the very tensor object that another layer got in the same batch joins that layer's site. From then on it must get
-that layer's input in every batch: otherwise one sum could not serve both.
+A layer that gets the same tensor object as another layer in one batch joins that layer's site. It must then get that layer's input
+in every batch, since one sum serves both.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class _SiteSum:
     def __init__(self, name: str, covariance: Covariance) -> None:
         self.members = [name]
         self.covariance = covariance
-        self.joinable = True  # until its first input has passed
+        self.joinable = True  # during its first input only
         self._input: weakref.ref[torch.Tensor] | None = None
         self._version: int | None = None
         self._received: set[str] = set()
 
     def is_current(self, x: torch.Tensor) -> bool:
-        """Whether x is the site's present input: the same object, not written to since."""
+        """Whether x is the site's current input: the same object, not written to since."""
         return self._input is not None and self._input() is x and self._version == version_of(x)
 
     def begin_input(self, name: str, x: torch.Tensor, summed: torch.Tensor, mask: TokenMask | None) -> None:
         self.covariance.update(summed, mask)
-        # A weak reference holds no memory, and gives None, not another tensor at the same address, when x is freed.
+        # A weak reference holds no memory. After x is freed it gives None, where an id could be reused by another tensor.
         self._input, self._version, self._received = weakref.ref(x), version_of(x), {name}
 
     def note(self, name: str) -> None:
@@ -56,7 +56,7 @@ class _SiteSum:
         self._received.discard(name)
 
     def end_input(self) -> str | None:
-        """End the present input; returns a member that did not get it, if there is one."""
+        """End the current input; returns a member that did not get it, if there is one."""
         missing = next((m for m in self.members if m not in self._received), None) if self._received else None
         self._input, self._received, self.joinable = None, set(), False
         return missing
@@ -72,8 +72,8 @@ class InputSums:
         weigh: (name of the first member, input) → the tensor that is summed in its place.
 
     Attributes:
-        paused: True between two batches: inputs do not count then.
-        left_out: targets whose output is not W x + b → what is wrong with it. Their inputs are not summed any more.
+        paused: True between two batches; inputs are then ignored.
+        left_out: target whose output is not W x + b → the reason. Its inputs are no longer summed.
     """
 
     MASKED = "everything is masked as padding"
@@ -98,7 +98,7 @@ class InputSums:
 
     @property
     def uncalled(self) -> dict[str, nn.Module]:
-        """The targets that were not called so far."""
+        """The targets that have not been called."""
         return {name: m for name, m in self._targets.items() if name not in self._of and name not in self.left_out}
 
     def begin_batch(self, batch: int, padding: Padding) -> None:
@@ -135,10 +135,10 @@ class InputSums:
             self.leave_out(name, why)
 
     def leave_out(self, name: str, why: str) -> None:
-        """Do not sum a target's inputs any more.
+        """Stop summing a target's inputs.
 
         Raises:
-            ValueError: naming it, if it was asked for by name.
+            ValueError: naming it, if the caller listed it by name.
         """
         if name in self.left_out or name not in self._targets:
             return
@@ -167,7 +167,7 @@ class InputSums:
             raise ValueError(f"{name}, batch {self._batch}: {text}")
 
     def partial(self) -> list[tuple[Site, Covariance]]:
-        """The sites and their sums so far, between two batches. Later batches change both."""
+        """The sites and their sums so far. Call this between two batches; later batches change the sums."""
         return [(Site(tuple(each.members), each.covariance.d_in), each.covariance) for each in self._sums]
 
     def release(self) -> Iterator[tuple[Site, Covariance]]:
@@ -188,10 +188,10 @@ class InputSums:
             del covariance
 
     def flush(self) -> None:
-        """Add what is staged to all sums.
+        """Add the staged rows to all sums.
 
         Raises:
-            ValueError: naming the layer, for NaN or Inf that no end of a batch has found.
+            ValueError: naming the layer, for NaN or Inf that `end_batch` has not seen.
         """
         for each in self._sums:
             try:
@@ -200,7 +200,7 @@ class InputSums:
                 raise ValueError(f"{each.members[0]}: {error}") from error
 
     def take(self, site: Site, device: torch.device) -> Covariance:
-        """The sums of one site, dropped here; empty ones, on `device`, if this process had none of its inputs."""
+        """Remove and return the sums of one site; empty sums on `device` if this process had none of its inputs."""
         index = next((i for i, each in enumerate(self._sums) if each.members[0] == site.name), None)
         if index is None:
             return self._new_covariance(site.name, device)
@@ -231,7 +231,7 @@ class InputSums:
 
 
 def leave_out_uncalled(uncalled: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]) -> None:
-    """Remove targets that were never called from `targets`; `ValueError`, naming the first, if they were asked for by name."""
+    """Remove targets that were never called from `targets`; `ValueError`, naming the first, if the caller listed them by name."""
     if not uncalled:
         return
     if isinstance(targets, Targets) and targets.optional:
@@ -264,14 +264,14 @@ class _Hooks:
         self._handed = _first(args, kwargs)
 
     def read_through(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """After them: sum the input that was kept, or what they made of it."""
+        """After those hooks: sum the input that was kept, or its conversion by them."""
         handed, self._handed = self._handed, None
         if not self._later:
             with _keeping(self._later):
                 self._sums.receive(self._name, layer_input(self._name, handed, _first(args, kwargs)))
 
     def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """After the first call that counts: check the output."""
+        """After the first call in a batch that counts: check the output."""
         if not (self._is_checked or self._sums.paused or self._later):
             self._is_checked = True
             with _keeping(self._later):
@@ -282,14 +282,14 @@ class _Hooks:
 def recording(
     model: nn.Module, targets: Mapping[str, nn.Module], sums: InputSums, *, later: list[Exception] | None = None
 ) -> Iterator[None]:
-    """Context manager: hooks on the targets hand their inputs to `sums`.
+    """Context manager: adds the inputs of targets to `sums`, by hooks.
 
     Args:
-        model: that the targets are parts of.
+        model: contains the targets.
         targets: module name → linear layer.
         sums: gets the inputs.
-        later: collects the first exception of `sums`, after which no input counts: for a forward pass that must not stop half way,
-            because its gathering of weights is a collective (`nullspace.model.sharded`).
+        later: collects the first exception of `sums`, after which inputs are ignored; for a forward pass that must not stop half
+            way because it gathers weights by collectives (`nullspace.model.sharded`).
 
     Raises:
         ValueError: at the end, naming the layer, if the model has removed the hook or replaced the layer.

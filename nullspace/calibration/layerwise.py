@@ -1,11 +1,10 @@
 """The layerwise strategy: all batches go through one block before any goes through the next.
 
-The model's own forward pass runs up to the blocks, once a batch, with stand-ins in their place. What it hands them is kept (hidden
-states, masks, rotary embeddings). Then each block is called by hand. So a block's weights, and the sums of its sites, are in memory
-only while it computes.
+The model's own forward pass runs up to the blocks, once a batch, with stand-ins in their place. The arguments of the blocks
+(hidden states, masks, rotary embeddings) are kept. Then each block is called with those of all batches. A block's weights, and the
+sums of its sites, are in memory only while it computes.
 
-That is right only for a chain: every block is called once, in order, with what the one before it returned, untouched, and with
-nothing else that depends on hidden states. `nullspace.calibration.chain` checks it.
+This is correct only if the blocks are a chain; `nullspace.calibration.chain` and `nullspace.calibration.rehearsal` check it.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from nullspace.calibration.chain import Chain, Handed
+from nullspace.calibration.chain import BlockCalls, Chain
 from nullspace.calibration.hidden_states import Arguments, Shelf, choose_place
 from nullspace.calibration.input_sums import InputSums, leave_out_uncalled, recording
+from nullspace.calibration.rehearsal import rehearse
 from nullspace.calibration.run import Run
 from nullspace.calibration.totals import Totals, uncalled_everywhere
 from nullspace.distributed.loaders import Share
@@ -46,7 +46,7 @@ def stream_by_block(
     """One layerwise pass.
 
     Args:
-        run, targets, precision, report: as of `nullspace.calibration.stream.one_pass`. All processes are in one block at a time.
+        run, targets, precision, report: as of `nullspace.calibration.stream.one_pass`. All processes work on the same block.
         blocks: `nullspace.model.blocks.find_blocks`.
     """
     one_pass = _Pass(run, targets, precision, report, blocks)
@@ -87,14 +87,14 @@ class _Pass:
         self.totals = Totals(run.job, run.loads)
 
     def before_blocks(self) -> Sums:
-        """Run the model up to its blocks, batch by batch, and keep what they are handed; sums of targets that come before them."""
+        """Run the model up to its blocks, batch by batch, and keep their arguments; yields the sums of targets ahead of them."""
         run, chain, job = self._run, self._chain, self._run.job
         sums = InputSums(self._outside, self._precision, self._rows)
         head = output_head(run.model)
         unused = (*chain.blocks, *(() if head is None or self._outside else (head,)))
         first = self._load(0)
         share = job.share(run.loader)
-        around = Loaded(run.model, chain.device_of(0), skip=unused)
+        around = Loaded(run.model, chain.devices[0], skip=unused)
         if run.is_sharded:  # errors so far are raised on all processes, before any waits for weights
             job.exchange(None)
             first.gather()
@@ -103,12 +103,12 @@ class _Pass:
                 sums.begin_batch(call.number, call.padding)
                 if self._shelf is None:
                     sums.paused = True
-                    chain.rehearse(call, self._options, first, self._needed)
+                    rehearse(chain, call, self._options, first, self._needed)
                     sums.paused = False
-                handed = chain.prepare(call, self._options)
+                made = chain.prepare(call, self._options)
                 sums.end_batch()
-                self._keep(call, handed, share)
-                del handed
+                self._keep(call, made, share)
+                del made
         rewritten = None if self._shelf is None else self._shelf.find_rewritten()
         if rewritten is not None:
             raise refuse_chain(run.model, f"writes again to a tensor that it handed its blocks in batch {rewritten}")
@@ -117,7 +117,7 @@ class _Pass:
         yield from self.totals.add(sums)
 
     def through_blocks(self) -> Sums:
-        """Call the blocks, one after the other, with all batches; the sums of the targets inside."""
+        """Call the blocks, one after the other, with all batches; yields the sums of the targets inside."""
         chain, job = self._chain, self._run.job
         needed = len(chain.blocks) if self._uncalled else self._needed if any(self._inside) else 0
         steps = needed * len(self._paddings)
@@ -128,7 +128,7 @@ class _Pass:
             sums = InputSums(self._inside[index], self._precision, self._rows)
             loaded = self._load(index)
             if index + 1 < needed:
-                self._load(index + 1)  # on its way while this one computes
+                self._load(index + 1)  # copied while this one computes
             if self._run.is_sharded:
                 job.exchange(None)
             with contextlib.closing(loaded), self._computing(chain.blocks[index], loaded, self._inside[index], sums):
@@ -141,16 +141,16 @@ class _Pass:
                     self._report("forward", step, steps, self._tokens * step // steps)
             del self._loaded[index]
             leave_out_uncalled(uncalled_everywhere(sums, job), self._inside[index])
-            _log(chain.names[index], time.perf_counter() - began, self._tokens, chain.device_of(index))
+            _log(chain.names[index], time.perf_counter() - began, self._tokens, chain.devices[index])
             yield from self.totals.add(sums)
 
     def after_blocks(self) -> Sums:
-        """Run the rest of the model behind its blocks, if targets are called there."""
+        """Run the model behind its blocks, if targets are called there; yields their sums."""
         if not self._uncalled:
             return
         run, chain = self._run, self._chain
         sums = InputSums(self._uncalled, self._precision, self._rows)
-        around = Loaded(run.model, chain.device_of(-1), skip=tuple(chain.blocks))
+        around = Loaded(run.model, chain.devices[-1], skip=tuple(chain.blocks))
         if run.is_sharded:
             run.job.exchange(None)
         with contextlib.closing(around), self._computing(run.model, around, self._uncalled, sums):
@@ -171,7 +171,7 @@ class _Pass:
 
     @contextlib.contextmanager
     def _computing(self, part: nn.Module, weights: Loaded, targets: Targets, sums: InputSums) -> Iterator[None]:
-        """Context manager: weights are where they compute, and the inputs of targets are summed."""
+        """Context manager: loads weights, and sums the inputs of targets."""
         with (
             weights,
             without_gather_hooks(part),
@@ -184,16 +184,16 @@ class _Pass:
 
     def _load(self, index: int) -> Loaded:
         if index not in self._loaded:
-            self._loaded[index] = Loaded(self._chain.blocks[index], self._chain.device_of(index), within=self._run.model)
+            self._loaded[index] = Loaded(self._chain.blocks[index], self._chain.devices[index], within=self._run.model)
         return self._loaded[index]
 
-    def _keep(self, call: Call, handed: Handed, share: Share) -> None:
-        """Keep what the blocks are handed of one batch."""
+    def _keep(self, call: Call, made: BlockCalls, share: Share) -> None:
+        """Keep the arguments of the blocks in one batch."""
         if self._shelf is None or self._arguments is None:
-            size = handed.bytes() * (share.length or 1)
-            self._shelf = Shelf(choose_place(self._run.hidden_states, size, self._chain.device_of(0)))
+            size = made.bytes() * (share.length or 1)
+            self._shelf = Shelf(choose_place(self._run.hidden_states, size, self._chain.devices[0]))
             self._arguments = Arguments(self._shelf)
-        self._arguments.keep(call.number, handed.blocks, handed.hidden)
+        self._arguments.keep(call.number, made.arguments, made.hidden)
         self._paddings[call.number] = call.padding
         self._tokens += call.padding.tokens
 

@@ -46,7 +46,7 @@ def stream_resident(
         for call, counts in steps:
             with _gathering(job) if in_step else contextlib.nullcontext(), naming_batch(call):
                 model(*call.args, **{**options, **call.kwargs})
-            for error in later or ():  # raised now, as the other processes are on their way to the next exchange
+            for error in later or ():  # raised here, since the other processes go on to the next exchange
                 raise error
             if counts:
                 sums.end_batch()
@@ -70,10 +70,10 @@ def _one_by_one(own: Iterator[Call], begin: Callable[[Call], None]) -> Iterator[
 
 
 def _in_step(model: nn.Module, own: Iterator[Call], begin: Callable[[Call], None], job: Job) -> Iterator[tuple[Call, bool]]:
-    """Yields this process's calls, then calls that do not count, until no process has calls left: all make equally many.
+    """Yields this process's calls, then calls that do not count, until no process has calls left, so that all make equally many.
 
-    A process without batches repeats its last call; one that never had any repeats the first call of another process. Errors of a
-    batch must be raised before the exchange that begins the next forward pass.
+    A process that has run out of batches repeats its last call; one that never had any repeats the first call of another process.
+    Errors of a batch must be raised before the exchange that begins the next forward pass.
     """
     spare: Call | None = None
     while True:

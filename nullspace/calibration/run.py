@@ -1,4 +1,4 @@
-"""`Run`: one calibration, whose arguments are checked once, and whose strategy, weights and checkpoint are found once.
+"""`Run`: one calibration. Its arguments are checked once; its strategy, fingerprints and checkpoint are determined once.
 
 `compute_null_spaces`, `compute_covariances` and `stream_covariances` prepare a run and make one or more passes over its loader
 (`nullspace.calibration.stream.one_pass`).
@@ -44,11 +44,11 @@ class Run:
         targets: module name → linear layer.
         precision: as given: one for all layers, or a mapping from regular expressions.
         strategy: `"resident"` or `"layerwise"`.
-        device: where a layerwise pass computes; None for where the weights are.
-        hidden_states: where a layerwise pass keeps what lies between two blocks.
+        device: where a layerwise pass computes; None for the devices of the weights.
+        hidden_states: where a layerwise pass keeps the hidden states between two blocks.
         job: the processes that work together.
         report: gets the progress.
-        is_sharded: whether the weights are spread over processes, so that reading one is a collective.
+        is_sharded: whether the weights are sharded over processes, so that reading one is a collective.
         loads: per process, Σ d³ of the sites that it was dealt in all passes so far.
     """
 
@@ -77,7 +77,7 @@ class Run:
         return self._fingerprints.weights(self.targets)
 
     def plain_precision(self) -> str | dict[str, str]:
-        """The precision as JSON takes it."""
+        """The precision as a value that JSON can hold."""
         return self.precision if isinstance(self.precision, str) else dict(self.precision)
 
     def open_checkpoint(self, directory: str | os.PathLike[str], settings: Mapping[str, Any]) -> Checkpoint:
@@ -85,11 +85,11 @@ class Run:
 
         Args:
             directory: of the checkpoint.
-            settings: on which the results depend, beside model, data, targets, precision and strategy; as JSON takes them.
+            settings: that the results depend on, beside model, data, targets, precision and strategy; values that JSON can hold.
 
         Raises:
             ValueError: naming what differs, if it is another run's or processes disagree; for a loader that can be read only once.
-            FileExistsError: if the directory is not empty and no checkpoint.
+            FileExistsError: if the directory is neither empty nor a checkpoint.
         """
         self._before_collectives()
         settings = {"precision": self.plain_precision(), "strategy": self.strategy, **settings}
@@ -98,7 +98,7 @@ class Run:
         return Checkpoint(directory, identity, self.job)
 
     def _before_collectives(self) -> None:
-        """Where reading weights is a collective, raise on all processes what has failed on one, before any of them waits."""
+        """If reading weights is a collective, first raise on all processes the errors of one, so that none waits for it."""
         if self.is_sharded:
             self.job.exchange(None)
 
@@ -118,12 +118,12 @@ def prepare(
     rank: int | None = None,
     check: Callable[[Targets], object] | None = None,
 ) -> Run:
-    """Check the arguments of a calibration, and resolve what they leave open.
+    """Check the arguments of a calibration, and resolve `"auto"`.
 
     Args:
-        rank: columns of the bases, if there are to be any: layers must be larger, and a forecast counts the bases.
-        check: raises for arguments of the caller that do not fit the targets; called before the loader is touched.
-        others: as of `nullspace.stream_covariances`.
+        rank: columns of the bases, if there are any: layers must be larger, and a forecast counts the bases.
+        check: raises for arguments of the caller that do not fit the targets; called before the loader is read.
+        others: as in `nullspace.stream_covariances`.
 
     Raises:
         ValueError, TypeError: as `nullspace.stream_covariances` before the forward pass.
@@ -185,11 +185,11 @@ def resolve_strategy(
     rank: int | None = None,
     job: Job | None = None,
 ) -> tuple[str, str]:
-    """The strategy and the place of hidden states that `strategy="auto"` stands for, for this model as it lies in memory.
+    """The strategy and the place of hidden states for `strategy="auto"`, given the model's devices and the free memory.
 
-    Where one of several processes has no room for a resident run, all go block by block.
+    If one of several processes has no room for a resident run, all run layerwise.
 
-    Args: as of `nullspace.stream_covariances` and `nullspace.compute_null_spaces`.
+    Args: as in `nullspace.stream_covariances` and `nullspace.compute_null_spaces`.
     """
     if sharded.is_model_sharded(model):
         return sharded.sharded_strategy(model, lambda: find_blocks(model)), hidden_states

@@ -1,13 +1,13 @@
 """The sums of several processes, added up at the processes that solve them.
 
-Second moments add up, so this approximates nothing. Each process sums its own batches. Each site is added up once, at its *owner*,
-which solves it; no other process keeps it. A site travels as one float64 vector: the lower triangle of Σ x xᵀ, Σ x and a few
-counts, d (d + 1) / 2 + O(d) numbers. Roots (`precision="qr"`) cannot be added. They are combined pairwise, in ⌈log₂ n⌉ rounds of a
-QR decomposition (Demmel et al. 2012, arXiv 0808.2664).
+Second moments add up exactly. Each process sums its own batches. Each site is added up once, at its *owner*, which solves it; no
+other process keeps it. A site is sent as one float64 vector: the lower triangle of Σ x xᵀ, Σ x and a few counts,
+d (d + 1) / 2 + O(d) numbers. Roots (`precision="qr"`) cannot be added. They are combined pairwise, in ⌈log₂ n⌉ rounds of a QR
+decomposition (Demmel et al. 2012, arXiv 0808.2664).
 
-All sites that are known at one time are reduced before the first of them is solved, so that the owners solve at the same time. In a
-layerwise run, the reductions of one block run during the next block's forward pass, and each process sets its own sites aside until
-all have enough to do (`Totals`).
+All sites of one `Totals.add` are reduced before the first of them is solved, so that the owners solve at the same time. In a
+layerwise run, the reductions of one block run during the next block's forward pass, and each process holds its own sites until all
+processes have enough to solve (`Totals`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Arriving:
     """One site whose sums are being added up at its owner.
 
     Args:
-        site: which one.
-        own: this process's part of the sums at the owner, where it becomes the total; None elsewhere.
-        vector: what the part was compressed to; None for a root, which is complete already.
-        reduction: that adds the vectors up.
+        site: of the sums.
+        own: at the owner, its part of the sums, which becomes the total; None on other processes.
+        vector: the compressed part; None for a root, which is complete already.
+        reduction: adds the vectors up.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Arriving:
         self._vector, self._reduction = vector, reduction
 
     def wait(self) -> None:
-        """Until the reduction is done. Elsewhere than at the owner, frees the sums."""
+        """Wait until the reduction is done. Frees the sums on processes that are not the owner."""
         if self._reduction is not None:
             self._reduction.wait()
         self._reduction = None
@@ -60,17 +60,17 @@ class Arriving:
 
 
 def uncalled_everywhere(sums: InputSums, job: Job) -> dict[str, nn.Module]:
-    """Collective: the targets that were not called in any process, after all have left out what any of them left out."""
+    """Collective: leaves out on all processes what one has left out; returns the targets that no process has called."""
     reports = job.exchange((list(sums.uncalled), sums.left_out))
     for _, left_out in reports:
         for name, why in left_out.items():
             sums.leave_out(name, why)
-    everywhere = set.intersection(*(set(silent) for silent, _ in reports))
+    everywhere = set.intersection(*(set(uncalled) for uncalled, _ in reports))
     return {name: module for name, module in sums.uncalled.items() if name in everywhere}
 
 
 def begin(job: Job, covariance: Covariance, site: Site, owner: int) -> Arriving:
-    """Begin to add up a site's sums at its owner. The caller must not keep the covariance."""
+    """Begin to add up a site's sums at its owner. The caller must drop its reference to the covariance."""
     what = f"the reduction of {site.name!r}"
     job.enters(what)
     with job.naming_rank(what):
@@ -82,16 +82,16 @@ def begin(job: Job, covariance: Covariance, site: Site, owner: int) -> Arriving:
 
 def _folded(job: Job, covariance: Covariance, owner: int, what: str) -> Covariance | None:
     """The total of all processes' roots, at the owner; None elsewhere."""
-    place, step = (job.number - owner) % job.count, 1
+    distance, step = (job.number - owner) % job.count, 1
     while step < job.count:
-        if place % (2 * step):
+        if distance % (2 * step):
             facts, tensors = covariance.state()
             del covariance
-            job.send(_packed(facts, tensors), owner + place - step, what)
+            job.send(_packed(facts, tensors), owner + distance - step, what)
             return None
-        if place + step < job.count:
+        if distance + step < job.count:
             facts, tensors = covariance.state()
-            vector = job.receive(_packed(facts, tensors), owner + place + step, what)
+            vector = job.receive(_packed(facts, tensors), owner + distance + step, what)
             del tensors
             covariance.merge(Covariance.from_state(*_unpacked(vector, facts), device=covariance.device))
             del vector
@@ -100,15 +100,15 @@ def _folded(job: Job, covariance: Covariance, owner: int, what: str) -> Covarian
 
 
 class Totals:
-    """What all processes have summed in one pass: being added up, or added up and waiting to be worked on.
+    """The sites of one pass that are being added up, or wait at their owners to be solved.
 
-    What only one process works on keeps the others waiting, as nothing can be added up without its share. So nobody begins before
-    there is enough for all: on average as much a process as all sites of one block, by memory. They come to that at the same time,
-    as all know of all sites; and wait for the block that made it enough, rather than hold it beside what they work on.
+    While one process solves, the others wait, since nothing can be added up without its part. So solving begins when there is
+    enough for all: on average, the sites of one block per process, by memory. All processes know all sites, so they reach this
+    point together. They first finish adding up the block that reached it, rather than hold its sums while they solve.
 
     Args:
-        job: of the processes.
-        loads: per process, what it was dealt before (Σ d³): updated here. Nothing by default.
+        job: the processes.
+        loads: per process, Σ d³ of the sites that it was dealt before; updated here. Zeros by default.
     """
 
     def __init__(self, job: Job, loads: list[float] | None = None) -> None:
@@ -119,48 +119,48 @@ class Totals:
         self._waiting = self._enough = 0  # entries of all processes' sites; of a block's sites
 
     def add(self, sums: InputSums) -> Iterator[tuple[Site, Covariance]]:
-        """Begin to add up some sites, and give them out of hand.
+        """Begin to add up some sites; drops the references to their sums.
 
-        Reductions run on by themselves until more is added. Everything else that the processes do together in the meantime, they
-        have to do in the same order.
+        The reductions run in the background until the next call. All other collectives must meanwhile come in the same order on all
+        processes.
 
         Yields:
-            This process's own sites, with the sums of all, that are to be worked on now.
+            This process's own sites to solve now, with the sums of all processes.
 
         Raises:
-            ValueError: naming the layer and the processes, if an input is shared in one and not in the other; or if there is no
-                token at a site in any of them.
+            ValueError: naming the layer and the processes, if an input is shared in one and not in the other; or if no process has
+                a token at a site.
         """
         job = self._job
         if job.count == 1:
             yield from sums.release()
             return
         self._arrive()
-        sums.flush()  # what it raises must be raised before the first reduction
-        heard = _all_sites(job.exchange([(site, c.tokens, c.device.type) for site, c in sums.partial()]))
-        deaf = next((site for site, (tokens, _) in heard.items() if tokens == 0), None)
-        if deaf is not None:
-            raise ValueError(f"no tokens at {deaf.name!r}: {sums.MASKED}")
-        owners = self.deal([site.d_in for site in heard])
-        for (site, (_, kind)), owner in zip(heard.items(), owners, strict=True):
+        sums.flush()  # its errors must be raised before the first reduction
+        sites = _all_sites(job.exchange([(site, c.tokens, c.device.type) for site, c in sums.partial()]))
+        empty = next((site for site, (tokens, _) in sites.items() if tokens == 0), None)
+        if empty is not None:
+            raise ValueError(f"no tokens at {empty.name!r}: {sums.MASKED}")
+        owners = self.deal([site.d_in for site in sites])
+        for (site, (_, kind)), owner in zip(sites.items(), owners, strict=True):
             self._under_way.append(begin(job, sums.take(site, torch.device(kind)), site, owner))
-        added = sum(site.d_in**2 for site in heard)
+        added = sum(site.d_in**2 for site in sites)
         self._waiting += added
         self._enough = max(self._enough, added)
         if self._waiting >= job.count * self._enough:
             yield from self.rest()
 
     def deal(self, widths: Sequence[int]) -> list[int]:
-        """The owners of some sites, by `deal`, on top of what was dealt before. The widths are the same on all processes."""
+        """The owners of some sites, by `deal`, given what was dealt before. The widths must be the same on all processes."""
         owners = deal(widths, self._job.count, self._loads)
         for d, owner in zip(widths, owners, strict=True):
             self._loads[owner] += float(d) ** 3
         return owners
 
     def rest(self) -> Iterator[tuple[Site, Covariance]]:
-        """All that has been added and was not yielded."""
-        self._arrive()  # all of it, before the first is solved
-        self._here.sort(key=lambda each: each.site.d_in)  # by the time of the largest, nothing else is in memory
+        """Yields all sites that were added and not yielded."""
+        self._arrive()  # all of them, before the first is solved
+        self._here.sort(key=lambda each: each.site.d_in)  # the largest last, when nothing else is in memory
         self._waiting = 0
         while self._here:
             each = self._here.pop(0)
@@ -176,14 +176,14 @@ class Totals:
 
 
 def deal(widths: Sequence[int], count: int, loads: Sequence[float] = ()) -> list[int]:
-    """Which of `count` processes solves which site: the largest first, each to whoever has least to do.
+    """Deal sites to processes: the largest first, each to the process with the smallest load.
 
-    No process then has more than 4/3 of what the best way to deal them would give it (Graham 1969), if they begin alike.
+    With equal loads before, the largest load is at most 4/3 of the best possible one (Graham 1969).
 
     Args:
         widths: d_in of the sites; an eigenproblem costs d_in³.
         count: of processes.
-        loads: what they have been dealt before; nothing by default.
+        loads: per process, what it was dealt before; zeros by default.
 
     Returns:
         For every site, its owner.
@@ -200,11 +200,11 @@ def deal(widths: Sequence[int], count: int, loads: Sequence[float] = ()) -> list
     return owners
 
 
-def _all_sites(heard: Sequence[Sequence[tuple[Site, int, str]]]) -> dict[Site, tuple[int, str]]:
-    """Site → tokens in all processes, and the kind of device that sums it; `ValueError` unless all agree on who shares an input."""
-    found: dict[Site, tuple[int, str]] = {}
+def _all_sites(reports: Sequence[Sequence[tuple[Site, int, str]]]) -> dict[Site, tuple[int, str]]:
+    """Site → tokens in all processes, and the kind of device that sums it; `ValueError` unless all share inputs alike."""
+    totals: dict[Site, tuple[int, str]] = {}
     whose: dict[str, tuple[Site, int]] = {}
-    for number, sites in enumerate(heard):
+    for number, sites in enumerate(reports):
         for site, tokens, kind in sites:
             for member in site.members:
                 other, before = whose.setdefault(member, (site, number))
@@ -214,8 +214,9 @@ def _all_sites(heard: Sequence[Sequence[tuple[Site, int, str]]]) -> dict[Site, t
                         f"{_others(member, site)} on rank {number}: one sum cannot serve both. Calibrate them in separate runs "
                         f"(targets=[{member!r}], …)."
                     )
-            found[site] = (found.get(site, (0, ""))[0] + tokens, found.get(site, (0, kind))[1])
-    return found
+            before_tokens, kind_before = totals.get(site, (0, kind))
+            totals[site] = (before_tokens + tokens, kind_before)
+    return totals
 
 
 def _others(member: str, site: Site) -> str:
@@ -223,7 +224,7 @@ def _others(member: str, site: Site) -> str:
 
 
 def _packed(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The state of a root as one vector."""
+    """The state of a root as one vector; the inverse is `_unpacked`."""
     numbers = [facts["tokens"], facts["mass"], facts["outliers"], *facts["sums"].values()]
     return torch.cat([tensors["root"], tensors["total"], tensors["root"].new_tensor(numbers)])
 
