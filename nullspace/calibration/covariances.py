@@ -48,32 +48,31 @@ def compute_covariances(
     progress: bool | Progress = True,
     job: Job | None = None,
 ) -> Covariances:
-    """Run the model over the loader and keep the second moments themselves, in a directory, site by site.
+    """Run the model over the loader and save the second moments in a directory, site by site.
 
-    Under an initialised `torch.distributed` process group, all of its processes have to call this: each reads its share of the
-    loader, and writes its share of the sites into `out`, which all of them have to see. See `stream_covariances`.
+    In an initialised `torch.distributed` process group, all of its processes must call this. Each reads its share of the loader,
+    and writes its share of the sites into `out`, which all must see. See `stream_covariances`.
 
     Args:
         model, loader, targets, exclude, strategy, device, hidden_states, progress: as in `nullspace.stream_covariances`.
         out: must not exist yet, or be empty. 4 · d_in² bytes a site (float64).
-        precision: as there. `"fp64"` by default: what a later rank or merge will ask of the sums is not known yet.
+        precision: as there. `"fp64"` by default, since later ranks or merges may need it.
         dtype: of the files: see `Covariances.save`.
-        shard: (i, n): of the loader's batches only every n-th, beginning with the i-th (from 1), for jobs that know nothing of each
-            other and whose sums are merged afterwards (`Covariances.merge`). All must be given the same batches, which are read
-            to their end once more, to know them again. Where processes work together too, they split the shard.
-        checkpoint: a directory for what is finished: a run that was cut off and is called again goes on behind it. It takes as
-            much space as `out`. The caller deletes it.
-        overwrite: replace an earlier directory of ours.
-        job: which processes work together; by default those of the default process group, if one is initialised.
+        shard: (i, n): use only every n-th batch of the loader, beginning with the i-th (from 1). For independent jobs, whose sums
+            are merged afterwards (`Covariances.merge`). All jobs must get the same batches, which each reads once more for their
+            digest. Processes that work together split the shard.
+        checkpoint: a directory for finished sites: an interrupted run that is called again continues after them. It takes as much
+            space as `out`. The caller deletes it.
+        overwrite: replace a directory that nullspace wrote.
+        job: the processes that work together; by default those of the default process group, if one is initialised.
 
     Returns:
-        The covariances, to be read from `out` when they are asked for.
+        The covariances, read from `out` when needed.
 
     Raises:
-        ValueError: as `nullspace.stream_covariances`; for a checkpoint of another run, or whose `run.json` is damaged; and for a
-            shard that does not exist, or has no batch, or is asked for with a loader that can be read only once or is a share
-            already.
-        FileExistsError: if `out` is in the way, or another run is writing to it or to `checkpoint`.
+        ValueError: as `nullspace.stream_covariances`; for a checkpoint of another run, or with a damaged `run.json`; for a shard
+            that does not exist, has no batch, or is used with a loader that can be read only once or is a share already.
+        FileExistsError: if `out` exists and may not be replaced, or another run is writing to it or to `checkpoint`.
         OSError: if it cannot be written; then nothing is left behind.
 
     Warns:
@@ -110,7 +109,7 @@ def compute_covariances(
 
 
 def _sites(run: Run, kept: Checkpoint | None, dtype: torch.dtype) -> Iterator[Written]:
-    """This process's sites: first those of the checkpoint, then those of a pass over the data, which go into the checkpoint too."""
+    """Yields this process's sites: those of the checkpoint, then those of a pass over the data, which the checkpoint keeps too."""
     job, targets, weights = run.job, run.targets, run.weights
     done: set[str] = set()
 
@@ -151,7 +150,7 @@ def _shard(loader: Iterable[Any], number: int, count: int) -> Iterable[Any]:
 
 
 def _account_of(loader: Iterable[Any], number: int, count: int) -> Shards:
-    """Which shard of which data that is; the loader is read to its end."""
+    """The account of one shard. Reads the loader to its end."""
     whole = hash_data(loader)
     if whole["batches"] < number:
         raise ValueError(f"shard {number}/{count} has no batch: there are {whole['batches']}. Ask for no more shards than that")

@@ -63,56 +63,54 @@ def compute_null_spaces(
     progress: bool | Progress = True,
     job: Job | None = None,
 ) -> NullSpaces:
-    """Run the model over the loader and find, for every linear layer, the directions that its input hardly ever takes.
+    """Run the model over the loader and compute, for every linear layer, the directions in which its inputs have the smallest norm.
 
-    Under an initialised `torch.distributed` process group, all of its processes have to call this: each reads its share of the
-    loader and solves its share of the sites, and all get the same. See `stream_covariances`.
+    In an initialised `torch.distributed` process group, all of its processes must call this. Each reads its share of the loader and
+    solves its share of the sites; all get the same result. See `stream_covariances`.
 
     Args:
         model: any module; run in eval mode, without gradients, and left as it was found.
         loader: an iterable of mappings that the model takes (`input_ids`, `attention_mask`, …), or of tensors. It should yield
-            at least d_in + rank tokens: with fewer, part of the null space is only what the data did not show.
-        rank: columns of each basis: at least the rank of the adapters that will be made of it.
-        targets: `"all-linear"`, a list of name endings, or a regular expression: see `nullspace.sites.find_targets`. `"all-linear"`
-            leaves out layers that are smaller than the rank, that these data do not reach, or whose output is not W x + b, with
-            one warning; a layer that is named otherwise is an error then.
-        exclude: what to take away from `targets`: a list of name endings, or a regular expression.
+            at least d_in + rank tokens; with fewer, part of each null space is due to missing data.
+        rank: columns of each basis: at least the rank of the adapters made from it.
+        targets: `"all-linear"`, a list of name endings, or a regular expression: see `nullspace.model.sites.find_targets`.
+            `"all-linear"` leaves out layers that are smaller than the rank, that these data do not reach, or whose output is not
+            W x + b, with one warning. Such a layer is an error if it is given by name.
+        exclude: layers to remove from `targets`: a list of name endings, or a regular expression.
         strategy: how the model is run: see `stream_covariances`.
-        precision: `"auto"`: the fast sums of `Covariance`, and a second pass in float64 over just those sites, if there are any,
-            whose bases rounding may have made louder than `tolerance` allows (`NullSpace.excess_estimate`), and a third one
-            by QR where float64 is short too. `"mixed"`: the fast sums alone. `"fp64"`: every product in float64 at once. `"qr"`:
-            no product at all. Or a mapping from regular expressions for layer names to these: see `stream_covariances`.
-        tolerance: excess leak, by estimate, that `"auto"` accepts.
-        spectrum: report effective ranks too.
-        avoid: module name → (m, d_in) matrix whose rows the basis is to be orthogonal to: the A matrices of adapters that were
-            trained before (`nullspace.integrations.peft.row_spaces`), so that a new one does not write where they read (O-LoRA,
-            arXiv 2310.14152). The members of a site avoid each other's too.
+        precision: `"auto"`: the fast sums of `Covariance`; then a second pass in float64 over the sites whose excess leak by
+            rounding may exceed `tolerance` (`NullSpace.excess_estimate`), and a third one by QR where float64 is not enough.
+            `"mixed"`: the fast sums only. `"fp64"`: all products in float64. `"qr"`: QR decompositions, no products. Or a mapping
+            from regular expressions for layer names to these: see `stream_covariances`.
+        tolerance: estimated excess leak that `"auto"` accepts.
+        spectrum: compute effective ranks too.
+        avoid: module name → (m, d_in) matrix; the basis will be orthogonal to its rows. With the A matrices of adapters that were
+            trained before (`nullspace.integrations.peft.row_spaces`), a new one does not change their inputs (O-LoRA,
+            arXiv 2310.14152). The rows of all members of a site count.
         device, hidden_states: for the layerwise strategy: see `stream_covariances`.
-        checkpoint: a directory for what is finished, site by site. A run that was cut off and is called again with the same
-            arguments goes on behind the last finished site (with `strategy="layerwise"`, in the block where it was), and ends
-            with the same bits. The caller deletes it. The loader must give the same batches every time. Several processes need a
-            directory that all of them see; each writes its own sites, no process holds all bases, and what is returned reads them
-            from there when they are asked for: it is to be deleted after that. Another number of processes may go on with it.
+        checkpoint: a directory for finished sites. An interrupted run that is called again with the same arguments continues after
+            the last finished site (with `strategy="layerwise"`, in its block), and ends with the same bits. The loader must give
+            the same batches every time. The caller deletes the directory. With several processes, all must see it. Each then
+            writes its own sites, no process holds all bases, and the result reads them from there when needed: delete it later
+            than that. Another number of processes may continue.
         progress: True for bars (of the first process), False for none, or a callable (`nullspace.progress.Progress`).
-        job: which processes work together; by default those of the default process group, if one is initialised.
+        job: the processes that work together; by default those of the default process group, if one is initialised.
 
     Returns:
         A mapping from module name to `NullSpace`, in the model's own order. Of several processes without a checkpoint, each holds
         all bases, 8 · d_in · rank bytes a site.
 
     Raises:
-        ValueError: see `stream_covariances`; before the forward pass if the rank does not fit a layer, or if the checkpoint is
-            that of another run (another model, data, or setting: which ones is said), has a damaged `run.json`, or is asked for
-            with a loader that can be read only once; after it, naming the site, if the rank does not fit beside what members that
-            turn out to share an input avoid between them.
+        ValueError: see `stream_covariances`. Before the forward pass: if the rank does not fit a layer; if the checkpoint is
+            another run's (the differences are named), has a damaged `run.json`, or is used with a loader that can be read only once.
+            After it, naming the site: if the rank does not fit beside the rows to avoid of all members that share an input.
 
     Warns:
-        UserWarning: naming what `"all-linear"` has left out; the sites that saw fewer than d_in + rank tokens; those that a second
-            pass should sum again, if the loader can be read only once; and file and site of a damaged file of the checkpoint,
-            whose site is computed again.
+        UserWarning: naming the layers that `"all-linear"` has left out; the sites with fewer than d_in + rank tokens; those that a
+            second pass should sum again, if the loader can be read only once; and file and site of a damaged file in the
+            checkpoint, whose site is computed again.
 
-    Out of memory, PyTorch's error comes with what the run was going to take, and the cheapest setting that fits
-    (`nullspace.planning`).
+    PyTorch's out-of-memory error comes with the forecast of this run and the cheapest setting that fits (`nullspace.planning`).
     """
     job = job or Job()
     with job.sharing_errors(), contextlib.ExitStack() as held:
@@ -161,12 +159,12 @@ def _check_avoid(avoid: Mapping[str, torch.Tensor] | None, targets: Mapping[str,
 
 
 class _Bases:
-    """The null spaces of a run, in the order in which they were found.
+    """The null spaces of a run, in the order in which they were computed.
 
     Args:
         run: the calibration.
-        rank, spectrum: as of `compute_null_spaces`.
-        avoided: `check_avoid`'s.
+        rank, spectrum: as in `compute_null_spaces`.
+        avoided: result of `check_avoid`.
     """
 
     def __init__(self, run: Run, rank: int, spectrum: bool, avoided: Mapping[str, torch.Tensor]) -> None:
@@ -174,10 +172,10 @@ class _Bases:
         self._run, self._rank = run, rank
         self._solve = functools.partial(bottom_of, rank=rank, spectrum=spectrum, avoid=avoided)
         self._kept: Checkpoint | None = None
-        self._owners: dict[Site, int] = {}  # of several processes, which one has the basis
+        self._owners: dict[Site, int] = {}  # site → the process that has the basis
 
     def resume(self, kept: Checkpoint, held: contextlib.ExitStack) -> None:
-        """Take what a checkpoint holds; from now on, finished sites go there. `held` closes it."""
+        """Load the sites of a checkpoint, and keep new ones there. `held` closes it."""
         held.callback(kept.close)
         self._kept = kept
 
@@ -191,17 +189,17 @@ class _Bases:
             self.spaces.append(NullSpace.from_facts(facts, read() if self._run.job.count == 1 else _without_basis(facts, read)))
 
     def find(self) -> None:
-        """Find the spaces that are not there yet, in one pass."""
+        """Compute the missing spaces, in one pass."""
         done = {name for space in self.spaces for name in space.site.members}
         left = [name for name in self._run.targets if name not in done]
         if left:
             self.spaces += self._measure(left, self._run.precision, "forward", len(done))
 
     def refine(self, tolerance: float) -> list[NullSpace]:
-        """Sum the sites again whose bases may be worse than `tolerance` allows, in float64 and then by QR.
+        """Repeat the sums of sites whose estimated excess leak exceeds `tolerance`, in float64 and then by QR.
 
         Returns:
-            The sites that should be summed again, where the loader can be read only once; otherwise nothing.
+            The sites that should be summed again, if the loader can be read only once; otherwise an empty list.
         """
         for better in ("fp64", "qr"):
             unsure = [
@@ -213,7 +211,7 @@ class _Bases:
             ]
             if self._run.reads_once:
                 return unsure
-            if better == "qr":  # without massive tokens a leak as small as this counts as none: more of its digits need no pass
+            if better == "qr":  # without outlier tokens, such a small leak needs no more digits
                 unsure = [s for s in unsure if s.outliers > 0 or s.leak > NEGLIGIBLE_LEAK]
             if unsure:
                 names = [member for s in unsure for member in s.site.members]
@@ -222,11 +220,11 @@ class _Bases:
         return []
 
     def result(self) -> NullSpaces:
-        """All spaces, in the model's order. Of several processes, each gets the bases of the others, or reads them when needed."""
+        """All spaces, in the model's order. With several processes, each gets the others' bases, or reads them when needed."""
         run, job = self._run, self._run.job
         weights = {name: run.weights[name] for name in run.targets}
-        place = {name: index for index, name in enumerate(run.targets)}  # one process does not see the order of all calls
-        self.spaces.sort(key=lambda s: min(place[member] for member in s.site.members))
+        position = {name: index for index, name in enumerate(run.targets)}  # one process does not see the order of all calls
+        self.spaces.sort(key=lambda s: min(position[member] for member in s.site.members))
         if job.count == 1:
             return NullSpaces(self.spaces, weights)
         run.report("null spaces", len(run.targets), len(run.targets), 0)
@@ -240,8 +238,8 @@ class _Bases:
         Args:
             names: of the targets.
             precision: of the sums.
-            forward: what the progress of the forward pass is called.
-            before: how many targets were finished before, for the progress of the solutions.
+            forward: name of the forward pass in the progress.
+            before: number of targets that were finished before, for the progress.
         """
         run = self._run
 
@@ -250,21 +248,21 @@ class _Bases:
 
         if self._kept is not None:
             self._kept.hold()
-        found: list[NullSpace] = []
-        # A basis that was made in a caller's inference mode could not be used in training later. A forecast runs the model, which
-        # of a sharded one is a collective.
+        own: list[NullSpace] = []
+        # A basis from a caller's inference mode could not be used in training. The forecast runs the model, which is a collective
+        # if it is sharded.
         with torch.inference_mode(False), contextlib.nullcontext() if run.is_sharded else _explaining_memory(self._advice):
             stream = one_pass(run, run.targets.only(names), precision=precision, report=report)
             for space in decompose(stream, self._solve):
                 if self._kept is not None:
                     self._kept.keep(space.site.name, space.facts(), {"basis": space.basis, "eigenvalues": space.eigenvalues})
                 logger.info("%s: leak %.1e, rounding %.0e of it", space.site, space.leak, space.excess_estimate)
-                found.append(space)
-                run.report("null spaces", before + sum(len(s.site.members) for s in found), len(run.targets), 0)
-        return self._pooled(found)
+                own.append(space)
+                run.report("null spaces", before + sum(len(s.site.members) for s in own), len(run.targets), 0)
+        return self._pooled(own)
 
     def _pooled(self, own: list[NullSpace]) -> list[NullSpace]:
-        """Collective: the spaces of all processes, those of the others without their bases."""
+        """Collective: the spaces of all processes; those of others have no bases (meta tensors)."""
         job, kept = self._run.job, self._kept
         if job.count == 1:
             return own
@@ -294,7 +292,7 @@ class _Bases:
 
 
 def _without_basis(facts: Mapping[str, Any], read: Callable[..., dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors of a space, the basis only by its shape: what a process must know of another one's."""
+    """The tensors of another process's space: the basis on the meta device."""
     basis = torch.empty(facts["d_in"], facts["rank"], dtype=torch.float64, device="meta")
     return {"basis": basis, **read("eigenvalues")}
 
@@ -309,7 +307,7 @@ def _explaining_memory(explain: Callable[[], str]) -> Iterator[None]:
             raise
         try:
             text = explain()
-        except Exception:  # advice is not worth hiding the error for
+        except Exception:  # a failed forecast must not hide the error
             raise error from None
         kind = torch.cuda.OutOfMemoryError if isinstance(error, torch.cuda.OutOfMemoryError) else MemoryError
         raise kind(f"{error}\n{text}") from error

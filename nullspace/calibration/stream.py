@@ -1,7 +1,7 @@
 """`stream_covariances`: runs the model, yields `(site, covariance)`, and drops its reference.
 
-Everything that needs second moments is a loop over this generator, and decides what to keep. How the model is run, and how much is
-in memory at once, depends on the strategy (`nullspace.calibration.resident`, `nullspace.calibration.layerwise`).
+All that needs second moments is a loop over this generator, which decides what to keep. The strategy decides how the model is run,
+and how much is in memory at once (`nullspace.calibration.resident`, `nullspace.calibration.layerwise`).
 """
 
 from __future__ import annotations
@@ -38,62 +38,59 @@ def stream_covariances(
 ) -> Iterator[tuple[Site, Covariance]]:
     """Run the model over the loader and yield the second moment of every site's input, one at a time.
 
-    Under an initialised `torch.distributed` process group of n > 1 processes, all of them have to call this, with the same model
-    and the same arguments. Each reads its share of the loader, and a site, summed over all of them, is yielded by one process
-    alone: that which `nullspace.distributed.deal` makes its owner. A loop over the stream that ends early has to end early on all.
+    In an initialised `torch.distributed` process group of n > 1 processes, all of them must call this, with the same model and
+    arguments. Each reads its share of the loader. A site, summed over all processes, is yielded by its owner only
+    (`nullspace.calibration.totals.deal`). A loop over the stream that ends early must end early on all processes.
 
     Args:
-        model: any module; it is run in eval mode, without gradients and key-value caches, and left as it was found. What
-            `torch.compile`, `DataParallel` or `DistributedDataParallel` put around it or its parts stands aside
-            (`nullspace.wrappers`).
+        model: any module; it is run in eval mode, without gradients and key-value caches, and restored afterwards. Wrappers of
+            `torch.compile`, `DataParallel` and `DistributedDataParallel` are bypassed (`nullspace.model.wrappers`).
         loader: an iterable of mappings that the model takes as keyword arguments (`input_ids`, `attention_mask`, …), or of tensors
-            or tuples of tensors that it takes as positional ones. Where `attention_mask` (batch, tokens) is zero, a token is
-            padding and is not counted; of one over pairs of tokens, (batch, 1, tokens, tokens), or a mapping to such, a token that
-            none of them sees. Which rows of a layer's input that concerns: `nullspace.model.token_rows`.
-            Of several processes, process k takes batches k, k + n, … of a loader that all have alike;
-            of a `DataLoader` that is a share already, all. What PyTorch's `DistributedSampler` and accelerate's
-            `BatchSamplerShard` repeat to make shares even is left out; what another such sampler repeats counts twice.
-        targets: which linear layers: see `nullspace.sites.find_targets`. `"all-linear"` leaves out, with one warning at the end,
-            those that these data do not reach, and those whose output is not W x + b; otherwise they are an error.
-        exclude: what to take away from `targets`: a list of name endings, or a regular expression.
+            or tuples of tensors that it takes as positional ones. Tokens with a zero in `attention_mask` (batch, tokens) are
+            padding and not counted; with a mask of pairs, (batch, 1, tokens, tokens), or a mapping to such masks, those that no
+            token attends to. `nullspace.model.padding` locates their rows in a layer's input.
+            With several processes, process k reads batches k, k + n, … of a loader that is the same for all, and all batches of a
+            `DataLoader` that is a share already. Samples that PyTorch's `DistributedSampler` or accelerate's `BatchSamplerShard`
+            repeat to make shares even are left out; those that other samplers repeat count twice.
+        targets: the linear layers: see `nullspace.model.sites.find_targets`. `"all-linear"` leaves out, with one warning at the
+            end, layers that these data do not reach and layers whose output is not W x + b. Given by name, they are errors.
+        exclude: layers to remove from `targets`: a list of name endings, or a regular expression.
         strategy: `"resident"`: one ordinary forward pass a batch, all sums in memory at once (4 · d_in² bytes a site; on a
-            GPU up to as much again for tokens on their way).
-            `"layerwise"`: block by block: the weights and the sums of one block at a time, whatever the depth; the loader is read
-            once. For models whose blocks are one chain (`nullspace.blocks.find_blocks`, `nullspace.chain`): anything else is
-            refused by name before the first site. That takes two more forward passes of the first batch.
-            `"auto"`: layerwise for a model that is not whole where it computes, or that leaves no room there for all sums
-            (`nullspace.planning.choice.choose_strategy`); resident otherwise.
-            Of weights that FSDP2 or ZeRO-3 spread over the processes, a layerwise run gathers a block at a time, once; a resident
-            one gathers them for every batch, through the model's own hooks, and the processes keep in step: who has no batch left
-            runs one that does not count.
+            GPU up to as much again for staged tokens).
+            `"layerwise"`: block by block, with the weights and sums of one block in memory at a time; the loader is read once. For
+            models whose blocks are a chain (`nullspace.model.blocks.find_blocks`, `nullspace.calibration.chain`). Other models are
+            refused before the first site, by two more forward passes of the first batch.
+            `"auto"`: layerwise for a model that is offloaded, or that leaves no room for all sums on its device
+            (`nullspace.planning.choice.choose_strategy`); otherwise resident.
+            With weights sharded by FSDP2 or ZeRO-3, a layerwise run gathers each block once. A resident run gathers them for every
+            batch, by the model's own hooks, and the processes keep in step: one without batches left runs one that does not count.
         precision: `"auto"`, `"mixed"`, `"fp64"` or `"qr"`: see `Covariance`. Or a mapping from regular expressions to these: the
-            first one that matches a layer's whole name counts, `"auto"` where none does. A shared input is summed as
-            its first layer says.
-        device: where a layerwise pass computes, if not where the weights are: a model in host memory is then brought there block by
+            first one that matches a layer's whole name counts; `"auto"` if none does. The first layer of a site decides for a
+            shared input.
+        device: where a layerwise pass computes, by default where the weights are. A model in host memory is copied there block by
             block.
-        hidden_states: where a layerwise pass keeps what lies between two blocks: `"device"`, `"host"`, `"disk"`, or `"auto"`, the
-            first of these with room for it.
+        hidden_states: where a layerwise pass keeps the hidden states between two blocks: `"device"`, `"host"`, `"disk"`, or
+            `"auto"`, the first of these with room for them.
         progress: True for a bar (of the first process), False for none, or a callable (`nullspace.progress.Progress`).
-        job: which processes work together; by default those of the default process group, if one is initialised. `Job.alone()`
-            for a process that works for itself in spite of its group. It must have all processes that share a sharded weight,
-            and not two that compute together (tensor parallelism), whose layers are only heard where their inputs are whole.
+        job: the processes that work together; by default those of the default process group, if one is initialised. `Job.alone()`
+            for this process alone in spite of its group. A job must include all processes that share a sharded weight, and only one
+            of those that compute together (tensor parallelism); layers are then summed only where their inputs are whole.
 
     Yields:
-        `(Site, Covariance)`, in the order in which the sites were first called. Nothing else holds the covariance any more. Of
-        several processes, each yields its own sites: layerwise, not before all have been given about as much as one block has.
+        `(Site, Covariance)`, in the order of the sites' first calls. The consumer holds the only reference to the covariance. With
+        several processes, each yields its own sites; in a layerwise run, once each has about as much to solve as one block.
 
     Raises:
-        ValueError: before the forward pass for a bad argument, or a weight on the meta device; during it, naming the layer and the
+        ValueError: before the forward pass, for a bad argument or a weight on the meta device; during it, naming the layer and the
             batch, for NaN or Inf, an input that is shared in one batch and not in the next, or padding that cannot be located in a
-            layer's input; after it for a target that was never called, or was replaced or lost our hook meanwhile, and for a loader
-            that is empty, ends early or holds padding only. What goes wrong in one process is raised in all, naming its rank; so
-            are models, arguments or loaders that are not the same in all, and an input that is shared in one process and not in
-            the other.
-        RuntimeError: if a process has died, or the group's time has run out; where weights are gathered in the forward pass, also
-            after an error in the midst of one of them, which only that process can name.
+            layer's input; after it, for a target that was never called, was replaced or lost its hook, and for a loader
+            that is empty, ends early or holds padding only. An error of one process is raised in all, naming its rank; so are
+            models, arguments or loaders that differ between processes, and an input that is shared in one and not in the other.
+        RuntimeError: if a process has died, or the group's timeout has passed; if the forward pass gathers weights, also after an
+            error within it, which only the failing process names.
 
     Warns:
-        UserWarning: if the model is the residual base of an adapter (`nullspace.residual`).
+        UserWarning: if the model is the residual base of an adapter (`nullspace.artifacts.residual`).
     """
     job = job or Job()
     with job.sharing_errors():
@@ -122,10 +119,10 @@ def one_pass(
     """One pass over the loader of a run: yields what `stream_covariances` yields.
 
     Args:
-        run: prepared.
+        run: prepared by `prepare`.
         targets: a selection of the run's targets; all by default.
-        precision: of this pass; that of the run by default.
-        report: gets the progress; that of the run by default.
+        precision: of this pass; by default that of the run.
+        report: gets the progress; by default that of the run.
     """
     targets, precision, report = targets or run.targets, precision or run.precision, report or run.report
     if run.strategy == "resident":
