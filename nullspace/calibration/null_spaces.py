@@ -102,7 +102,7 @@ def compute_null_spaces(
 
     Raises:
         ValueError: see `stream_covariances`. Before the forward pass: if the rank does not fit a layer; if the checkpoint is
-            another run's (the differences are named), has a damaged `run.json`, or is used with a loader that can be read only once.
+            another run's (the differences are named), has a damaged `run.json`, or is used with a loader that is read only once.
             After it, naming the site: if the rank does not fit beside the rows to avoid of all members that share an input.
 
     Warns:
