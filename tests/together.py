@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -48,3 +51,29 @@ def refused(kind: type[Exception], says: str, call: Callable[[], Any]) -> str:
         call()
     assert time.monotonic() - began < GROUP_SECONDS
     return str(error.value)
+
+
+@contextlib.contextmanager
+def counting_questions(model: nn.Module) -> Iterator[Counter[Any]]:
+    """How often processes exchange what, until the model's first forward pass.
+
+    Keys are the names of facts that are compared (`Job.check_same`), or the asking function and the value that it gives. Exchanges
+    of None share errors alone, and are not counted.
+    """
+    asked: Counter[Any] = Counter()
+    exchange, counts = Job.exchange, [True]
+
+    def counted(job: Job, value: Any) -> Any:
+        asking = sys._getframe(1).f_code.co_name
+        if counts[0] and value is not None:
+            asked.update(list(value) if asking == "check_same" else [(asking, repr(value))])
+        return exchange(job, value)
+
+    handle = model.register_forward_pre_hook(lambda *_: counts.__setitem__(0, False))
+    Job.exchange = counted  # type: ignore[method-assign]
+    try:
+        yield asked
+    finally:
+        Job.exchange = exchange  # type: ignore[method-assign]
+        handle.remove()
+    assert not counts[0]

@@ -32,6 +32,8 @@ from nullspace.planning.choice import choose_strategy
 from nullspace.progress import Progress, reporter
 
 STRATEGIES = ("auto", "resident", "layerwise")
+# Facts of a run that `prepare` compares between processes.
+COMPARED = ("strategy", "precision", "targets")
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Run:
         self._before_collectives()
         settings = {"precision": self.plain_precision(), "strategy": self.strategy, **settings}
         identity = fingerprint_of_run(self.model, self.loader, self.targets, settings, self.job, self._fingerprints)
-        self.job.check_same(**identity)
+        self.job.check_same(**{name: fact for name, fact in identity.items() if name not in COMPARED})
         return Checkpoint(directory, identity, self.job)
 
     def _before_collectives(self) -> None:
@@ -159,7 +161,8 @@ def prepare(
     )
     if job.count > 1:
         weights = digest_of([{name: mark for name, (_, mark) in run.weights.items()}])
-        job.check_same(strategy=strategy, precision=run.plain_precision(), targets=list(chosen), weights=weights)
+        facts = {"strategy": strategy, "precision": run.plain_precision(), "weights": weights}
+        job.check_same(**facts, **({} if is_sharded else {"targets": list(chosen)}))  # `prepare_sharded` has compared them
     return run
 
 

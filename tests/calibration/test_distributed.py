@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typer.testing import CliRunner
 
 from models import random_batches, tiny, write_checkpoint
-from nullspace import Covariance, Covariances, NullSpaces, compute_covariances, solvers, stream_covariances
+from nullspace import Covariance, Covariances, NullSpaces, compute_covariances, compute_null_spaces, solvers, stream_covariances
 from nullspace.artifacts import locks, records, shared_writes, store
 from nullspace.calibration.totals import deal
 from nullspace.cli import app
@@ -46,7 +46,7 @@ from nullspace.solvers import decomposition_cost
 from patience import run
 from processes import Checks
 from reference import relative_error
-from together import alone, assert_as_good, compute, refused, stream
+from together import alone, assert_as_good, compute, counting_questions, refused, stream
 
 pytestmark = pytest.mark.processes
 
@@ -610,6 +610,22 @@ def a_checkpoint_is_filled_together_and_read_by_all(rank: int, count: int, folde
         assert_as_good(repaired, model, batches, strategy=strategy, tolerance=tolerance)
         assert len(list(kept.glob("*.safetensors"))) == 12
         Job().exchange(None)
+
+
+@check(2)
+def nothing_is_asked_twice(rank: int, count: int, folder: Path) -> None:
+    model, batches = tiny("llama"), random_batches(count)
+    settings = {"model", "data", "device", "versions"}
+    for strategy in STRATEGIES:
+        options = {"strategy": strategy, "progress": False}
+        with counting_questions(model) as spaces:
+            compute_null_spaces(model, batches, rank=8, checkpoint=folder / f"{strategy} a", **options)
+        with counting_questions(model) as covariances:
+            compute_covariances(model, batches, folder / f"{strategy} out", checkpoint=folder / f"{strategy} b", **options)
+        for asked, own in ((spaces, {"rank", "tolerance", "spectrum", "avoid"}), (covariances, {"keeps", "dtype"})):
+            assert set(asked.values()) == {1}, asked
+            facts = {"strategy", "precision", "targets", "weights"} | settings | own
+            assert {key for key in asked if isinstance(key, str)} == facts
 
 
 @check(2, 3)

@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from models import random_batches, tiny
 from nullspace import Covariance, Site, compute_covariances
-from nullspace.artifacts import records
+from nullspace.artifacts import identity, records
 from nullspace.artifacts.identity import weights_of
 from nullspace.distributed import Job
 from nullspace.distributed.errors import was_shared
@@ -55,7 +56,7 @@ from nullspace.model.sites import find_targets
 from patience import slowness
 from processes import Checks
 from reference import relative_error
-from together import alone, assert_as_good, compute, refused, stream
+from together import alone, assert_as_good, compute, counting_questions, refused, stream
 
 pytestmark = pytest.mark.processes
 
@@ -274,6 +275,27 @@ def a_checkpoint_is_that_of_the_same_model(rank: int, count: int, folder: Path) 
         for site, total in expected.items():
             assert relative_error(sums[site.name].matrix(), total.matrix()) <= 1e-6
             sums.check(site.name, whole.get_submodule(site.name))
+
+
+@check(2)
+def nothing_is_asked_twice_and_each_weight_is_gathered_once_for_its_fingerprint(rank: int, count: int, folder: Path) -> None:
+    fingerprint = identity.fingerprint
+    for strategy in STRATEGIES:
+        model, gathered = fsdp(), Counter[int]()
+
+        def counted(weight: torch.Tensor, gathered: Counter[int] = gathered) -> torch.Tensor | None:
+            gathered.update([id(weight)] if is_sharded(weight) else [])
+            return fingerprint(weight)
+
+        identity.fingerprint = counted
+        try:
+            with counting_questions(model) as asked:
+                compute(model, random_batches(count), strategy=strategy, checkpoint=folder / strategy)
+        finally:
+            identity.fingerprint = fingerprint
+        assert set(asked.values()) == {1}, asked
+        assert {"strategy", "precision", "targets", "weights", "model", "data", "rank", "tolerance"} <= asked.keys()
+        assert gathered == dict.fromkeys(map(id, model.parameters()), 1)
 
 
 @check(2)
