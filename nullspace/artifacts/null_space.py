@@ -12,6 +12,7 @@ from nullspace import solvers
 from nullspace.checks import check_fields, check_integer, check_tensor, finite, list_of, one_of, optional, or_none, text, whole
 from nullspace.model.sites import Site
 from nullspace.moments.covariance import Covariance
+from nullspace.moments.directions import noise_of
 
 # Fields of a null space in a file, beside its tensors.
 FIELDS = {
@@ -136,7 +137,7 @@ class NullSpace:
             tokens=covariance.tokens,
             gap=(behind - float(values[rank - 1])) / behind if behind > 0 else 0.0,
             outliers=covariance.outliers,
-            nullity=int((lowest <= (error if squared else error**2)).sum()),
+            nullity=int((lowest <= noise_of(covariance)).sum()),
             precision=covariance.products,
             excess_estimate=solvers.estimated_excess(lowest, rank, error, trace, d_in=covariance.d_in, squared=squared),
             excess_bound=solvers.bounded_excess(values, error, trace, squared=squared),

@@ -29,7 +29,7 @@ from nullspace.integrations.peft.fit import refuse_other_layers
 from nullspace.integrations.peft.layers import RESIDUAL_DTYPES
 from nullspace.integrations.peft.passes import summing
 from nullspace.integrations.peft.targets import check_scaling, chosen_layers, rank_of
-from nullspace.methods import spared
+from nullspace.methods import Sources, check_rank, spared
 from nullspace.model.batches import parameter_names
 from nullspace.model.linear import is_conv1d, is_linear, weight_of, weight_shape
 from nullspace.model.padding import Padding, PaddingReader
@@ -142,14 +142,13 @@ def preprocess_corda(
 
 
 def _check_layer(name: str, layer: nn.Module, rank: int) -> None:
-    weight, (d_out, d_in) = weight_of(layer), weight_shape(layer)
+    weight = weight_of(layer)
     if weight.dtype not in RESIDUAL_DTYPES or weight.device.type == "meta":
         raise ValueError(
             f"the weight of {name!r} ({type(layer).__name__}, {weight.dtype}, {weight.device}) cannot become a residual, which "
             'PEFT\'s CorDA needs; inject_adapters(..., method="corda-kpm", residual="adapter") leaves it alone'
         )
-    if not 1 <= rank <= min(d_out, d_in):
-        raise ValueError(f"the adapter of {name!r} has rank {rank}, but its weight is {d_out} × {d_in}: use r ≤ {min(d_out, d_in)}")
+    check_rank("corda-kpm", Sources(), name, layer, rank)  # the same for both modes
 
 
 def _sums(
