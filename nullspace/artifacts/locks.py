@@ -47,31 +47,31 @@ def locked(out: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]
         FileExistsError: if something else has the name of the lock file.
         OSError: naming the path, if nothing can be created beside it.
     """
-    place = Path(os.path.realpath(out))
+    output = Path(os.path.realpath(out))
     owner = (os.getpid(), threading.get_ident())
-    if _held.get(place) == owner:
+    if _held.get(output) == owner:
         yield
         return
-    with parents(place):
-        lock = _acquire(place, wait)
-        _held[place] = owner
+    with parents(output):
+        lock = _acquire(output, wait)
+        _held[output] = owner
         try:
             yield
         finally:
-            del _held[place]
+            del _held[output]
             _release(lock)
 
 
 @contextlib.contextmanager
-def parents(place: Path) -> Iterator[None]:
+def parents(output: Path) -> Iterator[None]:
     """Context manager: creates the missing parent directories of a path, and at the end removes those that are empty."""
-    missing = [folder for folder in place.parents if not folder.exists()]
+    missing = [folder for folder in output.parents if not folder.exists()]
     try:
-        with naming(place):
+        with naming(output):
             try:
-                place.parent.mkdir(parents=True, exist_ok=True)
+                output.parent.mkdir(parents=True, exist_ok=True)
             except FileExistsError as error:
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place.parent)) from error
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(output.parent)) from error
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -80,7 +80,7 @@ def parents(place: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def naming(place: Path) -> Iterator[None]:
+def naming(output: Path) -> Iterator[None]:
     """Context manager: an `OSError` inside is raised again, naming the path that cannot be created."""
     try:
         yield
@@ -88,20 +88,20 @@ def naming(place: Path) -> Iterator[None]:
         raise
     except OSError as error:
         what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        raise type(error)(f"{place} cannot be created ({what}); choose another place") from error
+        raise type(error)(f"{output} cannot be created ({what}); choose another place") from error
 
 
-def _acquire(place: Path, wait: bool) -> filelock.BaseFileLock:
-    path = place.with_name(place.name + SUFFIX)
+def _acquire(output: Path, wait: bool) -> filelock.BaseFileLock:
+    path = output.with_name(output.name + SUFFIX)
     lock = filelock.FileLock(path)
     for _ in range(ATTEMPTS):
         try:
-            with naming(place):
+            with naming(output):
                 _check_ours(path)
-                place.parent.mkdir(parents=True, exist_ok=True)  # another run may have removed it as empty
+                output.parent.mkdir(parents=True, exist_ok=True)  # another run may have removed it as empty
                 lock.acquire(timeout=-1 if wait else 0)
         except filelock.Timeout:
-            raise Busy(f"{place} is being written by {_holder(path)}; wait for its end, or choose another place") from None
+            raise Busy(f"{output} is being written by {_holder(path)}; wait for its end, or choose another place") from None
         except FileNotFoundError:
             continue
         if _has_name(lock, path):
@@ -110,7 +110,7 @@ def _acquire(place: Path, wait: bool) -> filelock.BaseFileLock:
             return lock
         lock.release()
         time.sleep(0.005)
-    raise Busy(f"{place} is being written by other runs; wait for their end, or choose another place")
+    raise Busy(f"{output} is being written by other runs; wait for their end, or choose another place")
 
 
 def _release(lock: filelock.BaseFileLock) -> None:

@@ -58,13 +58,13 @@ def written_once(out: str | os.PathLike[str], write: Callable[[], object]) -> No
     if shared is None:
         write()
         return
-    place = resolved(out)
-    number = _saves[place] = _saves.get(place, 0) + 1
-    at_work, done = f"nullspace/writing/{place}", f"nullspace/written/{place}/{number}"
+    output = resolved(out)
+    number = _saves[output] = _saves.get(output, 0) + 1
+    at_work, done = f"nullspace/writing/{output}", f"nullspace/written/{output}/{number}"
     until = time.monotonic() + HANDOVER
     while not shared.check([done]):
         try:
-            with locked(place):
+            with locked(output):
                 if not shared.check([done]):
                     shared.set(at_work, "yes")
                     shared.set(done, json.dumps(_outcome(write)))
@@ -79,7 +79,7 @@ def written_once(out: str | os.PathLike[str], write: Callable[[], object]) -> No
     if kind is not None:
         raise rebuilt(kind, f"rank {rank}: {text}")
     until = time.monotonic() + HANDOVER  # network file systems show new files with a delay
-    while host != socket.gethostname() and not place.exists():
+    while host != socket.gethostname() and not output.exists():
         if time.monotonic() > until:
             raise OSError(f"{out} was written by rank {rank} on {host} and is not here: choose a place that all processes see")
         time.sleep(0.1)
