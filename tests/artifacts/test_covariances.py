@@ -53,7 +53,7 @@ A, B = Site(("a.q", "a.k"), 24), Site(("a.o",), 32)
 
 
 def two_sites(x: torch.Tensor, y: torch.Tensor, precision: str = "fp64") -> Covariances:
-    """A run by hand: x was heard at A, y at B."""
+    """A run by hand: x is the input of A, y of B."""
     return Covariances([(A, covariance_of(x, precision)), (B, covariance_of(y, precision))])
 
 
@@ -75,7 +75,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 
 @functools.cache
-def heard() -> dict[str, torch.Tensor]:
+def received() -> dict[str, torch.Tensor]:
     model = tiny("llama")
     return recorded_inputs(model, batches(), find_targets(model))
 
@@ -121,7 +121,7 @@ def test_other_targets_and_precisions(tmp_path: Path) -> None:
     assert {found[name].products for name in found if name.endswith("o_proj")} == {"qr"}
     assert "qr" not in {found[name].products for name in found if name.endswith("down_proj")}
     for name, covariance in found.items():
-        assert relative_error(covariance.matrix(), second_moment(heard()[name])) <= 1e-6
+        assert relative_error(covariance.matrix(), second_moment(received()[name])) <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,8 @@ def test_only_what_is_asked_for_is_read_and_only_once_while_it_is_held(saved: Pa
     assert found["model.layers.0.self_attn.v_proj"] is held
     assert len(read) == 1
     del held
-    assert found[O_PROJ].tokens == len(heard()[O_PROJ])  # until now the last one was held
-    assert found[Q_PROJ].tokens == len(heard()[Q_PROJ])
+    assert found[O_PROJ].tokens == len(received()[O_PROJ])  # until now the last one was held
+    assert found[Q_PROJ].tokens == len(received()[Q_PROJ])
     assert len(read) == 3
     found.check(O_PROJ, find_targets(tiny("llama"))[O_PROJ])
     assert len(read) == 3
@@ -204,7 +204,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, harm: str) -> None:
         Covariances.load(tmp_path / "run")
     path.write_bytes(before)
     found = Covariances.load(tmp_path / "run")
-    spoil()  # while somebody is using it
+    spoil()  # while it is in use
     assert found["a.q"].tokens == 50
     with pytest.raises(ValueError, match=re.escape(str(path))):
         found["a.o"]
@@ -278,9 +278,9 @@ def test_two_halves_of_the_data_are_the_whole(tmp_path: Path, saved: Path) -> No
 
 def parts(precision: str = "fp64") -> list[Covariances]:
     made = []
-    for seed, (tokens, loudness) in enumerate([(300, 1.0), (70, 5.0), (5, 100.0)]):
-        x = activations(tokens, 24, quietest=1e-2, seed=seed) * loudness
-        made.append(two_sites(x, randn(tokens, 32, seed=seed + 10) / loudness, precision))
+    for seed, (tokens, scale) in enumerate([(300, 1.0), (70, 5.0), (5, 100.0)]):
+        x = activations(tokens, 24, quietest=1e-2, seed=seed) * scale
+        made.append(two_sites(x, randn(tokens, 32, seed=seed + 10) / scale, precision))
     return made
 
 
@@ -509,7 +509,7 @@ def test_null_spaces_of_kept_sums_are_those_of_the_model(saved: Path, tmp_path: 
     for name, space in direct.items():
         assert float(torch.linalg.matrix_norm(kept[name].basis - space.basis @ (space.basis.T @ kept[name].basis))) <= 1e-10
         assert kept[name].leak == pytest.approx(space.leak, rel=1e-9)
-        assert kept[name].leak == pytest.approx(optimal_leak(heard()[name], 6), rel=1e-6)
+        assert kept[name].leak == pytest.approx(optimal_leak(received()[name], 6), rel=1e-6)
         assert kept[name].effective_rank == (None if not spectrum else pytest.approx(space.effective_rank, rel=1e-9))
         for field in ("tokens", "outliers", "nullity", "precision", "site"):
             assert getattr(kept[name], field) == getattr(space, field)
@@ -588,8 +588,8 @@ def test_a_basis_of_two_tasks_leaves_both_alone() -> None:
     turn = torch.linalg.qr(randn(64, 64, dtype=torch.float64)).Q
     scale = torch.ones(2, 64, dtype=torch.float64)
     scale[0, :24], scale[1, 12:36] = 1e-3, 1e-3
-    # The first has many more tokens, and far louder ones: neither counts.
-    tasks = [(randn(n, 64, seed=s).double() * scale[s] * loud) @ turn.T for s, (n, loud) in enumerate([(4000, 50.0), (500, 1.0)])]
+    # The first has many more tokens, and of far larger norm: neither counts.
+    tasks = [(randn(n, 64, seed=s).double() * scale[s] * norm) @ turn.T for s, (n, norm) in enumerate([(4000, 50.0), (500, 1.0)])]
     site = Site(("a.q",), 64)
     runs = [Covariances([(site, covariance_of(x))]) for x in tasks]
     rank = 12
@@ -601,7 +601,7 @@ def test_a_basis_of_two_tasks_leaves_both_alone() -> None:
     # As its own record says: of sums of trace 1 each.
     expected = sum(leak(of_both.basis, x) ** 2 for x in tasks) / 2
     assert of_both.leak == pytest.approx(expected**0.5, rel=1e-9)
-    # Added as they are, the loud one would not leave the other alone as well as it might.
+    # Added as they are, the one of larger norm would dominate the basis.
     uneven = NullSpaces.from_covariances(Covariances.merge(runs), rank=rank, progress=False)["a.q"]
     assert leak(of_both.basis, tasks[1]) <= leak(uneven.basis, tasks[1])
 

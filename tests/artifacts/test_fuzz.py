@@ -89,7 +89,7 @@ class Kind(NamedTuple):
     read: Callable[[Path], Value]
     """Reads them, and makes of them what can be compared."""
     has_digests: bool = True
-    """Whether any change of a file that nobody has sealed again must be noticed."""
+    """Whether any change of a file must be noticed, if its digest was not renewed."""
     check: Callable[[Value], object] = lambda value: None
     """Fails for a value that no file may give."""
 

@@ -95,7 +95,7 @@ def test_a_thread_shares_its_own_locks_and_no_other_threads(tmp_path: Path) -> N
 
 
 def test_a_lock_file_that_was_deleted_while_it_was_opened_protects_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The holder deletes it before it releases it; whoever then acquires the deleted file must try again."""
+    """The holder deletes the file before it releases the lock; a process that then locks the deleted file must try again."""
     path = tmp_path / f"out{locks.SUFFIX}"
     has_name, seen = locks._has_name, []
 

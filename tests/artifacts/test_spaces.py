@@ -1,4 +1,4 @@
-"""Null spaces of whole models: how quiet they are against the truth, what is said about them, and how they are kept."""
+"""Null spaces of whole models: their leak against the optimum, their facts and warnings, and their files."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ class Untouchable:
         raise AssertionError("the loader was read")
 
 
-# ---- how quiet they are
+# ---- their leak
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("auto", 1e-4), ("fp64", 1e-8)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_layers_basis_is_as_quiet_as_the_best_there_is(family: str, precision: str, allowed: float) -> None:
+def test_every_layers_basis_leaks_as_little_as_the_best(family: str, precision: str, allowed: float) -> None:
     spaces, inputs = calibrated(family, precision), inputs_of(family)
     assert set(spaces) == set(inputs)
     excess = {}
@@ -113,11 +113,11 @@ def test_eigenvalues_leak_gap_and_trace_are_those_of_the_singular_values(family:
 
 
 def test_each_basis_vector_has_its_own_eigenvalue() -> None:
-    """Not only the span is right: vector i hears λ_i, ascending."""
+    """Not only the span is right: ‖Xu_i‖² is λ_i, ascending."""
     for name, x in inputs_of("llama").items():
         space = calibrated("llama", "fp64")[name]
-        heard = (x.double() @ space.basis).square().sum(0)
-        torch.testing.assert_close(heard, space.eigenvalues, rtol=1e-6, atol=0, msg=name)
+        energy = (x.double() @ space.basis).square().sum(0)
+        torch.testing.assert_close(energy, space.eigenvalues, rtol=1e-6, atol=0, msg=name)
         assert (space.eigenvalues.diff() >= 0).all()
 
 
@@ -197,7 +197,7 @@ def test_the_result_depends_neither_on_the_batch_size_nor_on_padding(batch_size:
 @pytest.mark.parametrize("precision", ["auto", "fp64"])
 @pytest.mark.parametrize("scale", [1e3, 1e4])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_massive_activations_do_not_drown_the_quiet_directions(layer: int, scale: float, precision: str) -> None:
+def test_massive_activations_do_not_drown_the_small_directions(layer: int, scale: float, precision: str) -> None:
     model, batches, name = tiny("llama"), random_batches(16, 4, 64), f"model.layers.{layer}.mlp.down_proj"
 
     # Real spectra are steeper than those of random weights, and not along the coordinates, where float32 would follow any scale.
@@ -705,7 +705,7 @@ def test_a_weight_whose_values_are_not_at_hand_is_checked_by_its_shape(spaces: N
 
 @pytest.fixture
 def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every site believes that float32 chains will do, whatever its first tokens show."""
+    """Every site takes float32 chains to be enough, without regard to its first tokens."""
     monkeypatch.setattr(sums_torch, "PROBE_LIMIT", float("inf"))
 
 
@@ -756,7 +756,7 @@ def test_the_excess_is_never_above_its_bound(family: str, precision: str, no_pro
 
 
 class Echo(nn.Module):
-    """Two layers that hear what the loader gives, of which the second hears it without its massive tokens."""
+    """Two layers that get the loader's tensor; the second without its massive tokens."""
 
     def __init__(self, d: int) -> None:
         super().__init__()
@@ -853,24 +853,24 @@ def complement(rows: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(vt[int((sigma > 1e-10 * max(sigma.max(), 1e-300)).sum()) :].T.copy())
 
 
-def assert_quietest_beside(space: NullSpace, rows: torch.Tensor, x: torch.Tensor, *, digits: float = 1e-9) -> None:
-    """Orthonormal, orthogonal to the rows, and as quiet as the bottom of NᵀCN, N spanning all that is left."""
+def assert_smallest_beside(space: NullSpace, rows: torch.Tensor, x: torch.Tensor, *, digits: float = 1e-9) -> None:
+    """Orthonormal, orthogonal to the rows, with the leak of the bottom of NᵀCN, N spanning all that is left."""
     basis = space.basis
     assert float((basis.T @ basis - torch.eye(space.rank)).abs().max()) <= 1e-12
     assert float((rows.double() @ basis).norm()) <= 1e-12 * float(rows.double().norm())
     n = complement(rows)
     assert space.avoided == len(n) - n.shape[1]
     sigma = torch.linalg.svdvals(x.double() @ n).flip(0)
-    best, loudest = sigma[: space.rank].square(), float(x.double().square().sum())
-    assert float((x.double() @ basis).square().sum()) <= float(best.sum()) * (1 + digits) + 1e-15 * loudest
-    torch.testing.assert_close(space.eigenvalues, best, rtol=digits, atol=1e-14 * loudest)
+    best, total = sigma[: space.rank].square(), float(x.double().square().sum())
+    assert float((x.double() @ basis).square().sum()) <= float(best.sum()) * (1 + digits) + 1e-15 * total
+    torch.testing.assert_close(space.eigenvalues, best, rtol=digits, atol=1e-14 * total)
     assert space.gap == pytest.approx(1 - float(best[-1] / sigma[space.rank] ** 2), abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "qr"])
 @pytest.mark.parametrize("quietest", [1e-1, 1e-3])
 @pytest.mark.parametrize(("d", "m", "rank"), [(40, 1, 4), (40, 30, 4), (40, 35, 4), (40, 12, 27), (200, 40, 8), (3, 1, 1)])
-def test_what_is_avoided_is_left_alone_by_the_quietest_basis_that_can(
+def test_what_is_avoided_is_left_alone_by_the_smallest_basis_that_can(
     d: int, m: int, rank: int, quietest: float, precision: str
 ) -> None:
     x = activations(900, d, quietest=quietest)
@@ -878,21 +878,21 @@ def test_what_is_avoided_is_left_alone_by_the_quietest_basis_that_can(
     covariance.update(x)
     rows = rows_of(m, d)
     taken = torch.linalg.qr(rows.T).Q
-    assert_quietest_beside(NullSpace.from_covariance(covariance, rank, avoid=taken), rows, x)
+    assert_smallest_beside(NullSpace.from_covariance(covariance, rank, avoid=taken), rows, x)
     for limit in (d - m, d):
         with pytest.raises(ValueError, match=rf"rank must be between 1 and .* = {d - m - 1} \({m} avoided\), not {limit}"):
             NullSpace.from_covariance(covariance, limit, avoid=taken)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "qr"])
-def test_even_the_quietest_directions_can_be_avoided(precision: str) -> None:
+def test_even_the_smallest_directions_can_be_avoided(precision: str) -> None:
     """As they are after a first adapter: the next one takes those behind."""
     x = activations(900, 60, quietest=1e-2)
     covariance = Covariance(60, precision=precision)
     covariance.update(x)
     both = NullSpace.from_covariance(covariance, 12)
     second = NullSpace.from_covariance(covariance, 6, avoid=both.basis[:, :6])
-    assert_quietest_beside(second, both.basis[:, :6].T, x)
+    assert_smallest_beside(second, both.basis[:, :6].T, x)
     torch.testing.assert_close(second.eigenvalues, both.eigenvalues[6:], rtol=1e-9, atol=0)
 
 
@@ -926,7 +926,7 @@ def members_of_the_first_site() -> tuple[str, ...]:
 
 @functools.cache
 def avoiding() -> dict[str, torch.Tensor]:
-    """Rows of their own for q, k and v, which hear one input; of another kind each; and some for a layer that hears alone."""
+    """Rows of their own for q, k and v, which share one input; of another kind each; and some for a layer with its own input."""
     q, k, v = members_of_the_first_site()
     repeated = rows_of(3, 48, seed=1).float()
     return {
@@ -952,7 +952,7 @@ def test_a_site_avoids_what_any_of_its_members_must(precision: str) -> None:
     rows = torch.cat([avoiding()[name].detach().double() for name in members])
     digits = 1e-3 if precision == "auto" else 1e-7
     for name, avoided in ((members[0], rows), ("model.layers.1.mlp.down_proj", avoiding()["model.layers.1.mlp.down_proj"])):
-        assert_quietest_beside(spaces[name], avoided, inputs_of("llama")[name], digits=digits)
+        assert_smallest_beside(spaces[name], avoided, inputs_of("llama")[name], digits=digits)
     assert [spaces[name].avoided for name in members] == [4 + 3 + 2] * 3
     for site in spaces.sites:  # the others are what they were
         if not set(site.members) & {*members, "model.layers.1.mlp.down_proj"}:
@@ -1019,7 +1019,7 @@ def test_rows_that_leave_just_enough_are_not_refused() -> None:
 
 
 def test_members_that_leave_too_little_between_them_are_named() -> None:
-    """Each would do alone; that they hear one input is known only when the model has run."""
+    """Each would do alone; that they share one input is seen only when the model runs."""
     q, k, _ = members_of_the_first_site()
     avoid = {q: rows_of(22, 48), k: rows_of(22, 48, seed=1)}
     message = rf"between 1 and d_in - 45 = 3 at '{re.escape(q)}' \(44 avoided\), not 8"

@@ -1,4 +1,4 @@
-"""Directories appear whole or not at all, whatever happens on the way; damage is noticed; nothing is ever unpickled."""
+"""Directories appear completely or not at all, after any failure; damage is noticed; nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_an_empty_directory_may_be_filled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("added", ["notes.txt", "trained/adapter_model.safetensors", "spaces/notes.txt"])
-def test_a_directory_that_somebody_has_added_to_is_not_overwritten(tmp_path: Path, added: str) -> None:
+def test_a_directory_with_added_files_is_not_overwritten(tmp_path: Path, added: str) -> None:
     out = tmp_path / "out"
     spaces = random_spaces(0, sites=2)
 

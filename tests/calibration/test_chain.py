@@ -57,7 +57,7 @@ class ReturnsAView(Linear):
 
 
 class WithWeights(Linear):
-    """As attention returns its weights; here nobody uses them."""
+    """As attention returns its weights; here they are not used."""
 
     def forward(self, x: torch.Tensor) -> Any:
         return x + self.step(x), x.mT @ x, None, [x.argmax(-1)]
@@ -257,7 +257,7 @@ def make(kind: type[Model], *blocks: type[Linear], between: str = "") -> Callabl
 SERVED = {
     "returns its input": make(Model, ReturnsItsInput),
     "returns a view": make(Model, ReturnsAView),
-    "returns weights that nobody uses": make(Model, WithWeights),
+    "returns weights that are not used": make(Model, WithWeights),
     "blocks that return different things": make(Model, Linear, WithWeights, ReturnsItsInput),
     "memoises": make(Model, Memoises),
     "its own keyword arguments": make(Model, Numbered),

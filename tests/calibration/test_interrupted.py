@@ -100,7 +100,7 @@ def ids(processes: list[BaseProcess]) -> list[int]:
     return [process.pid or 0 for process in processes]
 
 
-def told(folder: Path, rank: int, processes: list[BaseProcess]) -> dict[str, Any]:
+def result_of(folder: Path, rank: int, processes: list[BaseProcess]) -> dict[str, Any]:
     wait_for((folder / f"{rank}.json").is_file, ids(processes))
     return json.loads((folder / f"{rank}.json").read_text())
 
@@ -133,7 +133,7 @@ def kill_at_random(count: int, folder: Path, strategy: str, chance: random.Rando
         processes[victim].kill()
         killed = time.monotonic()
         for rank in set(range(count)) - {victim}:
-            said = told(folder, rank, processes)
+            said = result_of(folder, rank, processes)
             assert time.monotonic() - killed < GROUP_SECONDS
             if "error" in said:  # else it had no more to do with the others
                 assert said["kind"] == "RankLost"
@@ -156,7 +156,7 @@ def test_whoever_is_killed_is_named_and_any_number_goes_on(
             whole = tmp_path / f"{count} {strategy}"
             whole.mkdir()
             with calibrating(count, whole, strategy) as processes:
-                durations[count, strategy] = max(told(whole, rank, processes)["seconds"] for rank in range(count))
+                durations[count, strategy] = max(result_of(whole, rank, processes)["seconds"] for rank in range(count))
         for attempt in range(10):
             folder = tmp_path / f"{number} {attempt}"
             folder.mkdir()
@@ -168,7 +168,7 @@ def test_whoever_is_killed_is_named_and_any_number_goes_on(
             pytest.fail("no process was still at work when it was to be killed")
         finished = {path: path.stat().st_mtime_ns for path in (folder / "kept").glob("*.safetensors")}
         with calibrating(then, folder, strategy) as processes:
-            assert [told(folder, rank, processes).get("error") for rank in range(then)] == [None] * then
+            assert [result_of(folder, rank, processes).get("error") for rank in range(then)] == [None] * then
         assert_same(NullSpaces.load(folder / "spaces"), reference, sums)
         assert {path: path.stat().st_mtime_ns for path in finished} == finished  # nothing was done twice
         assert len(list((folder / "kept").glob("*.safetensors"))) == len(reference.sites)
@@ -178,7 +178,7 @@ def test_whoever_is_killed_is_named_and_any_number_goes_on(
 def test_whoever_stalls_is_named_when_the_groups_time_is_up(tmp_path: Path) -> None:
     with calibrating(2, tmp_path, "layerwise", seconds=5 * slowness()) as processes:
         os.kill(processes[1].pid or 0, signal.SIGSTOP)
-        said = told(tmp_path, 0, processes)
+        said = result_of(tmp_path, 0, processes)
     assert said["kind"] == "RankLost"
     assert re.search(rf"^rank 0 of 2 has lost rank 1 {LAST_STEP} in .*[Tt]imed out", said["error"], re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""Block by block must be what an ordinary forward is, in the memory of one block; whatever is not a chain is refused."""
+"""A layerwise pass gives the sums of an ordinary forward pass, in the memory of one block; models without a chain are refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_it_sums_what_an_ordinary_forward_sums(family: str, padding: str | None)
 
 
 @pytest.mark.parametrize("family", list(CHAINS))
-def test_the_bases_of_both_strategies_are_equally_quiet(family: str) -> None:
+def test_the_bases_of_both_strategies_leak_alike(family: str) -> None:
     model, batches = tiny(family), random_batches()
     covariances = resident(model, batches, precision="fp64")
     found = compute_null_spaces(model, batches, rank=8, strategy="layerwise", progress=False)
@@ -57,10 +57,10 @@ def test_the_bases_of_both_strategies_are_equally_quiet(family: str) -> None:
     for site, covariance in covariances.items():
         c = covariance.matrix()
 
-        def heard(basis: torch.Tensor, c: torch.Tensor = c) -> float:
+        def energy(basis: torch.Tensor, c: torch.Tensor = c) -> float:
             return float(torch.einsum("dr,de,er->", basis, c, basis))
 
-        assert heard(found[site.name].basis) <= (1 + 1e-9) * heard(expected[site.name].basis) + 1e-16 * covariance.trace
+        assert energy(found[site.name].basis) <= (1 + 1e-9) * energy(expected[site.name].basis) + 1e-16 * covariance.trace
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])

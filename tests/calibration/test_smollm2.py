@@ -62,7 +62,7 @@ def space_of(x_nd: torch.Tensor, precision: str) -> NullSpace:
 
 
 @pytest.mark.parametrize("name", SITES)
-def test_bases_are_as_quiet_as_the_singular_vectors_of_the_activations_themselves(
+def test_bases_leak_as_little_as_the_singular_vectors_of_the_activations(
     name: str, spaces: NullSpaces, inputs: dict[str, torch.Tensor]
 ) -> None:
     assert spaces[name].tokens == len(inputs[name]) == 4096
@@ -143,11 +143,11 @@ def test_v2_training_stays_in_the_null_space(walk: tuple[Path, dict[str, Any]], 
         assert torch.equal(a, a0), name
         x, scale = inputs[name].double(), layer.scaling["default"]
         moved = scale * (b.double() - b0.double())
-        heard = x @ a0.double().T
+        hidden = x @ a0.double().T
         update = scale * (b.double() @ a.double() - b0.double() @ a0.double())
-        assert 0 < (x @ update.T).norm() <= torch.linalg.matrix_norm(moved, 2) * heard.norm() * (1 + 1e-9), name
-        # The paper's promise in one number: a random A of the same size would hear r / d of the input's energy.
-        assert heard.norm() / (a0.double().norm() * x.norm()) < 0.5 * x.shape[1] ** -0.5, name
+        assert 0 < (x @ update.T).norm() <= torch.linalg.matrix_norm(moved, 2) * hidden.norm() * (1 + 1e-9), name
+        # The paper's promise in one number: a random A of the same size would keep r / d of the input's energy.
+        assert hidden.norm() / (a0.double().norm() * x.norm()) < 0.5 * x.shape[1] ** -0.5, name
 
 
 def test_a_second_tasks_adapter_avoids_the_first_tasks_activations_too(
@@ -171,8 +171,8 @@ def test_a_second_tasks_adapter_avoids_the_first_tasks_activations_too(
         both = Covariances.merge([first, second], weights=[weight, 1], normalise=True)
         joint = NullSpaces.from_covariances(both, rank=RANK, progress=False)
         for name in names:
-            heard_alone, heard, least = (leak(each[name].basis, inputs[name]) for each in (alone, joint, best))
-            # No basis hears less than `least`: that, and not a fraction of what the second task's own basis hears, is the measure.
-            assert heard <= near * least, name
-            assert heard < heard_alone / 1.5, name
+            leak_alone, leak_joint, least = (leak(each[name].basis, inputs[name]) for each in (alone, joint, best))
+            # No basis leaks less than `least`: that, and not a fraction of the second task's own leak, is the measure.
+            assert leak_joint <= near * least, name
+            assert leak_joint < leak_alone / 1.5, name
             assert leak(joint[name].basis, code[name]) <= price * leak(alone[name].basis, code[name]), name

@@ -175,7 +175,7 @@ def test_only_the_targets_are_summed() -> None:
     assert partition(found) == {frozenset(f"model.layers.{i}.self_attn.{p}_proj" for p in "kv") for i in range(3)}
 
 
-def test_layers_that_are_called_with_keywords_are_heard() -> None:
+def test_layers_that_are_called_with_keywords_are_summed() -> None:
     class ByKeyword(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -498,13 +498,13 @@ def test_nothing_tracks_gradients() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2", "opt"])
 def test_the_output_head_runs_for_one_token_a_sequence_unless_it_is_a_target(family: str) -> None:
     model, batches = tiny(family), random_batches(2, 3, 16, padding="right")
-    heard = []
-    model.lm_head.register_forward_pre_hook(lambda _m, args: heard.append(tuple(args[0].shape[:-1])))
+    shapes = []
+    model.lm_head.register_forward_pre_hook(lambda _m, args: shapes.append(tuple(args[0].shape[:-1])))
     run(model, batches)
-    assert heard == [(3, 1)] * 2
-    heard.clear()
+    assert shapes == [(3, 1)] * 2
+    shapes.clear()
     covariance = run(model, batches, targets=["lm_head"])["lm_head"][1]
-    assert heard == [(3, 16)] * 2
+    assert shapes == [(3, 16)] * 2
     assert covariance.tokens == tokens_of(batches)
     x = recorded_inputs(model, batches, ["lm_head"])["lm_head"]
     assert entrywise_error(covariance.matrix(), x) < FLOAT32
