@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from models import FAMILIES, VOCABULARY, random_batches, tiny
 from nullspace import Covariance, Site, compute_null_spaces, stream_covariances
 from nullspace.model.sites import find_targets
-from nullspace.progress import reporter
+from nullspace.progress import Bars, reporter
 from reference import entrywise_error, recorded_inputs
 
 # A float32 product of some hundred tokens is off by a few 1e-7 of √(c_ii c_jj); a token too many or too few by more than 1e-4.
@@ -662,6 +662,8 @@ def test_a_bar_is_shown_for_every_stage(capsys: pytest.CaptureFixture[str], tota
     report("forward", 1, total, 100)
     report("forward", 2, total, 200)
     report("null spaces", 3, 3, 0)
+    assert isinstance(report, Bars)
+    report.close()  # draws a bar of unknown length for the last time
     shown = capsys.readouterr().err
     assert re.search(r"forward: .*2/2" if total else r"forward: 2it", shown)
     assert re.search(r"null spaces: 100%.*3/3", shown)
