@@ -21,6 +21,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nullspace.csrc_triton.tiles import DOUBLE, Tiling, tiling_for, triangle_tiles
+from nullspace.errors import InputError, InputTypeError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -184,7 +185,7 @@ def syrk_accumulate(g: torch.Tensor, x: torch.Tensor, *, panel_rows: int | None 
         return
     chosen = tiling or tiling_for(x.dtype, x.device)
     if chosen.window % chosen.block_k != 0:
-        raise ValueError(f"a window of {chosen.window} tokens is not made of whole steps of {chosen.block_k}")
+        raise InputError(f"a window of {chosen.window} tokens is not made of whole steps of {chosen.block_k}")
     tiles = _tiles(g, d, chosen.block, panel_rows)
     descriptor = chosen.descriptor and _describable(x)
     with _on(x.device):
@@ -248,21 +249,21 @@ def syrk_accumulate_rows(
 
 def _check(g: torch.Tensor, x: torch.Tensor, panel_rows: int | None) -> None:
     if x.dtype not in DTYPES:
-        raise TypeError(f"x must be bfloat16, float16 or float32, not {x.dtype}")
+        raise InputTypeError(f"x must be bfloat16, float16 or float32, not {x.dtype}")
     if g.dtype != torch.float64:
-        raise TypeError(f"g must be float64, not {g.dtype}")
+        raise InputTypeError(f"g must be float64, not {g.dtype}")
     if x.ndim != 2 or x.shape[1] < 1:
-        raise ValueError(f"x must be (tokens, d) with d ≥ 1, not {tuple(x.shape)}")
+        raise InputError(f"x must be (tokens, d) with d ≥ 1, not {tuple(x.shape)}")
     if x.shape[1] > 1 and x.stride(1) != 1:
-        raise ValueError(f"the last axis of x must be contiguous; its strides are {x.stride()}")
+        raise InputError(f"the last axis of x must be contiguous; its strides are {x.stride()}")
     if g.device != x.device:
-        raise ValueError(f"g is on {g.device} and x on {x.device}")
+        raise InputError(f"g is on {g.device} and x on {x.device}")
     d = x.shape[1]
     if panel_rows is None:
         if g.shape != (d, d) or (d > 1 and (g.stride(1) != 1 or g.stride(0) < d)):
-            raise ValueError(f"g must be ({d}, {d}) with a contiguous last axis; it is {tuple(g.shape)} with strides {g.stride()}")
+            raise InputError(f"g must be ({d}, {d}) with a contiguous last axis; it is {tuple(g.shape)} with strides {g.stride()}")
     elif g.ndim != 1 or not g.is_contiguous() or len(g) != packed_size(d, panel_rows):
-        raise ValueError(
+        raise InputError(
             f"g must be {packed_size(d, panel_rows)} numbers (d = {d}, {panel_rows} rows a panel), not {tuple(g.shape)}"
         )
 
@@ -275,7 +276,7 @@ def packed_size(d: int, panel_rows: int) -> int:
 
 def _tiles(g: torch.Tensor, d: int, block: int, panel_rows: int | None) -> torch.Tensor:
     if panel_rows is not None and panel_rows % block != 0:
-        raise ValueError(f"a panel of {panel_rows} rows is not made of whole tiles of {block}")
+        raise InputError(f"a panel of {panel_rows} rows is not made of whole tiles of {block}")
     return triangle_tiles(d, block, g.stride(0) if panel_rows is None else 0, panel_rows, g.device)
 
 

@@ -22,6 +22,7 @@ from nullspace.artifacts import identity
 from nullspace.artifacts.covariances import Covariances
 from nullspace.artifacts.null_space import NullSpace
 from nullspace.artifacts.spaces import NullSpaces
+from nullspace.errors import InputError
 from nullspace.factors import LowRank
 from nullspace.model.layer_names import Location, is_attention, locations
 from nullspace.model.linear import is_conv1d, weight_shape
@@ -76,7 +77,7 @@ def update(initial: LowRank, trained: LowRank) -> LowRank:
         ValueError: if the shapes differ.
     """
     if initial.A.shape != trained.A.shape or initial.B.shape != trained.B.shape:
-        raise ValueError(
+        raise InputError(
             f"A {tuple(trained.A.shape)} and B {tuple(trained.B.shape)} are not what A {tuple(initial.A.shape)} and "
             f"B {tuple(initial.B.shape)} were trained to"
         )
@@ -115,7 +116,7 @@ def drift(weight: torch.Tensor, c: torch.Tensor, delta: LowRank) -> float:
     """
     moved, before = update_norm(delta, c), output_norm(weight, c)
     if moved > 0 and before == 0:
-        raise ValueError("the layer's output on the calibration input was zero: there is nothing to measure its drift by")
+        raise InputError("the layer's output on the calibration input was zero: there is nothing to measure its drift by")
     return moved / before if moved > 0 else 0.0
 
 
@@ -159,7 +160,7 @@ def change(a: torch.Tensor, initial: torch.Tensor) -> float:
         ValueError: if the shapes differ.
     """
     if a.shape != initial.shape:
-        raise ValueError(f"A {tuple(a.shape)} is not what A {tuple(initial.shape)} was trained to")
+        raise InputError(f"A {tuple(a.shape)} is not what A {tuple(initial.shape)} was trained to")
     a, initial = a.detach().to(torch.float64), initial.detach().to(torch.float64)
     moved, before = float(torch.linalg.matrix_norm(a - initial)), float(torch.linalg.matrix_norm(initial))
     return 0.0 if moved == 0 else moved / before if before > 0 else float("inf")
@@ -174,7 +175,7 @@ def outside(a: torch.Tensor, initial: torch.Tensor) -> float:
         ValueError: if the widths differ.
     """
     if a.shape[1] != initial.shape[1]:
-        raise ValueError(f"A {tuple(a.shape)} and A {tuple(initial.shape)} read inputs of different widths")
+        raise InputError(f"A {tuple(a.shape)} and A {tuple(initial.shape)} read inputs of different widths")
     a, rows = a.detach().to(torch.float64), _row_space(initial.detach().to(torch.float64))
     norm = float(torch.linalg.matrix_norm(a))
     return float(torch.linalg.matrix_norm(a - (a @ rows.mT) @ rows)) / norm if norm > 0 else 0.0
@@ -448,7 +449,7 @@ def _sites(covariances: Covariances | None, spaces: NullSpaces | None, courses: 
             if other is None:
                 of_layer.update(dict.fromkeys(site.members, site))
             elif other.d_in != site.d_in:
-                raise ValueError(f"{site.name!r} has inputs of width {other.d_in} in the covariances and {site.d_in} in the spaces")
+                raise InputError(f"{site.name!r} has inputs of width {other.d_in} in the covariances and {site.d_in} in the spaces")
     for course in courses:
         for name, factors in course.initial.items():
             of_layer.setdefault(name, Site((name,), factors.A.shape[1]))
@@ -464,20 +465,20 @@ def _check_courses(courses: Sequence[Course], covariances: Covariances | None, m
     for course in courses:
         labels = [state.label for state in course.states]
         if len(set(labels)) < len(labels):
-            raise ValueError(f"adapter {course.name!r}: its states need different labels, not {', '.join(labels)}")
+            raise InputError(f"adapter {course.name!r}: its states need different labels, not {', '.join(labels)}")
         for name, (a, b) in course.initial.items():
             if covariances is not None and name not in widths:
-                raise ValueError(
+                raise InputError(
                     f"adapter {course.name!r} is on {name!r}, for which there is no covariance; there are such for "
                     f"{', '.join(list(widths)[:3])}, … ({len(widths)} layers)"
                 )
             if widths and a.shape[1] != widths[name]:
-                raise ValueError(
+                raise InputError(
                     f"adapter {course.name!r} reads inputs of width {a.shape[1]} at {name!r}; the covariance there is of width "
                     f"{widths[name]}"
                 )
             if modules is not None and name in modules and weight_shape(modules[name]) != (b.shape[0], a.shape[1]):
-                raise ValueError(
+                raise InputError(
                     f"adapter {course.name!r} is for a weight {(b.shape[0], a.shape[1])} at {name!r}; the model's is "
                     f"{weight_shape(modules[name])}"
                 )
@@ -488,7 +489,7 @@ def _check_modules(
 ) -> None:
     for name in layers:
         if name not in modules:
-            raise ValueError(f"the model has no linear layer {name!r}; its layers are called {', '.join(list(modules)[:3])}, …")
+            raise InputError(f"the model has no linear layer {name!r}; its layers are called {', '.join(list(modules)[:3])}, …")
         for known in (covariances, spaces):
             if known is not None and name in known:
                 known.check(name, modules[name])
@@ -497,13 +498,13 @@ def _check_modules(
 def _weight(name: str, module: nn.Module) -> torch.Tensor:
     weight = tensor_of(module, "weight")
     if identity.fingerprint(weight) is None:
-        raise ValueError(f"the weight of {name!r} is quantised or sharded: its values are not at hand")
+        raise InputError(f"the weight of {name!r} is quantised or sharded: its values are not at hand")
     return weight.detach().mT if is_conv1d(module) else weight.detach()
 
 
 def _checked(m: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if m.ndim != 2 or c.ndim != 2 or c.shape[0] != c.shape[1] or m.shape[1] != c.shape[0]:
-        raise ValueError(f"a matrix {tuple(m.shape)} does not fit inputs whose second moment is {tuple(c.shape)}")
+        raise InputError(f"a matrix {tuple(m.shape)} does not fit inputs whose second moment is {tuple(c.shape)}")
     return m.detach().to(c.device, torch.float64), c.detach().to(torch.float64)
 
 

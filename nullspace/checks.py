@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nullspace.errors import DamagedFileError, InputError, InputTypeError
+
 if TYPE_CHECKING:
     import torch
 
@@ -33,9 +35,9 @@ def check_integer(name: str, value: Any, *, least: int | None = 1) -> int:
         ValueError: if it is smaller than `least` (None: no limit).
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer, not {value!r} ({type(value).__name__})")
+        raise InputTypeError(f"{name} must be an integer, not {value!r} ({type(value).__name__})")
     if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
+        raise InputError(f"{name} must be at least {least}, not {value}")
     return int(value)
 
 
@@ -48,7 +50,7 @@ def check_between(name: str, value: Any, most: int, where: str = "") -> int:
     """
     value = check_integer(name, value, least=None)
     if not 1 <= value <= most:
-        raise ValueError(f"{name} must be between 1 and {most}, not {value}{where}")
+        raise InputError(f"{name} must be between 1 and {most}, not {value}{where}")
     return value
 
 
@@ -60,9 +62,9 @@ def check_real(name: str, value: Any, allowed: Range = POSITIVE) -> float:
         ValueError: if it is out of range or NaN.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, not {value!r} ({type(value).__name__})")
+        raise InputTypeError(f"{name} must be a number, not {value!r} ({type(value).__name__})")
     if not allowed.holds(float(value)):
-        raise ValueError(f"{name} must be {allowed.words}, not {value}")
+        raise InputError(f"{name} must be {allowed.words}, not {value}")
     return float(value)
 
 
@@ -70,7 +72,7 @@ def check_one_of(name: str, value: Any, known: Iterable[str]) -> None:
     """Raise `ValueError`, naming the argument and the values that it takes, if `value` is not among them."""
     known = list(known)
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}")
+        raise InputError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}")
 
 
 def check_device(device: torch.device | str) -> torch.device:
@@ -84,16 +86,16 @@ def check_device(device: torch.device | str) -> torch.device:
     try:
         checked = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device {str(device)!r} cannot be used here: PyTorch knows no such name. Give 'cpu' or 'cuda'") from None
+        raise InputError(f"device {str(device)!r} cannot be used here: PyTorch knows no such name. Give 'cpu' or 'cuda'") from None
     try:
         if checked.type == "meta":
-            raise ValueError("it holds no values")
+            raise InputError("it holds no values")
         torch.empty(0, device=checked)
         if checked.type == "cuda" and checked.index is not None and checked.index >= torch.cuda.device_count():
-            raise ValueError(f"there are {torch.cuda.device_count()} CUDA devices")
+            raise InputError(f"there are {torch.cuda.device_count()} CUDA devices")
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__
-        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}. Give 'cpu', or a device of this machine") from None
+        raise InputError(f"device {str(device)!r} cannot be used here: {reason}. Give 'cpu', or a device of this machine") from None
     return checked
 
 
@@ -196,13 +198,13 @@ def check_fields(value: Any, fields: Mapping[str, Field], where: object) -> None
         ValueError: naming `where` and the field.
     """
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where} should be an object, not {shown(value)}")
+        raise DamagedFileError(f"{where} should be an object, not {shown(value)}")
     for name, field in fields.items():
         if name not in value:
             if field.required:
-                raise ValueError(f"{where}: {name!r} is missing")
+                raise DamagedFileError(f"{where}: {name!r} is missing")
         elif not field.fits(value[name]):
-            raise ValueError(f"{where}: {name!r} should be {field.what}, not {shown(value[name])}")
+            raise DamagedFileError(f"{where}: {name!r} should be {field.what}, not {shown(value[name])}")
 
 
 def check_tensor(
@@ -215,14 +217,14 @@ def check_tensor(
     """
     tensor = tensors.get(name)
     if tensor is None:
-        raise ValueError(f"{where}: the tensor {name!r} is missing")
+        raise DamagedFileError(f"{where}: the tensor {name!r} is missing")
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype not in dtypes:
         wanted = " or ".join(map(str, dtypes))
-        raise ValueError(
+        raise DamagedFileError(
             f"{where}: the tensor {name!r} should be {tuple(shape)} {wanted}, not {tuple(tensor.shape)} {tensor.dtype}"
         )
     if not tensor.is_meta and tensor.numel() > 0 and not all(math.isfinite(float(end)) for end in tensor.aminmax()):
-        raise ValueError(f"{where}: the tensor {name!r} holds NaN or Inf")
+        raise DamagedFileError(f"{where}: the tensor {name!r} holds NaN or Inf")
     return tensor
 
 

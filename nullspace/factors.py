@@ -19,6 +19,7 @@ import torch
 
 from nullspace import solvers
 from nullspace.checks import FRACTION, NOT_NEGATIVE, check_between, check_integer, check_one_of, check_real
+from nullspace.errors import InputError
 
 CORDA_MODES = ("kpm", "ipm")
 # Added to the diagonal of C, relative to its mean, by PEFT and the paper's code.
@@ -59,7 +60,7 @@ def lora_null(weight: torch.Tensor, basis: torch.Tensor, *, rank: int | None = N
         ValueError: if the shapes do not fit, r is out of range, or `sigma_scale` is not a positive number.
     """
     if weight.ndim != 2 or basis.ndim != 2 or weight.shape[1] != basis.shape[0]:
-        raise ValueError(f"a weight {tuple(weight.shape)} needs a basis (d_in, k), not {tuple(basis.shape)}")
+        raise InputError(f"a weight {tuple(weight.shape)} needs a basis (d_in, k), not {tuple(basis.shape)}")
     rank = _check_rank(basis.shape[1], weight.shape[0], rank)
     check_real("sigma_scale", sigma_scale)
     basis = basis.to(weight.device, torch.float64)
@@ -156,7 +157,7 @@ def corda(
     check_real("damping", damping, NOT_NEGATIVE)
     weight, (c,) = _with_moments(weight, c)
     if trace is not None and not 0.0 < trace < float("inf"):
-        raise ValueError(f"trace must be a positive number, not {trace}")
+        raise InputError(f"trace must be a positive number, not {trace}")
     mean = 1.0 if trace is None else trace / len(c)
     c = c * (mean / _mean_diagonal(c))
     c.diagonal().add_(damping * mean)
@@ -233,7 +234,7 @@ def eva(c: torch.Tensor, mean: torch.Tensor, mass: float, d_out: int, *, rank: i
         ValueError: if the shapes do not fit or r is out of range.
     """
     if c.ndim != 2 or c.shape[0] != c.shape[1] or mean.shape != c.shape[:1]:
-        raise ValueError(f"needs a second moment (d_in, d_in) and a mean (d_in,), not {tuple(c.shape)} and {tuple(mean.shape)}")
+        raise InputError(f"needs a second moment (d_in, d_in) and a mean (d_in,), not {tuple(c.shape)} and {tuple(mean.shape)}")
     check_between("rank", rank, min(len(c), check_integer("d_out", d_out)))
     _, vectors = solvers.top_eigenpairs(centred(c, mean, mass), rank)
     return LowRank(A=vectors.mT.contiguous(), B=vectors.new_zeros(d_out, rank))
@@ -268,7 +269,7 @@ def orthogonal(
         ValueError: if r is odd or smaller than 2.
     """
     if check_integer("rank", rank, least=None) < 2 or rank % 2:
-        raise ValueError(f"the rank of an orthogonal start must be even, not {rank}")
+        raise InputError(f"the rank of an orthogonal start must be even, not {rank}")
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -304,21 +305,21 @@ def _projected(weight: torch.Tensor, u: torch.Tensor, sigma: torch.Tensor | None
 def _with_moments(weight: torch.Tensor, *moments: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     for c in moments:
         if weight.ndim != 2 or c.shape != (weight.shape[1], weight.shape[1]):
-            raise ValueError(f"a weight {tuple(weight.shape)} needs a second moment (d_in, d_in), not {tuple(c.shape)}")
+            raise InputError(f"a weight {tuple(weight.shape)} needs a second moment (d_in, d_in), not {tuple(c.shape)}")
     return weight.to(torch.float64), [c.to(weight.device, torch.float64) for c in moments]
 
 
 def _mean_diagonal(c: torch.Tensor) -> torch.Tensor:
     mean = c.diagonal().mean()
     if not bool(torch.isfinite(c).all()):
-        raise ValueError("the second moment holds NaN or Inf")
+        raise InputError("the second moment holds NaN or Inf")
     if not bool(mean > 0):
         what = (
             "its calibration inputs are all zero"
             if not bool(c.any())
             else f"its second moment has a negative trace ({float(mean)})"
         )
-        raise ValueError(f"{what}: leave the layer out of the targets, or add data that reach it")
+        raise InputError(f"{what}: leave the layer out of the targets, or add data that reach it")
     return mean
 
 

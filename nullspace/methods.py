@@ -18,6 +18,7 @@ from nullspace.artifacts.covariances import Covariances
 from nullspace.artifacts.sitewise import Sitewise
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.checks import FRACTION, NOT_NEGATIVE, POSITIVE, Range, check_integer, check_one_of, check_real
+from nullspace.errors import InputError
 from nullspace.factors import LowRank
 from nullspace.model.linear import weight_shape
 from nullspace.moments.covariance import Covariance
@@ -197,7 +198,7 @@ def check_method(method: str, given: Sources | None = None) -> None:
     plain = Sources()
     for option in OPTIONS:
         if getattr(given, option) != getattr(plain, option) and method not in takers(option):
-            raise ValueError(f"{option} belongs to {' and '.join(map(repr, takers(option)))}; {method!r} does not take it")
+            raise InputError(f"{option} belongs to {' and '.join(map(repr, takers(option)))}; {method!r} does not take it")
 
 
 def check_sources(method: str, given: Sources) -> None:
@@ -205,11 +206,11 @@ def check_sources(method: str, given: Sources) -> None:
     needs = METHODS[method].needs
     for what in needs:
         if getattr(given, what) is None and not (what == "spaces" and given.covariances is not None):
-            raise ValueError(f"method {method!r} needs {_SOURCES[what]}")
+            raise InputError(f"method {method!r} needs {_SOURCES[what]}")
     used = {*needs, *(("covariances",) if "spaces" in needs and given.spaces is None else ())}
     for what in _SOURCES:
         if getattr(given, what) is not None and what not in used:
-            raise ValueError(f"method {method!r} makes no use of {what}: leave it out")
+            raise InputError(f"method {method!r} makes no use of {what}: leave it out")
 
 
 _SOURCES = {
@@ -226,11 +227,11 @@ def check_rank(method: str, given: Sources, name: str, module: nn.Module, rank: 
     if given.spaces is not None:
         columns = given.spaces[name].rank
         if rank > min(columns, d_out):
-            raise ValueError(
+            raise InputError(
                 f"the adapter of {name!r} has rank {rank}, but its null space has {columns} directions and its weight "
                 f"{d_out} rows: use r ≤ {min(columns, d_out)}, or compute the spaces with a larger rank"
             )
     if rank > min(d_in, d_out):
-        raise ValueError(f"the adapter of {name!r} has rank {rank}, but its weight is {d_out} × {d_in}: use r ≤ {min(d_in, d_out)}")
+        raise InputError(f"the adapter of {name!r} has rank {rank}, but its weight is {d_out} × {d_in}: use r ≤ {min(d_in, d_out)}")
     if METHODS[method].even and rank % 2:
-        raise ValueError(f"the adapter of {name!r} has rank {rank}: method {method!r} needs an even one")
+        raise InputError(f"the adapter of {name!r} has rank {rank}: method {method!r} needs an even one")

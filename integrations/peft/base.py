@@ -13,6 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
 from nullspace.artifacts import records
+from nullspace.errors import InputError
 from nullspace.integrations.peft.shell import BASE_WEIGHTS, BasePlan
 from nullspace.model.weights import execution_device, offloaded_weights
 
@@ -104,12 +105,12 @@ def check_plan(model: nn.Module, plan: BasePlan, layers: Iterable[str]) -> None:
     """Raise `ValueError`, naming the tensor, if a target is not among what is saved, or has no values."""
     lost = {f"{name}.weight" for name in layers}.difference(plan.names.values())
     if lost:
-        raise ValueError(f"{min(lost)!r} is not saved with {type(model).__name__}, so it cannot become a residual")
+        raise InputError(f"{min(lost)!r} is not saved with {type(model).__name__}, so it cannot become a residual")
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in plan.names.values():
         module, _, tensor = name.rpartition(".")
         if getattr(modules[module], tensor).device.type == "meta" and execution_device(modules[module]) is None:
-            raise ValueError(f"{name!r} is on the meta device: its values were never loaded")
+            raise InputError(f"{name!r} is on the meta device: its values were never loaded")
 
 
 def files_of(plan: BasePlan, max_shard_bytes: int) -> Any:

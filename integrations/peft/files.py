@@ -21,6 +21,7 @@ from nullspace.artifacts import records
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.checks import an_object, check_fields, finite, flag, map_of, optional, or_none, text, whole
 from nullspace.distributed import Job
+from nullspace.errors import DamagedFileError, InputError, MissingFileError, OtherModelError
 from nullspace.factors import LowRank
 from nullspace.model.linear import weight_of
 from nullspace.model.sharded import class_of, is_model_sharded, prepare_to_gather
@@ -103,16 +104,16 @@ def read_adapter(directory: Path) -> Adapter:
     """
     path = directory / ADAPTER_CONFIG
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: {directory} is not a PEFT adapter")
+        raise MissingFileError(f"{path} is missing: {directory} is not a PEFT adapter")
     config = records.read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} does not describe a LoRA adapter")
+        raise DamagedFileError(f"{path} does not describe a LoRA adapter")
     check_fields(config, _CONFIG_FIELDS, path)
     for pattern in (*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{path}: {pattern!r} in a pattern is no regular expression: {error}") from error
+            raise InputError(f"{path}: {pattern!r} in a pattern is no regular expression: {error}") from error
     tensors = records.load_tensors(directory / ADAPTER_WEIGHTS)
     _check_tensors(tensors, directory / ADAPTER_WEIGHTS)
     return Adapter(directory, config, tensors)
@@ -123,14 +124,14 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     for key, tensor in tensors.items():
         values = tensor.float() if tensor.element_size() == 1 else tensor  # PyTorch does not look for NaN in 8 bits
         if not bool(values.isfinite().all()):
-            raise ValueError(f"{path} holds NaN or Inf in {key!r}")
+            raise DamagedFileError(f"{path} holds NaN or Inf in {key!r}")
         factor = (".lora_A." in key or ".lora_B." in key) and not key.endswith(".bias")
         if factor and not (tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() > 0):
-            raise ValueError(f"{path}: {key!r} is {tuple(tensor.shape)} {tensor.dtype}, which is no factor of an adapter")
+            raise DamagedFileError(f"{path}: {key!r} is {tuple(tensor.shape)} {tensor.dtype}, which is no factor of an adapter")
         b = tensors.get(key.replace(".lora_A.", ".lora_B."), tensor)
         if ".lora_A." in key and b is not tensor and (b.ndim != tensor.ndim or b.shape[1] != len(tensor)):
             shapes = f"the A {tuple(tensor.shape)} of {layer_of(key)!r}: its B is {tuple(b.shape)}"
-            raise ValueError(f"{path} has no B that fits {shapes}")
+            raise DamagedFileError(f"{path} has no B that fits {shapes}")
 
 
 def scaling_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
@@ -235,7 +236,7 @@ def row_spaces(*adapters: str | os.PathLike[str] | PeftModel) -> dict[str, torch
             known = rows_of.setdefault(name, [])
             if rows.ndim != 2 or (known and rows.shape[1] != known[0].shape[1]):
                 width = known[0].shape[1] if known else "d_in"
-                raise ValueError(f"{adapter}: the A of {name!r} should be (rank, {width}), not {tuple(rows.shape)}")
+                raise InputError(f"{adapter}: the A of {name!r} should be (rank, {width}), not {tuple(rows.shape)}")
             known.append(rows.to("cpu", torch.float32))
     return {name: torch.cat(rows) for name, rows in rows_of.items()}
 
@@ -271,17 +272,17 @@ def read_factors(directory: str | os.PathLike[str]) -> dict[str, LowRank]:
     """
     adapter = read_adapter(Path(directory))
     if adapter.config.get("use_dora"):
-        raise ValueError(f"{adapter.path} uses DoRA: what it adds to a weight is no product B A")
+        raise InputError(f"{adapter.path} uses DoRA: what it adds to a weight is no product B A")
     factors = {}
     for key, a in adapter.tensors.items():
         if not key.endswith(A_WEIGHT) or a.ndim != 2:
             continue
         name, b = layer_of(key), adapter.tensors.get(key.removesuffix(A_WEIGHT) + B_WEIGHT)
         if b is None or b.ndim != 2 or b.shape[1] != a.shape[0]:
-            raise ValueError(f"{adapter.path / ADAPTER_WEIGHTS} has no B that fits the A {tuple(a.shape)} of {name!r}")
+            raise DamagedFileError(f"{adapter.path / ADAPTER_WEIGHTS} has no B that fits the A {tuple(a.shape)} of {name!r}")
         factors[name] = LowRank(a.to(torch.float64), scaling_of(adapter.config, name, len(a)) * b.to(torch.float64))
     if not factors:
-        raise ValueError(f"{adapter.path} has no LoRA factors of a linear layer")
+        raise InputError(f"{adapter.path} has no LoRA factors of a linear layer")
     return factors
 
 
@@ -305,10 +306,12 @@ def read_course(name: str, initial: str | os.PathLike[str], *trained: str | os.P
         for layer in (*start, *factors):
             if layer not in factors or layer not in start:
                 where = directory if layer in factors else initial
-                raise ValueError(f"adapter {name!r}: {directory} is not what {initial} was trained to: only {where} has {layer!r}")
+                raise OtherModelError(
+                    f"adapter {name!r}: {directory} is not what {initial} was trained to: only {where} has {layer!r}"
+                )
             shapes = [[tuple(t.shape) for t in each[layer]] for each in (start, factors)]
             if shapes[0] != shapes[1]:
-                raise ValueError(
+                raise OtherModelError(
                     f"adapter {name!r}: {directory} is not what {initial} was trained to: A and B of {layer!r} are {shapes[1]}, "
                     f"and were {shapes[0]}"
                 )
@@ -323,7 +326,7 @@ def read_course(name: str, initial: str | os.PathLike[str], *trained: str | os.P
 
 def _checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a directory")
+        raise MissingFileError(f"{folder} is not a directory")
     steps = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
     return [path for _, path in sorted(steps)] or [folder]
 

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from nullspace.errors import InputError
 from nullspace.integrations.peft.shell import without_weights
 from nullspace.model.linear import is_linear, weight_of, weight_shape
 from nullspace.model.sites import Targets
@@ -60,7 +61,7 @@ def fit_config(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraCon
     exact = _exact(config, modules, parameters)
     problem = _difference(exact, model, layers)
     if problem:
-        raise ValueError(f"PEFT does not give adapters to exactly the layers that are wanted: {problem}")
+        raise InputError(f"PEFT does not give adapters to exactly the layers that are wanted: {problem}")
     return exact
 
 
@@ -72,7 +73,7 @@ def refuse_other_layers(config: LoraConfig, model: nn.Module, layers: Targets) -
         own.target_modules = list(layers)
     problem = _difference(own, model, layers)
     if problem:
-        raise ValueError(
+        raise InputError(
             f"get_peft_model would not adapt the layers that target_modules={config.target_modules!r} names: {problem}. Name other "
             "layers, or use inject_adapters, which names them so that PEFT takes them"
         )

@@ -16,6 +16,7 @@ from nullspace.artifacts.covariances import Covariances
 from nullspace.artifacts.residual import Change
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.distributed import Job
+from nullspace.errors import InputError, ResourceUseWarning
 from nullspace.factors import DAMPING
 from nullspace.integrations.peft.layers import (
     ONE_AT_A_TIME,
@@ -150,19 +151,19 @@ def _inject(
     check_method(method, given)
     check_sources(method, given)
     if has_deepspeed_engine(model):
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} is in a DeepSpeed engine, whose optimizer would not know the adapters: call inject_adapters "
             "before deepspeed.initialize"
         )
     spread = prepare_to_gather(model, job)
     config = own_config(config, model, given, job)
     if spread and is_tensor_parallel(model):
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} is split by tensor parallelism, and an adapter beside a part of a layer is not the layer's: "
             "call write_init, which gathers the weights, and load what it writes, or shard the model with fully_shard (FSDP2)"
         )
     if config.use_dora and is_model_sharded(model):
-        raise ValueError("use_dora asks for the norms of weights that are spread over several ranks: load the model whole for it")
+        raise InputError("use_dora asks for the norms of weights that are spread over several ranks: load the model whole for it")
     with _as_it_was_on_error(model):
         own = {id(p) for p in model.parameters()}
         with placeholder_weights(model):
@@ -174,9 +175,9 @@ def _inject(
         check_layers(layers, bases, adapter_name, method, given, job)
         residual = check_servable(model, bases, method, residual=residual, freeze_a=freeze_a)
         if residual == "adapter" and config.use_dora:
-            raise ValueError("DoRA's magnitudes do not add up over two adapters: use_dora needs a base that can be changed")
+            raise InputError("DoRA's magnitudes do not add up over two adapters: use_dora needs a base that can be changed")
         if residual == "adapter" and config.trainable_token_indices:
-            raise ValueError("PEFT saves no second adapter beside trainable_token_indices: they need a base that can be changed")
+            raise InputError("PEFT saves no second adapter beside trainable_token_indices: they need a base that can be changed")
         for name, layer in layers.items():
             _write_factors(name, layer, adapter_name, method, given, residual, job)
         if residual == "adapter":
@@ -204,9 +205,9 @@ def freeze_a(peft_model: PeftModel, adapter_name: str = "default") -> None:
     """
     layers = lora_layers(unwrap(peft_model), adapter_name)
     if not layers:
-        raise ValueError(f"the model has no LoRA adapter named {adapter_name!r}")
+        raise InputError(f"the model has no LoRA adapter named {adapter_name!r}")
     if has_deepspeed_engine(peft_model) and any(layer.lora_A[adapter_name].weight.requires_grad for layer in layers.values()):
-        raise ValueError("A is a parameter of a DeepSpeed engine's optimizer already: call freeze_a before deepspeed.initialize")
+        raise InputError("A is a parameter of a DeepSpeed engine's optimizer already: call freeze_a before deepspeed.initialize")
     freeze_layers(layers, adapter_name)
     if residual_base.residual_mark(peft_model.get_base_model()) is not None:
         watch(peft_model, adapter_name, "base")
@@ -316,5 +317,6 @@ class _Originals:
             warnings.warn(
                 f"{len(self._kept)} weights of the base are residuals now, and the host's memory was too small to keep what they "
                 f"were: load the model again (write_init needs less memory: {ONE_AT_A_TIME})",
+                ResourceUseWarning,
                 stacklevel=2,
             )

@@ -17,6 +17,7 @@ from nullspace.artifacts.locks import temporary_folder
 from nullspace.artifacts.residual import described, residual_mark
 from nullspace.checks import check_one_of
 from nullspace.distributed import Job
+from nullspace.errors import InputError
 from nullspace.integrations.peft.base import source_of
 from nullspace.integrations.peft.shell import on_disk, plan_base, without_weights
 from nullspace.methods import METHODS, Sources, check_rank
@@ -60,7 +61,7 @@ def check_servable(
     check_one_of("residual", residual, RESIDUALS)
     mark = residual_mark(model)
     if mark is not None:
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} {described(mark)}: start from that, or merge the adapter into the residual first (PEFT's "
             "merge_and_unload)"
         )
@@ -69,7 +70,7 @@ def check_servable(
     untouched = [name for name, each in METHODS.items() if not each.changes_base]
     for name, layer in layers.items():
         if not _is_readable(layer, offloaded):
-            raise ValueError(
+            raise InputError(
                 f"the weight of {name!r} ({_described(layer)}) is quantised or offloaded, and its values cannot be read; "
                 f"{_listed(untouched)} do not need them"
             )
@@ -83,7 +84,7 @@ def check_servable(
         return "base"
     if residual == "auto":
         return "zero" if freeze_a else "adapter"
-    raise ValueError(
+    raise InputError(
         f"{obstacle}, so it cannot become the residual of method {method!r}: let a second, frozen adapter take the product away "
         f'(inject_adapters(..., residual="adapter")), leave the layer out of target_modules, or use {_listed(untouched)}, '
         "which leave the base alone"
@@ -167,7 +168,7 @@ def _check_layer(
     name: str, layer: Any, base: nn.Module, adapter_name: str, method: str, given: Sources, weight: Weight | None
 ) -> None:
     if not is_linear(base) or adapter_name not in layer.lora_A:
-        raise ValueError(f"target {name!r} is {type(base).__name__}, not a linear layer")
+        raise InputError(f"target {name!r} is {type(base).__name__}, not a linear layer")
     for known in given.of_model():
         known.check(name, base, weight)
     check_rank(method, given, name, base, layer.r[adapter_name])

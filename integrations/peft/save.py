@@ -17,6 +17,7 @@ from torch import nn
 from nullspace.artifacts import records, store
 from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.spaces import NullSpaces
+from nullspace.errors import InputError
 from nullspace.integrations.peft.files import init_record, located, save_adapter
 from nullspace.integrations.peft.folders.cards import CARD, name_base, write_card, write_cards
 from nullspace.integrations.peft.layers import SUBTRACTED
@@ -67,9 +68,9 @@ def save_init(
     out, peft_model = Path(out), unwrap(peft_model)
     residual = getattr(peft_model, "nullspace_residual", None)
     if is_model_sharded(peft_model):
-        raise ValueError("the base is spread over several ranks: call write_init on it instead, before it gets its adapters")
+        raise InputError("the base is spread over several ranks: call write_init on it instead, before it gets its adapters")
     if residual is None:
-        raise ValueError("the model does not come from inject_adapters: what its base was before is not known")
+        raise InputError("the model does not come from inject_adapters: what its base was before is not known")
     base: Any = peft_model.get_base_model()
     adapter = peft_model.active_adapter
     config: Any = peft_model.peft_config[adapter]

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from nullspace.errors import InputError, InputTypeError
 from nullspace.model.sharded import without_fsdp_classes
 from nullspace.model.sharded_tensors import is_sharded, shape_of
 from nullspace.model.weights import own_tensors
@@ -89,7 +90,7 @@ def plan_base(shell: Any, folder: Path, *, strict: bool = True) -> BasePlan | No
         TypeError: if the model has no `save_pretrained`.
     """
     if not hasattr(shell, "save_pretrained"):
-        raise TypeError(f"{type(shell).__name__} is not a transformers model: it has no save_pretrained")
+        raise InputTypeError(f"{type(shell).__name__} is not a transformers model: it has no save_pretrained")
     known = dict((*shell.named_parameters(remove_duplicate=False), *shell.named_buffers(remove_duplicate=False)))
     names = {name: known[name] for name in shell.state_dict() if name in known}
     stand_ins: dict[str, torch.Tensor] = {}
@@ -114,7 +115,7 @@ def plan_base(shell: Any, folder: Path, *, strict: bool = True) -> BasePlan | No
     if problem is None:
         return plan._replace(total_parameters=sum({id(p): p.numel() for p in shell.parameters()}.values()))
     if strict:
-        raise ValueError(f"{type(shell).__name__} has no weights that could be saved one by one ({problem}): {WHOLE}") from problem
+        raise InputError(f"{type(shell).__name__} has no weights that could be saved one by one ({problem}): {WHOLE}") from problem
     return None
 
 
@@ -130,7 +131,7 @@ def _read_plan(
                 saved = file.get_tensor(key)
                 owner = owners.get(int(saved.reshape(-1)[0]))
                 if owner is None or not torch.equal(saved, stand_ins[owner]):
-                    raise ValueError(f"{key!r} is made of several, or of a part of one")
+                    raise InputError(f"{key!r} is made of several, or of a part of one")
                 names[key] = owner
     return BasePlan(names, {key: known[name] for key, name in names.items()}, metadata, 0)
 

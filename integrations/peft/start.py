@@ -12,6 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from nullspace.artifacts.spaces import NullSpaces
+from nullspace.errors import InputError
 from nullspace.integrations.peft.layers import ONE_AT_A_TIME
 from nullspace.methods import METHODS, Layer, Sources
 
@@ -57,7 +58,7 @@ def start_of(
     with _naming(name):
         weight = _exact(layer, stored) if METHODS[method].changes_base else None
         if weight is not None and not bool(weight.isfinite().all()):
-            raise ValueError("the weight holds NaN or Inf: load an undamaged model, or leave the layer out of target_modules")
+            raise InputError("the weight holds NaN or Inf: load an undamaged model, or leave the layer out of target_modules")
         device = torch.device("cpu") if stored.device.type == "meta" else stored.device
         target = Layer(name, weight, layer.out_features, layer.in_features, layer.r[adapter], device)
         a, b = METHODS[method].start(target, given)
@@ -65,7 +66,7 @@ def start_of(
         root = 1.0 if weight is None else math.sqrt(scaling)
         a, b = (a / root).to(dtype_a), (b / root).to(dtype_b)
         if not bool(a.isfinite().all() and b.isfinite().all()):
-            raise ValueError(f"A or B holds NaN or Inf in {dtype_a}: check lora_alpha and sigma_scale")
+            raise InputError(f"A or B holds NaN or Inf in {dtype_a}: check lora_alpha and sigma_scale")
         return a, b
 
 
@@ -91,7 +92,7 @@ def residual_of(name: str, layer: Any, stored: torch.Tensor, adapter: str, a: to
         weight = _exact(layer, stored)
         rest = weight.addmm_(b.to(weight), a.to(weight), alpha=-layer.scaling[adapter]).to(stored.dtype)
         if not bool(rest.isfinite().all()):
-            raise ValueError(f"W₀ − s·BA is beyond the range of {stored.dtype}: load the model in another dtype")
+            raise InputError(f"W₀ − s·BA is beyond the range of {stored.dtype}: load the model in another dtype")
         return rest.T if layer.fan_in_fan_out else rest
 
 
@@ -106,7 +107,7 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"layer {name!r}: {error}") from error
+        raise InputError(f"layer {name!r}: {error}") from error
     except (RuntimeError, MemoryError) as error:
         more = "" if isinstance(error, torch.linalg.LinAlgError) else f" (write_init needs less memory: {ONE_AT_A_TIME})"
         raise type(error)(f"layer {name!r}: {error}{more}") from error

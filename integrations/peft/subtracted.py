@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from nullspace.artifacts import residual
+from nullspace.errors import InputError
 from nullspace.integrations.peft.files import read_adapter
 from nullspace.integrations.peft.layers import SUBTRACTED, freeze_layers, lora_layers
 from nullspace.integrations.peft.watch import watch
@@ -38,10 +39,10 @@ def attach_subtracted(peft_model: PeftModel, directory: str | os.PathLike[str], 
     peft_model = unwrap(peft_model)
     layers = lora_layers(peft_model, adapter_name)
     if not layers:
-        raise ValueError(f"the model has no LoRA adapter named {adapter_name!r}")
+        raise InputError(f"the model has no LoRA adapter named {adapter_name!r}")
     mark = residual.residual_mark(peft_model.get_base_model())
     if mark is not None:
-        raise ValueError(f"the base {residual.described(mark)}: load the adapters on the original model")
+        raise InputError(f"the base {residual.described(mark)}: load the adapters on the original model")
     read_adapter(Path(directory))  # PEFT would leave an adapter with random factors where it cannot read them
     second = SUBTRACTED.format(adapter_name)
     peft_model.load_adapter(str(directory), adapter_name=second)

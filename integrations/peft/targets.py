@@ -18,6 +18,7 @@ from torch import nn
 from nullspace.artifacts.sitewise import Sitewise
 from nullspace.checks import check_integer, check_real
 from nullspace.distributed import Job
+from nullspace.errors import AdapterWarning, InputError, InputTypeError, OtherModelError
 from nullspace.integrations.peft.fit import fit_config
 from nullspace.methods import Sources
 from nullspace.model.linear import is_conv1d, is_linear, unlike_linear, weight_of, weight_shape
@@ -37,14 +38,14 @@ def own_config(config: LoraConfig, model: nn.Module, given: Sources, job: Job) -
         UserWarning: naming the layers that `"all-linear"` leaves out, and targets that PEFT would read otherwise.
     """
     if not isinstance(config, LoraConfig):
-        raise TypeError(f"config must be a LoraConfig, not {type(config).__name__}")
+        raise InputTypeError(f"config must be a LoraConfig, not {type(config).__name__}")
     if isinstance(model, PeftModel):
-        raise TypeError("the model already is a PeftModel: merge its adapters first, or start from the base model again")
+        raise InputTypeError("the model already is a PeftModel: merge its adapters first, or start from the base model again")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise TypeError("the model already has adapters: merge them first, or start from the base model again")
+        raise InputTypeError("the model already has adapters: merge them first, or start from the base model again")
     for name in ("target_parameters", "layer_replication", "use_qalora", "megatron_config"):
         if getattr(config, name, None):
-            raise ValueError(f"LoraConfig.{name} is not supported: factors belong to whole linear layers")
+            raise InputError(f"LoraConfig.{name} is not supported: factors belong to whole linear layers")
     check_scaling(config)
     config = copy.deepcopy(config)
     config.init_lora_weights = True
@@ -80,7 +81,7 @@ def _known_layers(model: nn.Module, known: Sitewise[Any]) -> Targets:
     modules = dict(model.named_modules(remove_duplicate=False))
     strange = next((name for name in known if name not in modules or not is_linear(modules[name])), None)
     if strange is not None:
-        raise ValueError(f"{strange!r} is no linear layer of {type(model).__name__}: the {known.WHAT}s are of another model")
+        raise OtherModelError(f"{strange!r} is no linear layer of {type(model).__name__}: the {known.WHAT}s are of another model")
     return Targets({name: module for name, module in modules.items() if name in known}, optional=True)
 
 
@@ -108,7 +109,7 @@ def _check_named(config: LoraConfig, model: nn.Module, layers: Targets, *, warn:
         entries = set(config.target_modules or ())
         nothing = next((e for e in sorted(entries) if not any(n == e or n.endswith(f".{e}") for n in layers)), None)
         if nothing is not None:
-            raise ValueError(
+            raise InputError(
                 f"target_modules: {nothing!r} matches no linear layer of {type(model).__name__}, and the parameters of its experts "
                 "are not supported"
             )
@@ -118,6 +119,7 @@ def _check_named(config: LoraConfig, model: nn.Module, layers: Targets, *, warn:
         warnings.warn(
             f"PEFT takes target_modules={config.target_modules!r} of {type(model).__name__} for parameters of its experts too, "
             f"which are not supported: only the {len(layers)} linear layers of these names get adapters.",
+            AdapterWarning,
             stacklevel=5,
         )
 
@@ -147,7 +149,7 @@ def chosen_layers(model: nn.Module, config: LoraConfig) -> Targets:
     if own.target_modules is None:
         own.target_modules = LoraModel.target_module_mapping.get(getattr(getattr(model, "config", None), "model_type", ""))
     if own.target_modules is None:
-        raise ValueError("the configuration names no target_modules, and PEFT knows none for this kind of model")
+        raise InputError("the configuration names no target_modules, and PEFT knows none for this kind of model")
     if _is_all_linear(own):
         every = find_targets(model, rank=own.r)
         own.target_modules = list(every)
@@ -158,10 +160,10 @@ def chosen_layers(model: nn.Module, config: LoraConfig) -> Targets:
         matched = {name: module for name, module in model.named_modules() if name and check_target_module_exists(own, name)}
     linear = {name: module for name, module in matched.items() if is_linear(module)}
     if not linear:
-        raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}")
+        raise InputError(f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}")
     other = next((n for n, m in matched.items() if n not in linear and _has_matrix(m) and not _is_inside(n, linear)), None)
     if other is not None:
-        raise ValueError(f"target {other!r} is {type(matched[other]).__name__}, not a linear layer")
+        raise InputError(f"target {other!r} is {type(matched[other]).__name__}, not a linear layer")
     return Targets(linear)
 
 

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from nullspace.artifacts.residual import unmark
+from nullspace.errors import AdapterWarning
 from nullspace.integrations.peft.layers import SUBTRACTED, lora_layers
 
 INSTEAD = (
@@ -33,7 +34,7 @@ def warn_of_dropout(config: LoraConfig, method: str, residual: str, *, stackleve
             f"lora_dropout={config.lora_dropout} with method {method!r}: the adapter starts with a part of the weights, and "
             "dropping its inputs changes what the model computes in training mode from the first step on. Use lora_dropout=0, or "
             "method 'b-zero', whose product starts at zero.",
-            UserWarning,
+            AdapterWarning,
             stacklevel=stacklevel + 1,
         )
 
@@ -94,7 +95,7 @@ def _check_residual(adapter: str, own: LoraConfig, tuner: Any, layer: Any, args:
             f"the base is the residual of adapter {adapter!r} and computes without it (active: {active}): its outputs are "
             f"neither the original model's nor those that another adapter was trained for. Keep {adapter!r} active beside others; "
             f"{INSTEAD}.",
-            UserWarning,
+            AdapterWarning,
             stacklevel=2,
         )
 
@@ -105,7 +106,7 @@ def _check_pair(adapter: str, layer: Any, args: Any, kwargs: dict[str, Any], out
         warnings.warn(
             f"adapters {adapter!r} and {second!r} belong together, and one of them is active alone: call "
             f"PeftModel.set_adapter({adapter!r}), which sets both.",
-            UserWarning,
+            AdapterWarning,
             stacklevel=2,
         )
 
@@ -120,7 +121,7 @@ def _unload(tuner: Any, name: str, adapter: str, own: LoraConfig, *args: Any, **
         warnings.warn(
             f"{name} returns the residual of adapter {adapter!r}, which is not the original model: merge {adapter!r} too "
             f"(merge_and_unload while it is active); {INSTEAD}.",
-            UserWarning,
+            AdapterWarning,
             stacklevel=2,
         )
     return model

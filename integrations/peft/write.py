@@ -23,6 +23,7 @@ from nullspace.artifacts.residual import Change, change_of, mark_file
 from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.distributed import Job
+from nullspace.errors import InputError
 from nullspace.factors import DAMPING
 from nullspace.integrations.peft.base import Source, check_plan, copy_base, files_of, source_of, write_base
 from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, init_record, located, save_adapter
@@ -265,7 +266,7 @@ def _plan_adapter(peft_model: PeftModel, adapter: str, layers: Mapping[str, Lora
         for key in file.keys():  # noqa: SIM118
             origin = order[int(file.get_tensor(key))]
             if origin not in wanted:
-                raise ValueError(
+                raise InputError(
                     f"with this LoraConfig PEFT saves {key!r}, which is neither an A nor a B: use inject_adapters and save_init"
                 )
             keys[wanted[origin]], tensors[key] = key, state[origin]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nullspace.checks import check_integer
+from nullspace.errors import DataWarning, InputError
 from nullspace.integrations.transformers.rows import (
     KNOWN_FIELDS,
     TEXTS,
@@ -52,7 +53,7 @@ def load_texts(
         texts = (text_of(row, field, f"{data}, row {number}") for number, row in enumerate(rows_of(data, split), start=1))
     kept = list(itertools.islice((text for text in texts if text.strip()), limit))
     if not kept:
-        raise ValueError(f"{data} holds no text")
+        raise InputError(f"{data} holds no text")
     return kept
 
 
@@ -70,11 +71,11 @@ def load_rows(data: str | os.PathLike[str], *, split: str = "train", limit: int 
     """
     path = Path(data)
     if path.suffix.lower() in TEXTS:
-        raise ValueError(f"{path} is a text, which has no rows: JSON Lines, JSON, CSV or Parquet is needed")
+        raise InputError(f"{path} is a text, which has no rows: JSON Lines, JSON, CSV or Parquet is needed")
     check_is_there(path)
     rows = list(itertools.islice(rows_of(data, split), limit))
     if not rows:
-        raise ValueError(f"{data} is empty")
+        raise InputError(f"{data} is empty")
     return rows
 
 
@@ -92,7 +93,7 @@ def prompt_and_response(row: Mapping[str, Any]) -> tuple[str, str]:
     names = next((known for known in [*pairs, *more] if all(name in row for name in known)), ())
     parts = [as_text(row, name, "a row") for name in names]
     if len(parts) < 2 or not parts[0].strip() or not parts[-1].strip():
-        raise ValueError(f"a row has no known prompt and response; its fields are {fields_of(row)}")
+        raise InputError(f"a row has no known prompt and response; its fields are {fields_of(row)}")
     return "\n".join(part for part in parts[:-1] if part), parts[-1]
 
 
@@ -136,11 +137,11 @@ class PackedBatches(Sequence[dict[str, torch.Tensor]]):
             check_integer(name, value)
         start, ids = _token_stream(texts, tokenizer, samples, length, special_tokens)
         if not ids:
-            raise ValueError("the texts hold no token")
+            raise InputError("the texts hold no token")
         room = length - len(start)
         rows = -(-len(ids) // room)
         if rows < samples:
-            warnings.warn(f"the texts fill {rows} of {samples} samples of {length} tokens", stacklevel=2)
+            warnings.warn(f"the texts fill {rows} of {samples} samples of {length} tokens", DataWarning, stacklevel=2)
         pad = -len(ids) % room
         self.tokens = len(ids) + rows * len(start)
         packed = torch.tensor(ids + [ids[-1]] * pad).reshape(rows, room)
@@ -175,7 +176,7 @@ def _token_stream(texts: Iterable[str], tokenizer: Any, samples: int, length: in
             start, end = _around(own, tokenizer(text, verbose=False)["input_ids"])
             between, known = end or between, True
             if len(start) >= length:
-                raise ValueError(f"length must exceed the {len(start)} special tokens that begin a sample, not {length}")
+                raise InputError(f"length must exceed the {len(start)} special tokens that begin a sample, not {length}")
         ids += own + between
         if len(ids) >= samples * (length - len(start)):
             break
@@ -187,7 +188,7 @@ def _around(own: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
     for begin in range(len(whole) - len(own) + 1):
         if whole[begin : begin + len(own)] == own:
             return whole[:begin], whole[begin + len(own) :]
-    raise ValueError(
+    raise InputError(
         "the tokenizer gives a text other tokens with special tokens than without, so it cannot be seen which are special: pack "
         "without them (special_tokens=False)"
     )

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from nullspace.artifacts.records import read_json
 from nullspace.checks import check_device
+from nullspace.errors import InputError, MissingFileError
 from nullspace.integrations.transformers.offload import load_offloaded, offload_map
 
 
@@ -52,7 +53,7 @@ def load_model(
     device = check_device(device)
     if path.suffix == ".gguf":
         if offload:
-            raise ValueError(f"{name} is dequantised while it is loaded, so its weights cannot stay on the disk: load it whole")
+            raise InputError(f"{name} is dequantised while it is loaded, so its weights cannot stay on the disk: load it whole")
         return _load_gguf(path, torch.float32 if dtype == "auto" else dtype, device)
     config = read_config(name)
     model_class = _model_class(config)
@@ -61,7 +62,7 @@ def load_model(
             model: nn.Module = model_class.from_pretrained(name, dtype=dtype)
             return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{name} is quantised, and its weights are unpacked while it is loaded: load it whole")
+        raise InputError(f"{name} is quantised, and its weights are unpacked while it is loaded: load it whole")
     placed = offload_map(empty_model(name, dtype=dtype), device)
     with _naming(name):
         model = load_offloaded(model_class, name, dtype, placed, offload_folder)
@@ -70,7 +71,7 @@ def load_model(
 
 def _load_gguf(path: Path, dtype: torch.dtype | str, device: torch.device) -> tuple[nn.Module, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
+        raise MissingFileError(f"{path} is not a file")
     folder, options = str(path.parent), {"gguf_file": path.name}
     with _naming(path):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
@@ -130,11 +131,11 @@ def read_config(name: str | os.PathLike[str]) -> Any:
         with _naming(name):
             return AutoConfig.from_pretrained(name)
     if not isinstance(read_json(path), dict):
-        raise ValueError(f"{path} is no configuration of a model: it should hold an object")
+        raise InputError(f"{path} is no configuration of a model: it should hold an object")
     try:
         return AutoConfig.from_pretrained(name)
     except Exception as error:  # configuration classes validate themselves, with exceptions of many types
-        raise ValueError(f"{path} is no configuration of a model that transformers knows: {_line(error)}") from error
+        raise InputError(f"{path} is no configuration of a model that transformers knows: {_line(error)}") from error
 
 
 def positions(config: Any) -> int | None:
@@ -166,8 +167,8 @@ def _naming(name: str | os.PathLike[str]) -> Iterator[None]:
         if getattr(error, "errno", None) is not None or "out of memory" in text or "can't allocate memory" in text:
             raise
         if isinstance(error, OSError) and not Path(name).exists():
-            raise FileNotFoundError(f"{name} is neither a folder nor a model that the hub gives: {text}") from error
-        raise ValueError(f"{name} cannot be loaded: {text}") from error
+            raise MissingFileError(f"{name} is neither a folder nor a model that the hub gives: {text}") from error
+        raise InputError(f"{name} cannot be loaded: {text}") from error
 
 
 def _line(error: Exception) -> str:

@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 from nullspace.artifacts.locks import TemporaryFolder
+from nullspace.errors import InputError
 from nullspace.model.blocks import marked_blocks
 from nullspace.model.linear import is_linear
 from nullspace.model.weights import own_tensors
@@ -39,7 +40,7 @@ def offload_map(model: nn.Module, device: torch.device | str) -> dict[str, str]:
     """
     blocks = marked_blocks(model)
     if not blocks:
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} has no blocks that transformers knows of (GradientCheckpointingLayer): load it whole"
         )
     on_disk = dict(blocks)

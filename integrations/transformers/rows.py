@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nullspace.checks import shown
+from nullspace.errors import InputError, MissingFileError
 
 Row = Mapping[str, Any]
 TEXTS = (".txt", ".md")
@@ -34,9 +35,9 @@ def check_is_there(path: Path) -> None:
     kind = path.suffix.lower()
     if kind in (*TEXTS, *_READERS):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file")
+            raise MissingFileError(f"{path} is not a file")
     elif path.exists() and not path.is_dir():
-        raise ValueError(f"{path}: data are read from files that end in {', '.join((*TEXTS, *_READERS))}")
+        raise InputError(f"{path}: data are read from files that end in {', '.join((*TEXTS, *_READERS))}")
 
 
 def rows_of(data: str | os.PathLike[str], split: str) -> Iterator[Row]:
@@ -57,7 +58,7 @@ def paragraphs(path: Path) -> Iterator[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
     return iter(text.replace("\r\n", "\n").split("\n\n"))
 
 
@@ -79,7 +80,7 @@ def text_of(row: Row, field: str | None, where: str) -> str:
     missing = next((name for name in names if name not in row), None)
     if not names or missing is not None:
         what = f"no field {missing!r}" if missing else "no field that is known to be text"
-        raise ValueError(f"{where} has {what}; its fields are {fields_of(row)} (choose with field / --field)")
+        raise InputError(f"{where} has {what}; its fields are {fields_of(row)} (choose with field / --field)")
     return "\n".join(part for part in (as_text(row, name, where) for name in names) if part)
 
 
@@ -91,7 +92,7 @@ def as_text(row: Row, name: str, where: str) -> str:
     """
     value = row[name]
     if _is_chat(value):
-        raise ValueError(f"{where}: the field {name!r} holds {NO_CHAT}")
+        raise InputError(f"{where}: the field {name!r} holds {NO_CHAT}")
     first = value
     if isinstance(value, (list, tuple)):
         first = value[0] if value else ""
@@ -99,14 +100,14 @@ def as_text(row: Row, name: str, where: str) -> str:
         return ""
     if not isinstance(first, str):
         kind = "a list of" if first is not value else "a value of type"
-        raise ValueError(
+        raise InputError(
             f"{where}: the field {name!r} holds {kind} {type(first).__name__} ({shown(value)}), which is no text: "
             "write it as a string, or choose another field (field / --field)"
         )
     try:
         first.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: the field {name!r} is no valid Unicode: {error}") from error
+        raise InputError(f"{where}: the field {name!r} is no valid Unicode: {error}") from error
     return first
 
 
@@ -132,12 +133,12 @@ def _json_lines(path: Path) -> Iterator[Row]:
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+                    raise InputError(f"{path}, line {number}: not JSON ({error})") from error
                 if not isinstance(row, dict):
-                    raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+                    raise InputError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
                 yield row
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text, behind line {number}: {error}") from error
+        raise InputError(f"{path} is not UTF-8 text, behind line {number}: {error}") from error
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -148,12 +149,12 @@ def _json(path: Path) -> Iterator[Row]:
     try:
         rows = _values(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as json: {error}") from error
+        raise InputError(f"{path} cannot be read as json: {error}") from error
     if len(rows) == 1 and isinstance(rows[0], list):
         rows = [{"text": row} if isinstance(row, str) else row for row in rows[0] if row is not None]
     odd = [row for row in rows if not isinstance(row, dict)]
     if odd:
-        raise ValueError(f"{path} holds {shown(odd[0])}: a list of objects, or one object a line, is needed")
+        raise InputError(f"{path} holds {shown(odd[0])}: a list of objects, or one object a line, is needed")
     names = dict.fromkeys(name for row in rows for name in row)
     yield from ({name: row.get(name) for name in names} for row in rows)
 
@@ -187,11 +188,11 @@ def _csv(path: Path) -> Iterator[Row]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file, strict=True):
                 if None in row:
-                    raise ValueError("it has more values than the first line has names")
+                    raise InputError("it has more values than the first line has names")
                 yield row
                 number += 1
     except (csv.Error, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as csv, row {number}: {error}") from error
+        raise InputError(f"{path} cannot be read as csv, row {number}: {error}") from error
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -202,7 +203,7 @@ def _parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
     except Exception as error:  # pyarrow raises exceptions of many kinds for damaged files, and none of them names the file
-        raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+        raise InputError(f"{path} cannot be read as parquet: {error}") from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet, ".csv": _csv}

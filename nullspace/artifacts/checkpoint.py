@@ -29,7 +29,7 @@ from torch import nn
 from nullspace.artifacts import locks, records, store
 from nullspace.checks import an_object, check_fields, list_of, map_of, text
 from nullspace.distributed import Job
-from nullspace.errors import Busy
+from nullspace.errors import Busy, DamagedFileError, InputError, NullspaceWarning, OtherModelError, OutputExistsError
 from nullspace.model.linear import weight_shape
 
 RUN = "run.json"
@@ -108,7 +108,9 @@ class Checkpoint:
     def _discard(self, path: Path, reason: str) -> None:
         if not self._job.first:
             return
-        warnings.warn(f"{path} is damaged: its site is computed again. {_likely_site(path)}{reason}", stacklevel=4)
+        warnings.warn(
+            f"{path} is damaged: its site is computed again. {_likely_site(path)}{reason}", NullspaceWarning, stacklevel=4
+        )
         if not path.is_dir():
             path.unlink(missing_ok=True)
 
@@ -183,7 +185,7 @@ def check_place(directory: Path) -> None:
     elif os.path.lexists(directory) and not (
         directory.is_dir() and all(path.name.endswith((".part", locks.SUFFIX)) for path in directory.iterdir())
     ):
-        raise FileExistsError(f"{directory} is in the way: it is no checkpoint of nullspace (it has no {RUN}); move it")
+        raise OutputExistsError(f"{directory} is in the way: it is no checkpoint of nullspace (it has no {RUN}); move it")
 
 
 def sites_in(directory: Path) -> int:
@@ -211,13 +213,13 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             if hashlib.sha256(metadata["record"].encode()).hexdigest() != metadata["sha256"]:
-                raise ValueError("its SHA-256 does not fit its facts")
+                raise DamagedFileError("its SHA-256 does not fit its facts")
             record = json.loads(metadata["record"])
             check_fields(record, _RECORD_FIELDS, "its record")
             check_fields(record["facts"], _FACTS_FIELDS, "its facts")
             yield file, record
     except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+        raise DamagedFileError(f"{path} is damaged ({error})") from error
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -231,7 +233,7 @@ def _read(path: Path, *names: str) -> dict[str, torch.Tensor]:
         for name in names or record["tensors"]:
             tensors[name] = file.get_tensor(name)
             if _digest(tensors[name]) != record["tensors"][name]:
-                raise ValueError(f"the SHA-256 of the tensor {name!r} does not fit")
+                raise DamagedFileError(f"the SHA-256 of the tensor {name!r} does not fit")
     return tensors
 
 
@@ -257,14 +259,14 @@ def check_site(facts: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> No
     """Raise `ValueError` if a kept site has members that are not among these layers, or another width."""
     for member in facts["members"]:
         if member not in modules or weight_shape(modules[member])[1] != facts["d_in"]:
-            raise ValueError(f"{member!r} with inputs of width {facts['d_in']} is no layer of this run")
+            raise DamagedFileError(f"{member!r} with inputs of width {facts['d_in']} is no layer of this run")
 
 
 def _read_run(path: Path) -> dict[str, Any]:
     try:
         return records.read_sealed(path)
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"{error}. Without it, nothing in {path.parent} can be used: delete that, or give another directory"
         ) from error
 
@@ -276,7 +278,9 @@ def _compare(path: Path, run: dict[str, Any]) -> None:
         return
     keys = [key for key in {**there, **now} if there.get(key) != now.get(key)]
     lines = "".join(f"\n  {key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys)
-    raise ValueError(f"{path.parent} is the checkpoint of another run; delete it, or give another directory. It differs in:{lines}")
+    raise OtherModelError(
+        f"{path.parent} is the checkpoint of another run; delete it, or give another directory. It differs in:{lines}"
+    )
 
 
 def _publish(part: Path, path: Path) -> None:

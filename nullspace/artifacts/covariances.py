@@ -18,6 +18,7 @@ from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.sitewise import Entry, Sitewise, write_sites
 from nullspace.artifacts.store import new_directory
 from nullspace.checks import Field, an_object, list_of, optional
+from nullspace.errors import InputError, OtherModelError
 from nullspace.model.sites import Site
 from nullspace.moments.covariance import Covariance
 from nullspace.moments.state import DTYPES, FIELDS
@@ -57,7 +58,7 @@ class Covariances(Sitewise[Covariance]):
         loaded = super().load(directory)
         missing = what_is_missing(loaded.shards)
         if missing and not partial:
-            raise ValueError(
+            raise InputError(
                 f"{directory} is not of all its data: {missing} missing. Merge it with these (`nullspace merge`), or take it "
                 "as it is: partial=True, --partial"
             )
@@ -122,24 +123,24 @@ class Covariances(Sitewise[Covariance]):
                 or not one a run; naming the shard, if one is missing or counted twice.
         """
         if not runs:
-            raise ValueError("nothing to merge")
+            raise InputError("nothing to merge")
         weights = [1.0] * len(runs) if weights is None else list(weights)
         if len(weights) != len(runs) or any(not 0.0 < w < float("inf") for w in weights):
-            raise ValueError(f"give one positive weight a run: {len(runs)} runs, weights {weights}")
+            raise InputError(f"give one positive weight a run: {len(runs)} runs, weights {weights}")
         first = runs[0]
         for number, run in enumerate(runs[1:], 2):
             _check_same(first, run, number)
         shards = joined([run.shards for run in runs])
         missing = what_is_missing(shards)
         if missing and not partial:
-            raise ValueError(
+            raise InputError(
                 f"this is not a merge of all data: {missing} missing. Add what is missing, or say that this is a merge on the way: "
                 "partial=True, --partial"
             )
         unequal = normalise or any(weight != weights[0] for weight in weights)
         lacking = next((n for n, run in enumerate(runs, start=1) if what_is_missing(run.shards)), None)
         if unequal and lacking is not None:
-            raise ValueError(f"run {lacking} is a part of its data: merge its shards first, and weigh or normalise the sum of them")
+            raise InputError(f"run {lacking} is a part of its data: merge its shards first, and weigh or normalise the sum of them")
         merged = cls(())
         merged.shards = shards
         merged._set_entries(
@@ -178,7 +179,7 @@ class _Sum(Entry[Covariance]):
             covariance = Covariance.from_state(*part.value().state())  # a copy: the run keeps its sums
             if self._normalise:
                 if not covariance.trace > 0:
-                    raise ValueError(
+                    raise InputError(
                         f"the inputs of {self.site.name!r} are all zero in one of the runs: there is no trace to divide by. "
                         "Merge without normalise, or leave that run out"
                     )
@@ -190,7 +191,7 @@ class _Sum(Entry[Covariance]):
             elif total.precision == covariance.precision:
                 total.merge(covariance)
             else:
-                raise ValueError(
+                raise InputError(
                     f"{self.site.name!r} was summed with precision 'qr' in one run and not in another: they cannot be added"
                 )
         assert total is not None
@@ -209,7 +210,7 @@ def account(shards: Iterable[Shards]) -> dict[str, Any]:
 def check_dtype(dtype: torch.dtype) -> None:
     """Raise `ValueError` for a dtype that covariances are not saved in."""
     if dtype not in DTYPES:
-        raise ValueError(f"covariances are kept in float64 or float32, not {dtype}")
+        raise InputError(f"covariances are kept in float64 or float32, not {dtype}")
 
 
 def _check_same(first: Covariances, run: Covariances, number: int) -> None:
@@ -218,11 +219,11 @@ def _check_same(first: Covariances, run: Covariances, number: int) -> None:
     if other is not None:
         where = "the first one" if other in ours else f"number {number}"
         site = f"{' + '.join(other.members)} (d_in = {other.d_in})"
-        raise ValueError(f"these runs are of different layers or models: only {where} has the site {site}")
+        raise OtherModelError(f"these runs are of different layers or models: only {where} has the site {site}")
     for entry in first._entries:
         mine, others = entry.weights(), run._of[entry.site.name].weights()
         for name in mine.keys() & others.keys():
             (shape, mark), (other_shape, other_mark) = mine[name], others[name]
             known = mark is not None and other_mark is not None
             if tuple(shape) != tuple(other_shape) or (known and not same_fingerprint(mark, other_mark)):  # type: ignore[arg-type]
-                raise ValueError(f"these runs are of different models: {name!r} has another weight in number {number}")
+                raise OtherModelError(f"these runs are of different models: {name!r} has another weight in number {number}")

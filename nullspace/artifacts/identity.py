@@ -14,6 +14,7 @@ from torch import nn
 from nullspace import __version__
 from nullspace.distributed.job import Job
 from nullspace.distributed.loaders import add_to_digest
+from nullspace.errors import InputError
 from nullspace.model.linear import weight_of, weight_shape
 from nullspace.model.sharded import class_of
 from nullspace.model.sharded_tensors import entries, is_sharded, shape_of
@@ -131,7 +132,7 @@ def fingerprint_of_run(
         ValueError: if the loader can be read only once.
     """
     if isinstance(loader, Iterator):
-        raise ValueError("a checkpoint needs a loader that can be read more than once: a list or a DataLoader, not an iterator")
+        raise InputError("a checkpoint needs a loader that can be read more than once: a list or a DataLoader, not an iterator")
     packages = ("nullspace-lora", "torch", *(name for name in ("transformers", "triton") if name in sys.modules))
     return {
         "model": {"class": class_of(model).__name__, "weights": (fingerprints or Fingerprints()).digest(model)},

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import filelock
 
-from nullspace.errors import Busy
+from nullspace.errors import Busy, OutputExistsError
 
 SUFFIX = ".nullspace-lock"
 PREFIX = "nullspace-"
@@ -140,7 +140,7 @@ def _check_ours(path: Path) -> None:
     except FileNotFoundError:  # deleted in the meantime
         return
     if not ours:
-        raise FileExistsError(f"{path} is in the way: it is no lock file of nullspace")
+        raise OutputExistsError(f"{path} is in the way: it is no lock file of nullspace")
 
 
 def _holder(path: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from nullspace import solvers
 from nullspace.checks import check_fields, check_integer, check_tensor, finite, list_of, one_of, optional, or_none, text, whole
+from nullspace.errors import DamagedFileError, InputError
 from nullspace.model.sites import Site
 from nullspace.moments.covariance import Covariance
 from nullspace.moments.directions import noise_of
@@ -117,14 +118,14 @@ class NullSpace:
             limit = f"d_in - {avoided + 1} = {covariance.d_in - avoided - 1}"
             where = f" at {site.name!r}" if site is not None else ""
             beside = f" ({avoided} avoided)" if avoided else ""
-            raise ValueError(f"rank must be between 1 and {limit}{where}{beside}, not {rank}")
+            raise InputError(f"rank must be between 1 and {limit}{where}{beside}, not {rank}")
         if covariance.tokens == 0:
-            raise ValueError("the covariance has no tokens")
+            raise InputError("the covariance has no tokens")
         lowest, vectors, every = _eigenpairs(covariance, rank, spectrum, avoid)
         error, trace, squared = covariance.error_norm, covariance.trace, covariance.products != "qr"
         if trace > 0 and float(lowest[0]) < -max(10 * error, INDEFINITE * trace):
             where = f" of {site.name!r}" if site is not None else ""
-            raise ValueError(
+            raise InputError(
                 f"the second moment{where} is not positive semi-definite: it has the eigenvalue {float(lowest[0]):.3g}, and its "
                 f"trace is {trace:.3g}. Compute it again"
             )
@@ -211,13 +212,13 @@ def _check_tensors(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
     basis = check_tensor(tensors, "basis", (d_in, rank), (torch.float64,), where)
     values = check_tensor(tensors, "eigenvalues", (rank,), (torch.float64,), where)
     if rank >= d_in:
-        raise ValueError(f"{where}: the rank {rank} should be below d_in = {d_in}")
+        raise DamagedFileError(f"{where}: the rank {rank} should be below d_in = {d_in}")
     rounding = ROUNDING * facts["trace"]
     if bool((values.diff() < -rounding).any()) or float(values[0]) < 0:
-        raise ValueError(f"{where}: its eigenvalues should ascend from 0 or more")
+        raise DamagedFileError(f"{where}: its eigenvalues should ascend from 0 or more")
     if float(values.sum()) > facts["trace"] + rounding:
-        raise ValueError(f"{where}: its eigenvalues should not exceed the trace, {facts['trace']:g}")
+        raise DamagedFileError(f"{where}: its eigenvalues should not exceed the trace, {facts['trace']:g}")
     if not basis.is_meta:
         distance = float((basis.mT @ basis - torch.eye(rank, dtype=basis.dtype)).abs().max())
         if not distance <= ORTHONORMAL:  # NaN, where squares overflow
-            raise ValueError(f"{where}: the columns of its basis are not orthonormal: they are off by {distance:.1e}")
+            raise DamagedFileError(f"{where}: the columns of its basis are not orthonormal: they are off by {distance:.1e}")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nullspace.checks import Field, an_object, check_fields, is_plain_name, list_of, optional, text, whole
+from nullspace.errors import DamagedFileError, InputError, MissingFileError, OutputError
 
 MANIFEST = "nullspace.json"
 
@@ -54,7 +55,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: 
     try:
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path, metadata=metadata)
     except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+        raise OutputError(f"cannot write {path}: {error}") from error
 
 
 class TensorFile:
@@ -75,7 +76,7 @@ class TensorFile:
     def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
         odd = next((f"{name!r} is {t.dtype}" for name, t in tensors.items() if t.dtype not in _DTYPES), None)
         if odd is not None:
-            raise ValueError(f"{odd}, which {path} cannot hold")
+            raise InputError(f"{odd}, which {path} cannot hold")
         order = list(_DTYPES)
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         self._missing: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
@@ -95,7 +96,7 @@ class TensorFile:
         """Write one tensor, from any device, at its offset."""
         begin, dtype, shape = self._missing.pop(name)
         if (tensor.dtype, tensor.shape) != (dtype, shape):
-            raise ValueError(f"{name!r} in {self._path} should be {dtype} {tuple(shape)}, not {tensor.dtype} {tuple(tensor.shape)}")
+            raise InputError(f"{name!r} in {self._path} should be {dtype} {tuple(shape)}, not {tensor.dtype} {tuple(tensor.shape)}")
         if tensor.numel() > 0:
             self._file.seek(self._data + begin)
             self._file.write(_bytes(tensor))
@@ -106,7 +107,7 @@ class TensorFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
         if kind is None and self._missing:
-            raise ValueError(f"{next(iter(self._missing))!r} was never written to {self._path}")
+            raise InputError(f"{next(iter(self._missing))!r} was never written to {self._path}")
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -127,7 +128,7 @@ def replace_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
     """Overwrite one tensor of a safetensors file, which must have its dtype and shape, in place."""
     entry = read_header(path)[name]
     if not fits(entry, tensor):
-        raise ValueError(f"{name!r} in {path} is {entry['dtype']} {entry['shape']}, not {tensor.dtype} {list(tensor.shape)}")
+        raise DamagedFileError(f"{name!r} in {path} is {entry['dtype']} {entry['shape']}, not {tensor.dtype} {list(tensor.shape)}")
     if tensor.numel() > 0:
         with open(path, "r+b") as file:
             file.seek(entry["data_offsets"][0])
@@ -179,9 +180,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """
     body = read_json(path)
     if not isinstance(body, dict) or "digest" not in body:
-        raise ValueError(f"{path} was not written by nullspace")
+        raise DamagedFileError(f"{path} was not written by nullspace")
     if body.pop("digest") != _digest(body):
-        raise ValueError(f"{path} was altered: its digest does not fit")
+        raise DamagedFileError(f"{path} was altered: its digest does not fit")
     return body
 
 
@@ -198,7 +199,7 @@ def read_json(path: Path) -> Any:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
         json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise DamagedFileError(f"{path} is damaged: {error}") from error
     return value
 
 
@@ -206,15 +207,15 @@ def check_regular(path: Path) -> None:
     """Raise `FileNotFoundError` if there is no such file, `ValueError` if it is a directory, a pipe or a device."""
     if not path.is_file():
         if path.exists():
-            raise ValueError(f"{path} is {'a directory' if path.is_dir() else 'a pipe or a device'}, not a file")
-        raise FileNotFoundError(f"{path} is missing")
+            raise DamagedFileError(f"{path} is {'a directory' if path.is_dir() else 'a pipe or a device'}, not a file")
+        raise MissingFileError(f"{path} is missing")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"it has two fields {next(name for name in names if names.count(name) > 1)!r}")
+        raise DamagedFileError(f"it has two fields {next(name for name in names if names.count(name) > 1)!r}")
     return fields
 
 
@@ -234,18 +235,18 @@ def read_manifest(directory: str | os.PathLike[str], kind: str, fields: Mapping[
     directory = Path(directory)
     path = directory / MANIFEST
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is not a directory")
+        raise MissingFileError(f"{directory} is not a directory")
     if not path.exists():
-        raise ValueError(f"{path} is missing: {directory} was not written by nullspace, or not completely copied")
+        raise DamagedFileError(f"{path} is missing: {directory} was not written by nullspace, or not completely copied")
     body = read_sealed(path)
     check_fields(body, _MANIFEST_FIELDS, path)
     if body["kind"] != kind:
-        raise ValueError(f"{path} describes {body['kind']!r}, not {kind!r}")
+        raise DamagedFileError(f"{path} describes {body['kind']!r}, not {kind!r}")
     if body["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {body['format_version']}; this nullspace reads {FORMAT_VERSION}")
+        raise DamagedFileError(f"{path} has format version {body['format_version']}; this nullspace reads {FORMAT_VERSION}")
     for name, look in body["files"].items():
         if not is_plain_name(name):
-            raise ValueError(f"{path}: {name!r} in 'files' is not the plain name of a file")
+            raise DamagedFileError(f"{path}: {name!r} in 'files' is not the plain name of a file")
         check_fields(look, _FILE_FIELDS, f"{path}: {name!r} in 'files'")
     check_fields(body, fields or {}, path)
     return body
@@ -270,13 +271,13 @@ def check_file(directory: str | os.PathLike[str], name: str, manifest: Mapping[s
     path = Path(directory) / name
     expected = manifest["files"].get(name)
     if expected is None:
-        raise ValueError(f"{path} is not listed in {MANIFEST}")
+        raise DamagedFileError(f"{path} is not listed in {MANIFEST}")
     if not path.is_file():
-        raise ValueError(f"{path} is missing")
+        raise DamagedFileError(f"{path} is missing")
     if path.stat().st_size != expected["bytes"]:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes and should have {expected['bytes']}: truncated or altered")
+        raise DamagedFileError(f"{path} has {path.stat().st_size} bytes and should have {expected['bytes']}: truncated or altered")
     if _sha256(path) != expected["sha256"]:
-        raise ValueError(f"{path} was altered: its SHA-256 does not fit")
+        raise DamagedFileError(f"{path} was altered: its SHA-256 does not fit")
     return path
 
 
@@ -296,7 +297,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        raise DamagedFileError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _sha256(path: Path) -> str:

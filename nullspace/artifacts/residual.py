@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from nullspace.artifacts import identity
+from nullspace.errors import AdapterWarning
 from nullspace.model.sharded_tensors import is_sharded
 
 KEY = "nullspace"
@@ -101,7 +102,7 @@ def warn_of_residual(model: nn.Module) -> None:
     mark = residual_mark(model)
     if mark is not None:
         text = f"{type(model).__name__} {described(mark)}: calibrate that, or merge the adapter into the residual first"
-        warnings.warn(text, UserWarning, stacklevel=4)
+        warnings.warn(text, AdapterWarning, stacklevel=4)
 
 
 def described(mark: dict[str, Any]) -> str:

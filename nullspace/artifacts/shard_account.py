@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nullspace.checks import check_fields, list_of, shown, text, whole
+from nullspace.errors import DamagedFileError, InputError
 
 # Fields of an account in a manifest.
 FIELDS = {"content": text(), "batches": whole(1), "of": whole(1), "numbers": list_of(whole(1), least=1, distinct=True)}
@@ -55,7 +56,7 @@ class Shards:
         check_fields(entry, FIELDS, "the account of shards")
         numbers = entry["numbers"]
         if numbers != sorted(numbers) or numbers[-1] > entry["of"]:
-            raise ValueError(f"the account of shards: {shown(numbers)} are not shards from 1 to {entry['of']}, ascending")
+            raise DamagedFileError(f"the account of shards: {shown(numbers)} are not shards from 1 to {entry['of']}, ascending")
         return cls((entry["content"], entry["batches"]), entry["of"], tuple(entry["numbers"]))
 
 
@@ -72,11 +73,11 @@ def joined(runs: Sequence[Iterable[Shards]]) -> tuple[Shards, ...]:
             data, count, numbers = part.data, part.count, part.numbers
             other, before = counts.setdefault(data, (count, run))
             if other != count:
-                raise ValueError(f"runs {before} and {run} are of the same data, split into {other} shards and into {count}")
+                raise InputError(f"runs {before} and {run} are of the same data, split into {other} shards and into {count}")
             whose = known.setdefault(data, {})
             twice = next((n for n in numbers if n in whose), None)
             if twice is not None:
-                raise ValueError(f"shard {twice}/{count} is in runs {whose[twice]} and {run}: it would count twice. Leave out one")
+                raise InputError(f"shard {twice}/{count} is in runs {whose[twice]} and {run}: it would count twice. Leave out one")
             whose.update(dict.fromkeys(numbers, run))
     return tuple(Shards(data, counts[data][0], tuple(sorted(whose))) for data, whose in known.items())
 
@@ -102,7 +103,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     """
     number, slash, count = text.partition("/")
     if not (slash and number.strip().isdigit() and count.strip().isdigit() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"a shard is written i/n, from 1/n to n/n: not {text!r}")
+        raise InputError(f"a shard is written i/n, from 1/n to n/n: not {text!r}")
     return int(number), int(count)
 
 

@@ -17,7 +17,7 @@ from nullspace.artifacts.store import new_directory, resolved
 from nullspace.distributed import Job
 from nullspace.distributed.errors import described, rebuilt
 from nullspace.distributed.job import default_store
-from nullspace.errors import Busy
+from nullspace.errors import Busy, OutputError
 
 # Seconds to wait for the holder of a lock to announce itself to its group, and for written files to appear on all machines.
 HANDOVER = 5.0
@@ -81,7 +81,7 @@ def written_once(out: str | os.PathLike[str], write: Callable[[], object]) -> No
     until = time.monotonic() + HANDOVER  # network file systems show new files with a delay
     while host != socket.gethostname() and not output.exists():
         if time.monotonic() > until:
-            raise OSError(f"{out} was written by rank {rank} on {host} and is not here: choose a place that all processes see")
+            raise OutputError(f"{out} was written by rank {rank} on {host} and is not here: choose a place that all processes see")
         time.sleep(0.1)
 
 

@@ -23,6 +23,7 @@ from nullspace.artifacts.identity import Weight, Weights, weights_of
 from nullspace.artifacts.shared_writes import written_once
 from nullspace.checks import Field, an_object, check_fields, check_tensor, file_name, list_of, map_of, text, whole
 from nullspace.distributed import Job
+from nullspace.errors import DamagedFileError, InputError, OtherModelError
 from nullspace.model.linear import weight_shape
 from nullspace.model.sites import Site
 
@@ -89,7 +90,7 @@ class _Stored(Entry[T]):
             try:
                 value = self._unpack(self._entry, tensors)
             except ValueError as error:
-                raise ValueError(f"{self._directory / self._entry['file']}: {error}") from error
+                raise DamagedFileError(f"{self._directory / self._entry['file']}: {error}") from error
             self._read_before = weakref.ref(value)
         return value
 
@@ -101,7 +102,7 @@ class _Stored(Entry[T]):
             with safe_open(path, framework="pt") as file:
                 prints = {key: file.get_tensor(key) for key in file.keys() if key.startswith(FINGERPRINT)}  # noqa: SIM118
         except (SafetensorError, FileNotFoundError) as error:
-            raise ValueError(f"{path} is missing or was altered since it was opened: {error}") from error
+            raise DamagedFileError(f"{path} is missing or was altered since it was opened: {error}") from error
         for key, mark in prints.items():
             check_tensor(prints, key, (min(len(mark.reshape(-1)), identity.FINGERPRINT_ENTRIES),), (torch.float32,), path)
         return {name: ((shape[0], shape[1]), prints.get(FINGERPRINT + name)) for name, shape in shapes.items()}
@@ -200,17 +201,17 @@ class Sitewise(Mapping[str, T], Generic[T]):
         """
         if name not in self._of:
             known = ", ".join(list(self._of)[:3])
-            raise ValueError(f"there is no {self.WHAT} for {name!r}; there are such for {known}, … ({len(self)} layers)")
+            raise InputError(f"there is no {self.WHAT} for {name!r}; there are such for {known}, … ({len(self)} layers)")
         shape = weight_shape(module) if weight is None else weight[0]
         entry = self._of[name]
         known_shape, known_print = entry.weights().get(name) or ((shape[0], entry.site.d_in), None)
         if shape != known_shape:
-            raise ValueError(
+            raise OtherModelError(
                 f"this {self.WHAT} is of another model: {name!r} has weight {shape} here and had {known_shape} at calibration"
             )
         mark = weights_of({name: module})[name][1] if weight is None else weight[1]
         if known_print is not None and mark is not None and not identity.same_fingerprint(known_print, mark):
-            raise ValueError(
+            raise OtherModelError(
                 f"this {self.WHAT} is of another model: the weight of {name!r} begins with {_head(mark)} here and with "
                 f"{_head(known_print)} at calibration"
             )
@@ -262,7 +263,7 @@ class Sitewise(Mapping[str, T], Generic[T]):
         try:
             loaded._read_more(manifest)
         except ValueError as error:
-            raise ValueError(f"{directory / records.MANIFEST}: {error}") from error
+            raise DamagedFileError(f"{directory / records.MANIFEST}: {error}") from error
         return loaded
 
     def _read_more(self, manifest: Mapping[str, Any]) -> None:
@@ -279,12 +280,14 @@ def _check_sites(manifest: Mapping[str, Any], fields: Mapping[str, Field], path:
         check_fields(entry, fields, where)
         for name, shape in entry["weight_shapes"].items():
             if name not in entry["members"] or shape[1] != entry["d_in"]:
-                raise ValueError(f"{where}: the weight {shape} of {name!r} is not of a layer with inputs of width {entry['d_in']}")
+                raise DamagedFileError(
+                    f"{where}: the weight {shape} of {name!r} is not of a layer with inputs of width {entry['d_in']}"
+                )
         twice = next((member for member in entry["members"] if member in known), None)
         if twice is not None:
-            raise ValueError(f"{where}: {twice!r} belongs to site {known[twice]} already")
+            raise DamagedFileError(f"{where}: {twice!r} belongs to site {known[twice]} already")
         if entry["file"] in files:
-            raise ValueError(f"{where}: {entry['file']!r} is the file of site {files[entry['file']]} already")
+            raise DamagedFileError(f"{where}: {entry['file']!r} is the file of site {files[entry['file']]} already")
         known.update(dict.fromkeys(entry["members"], number))
         files[entry["file"]] = number
 
@@ -326,7 +329,7 @@ def write_sites(
         files = {name: look for _, theirs in written for name, look in theirs.items()}
         missing = next((name for name in files if not (directory / name).is_file()), None)
         if missing is not None:
-            raise ValueError(f"{directory / missing} was written by another process and is not here: choose a place that all see")
+            raise InputError(f"{directory / missing} was written by another process and is not here: choose a place that all see")
         everyones = [entry for theirs, _ in written for entry in theirs]
         in_order = everyones if job.count == 1 else sorted(everyones, key=lambda entry: str(entry["file"]))
         records.write_manifest(directory, kind, {**(content or {}), "sites": in_order}, files)

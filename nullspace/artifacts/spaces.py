@@ -19,6 +19,7 @@ from nullspace.artifacts.sitewise import Fetched, Sitewise
 from nullspace.checks import (
     check_integer,
 )
+from nullspace.errors import DataWarning, InputError, PrecisionWarning
 from nullspace.model.sites import Site
 from nullspace.moments.covariance import Covariance
 from nullspace.moments.directions import Directions
@@ -145,6 +146,7 @@ class NullSpaces(Sitewise[NullSpace]):
                 f"rounding may have cost {len(unsure)} of {len(spaces)} sites more than {TOLERANCE:g} of their leak (at worst "
                 f"{max(s.excess_estimate for s in unsure):.1g}, by estimate): {few_names(unsure)}. Sum them again with "
                 'precision="fp64" or "qr", and keep them in float64.',
+                PrecisionWarning,
                 stacklevel=2,
             )
         warn_of_few_directions(spaces)
@@ -160,9 +162,9 @@ def check_avoid(avoid: Mapping[str, torch.Tensor] | None, names: Iterable[str]) 
     known, checked = set(names), {}
     for name, rows in (avoid or {}).items():
         if name not in known:
-            raise ValueError(f"avoid: {name!r} is none of the layers; their names are like {next(iter(known))!r}")
+            raise InputError(f"avoid: {name!r} is none of the layers; their names are like {next(iter(known))!r}")
         if rows.ndim != 2 or not rows.is_floating_point() or not bool(torch.isfinite(rows).all()):
-            raise ValueError(
+            raise InputError(
                 f"avoid: {name!r} needs a finite floating-point matrix (m, d_in), not {tuple(rows.shape)} {rows.dtype}"
             )
         checked[name] = rows.detach().to("cpu", torch.float64)
@@ -176,7 +178,7 @@ def _avoided_at(site: Site, avoid: Mapping[str, torch.Tensor]) -> torch.Tensor |
         return None
     wrong = next((r for r in rows if r.shape[1] != site.d_in), None)
     if wrong is not None:
-        raise ValueError(f"avoid: {site.name!r} has inputs of width {site.d_in}, and its rows are {tuple(wrong.shape)}")
+        raise InputError(f"avoid: {site.name!r} has inputs of width {site.d_in}, and its rows are {tuple(wrong.shape)}")
     _, sigma, vt = torch.linalg.svd(torch.cat(rows), full_matrices=False)
     return vt[sigma > 1e-12 * sigma[0]].mT if sigma[0] > 0 else None
 
@@ -191,7 +193,7 @@ def check_site_rank(site: Site, rank: int, avoid: Mapping[str, torch.Tensor]) ->
     left = site.d_in - (0 if avoided is None else avoided.shape[1])
     if not 1 <= rank < left:
         beside = "" if left == site.d_in else f", {site.d_in - left} directions of which are avoided"
-        raise ValueError(f"rank must be between 1 and {left - 1} at {site.name!r} (d_in = {site.d_in}{beside}), not {rank}")
+        raise InputError(f"rank must be between 1 and {left - 1} at {site.name!r} (d_in = {site.d_in}{beside}), not {rank}")
 
 
 def warn_of_few_directions(spaces: list[NullSpace]) -> None:
@@ -214,7 +216,7 @@ def warn_of_few_directions(spaces: list[NullSpace]) -> None:
             "tokens.",
         )
     if any(texts):
-        warnings.warn(" ".join(filter(None, texts)), stacklevel=3)
+        warnings.warn(" ".join(filter(None, texts)), DataWarning, stacklevel=3)
 
 
 def few_names(spaces: list[NullSpace]) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from nullspace.artifacts.locks import locked, naming, parents
 from nullspace.artifacts.records import MANIFEST, files_in, kind_of, read_json
+from nullspace.errors import OutputError, OutputExistsError
 
 PART = "nullspace-part.json"  # marks a temporary directory of nullspace
 
@@ -113,23 +114,23 @@ def resolved(out: str | os.PathLike[str]) -> Path:
     """
     path = Path(os.path.realpath(out))
     if _is_mount_point(path):
-        raise OSError(f"{out} is a mount point, which cannot be replaced; choose a place in it: {Path(out) / 'result'}")
+        raise OutputError(f"{out} is a mount point, which cannot be replaced; choose a place in it: {Path(out) / 'result'}")
     return path
 
 
 def _check_replaceable(out: Path, path: Path, overwritable: Callable[[Path], bool] | None, *, overwrite: bool) -> None:
     if path.is_symlink():
-        raise FileExistsError(f"{out} is a link that leads in a circle; choose another place")
+        raise OutputExistsError(f"{out} is a link that leads in a circle; choose another place")
     if not path.exists() or (overwritable is None and path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
-        raise FileExistsError(f"{out} exists; choose another place or ask for it to be overwritten")
+        raise OutputExistsError(f"{out} exists; choose another place or ask for it to be overwritten")
     if not (overwritable or _is_written_by_nullspace)(path):
         lacks = f" (it has no {MANIFEST} of ours)" if overwritable is None else ""
         foreign = _find_foreign(path) if overwritable is None else None
         if foreign is not None:
-            raise FileExistsError(f"{out} holds {foreign!r}, which nullspace did not write: move it, or choose another place")
-        raise FileExistsError(f"{out} was not written by nullspace{lacks} and is not overwritten")
+            raise OutputExistsError(f"{out} holds {foreign!r}, which nullspace did not write: move it, or choose another place")
+        raise OutputExistsError(f"{out} was not written by nullspace{lacks} and is not overwritten")
 
 
 def _is_written_by_nullspace(path: Path) -> bool:
@@ -226,18 +227,18 @@ def _replace(path: Path, new: Path, old: Path, overwritable: Callable[[Path], bo
         free = not old.is_symlink() and new.is_dir() and old.is_dir() and not any(old.iterdir())
         if not free and not (overwrite and not old.is_symlink() and overwritable(old)):
             old.rename(path)
-            raise FileExistsError(appeared)
+            raise OutputExistsError(appeared)
     try:
         if new.is_dir():
             new.rename(path)  # fails if a file or a directory with content has appeared there
         else:
             _link(new, path)
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise FileExistsError(appeared) from error
+        raise OutputExistsError(appeared) from error
     except OSError as error:
         if error.errno != errno.ENOTEMPTY:
             raise
-        raise FileExistsError(appeared) from error
+        raise OutputExistsError(appeared) from error
     sync(path.parent)
 
 
@@ -250,7 +251,7 @@ def _link(new: Path, path: Path) -> None:
         raise
     except OSError:  # a file system without hard links
         if os.path.lexists(path):
-            raise FileExistsError(path) from None
+            raise OutputExistsError(path) from None
         new.rename(path)
 
 

@@ -22,6 +22,7 @@ from nullspace.calibration.run import Run, prepare
 from nullspace.calibration.stream import one_pass
 from nullspace.distributed import Job
 from nullspace.distributed.loaders import part_of
+from nullspace.errors import InputError
 from nullspace.model.sites import Site
 from nullspace.moments.state import check_state
 from nullspace.progress import Progress
@@ -145,7 +146,7 @@ def _sites(run: Run, kept: Checkpoint | None, dtype: torch.dtype) -> Iterator[Wr
 def _shard(loader: Iterable[Any], number: int, count: int) -> Iterable[Any]:
     """One shard of a loader."""
     if isinstance(loader, Iterator):
-        raise ValueError("a shard needs a loader that can be read more than once: a list or a DataLoader, not an iterator")
+        raise InputError("a shard needs a loader that can be read more than once: a list or a DataLoader, not an iterator")
     return part_of(loader, number, count)
 
 
@@ -153,5 +154,5 @@ def _account_of(loader: Iterable[Any], number: int, count: int) -> Shards:
     """The account of one shard. Reads the loader to its end."""
     whole = hash_data(loader)
     if whole["batches"] < number:
-        raise ValueError(f"shard {number}/{count} has no batch: there are {whole['batches']}. Ask for no more shards than that")
+        raise InputError(f"shard {number}/{count} has no batch: there are {whole['batches']}. Ask for no more shards than that")
     return Shards((whole["content"], whole["batches"]), count, (number,))

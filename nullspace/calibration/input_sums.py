@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nullspace.errors import InputError
 from nullspace.model.linear import unlike_linear, weight_of, weight_shape
 from nullspace.model.padding import Padding
 from nullspace.model.sharded import layer_input
@@ -143,7 +144,7 @@ class InputSums:
         if name in self.left_out or name not in self._targets:
             return
         if not isinstance(self._targets, Targets):
-            raise ValueError(f"target {name!r} {why}. Leave it out of targets")
+            raise InputError(f"target {name!r} {why}. Leave it out of targets")
         self._targets.leave_out(name, why)
         self.left_out[name] = why
         each = self._of.pop(name, None)
@@ -164,7 +165,7 @@ class InputSums:
         if nonfinite is not None:
             covariance, text = nonfinite
             name = next(each.members[0] for each in self._sums if each.covariance is covariance)
-            raise ValueError(f"{name}, batch {self._batch}: {text}")
+            raise InputError(f"{name}, batch {self._batch}: {text}")
 
     def partial(self) -> list[tuple[Site, Covariance]]:
         """The sites and their sums so far. Call this between two batches; later batches change the sums."""
@@ -178,7 +179,7 @@ class InputSums:
         """
         empty = next((s for s in self._sums if s.covariance.tokens == 0), None)
         if empty is not None:
-            raise ValueError(f"no tokens at {empty.members[0]!r}: {self.MASKED}")
+            raise InputError(f"no tokens at {empty.members[0]!r}: {self.MASKED}")
         self._of.clear()
         while self._sums:
             each = self._sums.pop(0)
@@ -197,7 +198,7 @@ class InputSums:
             try:
                 each.covariance.flush()
             except ValueError as error:
-                raise ValueError(f"{each.members[0]}: {error}") from error
+                raise InputError(f"{each.members[0]}: {error}") from error
 
     def take(self, site: Site, device: torch.device) -> Covariance:
         """Remove and return the sums of one site; empty sums on `device` if this process had none of its inputs."""
@@ -218,13 +219,13 @@ class InputSums:
             summed = x if self._weigh is None else self._weigh(each.members[0], x)
             each.begin_input(name, x, summed, mask)
         except ValueError as error:
-            raise ValueError(f"{name}, batch {self._batch}: {error}") from error
+            raise InputError(f"{name}, batch {self._batch}: {error}") from error
 
     def _end_input(self, each: _SiteSum) -> None:
         missing = each.end_input()
         if missing is not None:
             other = next(m for m in each.members if m != missing)
-            raise ValueError(
+            raise InputError(
                 f"{missing!r} shared its input with {other!r} in the batch in which they were first called, but not in batch "
                 f"{self._batch}: one sum cannot serve both. Calibrate them in separate runs (targets=[{missing!r}], …)."
             )
@@ -239,7 +240,7 @@ def leave_out_uncalled(uncalled: Mapping[str, nn.Module], targets: Mapping[str, 
             targets.leave_out(name, "was never called: these data do not reach it")
         return
     more = f" and {len(uncalled) - 1} more" if len(uncalled) > 1 else ""
-    raise ValueError(
+    raise InputError(
         f"target {next(iter(uncalled))!r}{more} was never called: these data do not reach it. Leave it out of targets, or add "
         "data that do."
     )
@@ -318,7 +319,7 @@ def _check_standing(model: nn.Module, handles: list[tuple[str, nn.Module, Any]])
     for name, module, handle in handles:
         if handle.id not in module._forward_pre_hooks or id(module) not in there:
             what = "was replaced" if id(module) not in there else "lost the hook that reads its inputs"
-            raise ValueError(
+            raise InputError(
                 f"{name!r} {what} while the model ran: not all of its inputs were summed. Something in the model's forward pass "
                 "does that: switch it off, or leave the layer out of targets."
             )

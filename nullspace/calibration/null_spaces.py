@@ -32,6 +32,7 @@ from nullspace.calibration.stream import one_pass
 from nullspace.checks import Range, check_integer, check_real
 from nullspace.distributed import Job
 from nullspace.distributed.loaders import example_of, length
+from nullspace.errors import InputError, InsufficientMemoryError, PrecisionWarning
 from nullspace.model.linear import weight_shape
 from nullspace.model.sites import Site
 from nullspace.moments.precision import precision_of
@@ -143,6 +144,7 @@ def compute_null_spaces(
                 f"rounding may have cost {len(unsure)} of {len(bases.spaces)} sites more than {tolerance:g} of their leak (at "
                 f"worst {max(s.excess_estimate for s in unsure):.1g}, by estimate): {few_names(unsure)}. The loader can be read "
                 "only once, so they were not summed again: use precision='fp64', or a loader that can be read twice.",
+                PrecisionWarning,
                 stacklevel=2,
             )
         run.targets.settle(run.model, warn=job.first)
@@ -183,7 +185,7 @@ class _Bases:
             space = NullSpace.from_facts(facts, tensors)
             check_site(facts, self._run.targets)
             if space.rank != self._rank:
-                raise ValueError(f"its rank is {space.rank}, not {self._rank}")
+                raise InputError(f"its rank is {space.rank}, not {self._rank}")
 
         for facts, read in kept.load(check):
             self.spaces.append(NullSpace.from_facts(facts, read() if self._run.job.count == 1 else _without_basis(facts, read)))
@@ -309,5 +311,5 @@ def _explaining_memory(explain: Callable[[], str]) -> Iterator[None]:
             text = explain()
         except Exception:  # a failed forecast must not hide the error
             raise error from None
-        kind = torch.cuda.OutOfMemoryError if isinstance(error, torch.cuda.OutOfMemoryError) else MemoryError
+        kind = torch.cuda.OutOfMemoryError if isinstance(error, torch.cuda.OutOfMemoryError) else InsufficientMemoryError
         raise kind(f"{error}\n{text}") from error

@@ -22,6 +22,7 @@ from nullspace.calibration.hidden_states import PLACES
 from nullspace.checks import check_device, check_one_of
 from nullspace.distributed import Job
 from nullspace.distributed.loaders import digest_of, example_of, length
+from nullspace.errors import InputError
 from nullspace.model import sharded
 from nullspace.model.blocks import find_blocks
 from nullspace.model.sites import Targets, find_targets
@@ -145,7 +146,7 @@ def prepare(
         if strategy == "resident":
             device, hidden_states = None, "auto"
     elif strategy == "resident" and (device is not None or hidden_states != "auto"):
-        raise ValueError("device and hidden_states belong to strategy='layerwise'")
+        raise InputError("device and hidden_states belong to strategy='layerwise'")
     run = Run(
         model=model,
         loader=loader,

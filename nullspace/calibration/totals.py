@@ -21,6 +21,7 @@ from torch import nn
 from nullspace.calibration.input_sums import InputSums
 from nullspace.distributed import Job
 from nullspace.distributed.job import Reduction
+from nullspace.errors import InputError
 from nullspace.model.sites import Site
 from nullspace.moments.covariance import Covariance
 
@@ -140,7 +141,7 @@ class Totals:
         sites = _all_sites(job.exchange([(site, c.tokens, c.device.type) for site, c in sums.partial()]))
         empty = next((site for site, (tokens, _) in sites.items() if tokens == 0), None)
         if empty is not None:
-            raise ValueError(f"no tokens at {empty.name!r}: {sums.MASKED}")
+            raise InputError(f"no tokens at {empty.name!r}: {sums.MASKED}")
         owners = self.deal([site.d_in for site in sites])
         for (site, (_, kind)), owner in zip(sites.items(), owners, strict=True):
             self._under_way.append(begin(job, sums.take(site, torch.device(kind)), site, owner))
@@ -209,7 +210,7 @@ def _all_sites(reports: Sequence[Sequence[tuple[Site, int, str]]]) -> dict[Site,
             for member in site.members:
                 other, before = whose.setdefault(member, (site, number))
                 if other != site:
-                    raise ValueError(
+                    raise InputError(
                         f"{member!r} shares its input with {_others(member, other)} on rank {before}, and with "
                         f"{_others(member, site)} on rank {number}: one sum cannot serve both. Calibrate them in separate runs "
                         f"(targets=[{member!r}], …)."

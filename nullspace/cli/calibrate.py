@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nullspace.cli import console, options, together
 from nullspace.cli.interrupts import Terminated
 from nullspace.cli.options import Layers, Running, RunningForSpaces, Shown, Text, option
+from nullspace.errors import InputError
 from nullspace.progress import Progress
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ def compute(
 
     began = time.perf_counter()
     if source.covariances is None and (model is None or source.data is None):
-        raise ValueError("give MODEL and --data, or --covariances")
+        raise InputError("give MODEL and --data, or --covariances")
     if source.covariances is not None and (model is not None or source.data is not None):
-        raise ValueError("--covariances needs neither MODEL nor --data: leave them out")
+        raise InputError("--covariances needs neither MODEL nor --data: leave them out")
     if source.data is None and not together.is_first():
         return None
     with reserved(out, shown, running, calibrates=source.covariances is None) as checkpoint:
@@ -243,7 +244,7 @@ def check_length(config: Any, name: str, length: int) -> None:
 
     limit = positions(config)
     if limit is not None and length > limit:
-        raise ValueError(
+        raise InputError(
             f"--length {length} is more than the {limit} positions that {name} has: give at most {limit}, or scale its rotary "
             "embeddings in its config.json if it has any"
         )

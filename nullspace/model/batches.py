@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from nullspace.errors import InputError, InputTypeError
 from nullspace.model.blocks import is_encoder_decoder
 from nullspace.model.linear import output_head
 from nullspace.model.padding import Padding, PaddingReader, looks_like_mask
@@ -70,7 +71,7 @@ def naming_batch(call: Call) -> Iterator[None]:
     except IndexError as error:
         ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
         shape = f" {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else ""
-        raise ValueError(
+        raise InputError(
             f"batch {call.number}{shape}: the model has no embedding for one of its token ids or positions ({error}): use shorter "
             "sequences, or the model's own tokenizer"
         ) from error
@@ -148,11 +149,11 @@ def _named(batch: Any, number: int, model: nn.Module) -> tuple[dict[str, Any], b
         return {str(key): value for key, value in batch.items()}, True
     values = (batch,) if isinstance(batch, torch.Tensor) else batch
     if not isinstance(values, (tuple, list)) or not values or not all(isinstance(value, torch.Tensor) for value in values):
-        raise TypeError(f"batch {number} is {type(batch).__name__}; expected a mapping, a tensor or a tuple of tensors")
+        raise InputTypeError(f"batch {number} is {type(batch).__name__}; expected a mapping, a tensor or a tuple of tensors")
     names, own = parameter_names(model, len(values))
     if len(names) < len(values):
         if any(looks_like_mask(value, values[0]) for value in values[max(1, len(names)) :]):
-            raise ValueError(
+            raise InputError(
                 f"batch {number}: one of its {len(values)} tensors looks like an attention_mask, but the forward of "
                 f"{type(model).__name__} does not name its arguments: give batches as mappings with 'attention_mask'"
             )

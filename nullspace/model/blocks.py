@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from nullspace.errors import InputError
 from nullspace.model.linear import is_linear
 from nullspace.model.wrappers import unwrapped
 
@@ -27,14 +28,14 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
             model. Whether they are called one after the other is seen only when the model runs.
     """
     if is_encoder_decoder(model):
-        raise ValueError(_refusal(model, "is an encoder–decoder model, whose decoder reads the encoder's output in every block"))
+        raise InputError(_refusal(model, "is an encoder–decoder model, whose decoder reads the encoder's output in every block"))
     with unwrapped(model):
         outer = marked_blocks(model) or _equal_lists(model)
     if not outer:
-        raise ValueError(_refusal(model, "has no list of blocks"))
+        raise InputError(_refusal(model, "has no list of blocks"))
     chains = list(dict.fromkeys(name.rpartition(".")[0] for name in outer))
     if len(chains) > 1:
-        raise ValueError(_refusal(model, f"has {len(chains)} chains of blocks ({', '.join(map(repr, chains[:4]))})"))
+        raise InputError(_refusal(model, f"has {len(chains)} chains of blocks ({', '.join(map(repr, chains[:4]))})"))
     return outer
 
 
@@ -47,7 +48,7 @@ def marked_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def refuse_chain(model: nn.Module, why: str) -> ValueError:
     """The error for blocks that turn out, while the model runs, not to be a chain."""
-    return ValueError(_refusal(model, why))
+    return InputError(_refusal(model, why))
 
 
 def _is_marked(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from nullspace.errors import DataWarning, InputError
 from nullspace.model.blocks import is_encoder_decoder, marked_blocks
 from nullspace.model.sharded_tensors import is_sharded
 
@@ -79,7 +80,7 @@ class PaddingReader:
         try:
             padding = self.padding_of(inputs)
         except ValueError as error:
-            raise ValueError(f"batch {number}: {error}") from error
+            raise InputError(f"batch {number}: {error}") from error
         if not self._has_warned and all(inputs.get(name) is None for name in ("attention_mask", "decoder_attention_mask")):
             suspicion = _suspicion(inputs, self._pad)
             if suspicion is not None:
@@ -87,6 +88,7 @@ class PaddingReader:
                 warnings.warn(
                     f"batch {number}: {suspicion}: all tokens are counted. Give 'attention_mask' (batch, tokens) with the batches: "
                     "0 where a token is padding, 1 elsewhere.",
+                    DataWarning,
                     stacklevel=2,
                 )
         return padding
@@ -109,6 +111,7 @@ class PaddingReader:
             warnings.warn(
                 f"the batches are padded on the left, and {type(model).__name__} counts positions from the padding on: its layers "
                 f"get other inputs than for texts alone. {way} on the right.",
+                DataWarning,
                 stacklevel=2,
             )
 
@@ -149,7 +152,7 @@ def _token_mask(given: Any, shape: tuple[int, ...] | None) -> tuple[torch.Tensor
     if isinstance(given, Mapping):
         return _agreed([_token_mask(each, shape) for each in given.values()])
     if not isinstance(given, torch.Tensor):
-        raise ValueError(f"attention_mask is {type(given).__name__}, not a tensor (batch, tokens)")
+        raise InputError(f"attention_mask is {type(given).__name__}, not a tensor (batch, tokens)")
     if given.ndim == 2 or tuple(given.shape) == shape:
         return (given != 0).reshape(-1, given.shape[-1]), None
     obstacle = f"an attention_mask of shape {tuple(given.shape)}"

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from nullspace.errors import InputError
 from nullspace.model.linear import is_conv1d, weight_of
 from nullspace.model.sharded_tensors import is_dtensor, is_sharded, is_zero
 
@@ -196,14 +197,14 @@ def prepare_sharded(model: nn.Module, targets: Mapping[str, nn.Module], job: Job
     gathered, together = _groups(model)
     for name, layer in targets.items():
         if _is_cut_along_input(name, layer, gathered):
-            raise ValueError(
+            raise InputError(
                 f"{name!r} receives only a part of its input on each rank (tensor parallelism, split along d_in). {INSTEAD}."
             )
     _refuse_absent(gathered, job)
     members = set(job.ranks)
     both = next((sorted(ranks & members) for ranks in together if len(ranks & members) > 1), None)
     if both is not None:
-        raise ValueError(
+        raise InputError(
             f"ranks {_listed(both)} compute the same layers together (tensor parallelism) and have to read the same batches, but a "
             "job of both splits the batches between them: use job=Job.alone(), with which each does all of it, or "
             "job=Job(group), the group of the mesh's data-parallel dimension (mesh['dp'].get_group())"
@@ -211,7 +212,7 @@ def prepare_sharded(model: nn.Module, targets: Mapping[str, nn.Module], job: Job
     if strategy == "resident":
         _refuse_without_hooks(model)
     if strategy == "layerwise" and together and gathered:
-        raise ValueError(
+        raise InputError(
             "strategy='layerwise' gathers weights whole, and some of these are split by tensor parallelism too: use "
             "strategy='resident'"
         )
@@ -277,7 +278,7 @@ def layer_input(name: str, before: Any, after: Any) -> torch.Tensor:
     x = after
     if is_dtensor(after):
         if not all(p.is_replicate() for p in after.placements):
-            raise ValueError(f"{name!r} receives only a part of its input on each rank ({after.placements}). {INSTEAD}.")
+            raise InputError(f"{name!r} receives only a part of its input on each rank ({after.placements}). {INSTEAD}.")
         with torch.no_grad():
             x = after.to_local()
         if type(x) is not torch.Tensor:  # the result of a collective that may still run
@@ -339,20 +340,20 @@ def _is_plain_part(layer: nn.Module) -> bool:
 
 def _refuse_wrappers(model: nn.Module) -> None:
     if any(_is_a(module, "FullyShardedDataParallel") for module in model.modules()):
-        raise ValueError(
+        raise InputError(
             "the model is wrapped in FullyShardedDataParallel (FSDP1), which keeps weights in flat parameters that are no layer's: "
             "use fully_shard (FSDP2; accelerate: fsdp_version=2), or load the model with a device_map or in host memory, for "
             "strategy='layerwise'"
         )
     if type(model).__name__ == "DeepSpeedEngine":
-        raise ValueError("this is a DeepSpeedEngine: give its model, engine.module")
+        raise InputError("this is a DeepSpeedEngine: give its model, engine.module")
 
 
 def _refuse_absent(gathered: set[Any], job: Job) -> None:
     members = set(job.ranks)
     missing = next((ranks for ranks in gathered if not ranks <= members), None)
     if missing is not None:
-        raise ValueError(
+        raise InputError(
             f"the weights are sharded over ranks {_listed(missing)}, and {_listed(missing - members)} is not in this job: it would "
             "not take part in gathering them. Let all of them work together (without job=, or a Job of a group that has all), or "
             "give each process an unsharded model"
@@ -361,7 +362,7 @@ def _refuse_absent(gathered: set[Any], job: Job) -> None:
 
 def _refuse_cut_by_hand(model: nn.Module) -> None:
     if _cut_by_hand(model):
-        raise ValueError(
+        raise InputError(
             "the model's weights are split between ranks (tensor parallelism) as plain tensors, which cannot be gathered: load it "
             "whole or with a device_map, or shard it with fully_shard (FSDP2)"
         )
@@ -369,7 +370,7 @@ def _refuse_cut_by_hand(model: nn.Module) -> None:
 
 def _refuse_without_hooks(model: nn.Module) -> None:
     if any(map(is_zero, model.parameters())) and not has_deepspeed_engine(model):
-        raise ValueError(
+        raise InputError(
             "the weights are partitioned (ZeRO-3), and without an engine nothing gathers them in a forward pass: call "
             "deepspeed.initialize and give engine.module, or use strategy='layerwise'"
         )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from nullspace.checks import check_integer
+from nullspace.errors import InputError, InputTypeError, TargetWarning
 from nullspace.model.linear import is_linear, is_of_class, output_head, weight_shape
 from nullspace.model.sharded_tensors import shape_of
 from nullspace.model.wrappers import named_modules, unwrap
@@ -79,7 +80,7 @@ class Targets(dict[str, nn.Module]):
     def leave_out(self, name: str, why: str) -> None:
         """Remove a layer that cannot be a target: `ValueError` if the user has asked for it."""
         if not self.optional:
-            raise ValueError(f"target {name!r} {why}. Leave it out of targets")
+            raise InputError(f"target {name!r} {why}. Leave it out of targets")
         self.left_out[name] = why
         self.pop(name, None)
 
@@ -87,7 +88,7 @@ class Targets(dict[str, nn.Module]):
         """Raise `ValueError`, with the first reason, if all layers are left out."""
         if not self and self.left_out:
             name, why = next(iter(self.left_out.items()))
-            raise ValueError(f"'all-linear' leaves no layer: {name!r} {why} (the first of {len(self.left_out)})")
+            raise InputError(f"'all-linear' leaves no layer: {name!r} {why} (the first of {len(self.left_out)})")
 
     def settle(self, model: nn.Module, *, warn: bool = True, stacklevel: int = 3) -> None:
         """Remove the layers that selections made by `only` have left out, and warn once of what `"all-linear"` leaves out.
@@ -124,6 +125,7 @@ class Targets(dict[str, nn.Module]):
             warnings.warn(
                 f"'all-linear' leaves out {_listed_by_kind(reasons)}. {missed:.2%} of the parameters in the model's matrices "
                 "(embeddings and output head aside) are left out in all.",
+                TargetWarning,
                 stacklevel=stacklevel,
             )
 
@@ -164,13 +166,13 @@ def find_targets(
     modules = named_modules(model)  # a layer's second name is no typing error
     adapter = next((name for name, module in modules.items() if _carries_adapter(module)), None)
     if adapter is not None:
-        raise ValueError(f"the model already carries a LoRA adapter or another of PEFT's ({adapter!r}); merge or unload it first")
+        raise InputError(f"the model already carries a LoRA adapter or another of PEFT's ({adapter!r}); merge or unload it first")
     optional = targets == "all-linear"
     if optional:
         head = output_head(model)
         layers = {name: m for name, m in modules.items() if name and is_linear(m) and m is not head}
         if not layers:
-            raise ValueError(f"'all-linear': {type(model).__name__} has no linear layer")
+            raise InputError(f"'all-linear': {type(model).__name__} has no linear layer")
     elif isinstance(targets, str):
         layers = _match_expression(modules, targets)
     else:
@@ -178,7 +180,7 @@ def find_targets(
     excluded = _excluded(model, layers, exclude, optional)
     chosen = Targets({name: m for name, m in layers.items() if name not in excluded}, optional=optional, excluded=excluded)
     if not chosen:
-        raise ValueError(f"exclude={exclude!r} takes away all of targets={targets!r}: no layer is left")
+        raise InputError(f"exclude={exclude!r} takes away all of targets={targets!r}: no layer is left")
     _leave_out_repeated(modules, chosen)
     chosen.refuse_empty()
     if rank is not None:
@@ -192,9 +194,9 @@ def check_rank(layers: Mapping[str, nn.Module], rank: int) -> None:
     for name, layer in layers.items():
         d_out, d_in = weight_shape(layer)
         if rank >= d_in:
-            raise ValueError(f"rank {rank} does not leave {name!r} (d_in = {d_in}) any input: it must be below d_in")
+            raise InputError(f"rank {rank} does not leave {name!r} (d_in = {d_in}) any input: it must be below d_in")
         if rank > d_out:
-            raise ValueError(
+            raise InputError(
                 f"rank {rank} is larger than the weight of {name!r} ({d_out} × {d_in}) allows: choose rank ≤ {d_out}, or leave "
                 "the layer out of targets"
             )
@@ -208,12 +210,12 @@ def _match_expression(modules: dict[str, nn.Module], expression: str) -> dict[st
     try:
         pattern = re.compile(expression)
     except re.error as error:
-        raise ValueError(f"targets={expression!r} is not a regular expression ({error}); for one name, use a list") from None
+        raise InputError(f"targets={expression!r} is not a regular expression ({error}); for one name, use a list") from None
     matched = {name: m for name, m in modules.items() if name and pattern.fullmatch(name)}
     linear = {name: m for name, m in matched.items() if is_linear(m)}
     if not linear:
         what = f"matches only modules that are not linear, such as {next(iter(matched))!r}" if matched else "matches no module"
-        raise ValueError(
+        raise InputError(
             f"targets={expression!r} {what}. A string is a regular expression for whole module names, "
             f"such as {_example(modules)!r}; for endings of names, use a list. {_names(modules)}"
         )
@@ -222,7 +224,7 @@ def _match_expression(modules: dict[str, nn.Module], expression: str) -> dict[st
 
 def _match_endings(modules: dict[str, nn.Module], endings: list[str]) -> dict[str, nn.Module]:
     if not endings:
-        raise ValueError("targets is empty")
+        raise InputError("targets is empty")
     wanted: set[str] = set()
     for ending in endings:
         matched = [name for name in modules if name and (name == ending or name.endswith(f".{ending}"))]
@@ -230,10 +232,10 @@ def _match_endings(modules: dict[str, nn.Module], endings: list[str]) -> dict[st
             last_parts = {name.rpartition(".")[2] for name, m in modules.items() if is_linear(m)}
             close = difflib.get_close_matches(ending.rpartition(".")[2], sorted(last_parts), n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"target {ending!r} matches no module.{hint} {_names(modules)}")
+            raise InputError(f"target {ending!r} matches no module.{hint} {_names(modules)}")
         wrong = next((name for name in matched if not is_linear(modules[name])), None)
         if wrong is not None:
-            raise ValueError(f"target {ending!r} matches {wrong!r}, which is {type(modules[wrong]).__name__}, not a linear layer")
+            raise InputError(f"target {ending!r} matches {wrong!r}, which is {type(modules[wrong]).__name__}, not a linear layer")
         wanted.update(matched)
     return {name: m for name, m in modules.items() if name in wanted}
 
@@ -245,28 +247,28 @@ def _excluded(
     if exclude is None:
         return frozenset()
     if isinstance(exclude, Mapping):
-        raise TypeError("exclude names layers; rows that a basis is to be orthogonal to (row_spaces) belong to avoid=")
+        raise InputTypeError("exclude names layers; rows that a basis is to be orthogonal to (row_spaces) belong to avoid=")
     names = list(dict.fromkeys([*layers, *(name for name, _ in _matrices(model))] if optional else layers))
     if isinstance(exclude, str):
         try:
             pattern = re.compile(exclude)
         except re.error as error:
-            raise ValueError(f"exclude={exclude!r} is not a regular expression ({error}); for one name, use a list") from None
+            raise InputError(f"exclude={exclude!r} is not a regular expression ({error}); for one name, use a list") from None
         matched = [name for name in names if pattern.fullmatch(name)]
         if not matched:
-            raise ValueError(
+            raise InputError(
                 f"exclude={exclude!r} matches no target. A string is a regular expression for whole module names, such as "
                 f"{_example(layers)!r}; for endings of names, use a list. {_names(layers)}"
             )
         return frozenset(matched)
     endings = list(exclude)
     if not endings:
-        raise ValueError("exclude is empty: leave it out")
+        raise InputError("exclude is empty: leave it out")
     matched = []
     for ending in endings:
         own = [name for name in names if name == ending or name.endswith(f".{ending}")]
         if not own:
-            raise ValueError(f"exclude: {ending!r} matches no target. {_names(layers)}")
+            raise InputError(f"exclude: {ending!r} matches no target. {_names(layers)}")
         matched += own
     return frozenset(matched)
 

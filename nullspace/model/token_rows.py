@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nullspace.errors import InputError
 from nullspace.model.blocks import is_encoder_decoder, marked_blocks
 from nullspace.model.padding import Padding
 from nullspace.model.wrappers import named_modules
@@ -97,7 +98,7 @@ class TokenRows:
         if kept == [tokens, batch] and batch > 1 and tokens > 1 and (batch != tokens or self._tokens_first):
             self._tokens_first = True
             if name in self._square and batch != tokens:
-                raise ValueError(
+                raise InputError(
                     f"{name}, batch {self._batch}: its input has the tokens first, which an earlier batch of as many sequences as "
                     "tokens did not show: give batches of another size, or without padding"
                 )
@@ -111,7 +112,7 @@ class TokenRows:
     def _refuse(self, name: str, why: str) -> None:
         number = self._batch if self._padding.hides else self._padded()
         if number is not None:
-            raise ValueError(f"{name}, batch {number}: {why}")
+            raise InputError(f"{name}, batch {number}: {why}")
 
 
 def _axes(rows: tuple[int, ...], batch: int, tokens: int) -> list[int] | None:

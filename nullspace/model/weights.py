@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nullspace.errors import InputError
 from nullspace.model.sharded import compute_dtypes
 from nullspace.model.sharded_tensors import device_of, is_sharded, shape_of, whole
 
@@ -37,7 +38,7 @@ def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
         return tensor
     weights = offloaded_weights(module)
     if weights is None or name not in weights:
-        raise ValueError(f"{name!r} of a {type(module).__name__} is on the meta device: its values were never loaded")
+        raise InputError(f"{name!r} of a {type(module).__name__} is on the meta device: its values were never loaded")
     value: torch.Tensor = weights[name]
     return value
 
@@ -91,7 +92,7 @@ def refuse_meta(model: nn.Module, skip: Iterable[nn.Module] = ()) -> None:
     for name, module in model.named_modules():
         for key, tensor in own_tensors(module).items():
             if tensor.device.type == "meta" and not is_sharded(tensor) and id(module) not in served:
-                raise ValueError(
+                raise InputError(
                     f"{f'{name}.{key}'.lstrip('.')!r} is on the meta device: its values were never loaded. Load the model with its "
                     "weights, or with a device_map."
                 )

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from nullspace.checks import check_one_of
+from nullspace.errors import InputError, InputTypeError
 from nullspace.moments.precision import PRECISIONS, new_sums
 from nullspace.moments.state import check_state
 from nullspace.moments.sums import GramSums, Sums, TokenMask, nonfinite
@@ -60,7 +61,7 @@ class Covariance:
 
     def __init__(self, d_in: int, *, device: torch.device | str = "cpu", precision: str = "auto") -> None:
         if d_in < 1:
-            raise ValueError(f"d_in must be at least 1, not {d_in}")
+            raise InputError(f"d_in must be at least 1, not {d_in}")
         check_one_of("precision", precision, PRECISIONS)
         self.d_in = d_in
         self.device = torch.device(device)
@@ -85,14 +86,14 @@ class Covariance:
             TypeError: if `x` is not floating point.
         """
         if not x.is_floating_point():
-            raise TypeError(f"activations must be floating point, not {x.dtype}")
+            raise InputTypeError(f"activations must be floating point, not {x.dtype}")
         if x.ndim == 0 or x.shape[-1] != self.d_in:
-            raise ValueError(f"expected inputs of width {self.d_in}, got shape {tuple(x.shape)}")
+            raise InputError(f"expected inputs of width {self.d_in}, got shape {tuple(x.shape)}")
         rows = x.detach().reshape(-1, self.d_in)
         if isinstance(mask, torch.Tensor):
             mask = TokenMask(mask)
         if mask is not None and mask.rows != len(rows):
-            raise ValueError(f"the mask has {mask.rows} entries for {len(rows)} rows (input {tuple(x.shape)})")
+            raise InputError(f"the mask has {mask.rows} entries for {len(rows)} rows (input {tuple(x.shape)})")
         if mask is not None and mask.count == len(rows):
             mask = None
         count = len(rows) if mask is None else mask.count
@@ -109,7 +110,7 @@ class Covariance:
             ValueError: if the widths or the precisions differ.
         """
         if other.d_in != self.d_in or other.precision != self.precision:
-            raise ValueError(
+            raise InputError(
                 f"cannot merge a covariance of width {other.d_in} and precision {other.precision!r} "
                 f"into one of width {self.d_in} and precision {self.precision!r}"
             )
@@ -141,7 +142,7 @@ class Covariance:
             ValueError: if the weight is not a positive number.
         """
         if not 0.0 < weight < float("inf"):
-            raise ValueError(f"a weight must be a positive number, not {weight}")
+            raise InputError(f"a weight must be a positive number, not {weight}")
         self._sums.scale(weight)
         self._samples.sums *= weight
         self._mass *= weight
@@ -201,7 +202,7 @@ class Covariance:
         """
         sums = self._flushed()
         if not isinstance(sums, GramSums):
-            raise ValueError(f"no sum under precision={self.precision!r}: roots cannot be added")
+            raise InputError(f"no sum under precision={self.precision!r}: roots cannot be added")
         return sums.compress([self._tokens, self._mass, sums.outliers, *self._samples.numbers()])
 
     def expand(self) -> None:
@@ -231,7 +232,7 @@ class Covariance:
         """
         sums = self._flushed()
         if not isinstance(sums, QrSums):
-            raise ValueError(f'only precision="qr" keeps a root, not {self.precision!r}')
+            raise InputError(f'only precision="qr" keeps a root, not {self.precision!r}')
         return sums.root.clone()
 
     def mean(self) -> torch.Tensor:

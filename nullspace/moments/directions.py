@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from nullspace import solvers
+from nullspace.errors import DataWarning
 from nullspace.moments.covariance import Covariance
 
 # A warning lists so many names.
@@ -71,7 +72,7 @@ class Directions:
         """
         text = self.text(what)
         if text:
-            warnings.warn(text, stacklevel=stacklevel + 1)
+            warnings.warn(text, DataWarning, stacklevel=stacklevel + 1)
 
     def text(self, what: str) -> str:
         """The text of the warning; empty if no site is short of directions."""

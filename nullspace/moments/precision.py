@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 
 import nullspace.csrc_triton as csrc_triton
+from nullspace.errors import ResourceUseWarning
 from nullspace.moments.sums import Sums
 from nullspace.moments.sums_qr import QrSums
 from nullspace.moments.sums_torch import TorchSums
@@ -43,4 +44,6 @@ def new_sums(d_in: int, device: torch.device, precision: str) -> Sums:
 
 @functools.cache
 def _warn_of_fallback(obstacle: str) -> None:
-    warnings.warn(f"{obstacle}: second moments are summed by PyTorch's matrix products, which is slower", stacklevel=4)
+    warnings.warn(
+        f"{obstacle}: second moments are summed by PyTorch's matrix products, which is slower", ResourceUseWarning, stacklevel=4
+    )

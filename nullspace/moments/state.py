@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nullspace.checks import an_object, check_fields, check_tensor, finite, list_of, optional, whole
+from nullspace.errors import InputError
 from nullspace.moments.sums import GramSums
 from nullspace.moments.sums_qr import QrSums
 
@@ -37,10 +38,10 @@ def check_state(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -
     if name == "triangle":
         diagonal = large[torch.arange(1, d + 1).cumsum(0) - 1]
         if bool((diagonal < 0).any()):
-            raise ValueError("a covariance: the diagonal of its triangle holds sums of squares, and one is negative")
+            raise InputError("a covariance: the diagonal of its triangle holds sums of squares, and one is negative")
         trace = float(diagonal.sum(dtype=torch.float64))
     else:
         norm = float(torch.linalg.vector_norm(large, dtype=torch.float64))
         trace = norm * norm
     if trace == math.inf:
-        raise ValueError("a covariance: its trace is beyond the range of float64")
+        raise InputError("a covariance: its trace is beyond the range of float64")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from nullspace.errors import InputError
 from nullspace.moments.triangle import LowerTriangle
 
 # A token is an outlier if its norm exceeds this many times the median norm of those around it.
@@ -226,7 +227,7 @@ def narrowed(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, floa
     narrow = rows.to(dtype)
     lost = float(torch.linalg.vector_norm(rows.sub_(narrow)))
     if not math.isfinite(lost):
-        raise ValueError(f"the sums exceed the range of {dtype}: keep them in float64")
+        raise InputError(f"the sums exceed the range of {dtype}: keep them in float64")
     return narrow, lost
 
 
@@ -244,7 +245,7 @@ def refuse_nonfinite(norms: Sequence[torch.Tensor]) -> None:
     """Raise `ValueError`, naming the first token, if norms of tokens are NaN or Inf. Waits for the device."""
     message = nonfinite(norms)
     if message:
-        raise ValueError(message)
+        raise InputError(message)
 
 
 def find_outliers(norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from nullspace.errors import InputError, InsufficientMemoryError, ResourceUseWarning
 from nullspace.model.linear import is_linear, weight_shape
 from nullspace.model.sites import find_targets
 from nullspace.model.weights import execution_device, offloaded_weights, size_in_bytes
@@ -51,7 +52,7 @@ def choose(plans: Iterable[Plan], device_memory: float | None = None, host_memor
     if fitting:
         return min(fitting, key=lambda plan: (plan.total_seconds, plan.device_bytes + plan.host_bytes))
     nearest = closest(plans, device_memory, host_memory)
-    raise MemoryError(f"nothing fits. {what_is_missing(nearest, device_memory, host_memory)}")
+    raise InsufficientMemoryError(f"nothing fits. {what_is_missing(nearest, device_memory, host_memory)}")
 
 
 def closest(plans: Iterable[Plan], device_memory: float | None = None, host_memory: float | None = None) -> Plan:
@@ -62,7 +63,7 @@ def closest(plans: Iterable[Plan], device_memory: float | None = None, host_memo
     """
     plans = list(plans)
     if not plans:
-        raise ValueError("there are no plans to choose from")
+        raise InputError("there are no plans to choose from")
     return min(plans, key=lambda plan: (sum(plan.missing(device_memory, host_memory).values()), plan.total_seconds))
 
 
@@ -146,7 +147,11 @@ def choose_strategy(
         plan = next(resident, None) or choose(plans, *limits)
     except MemoryError:
         plan = closest(plans, *limits)
-        warnings.warn(f"out of memory is to be expected: {what_is_missing(plan, *limits)} Smaller batches take less.", stacklevel=3)
+        warnings.warn(
+            f"out of memory is to be expected: {what_is_missing(plan, *limits)} Smaller batches take less.",
+            ResourceUseWarning,
+            stacklevel=3,
+        )
     return Choice(plan.strategy, plan.hidden_states if hidden_states == "auto" else hidden_states, plan)
 
 

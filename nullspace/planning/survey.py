@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from nullspace.errors import InputError
 from nullspace.model.batches import evaluating, forward_options
 from nullspace.model.blocks import find_blocks
 from nullspace.model.linear import is_linear, weight_shape
@@ -132,7 +133,7 @@ class Survey:
             run(*args, **{**forward_options(model, targets), **kwargs})
             record.see_peak()
         if blocks and (not record.hidden or not all(record.block_activations)):
-            raise ValueError("a block was not called")
+            raise InputError("a block was not called")
         self.tracked = True
         self.sites = list(record.sites.values())
         self.activations, self.prologue = record.peak, record.prologue

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from nullspace.errors import InputError
+
 
 def gigabytes(size: float) -> str:
     """`1.2 GB` (10⁹ bytes); smaller sizes in MB."""
@@ -18,7 +20,7 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text, re.IGNORECASE)
     if match is None:
-        raise ValueError(f"{text!r} is no size: write 24GB, 24GiB or a number of bytes")
+        raise InputError(f"{text!r} is no size: write 24GB, 24GiB or a number of bytes")
     number, unit, binary = match.groups()
     power = " kmgt".index(unit.lower()) if unit else 0
     return int(float(number) * (1024 if binary else 1000) ** power)

@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from nullspace.errors import MissingPackageError
+
 try:
     import matplotlib
     from matplotlib.axes import Axes
@@ -20,7 +22,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 except ImportError as error:
-    raise ImportError(f"figures need matplotlib: pip install 'nullspace-lora[report]' ({error})") from None
+    raise MissingPackageError(f"figures need matplotlib: pip install 'nullspace-lora[report]' ({error})") from None
 
 import numpy as np
 

@@ -13,6 +13,7 @@ from typing import Any
 import scipy.stats
 
 from nullspace.analysis import ALL, ATTENTION, INITIAL, Analysis, Row, adapter_summary, rank_summary
+from nullspace.errors import InputError
 from nullspace.reporting import figures
 from nullspace.reporting.page import Picture, Section
 from nullspace.reporting.panels import svg
@@ -242,7 +243,7 @@ def study_sections(study: Study) -> list[Section]:
         ValueError: if the study has no base or no run yet.
     """
     if study.base is None or not study.runs:
-        raise ValueError("the study has no finished run yet")
+        raise InputError("the study has no finished run yet")
     parts = [_forgotten(study, study.base)]
     if any(run.get("layers") for run in study.runs):
         parts.append(_forgotten_against_drift(study, study.base))

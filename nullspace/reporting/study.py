@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 from nullspace.artifacts.records import check_regular
 from nullspace.checks import an_object, check_fields, check_one_of, finite, map_of, optional, or_none, shown, text, whole
+from nullspace.errors import InputError
 
 # The file in a study's directory.
 RESULTS = "results.jsonl"
@@ -98,14 +99,14 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     try:
         content = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
     for number, line in enumerate(content.split("\n")[:-1], start=1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-            raise ValueError(f"{path}, line {number}: not a record of a preservation study")
+            raise InputError(f"{path}, line {number}: not a record of a preservation study")
         records.append(record)
     return records
 
@@ -121,7 +122,7 @@ def read_study(path: str | os.PathLike[str]) -> Study:
     _check_records(records, path)
     of_kind: dict[str, list[Record]] = {kind: [r for r in records if r["kind"] == kind] for kind in _RECORD_FIELDS}
     if not of_kind["study"]:
-        raise ValueError(f"{path} does not begin with the settings of a preservation study")
+        raise InputError(f"{path} does not begin with the settings of a preservation study")
     return Study(
         of_kind["study"][0]["settings"],
         next((record["scores"] for record in of_kind["base"]), None),
@@ -143,9 +144,9 @@ def _check_records(records: Sequence[Record], path: str | os.PathLike[str]) -> N
         if "scores" in fields:
             _check_scores(record["scores"], where, task_alone=record["kind"] == "start")
             if record["kind"] != "start" and base is not None and _data_sets(record) != _data_sets(base):
-                raise ValueError(f"{where}: its scores are of {_data_sets(record)}, and the base's of {_data_sets(base)}")
+                raise InputError(f"{where}: its scores are of {_data_sets(record)}, and the base's of {_data_sets(base)}")
         if record["kind"] == "run" and record.get("layers") and set(record["layers"]) != measured:
-            raise ValueError(f"{where}: its 'layers' have {sorted(record['layers'])}, and the first run's {sorted(measured)}")
+            raise InputError(f"{where}: its 'layers' have {sorted(record['layers'])}, and the first run's {sorted(measured)}")
 
 
 def _check_scores(scores: Mapping[str, Any], where: str, *, task_alone: bool = False) -> None:
@@ -249,7 +250,7 @@ def at_equal_loss(study: Study, measure: str = "knowledge", losses: Sequence[flo
     """
     check_one_of("measure", measure, MEASURES)
     if study.base is None or not study.runs:
-        raise ValueError("the study has no run to compare yet")
+        raise InputError("the study has no run to compare yet")
     by_path = _paths(study)
     rows = []
     for loss in common_losses(study) if losses is None else losses:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from nullspace.errors import InputError
+
 
 def check_symmetric(c: torch.Tensor) -> int:
     """The order d of a square matrix with finite entries. Symmetry is not checked: solvers may read one triangle alone.
@@ -12,7 +14,7 @@ def check_symmetric(c: torch.Tensor) -> int:
         ValueError: if `c` is not square, is empty, or holds NaN or Inf.
     """
     if c.ndim != 2 or c.shape[0] != c.shape[1] or c.shape[0] == 0:
-        raise ValueError(f"expected a square matrix, got shape {tuple(c.shape)}")
+        raise InputError(f"expected a square matrix, got shape {tuple(c.shape)}")
     check_finite(c)
     return c.shape[0]
 
@@ -20,7 +22,7 @@ def check_symmetric(c: torch.Tensor) -> int:
 def check_finite(m: torch.Tensor) -> None:
     """Raise `ValueError` if a matrix holds NaN or Inf."""
     if m.numel() > 0 and not bool(torch.isfinite(torch.stack(torch.aminmax(m))).all()):
-        raise ValueError("the matrix holds NaN or Inf")
+        raise InputError("the matrix holds NaN or Inf")
 
 
 def column_signs(m_dk: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import scipy.linalg
 import torch
 
 from nullspace.checks import check_between, check_one_of
+from nullspace.errors import InputError
 from nullspace.solvers import cost, lapack
 from nullspace.solvers.checks import check_symmetric, with_fixed_signs
 from nullspace.solvers.krylov import shift_invert
@@ -146,7 +147,7 @@ def effective_rank(singular_values: torch.Tensor | np.ndarray) -> float:
         singular_values = np.ascontiguousarray(singular_values)  # torch takes no negative strides, and `s[::-1]` is common
     sigma = torch.as_tensor(singular_values, dtype=torch.float64)
     if not bool(torch.isfinite(sigma).all()) or bool((sigma < 0).any()):
-        raise ValueError("singular values must be finite and not negative")
+        raise InputError("singular values must be finite and not negative")
     total = sigma.sum()
     if total == 0:
         return 0.0

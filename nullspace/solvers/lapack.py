@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from scipy.linalg import cython_lapack, lapack
 
+from nullspace.errors import InputError
+
 # C signatures. Cython writes `double` as a name that contains the module's; that is replaced before the comparison.
 SIGNATURES = {
     "dsytrd": "void (char *, int *, double *, int *, double *, double *, double *, double *, int *, int *)",
@@ -147,7 +149,7 @@ def _routine(name: str) -> Callable[..., int] | None:
         info = ctypes.c_int(0)
         foreign(*map(_passed, arguments), ctypes.byref(info))
         if info.value < 0:
-            raise ValueError(f"{name}: argument {-info.value} is wrong")
+            raise InputError(f"{name}: argument {-info.value} is wrong")
         return info.value
 
     return call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nullspace.checks import check_between, check_integer
+from nullspace.errors import InputError
 from nullspace.solvers.checks import check_finite, with_fixed_signs
 from nullspace.solvers.eigen import top_eigenpairs
 
@@ -30,7 +31,7 @@ def bottom_right_singular(root: torch.Tensor, k: int) -> tuple[torch.Tensor, tor
     """
     n, d = root.shape
     if n < d:
-        raise ValueError(f"a root has at least as many rows as columns, not {tuple(root.shape)}")
+        raise InputError(f"a root has at least as many rows as columns, not {tuple(root.shape)}")
     check_between("k", k, d)
     check_finite(root)
     _, sigma, vectors = torch.linalg.svd(root.to(torch.float64), full_matrices=False)
@@ -63,9 +64,9 @@ def left_singular(m: torch.Tensor, k: int, *, end: str = "top") -> tuple[torch.T
         ValueError: if `m` is not a matrix or holds NaN or Inf, k is out of range, or `end` is unknown.
     """
     if not check_integer("k", k, least=None) >= 1 or m.ndim != 2 or k > min(m.shape):
-        raise ValueError(f"k must be between 1 and the smaller side of the matrix {tuple(m.shape)}, not {k}")
+        raise InputError(f"k must be between 1 and the smaller side of the matrix {tuple(m.shape)}, not {k}")
     if end not in ("top", "bottom"):
-        raise ValueError(f"end must be 'top' or 'bottom', not {end!r}")
+        raise InputError(f"end must be 'top' or 'bottom', not {end!r}")
     check_finite(m)
     m = m.to(torch.float64)
     pairs = left_top(m, k) if end == "top" else left_bottom(m, k)

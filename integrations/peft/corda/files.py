@@ -12,6 +12,7 @@ from torch import nn
 
 from nullspace.artifacts import records, store
 from nullspace.artifacts.locks import locked
+from nullspace.errors import DamagedFileError, InputError
 from nullspace.model.linear import weight_of, weight_shape
 from nullspace.model.sites import Site
 from nullspace.moments.covariance import Covariance
@@ -60,15 +61,15 @@ def read_covariances(path: Path, targets: Mapping[str, nn.Module]) -> Iterator[t
     for name, layer in targets.items():
         d_in = weight_shape(layer)[1]
         if name not in tensors:
-            raise ValueError(f"{path} has no covariance of {name!r}; it was made for other target_modules")
+            raise InputError(f"{path} has no covariance of {name!r}; it was made for other target_modules")
         c, what = tensors[name], f"{path}: the covariance of {name!r}"
         if c.shape != (d_in, d_in):
-            raise ValueError(f"{what} is {tuple(c.shape)}, not ({d_in}, {d_in})")
+            raise InputError(f"{what} is {tuple(c.shape)}, not ({d_in}, {d_in})")
         _check_values(c, what)
         if not bool((c.diagonal() >= 0).all()) or not bool(c.diagonal().float().mean() > 0):
-            raise ValueError(f"{what} is zero or negative")
+            raise DamagedFileError(f"{what} is zero or negative")
         if not float((c - c.mT).abs().max()) <= ASYMMETRY * float(c.abs().max()):
-            raise ValueError(f"{what} is not symmetric")
+            raise DamagedFileError(f"{what} is not symmetric")
         by_storage.setdefault((c.data_ptr(), *c.stride()), []).append(name)
     for names in by_storage.values():
         c = tensors[names[0]].to(weight_of(targets[names[0]]).device)
@@ -89,13 +90,13 @@ def read_eigens(path: Path, targets: Mapping[str, nn.Module], ranks: Mapping[str
         for field, shape in (("S_WC", (r,)), ("U_WC", (d_out, r)), ("V_WC", (d_in, r))):
             key = f"{name}.eigens.{field}"
             if key not in tensors:
-                raise ValueError(f"{path} has no {key!r}; it was made for other target_modules")
+                raise InputError(f"{path} has no {key!r}; it was made for other target_modules")
             part, what = tensors[key], f"{path}: {key!r}"
             if part.shape != shape:
-                raise ValueError(f"{what} is {tuple(part.shape)}, not {shape}: it was made for another rank or model")
+                raise InputError(f"{what} is {tuple(part.shape)}, not {shape}: it was made for another rank or model")
             _check_values(part, what)
             if field == "S_WC" and bool((part < 0).any()):
-                raise ValueError(f"{what} holds singular values, and one is negative")
+                raise DamagedFileError(f"{what} holds singular values, and one is negative")
             parts.append(part.to(weight_of(layer).device, copy=True))
         eigens[name] = CordaEigens(*parts)
     return eigens
@@ -114,14 +115,14 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of many types, from the archive's reader and from the unpickler
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged, or holds something else than tensors: {reason}") from error
+        raise DamagedFileError(f"{path} is damaged, or holds something else than tensors: {reason}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} does not hold a dictionary of tensors")
+        raise DamagedFileError(f"{path} does not hold a dictionary of tensors")
     return tensors
 
 
 def _check_values(tensor: torch.Tensor, what: str) -> None:
     if tensor.dtype not in FLOATS:
-        raise ValueError(f"{what} is {tensor.dtype}, not one of {', '.join(map(str, FLOATS))}")
+        raise InputError(f"{what} is {tensor.dtype}, not one of {', '.join(map(str, FLOATS))}")
     if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{what} holds NaN or Inf")
+        raise DamagedFileError(f"{what} holds NaN or Inf")

@@ -23,6 +23,7 @@ from torch import nn
 
 from nullspace import solvers
 from nullspace.calibration.input_sums import InputSums
+from nullspace.errors import InputError
 from nullspace.factors import CORDA_MODES, DAMPING, ZERO
 from nullspace.integrations.peft.corda.files import CordaEigens, is_filled, path_of, read_covariances, read_eigens, save
 from nullspace.integrations.peft.fit import refuse_other_layers
@@ -90,7 +91,7 @@ def preprocess_corda(
     model, hooked = unwrap(model), unwrap(model if hooked_model is None else hooked_model)
     options = lora_config.corda_config
     if options is None:
-        raise ValueError("lora_config.corda_config is None: give LoraConfig(corda_config=CordaConfig(corda_method='kpm'))")
+        raise InputError("lora_config.corda_config is None: give LoraConfig(corda_config=CordaConfig(corda_method='kpm'))")
     check_scaling(lora_config)
     targets = chosen_layers(model, lora_config)
     ranks = {name: rank_of(name, lora_config) for name in targets}
@@ -103,7 +104,7 @@ def preprocess_corda(
             _attach(targets[name], eigens)
         return
     if options.corda_method not in CORDA_MODES:
-        raise ValueError(f"corda_method must be 'kpm' or 'ipm' where there is no cache_file, not {options.corda_method!r}")
+        raise InputError(f"corda_method must be 'kpm' or 'ipm' where there is no cache_file, not {options.corda_method!r}")
     from_file = sums is not None and is_filled(sums)
     calls: Counter[str] = Counter()
     if from_file and sums is not None:
@@ -111,7 +112,7 @@ def preprocess_corda(
     elif run_model is not None:
         moments = _sums(targets, run_model, hooked, parity, calls)
     else:
-        raise ValueError("run_model is needed: there is neither a covariance_file nor a cache_file yet")
+        raise InputError("run_model is needed: there is neither a covariance_file nor a cache_file yet")
     for path in filter(None, (cache, sums)):
         path.parent.mkdir(parents=True, exist_ok=True)
     keep = not options.prune_temporary_fields
@@ -144,7 +145,7 @@ def preprocess_corda(
 def _check_layer(name: str, layer: nn.Module, rank: int) -> None:
     weight = weight_of(layer)
     if weight.dtype not in RESIDUAL_DTYPES or weight.device.type == "meta":
-        raise ValueError(
+        raise InputError(
             f"the weight of {name!r} ({type(layer).__name__}, {weight.dtype}, {weight.device}) cannot become a residual, which "
             'PEFT\'s CorDA needs; inject_adapters(..., method="corda-kpm", residual="adapter") leaves it alone'
         )
@@ -159,7 +160,7 @@ def _sums(
     modules = named_modules(hooked)
     missing = next((name for name in targets if name not in modules or not is_linear(modules[name])), None)
     if missing is not None:
-        raise ValueError(f"hooked_model has no linear layer {missing!r}, which is a target in model")
+        raise InputError(f"hooked_model has no linear layer {missing!r}, which is a target in model")
 
     def weigh(name: str, x: torch.Tensor) -> torch.Tensor:
         return x.double() / x.max().abs()  # a float32 quotient's rounding would dominate the error of the sum

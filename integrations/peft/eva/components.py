@@ -13,6 +13,7 @@ from torch import nn
 
 from nullspace import factors, solvers
 from nullspace.calibration.input_sums import InputSums
+from nullspace.errors import InputError
 from nullspace.model.sites import Site
 from nullspace.moments.covariance import Covariance
 from nullspace.moments.directions import noise_of
@@ -102,14 +103,14 @@ def _components_of(site: Site, covariance: Covariance, wanted: int, gather: bool
         mean = total[:-1] / tokens
     k = min(wanted, site.d_in)
     if tokens < k + 1:
-        raise ValueError(
+        raise InputError(
             f"{site.name!r} received {tokens:.0f} tokens, which have at most {max(tokens - 1, 0):.0f} principal components, but "
             f"r · rho asks for {k}: give it more tokens, or a smaller rank or rho"
         )
     c_centred = factors.centred(c, mean, tokens)
     variance = c_centred.trace()
     if not bool(variance > NO_VARIANCE[covariance.products] * c.trace()):
-        raise ValueError(f"the inputs of {site.name!r} are all the same: there is no variance to explain")
+        raise InputError(f"the inputs of {site.name!r} are all the same: there is no variance to explain")
     noise = max(noise_of(covariance), solvers.ZERO_EIGENVALUE * float(c.trace()))
     del c
     values, vectors = solvers.top_eigenpairs(c_centred, k)
@@ -134,6 +135,6 @@ def factor(name: str, components: Components, rank: int, *, whiten: bool, device
     a, values = components.vectors[:rank], components.eigenvalues[:rank]
     if whiten and rank:
         if not bool(values[-1] > NO_VARIANCE["fp64"] * values[0]):
-            raise ValueError(f"component {rank} of {name!r} explains nothing, and cannot be whitened: use a smaller rank")
+            raise InputError(f"component {rank} of {name!r} explains nothing, and cannot be whitened: use a smaller rank")
         a = a / values.pow(0.25)[:, None]
     return a.to(device or a.device, torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from nullspace.distributed.loaders import length
+from nullspace.errors import InputError, OtherModelError
 from nullspace.integrations.peft.eva.components import Settled, components_of_layers, distribute, factor, in_order
 from nullspace.integrations.peft.eva.inputs import PreparedRows, PrepareLayerInputs, Tokens
 from nullspace.integrations.peft.passes import summing
@@ -166,15 +167,15 @@ def initialize_lora_eva_weights(
     """
     model = unwrap(model)
     if not isinstance(model, PeftModel):
-        raise ValueError("model must be a PeftModel")
+        raise InputError("model must be a PeftModel")
     if len(model.active_adapters) > 1:
-        raise ValueError("`initialize_lora_eva_weights` currently only works with a single active adapter")
+        raise InputError("`initialize_lora_eva_weights` currently only works with a single active adapter")
     config, _ = _config_of(model, None, adapter_name)
     if config.init_lora_weights != "eva":
-        raise ValueError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
+        raise InputError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
     if eva_state_dict is None:
         if dataloader is None:
-            raise ValueError("dataloader is required if eva_state_dict is not provided")
+            raise InputError("dataloader is required if eva_state_dict is not provided")
         eva_state_dict = get_eva_state_dict(
             model,
             dataloader,
@@ -213,19 +214,19 @@ def _run(
             if settled(number, sums):
                 break
         if number == 0:
-            raise ValueError("dataloader is empty")
+            raise InputError("dataloader is empty")
 
 
 def _config_of(model: nn.Module, config: LoraConfig | None, adapter_name: str) -> tuple[LoraConfig, EvaConfig]:
     if config is None:
         if not isinstance(model, PeftModel):
-            raise ValueError("peft_config is required if model is not a PeftModel")
+            raise InputError("peft_config is required if model is not a PeftModel")
         if adapter_name not in model.peft_config:
-            raise ValueError(f"the model has no adapter named {adapter_name!r}, but {', '.join(map(repr, model.peft_config))}")
+            raise InputError(f"the model has no adapter named {adapter_name!r}, but {', '.join(map(repr, model.peft_config))}")
         config = cast(LoraConfig, model.peft_config[adapter_name])
     eva: EvaConfig | None = getattr(config, "eva_config", None)
     if eva is None:
-        raise ValueError("peft_config has no eva_config: it must be a LoraConfig with init_lora_weights='eva'")
+        raise InputError("peft_config has no eva_config: it must be a LoraConfig with init_lora_weights='eva'")
     return config, eva
 
 
@@ -242,10 +243,10 @@ def _layers_of(model: nn.Module, config: LoraConfig, adapter_name: str) -> Targe
             if isinstance(module, LoraLayer) and adapter_name in module.lora_A and not isinstance(module, unsupported)
         }
         if not bases and not any(isinstance(module, peft_eva.UNSUPPORTED_LORA_MODULES) for module in model.modules()):
-            raise ValueError(f"the model has no linear layer with an adapter named {adapter_name!r}")
+            raise InputError(f"the model has no linear layer with an adapter named {adapter_name!r}")
         other = next((name for name, module in bases.items() if not is_linear(module)), None)
         if other is not None:
-            raise ValueError(
+            raise InputError(
                 f"{other!r} is a {type(bases[other]).__name__}: only nn.Linear, its subclasses and Conv1D are supported"
             )
         return Targets(bases)
@@ -262,7 +263,7 @@ def _check_same_everywhere(sites: list[Site]) -> None:
     dist.all_gather_object(every, sites)
     other = next((rank for rank, each in enumerate(every) if each != every[0]), None)
     if other is not None:
-        raise ValueError(f"ranks 0 and {other} have different layers that share their inputs: their sums cannot be added up")
+        raise InputError(f"ranks 0 and {other} have different layers that share their inputs: their sums cannot be added up")
 
 
 def _with_names_of(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -279,7 +280,7 @@ def _check_loadable(model: PeftModel, state: Mapping[str, torch.Tensor], adapter
     """Raise `ValueError` for what would make PEFT's loader fail halfway, or change other adapters."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if state and not any(name in layers for name in state):
-        raise ValueError(
+        raise InputError(
             f"eva_state_dict has none of this model's layers, such as {next(iter(layers), None)!r}, but such as "
             f"{next(iter(state), None)!r}: name them as this model or its base does"
         )
@@ -287,10 +288,12 @@ def _check_loadable(model: PeftModel, state: Mapping[str, torch.Tensor], adapter
         adapters, a = {*layer.lora_A, *layer.lora_embedding_A}, state.get(name)
         others = ", ".join(map(repr, sorted(adapters - {adapter_name})))
         if adapter_name not in adapters:
-            raise ValueError(
+            raise InputError(
                 f"{name!r} has only {others}, but PEFT would give it {adapter_name!r} too: load other adapters afterwards"
             )
         if a is not None and (a.ndim != 2 or a.shape[1] != layer.in_features):
-            raise ValueError(f"eva_state_dict is another model's: {name!r} needs (rank, {layer.in_features}), not {tuple(a.shape)}")
+            raise OtherModelError(
+                f"eva_state_dict is another model's: {name!r} needs (rank, {layer.in_features}), not {tuple(a.shape)}"
+            )
         if a is not None and len(a) == 0 and others:
-            raise ValueError(f"{name!r} gets rank 0, and PEFT would remove {others} there too: load other adapters afterwards")
+            raise InputError(f"{name!r} gets rank 0, and PEFT would remove {others} there too: load other adapters afterwards")

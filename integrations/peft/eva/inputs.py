@@ -11,6 +11,7 @@ from peft import EvaConfig, LoraConfig
 from torch import nn
 
 from nullspace.calibration.input_sums import InputSums
+from nullspace.errors import InputError, InputTypeError
 from nullspace.model.padding import Padding, PaddingReader
 from nullspace.model.token_rows import TokenRows
 
@@ -28,7 +29,7 @@ class Tokens(InputSums):
 
     def begin(self, number: int, inputs: Any) -> None:
         if not isinstance(inputs, Mapping):
-            raise TypeError(
+            raise InputTypeError(
                 f"batch {number} is {type(inputs).__name__}, not a mapping, in which the default functions would look for "
                 "attention_mask and labels: give prepare_model_inputs_fn and prepare_layer_inputs_fn"
             )
@@ -38,7 +39,7 @@ class Tokens(InputSums):
         if labels is not None:
             labelled = labels != self._eva.label_mask_value
             if padding.shape != labelled.shape:
-                raise ValueError(
+                raise InputError(
                     f"batch {number}: labels {tuple(labelled.shape)} cannot be lined up with the tokens {padding.shape}: use "
                     "EvaConfig(use_label_mask=False)"
                 )
@@ -73,7 +74,7 @@ class PreparedRows(InputSums):
             self._functions = {name: prepare_layer_inputs.get(name, _every_row) for name in layers}
             unknown = [name for name in prepare_layer_inputs if name not in layers]
             if unknown:
-                raise ValueError(
+                raise InputError(
                     "prepare_layer_inputs_fn is a mapping but the following module names were not found in the model: "
                     + ", ".join(map(repr, unknown))
                 )
@@ -91,7 +92,7 @@ class PreparedRows(InputSums):
         rows = self._functions[name]((x,), self._model_inputs, name)
         if not isinstance(rows, torch.Tensor) or rows.ndim != 2:
             what = f"a tensor of shape {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else type(rows).__name__
-            raise ValueError(f"{name}: prepare_layer_inputs_fn must return a tensor (n, d_in), not {what}")
+            raise InputError(f"{name}: prepare_layer_inputs_fn must return a tensor (n, d_in), not {what}")
         # The function knows layers' names. Layers with one input tensor share a sum only if it makes equal rows for them.
         if self._latest is None or self._latest[0] is not x:
             self._latest = (x, [])

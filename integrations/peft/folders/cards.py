@@ -11,6 +11,8 @@ import transformers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from nullspace.errors import DamagedFileError
+
 CARD = "README.md"
 # Heading of the section that every card of an adapter for a residual base has.
 RESIDUAL = "## Its base is a residual model"
@@ -69,7 +71,7 @@ def name_base(directory: Path, facts: Mapping[str, Any] | None, base: str) -> No
     try:
         card = ModelCard.load(path)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no model card: {error}") from error
+        raise DamagedFileError(f"{path} is no model card: {error}") from error
     before, tags = card.data.base_model, card.data.tags
     card.data.base_model = base
     if isinstance(tags, list):  # PEFT's own names the base once more

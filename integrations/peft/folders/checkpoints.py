@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from nullspace.artifacts import identity, records
+from nullspace.errors import DamagedFileError
 from nullspace.integrations.peft.files import init_around
 
 
@@ -106,7 +107,7 @@ def _files(folder: Path) -> Iterator[Any]:
             with safe_open(path, framework="pt") as file:
                 yield file
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+            raise DamagedFileError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nullspace.artifacts import checkpoint, records, store
+from nullspace.errors import InputError, MissingFileError
 from nullspace.integrations.peft.files import (
     ADAPTER_CONFIG,
     Adapter,
@@ -61,7 +62,7 @@ def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is not a directory")
+        raise MissingFileError(f"{directory} is not a directory")
     if records.kind_of(directory) == "init":
         init = read_init(directory)
         facts = _adapter(directory / "adapter")
@@ -80,7 +81,7 @@ def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
         note = "What an interrupted run has finished: the same command goes on behind it."
         facts = {"directory": str(directory), "kind": "checkpoint", "run": records.read_json(directory / checkpoint.RUN)}
         return {**facts, "sites_finished": checkpoint.sites_in(directory), "notes": [note]}
-    raise ValueError(
+    raise InputError(
         f"{directory} holds nothing that is known here: neither {records.MANIFEST}, {ADAPTER_CONFIG} nor {MODEL_CONFIG} is in it"
     )
 
@@ -105,9 +106,9 @@ def set_base(directory: str | os.PathLike[str], base: str) -> None:
     needs_residual = old.residual or (old.residual is None and Path(old.named or "").name == "base")
     if Path(named).is_dir():
         if not (Path(named) / MODEL_CONFIG).is_file():
-            raise ValueError(f"{named} holds no model: {MODEL_CONFIG} is missing")
+            raise InputError(f"{named} holds no model: {MODEL_CONFIG} is missing")
         if needs_residual and not is_residual(Path(named)):
-            raise ValueError(
+            raise InputError(
                 f"{adapter.path} needs the residual base that it was made with ({old.named}), and {named} is none: for an "
                 "untouched model, use nullspace export"
             )

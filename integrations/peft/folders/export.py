@@ -14,6 +14,7 @@ from peft import PeftModel
 from nullspace.artifacts import records, store
 from nullspace.artifacts.locks import temporary_folder
 from nullspace.artifacts.shared_writes import written_once
+from nullspace.errors import AdapterWarning, InputError, OtherModelError
 from nullspace.integrations.peft.files import (
     A_WEIGHT,
     ADAPTER_CONFIG,
@@ -89,7 +90,7 @@ def export_lora(
     layers = [layer_of(key) for key in now.tensors if key.endswith(A_WEIGHT)]
     untouched = all(_is_zero(*_factors(start, layer)) for layer in layers)
     if now.config.get("use_dora") and not untouched:
-        raise ValueError(
+        raise InputError(
             f"{now.path} uses DoRA on a residual base: its magnitudes scale the sum of both, which no LoRA on the untouched base "
             "does; serve it on the residual base, or merge it there (merge_and_unload)"
         )
@@ -121,7 +122,7 @@ def export_lora(
 
     written_once(out, write)
     if holds:
-        warnings.warn(f"{out} is not a plain LoRA: it also holds {described(holds)}; {NOT_SERVED}", UserWarning, stacklevel=2)
+        warnings.warn(f"{out} is not a plain LoRA: it also holds {described(holds)}; {NOT_SERVED}", AdapterWarning, stacklevel=2)
     return Path(out)
 
 
@@ -190,7 +191,7 @@ def _plain_tensors(now: Adapter, start: Adapter, layers: list[str], rank: int) -
     for layer in layers:
         a, b = (factor.to(dtype) for factor in _plain_factors(now, start, layer))
         if not bool(b.isfinite().all()):
-            raise ValueError(f"{now.path}: B of {layer!r} times its scaling is beyond the range of {dtype}")
+            raise InputError(f"{now.path}: B of {layer!r} times its scaling is beyond the range of {dtype}")
         missing = rank - len(a)
         tensors[f"{PREFIX}{layer}{A_WEIGHT}"] = torch.nn.functional.pad(a, (0, 0, 0, missing))
         tensors[f"{PREFIX}{layer}{B_WEIGHT}"] = torch.nn.functional.pad(b, (0, missing))
@@ -217,7 +218,7 @@ def _original(start: Adapter, untouched: bool) -> str:
     else:
         name = (mark_of(Path(named)) or {}).get("model") if named and os.path.isdir(named) else None
     if not name:
-        raise ValueError(
+        raise InputError(
             f"the untouched base that {start.path} was made of is not known by name: give it with base= "
             "(on the command line --base), a hub name or a folder"
         )
@@ -227,7 +228,7 @@ def _original(start: Adapter, untouched: bool) -> str:
 def _check_base(base: str, start: Adapter, now: Adapter) -> None:
     """Raise `ValueError` for an untouched base that differs from the one that the adapter was trained on."""
     if os.path.isdir(base) and is_residual(Path(base)):
-        raise ValueError(f"{base} is a residual base, and an export is for the untouched model: name that one")
+        raise InputError(f"{base} is a residual base, and an export is for the untouched model: name that one")
     residual = start.path.parent / "base"
     if init_around(start.path) is None or not residual.is_dir():
         return
@@ -235,7 +236,7 @@ def _check_base(base: str, start: Adapter, now: Adapter) -> None:
     differences = what_differs(residual, base, adapted=adapted, saved=contents(now.tensors).get(WHOLE, []))
     if differences:
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise ValueError(
+        raise OtherModelError(
             f"{base} is not the model that {start.path} was made of: {'; '.join(differences[:3])}{more}. Save the model as "
             "it was before it got its adapters, and export for that folder (base=, on the command line --base)"
         )
@@ -244,18 +245,18 @@ def _check_base(base: str, start: Adapter, now: Adapter) -> None:
 def _check_pair(now: Adapter, start: Adapter) -> None:
     for name in ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern"):
         if (now.config.get(name) or None) != (start.config.get(name) or None):
-            raise ValueError(
+            raise OtherModelError(
                 f"{now.path} and {start.path} do not belong together: {name} is {now.config.get(name)} and {start.config.get(name)}"
             )
     for key, value in start.tensors.items():
         trained = now.tensors.get(key)
         if ".lora_" in key and (trained is None or trained.shape != value.shape):
             what = "is missing" if trained is None else f"has shape {tuple(trained.shape)}, not {tuple(value.shape)}"
-            raise ValueError(f"{now.path} and {start.path} do not belong together: {key} {what} in the trained adapter")
+            raise OtherModelError(f"{now.path} and {start.path} do not belong together: {key} {what} in the trained adapter")
     extra = next((key for key in now.tensors if ".lora_" in key and key not in start.tensors), None)
     if extra is not None:
-        raise ValueError(f"{now.path} and {start.path} do not belong together: {extra} is not in the initial adapter")
+        raise OtherModelError(f"{now.path} and {start.path} do not belong together: {extra} is not in the initial adapter")
     a, b = ({layer_of(key) for key in now.tensors if key.endswith(part)} for part in (A_WEIGHT, B_WEIGHT))
     if not a or a != b:
         alone = f": {min(a ^ b)!r} has only one of them" if a ^ b else ""
-        raise ValueError(f"{now.path / ADAPTER_WEIGHTS} has no pairs of A and B of linear layers{alone}")
+        raise InputError(f"{now.path / ADAPTER_WEIGHTS} has no pairs of A and B of linear layers{alone}")
