@@ -162,8 +162,8 @@ def prepare(
     )
     if job.count > 1:
         weights = digest_of([{name: mark for name, (_, mark) in run.weights.items()}])
-        facts = {"strategy": strategy, "precision": run.plain_precision(), "weights": weights}
-        job.check_same(**facts, **({} if is_sharded else {"targets": list(chosen)}))  # `prepare_sharded` has compared them
+        names = {} if is_sharded else {"targets": list(chosen)}  # which `prepare_sharded` has compared
+        job.check_same(strategy=strategy, precision=run.plain_precision(), **names, weights=weights)
     return run
 
 
