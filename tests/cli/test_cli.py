@@ -133,6 +133,7 @@ def covariances(checkpoint: Path, data: Path, out: Path, *more: Any) -> None:
     assert result.stdout == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_from_the_text_and_from_kept_covariances(
     method: str, tiny_checkpoint: Path, data: Path, tmp_path: Path, prose: list[str]

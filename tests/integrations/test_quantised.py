@@ -59,6 +59,7 @@ FORMS = ["nf4", "int8"]
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:Merge lora module"),
     pytest.mark.usefixtures("one_layout_of_four_bits"),
 ]

@@ -91,6 +91,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 @pytest.mark.parametrize("where", ["whole", "offloaded"])
 @pytest.mark.parametrize(("family", "dtype", "config", "options"), CASES)

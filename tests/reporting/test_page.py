@@ -32,6 +32,7 @@ from nullspace.reporting.page import Section
 from nullspace.reporting.panels import svg
 from nullspace.reporting.sections import sections
 
+pytestmark = pytest.mark.slow  # the first of them makes all that the pages show
 SMALL = ["--samples", "6", "--length", "64", "--batch-size", "2", "-q"]
 TITLES = [
     "Effective rank of inputs and weights",
