@@ -102,7 +102,9 @@ def _acquire(output: Path, wait: bool) -> filelock.BaseFileLock:
                 lock.acquire(timeout=-1 if wait else 0)
         except filelock.Timeout:
             raise Busy(f"{output} is being written by {_holder(path)}; wait for its end, or choose another place") from None
-        except FileNotFoundError:
+        except OutputExistsError:
+            raise
+        except (FileNotFoundError, FileExistsError):  # the directory was removed, maybe while mkdir found it there
             continue
         if _has_name(lock, path):
             if not isinstance(lock, filelock.SoftFileLock):  # filelock's own text there serves to detect stale locks
@@ -181,7 +183,7 @@ class TemporaryFolder:
             self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
             self._lock = filelock.FileLock(self._folder / f"own{SUFFIX}", thread_local=False)
             # Before the lock is acquired, another process may sweep the folder as abandoned.
-            with contextlib.suppress(filelock.Timeout, FileNotFoundError):
+            with contextlib.suppress(filelock.Timeout, FileNotFoundError, FileExistsError):
                 self._lock.acquire(timeout=0)
                 if _has_name(self._lock, Path(self._lock.lock_file)):
                     break

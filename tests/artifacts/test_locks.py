@@ -260,3 +260,28 @@ def test_a_relative_place_stays_where_it_was_when_the_working_directory_changes(
         os.chdir("other")
     assert names(tmp_path) == ["other", "out"]
     assert not any((tmp_path / "other").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["output", "temporary"])
+def test_a_directory_that_is_removed_while_it_is_asked_for_is_made_again(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, removed = os.mkdir, list[str]()
+
+    def mkdir(path: Any, *arguments: Any, **options: Any) -> None:
+        try:
+            real(path, *arguments, **options)
+        except FileExistsError:
+            if tmp_path in Path(path).parents and not removed:  # as by another process, before mkdir checks what is there
+                removed.append(str(path))
+                os.rmdir(path)
+            raise
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    if kind == "temporary":
+        with temporary_folder(tmp_path) as folder:
+            assert folder.is_dir()
+    else:
+        with locked(tmp_path / "folder" / "out"):
+            assert (tmp_path / "folder" / f"out{locks.SUFFIX}").is_file()
+    assert removed
