@@ -13,6 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
 from nullspace.artifacts import records
+from nullspace.checks import is_plain_name
 from nullspace.errors import InputError
 from nullspace.integrations.peft.shell import BASE_WEIGHTS, BasePlan
 from nullspace.model.weights import execution_device, offloaded_weights
@@ -49,7 +50,10 @@ def source_of(model: nn.Module, targets: Sequence[str]) -> Source | None:
     folder, *others = {path.parent for path, _ in locations.values()}
     if others or not (folder / "config.json").is_file():  # accelerate's offload folder has weights that are in another form here
         return None
-    index_file, weights = _weight_files(folder, {path.name for path, _ in locations.values()})
+    files = _weight_files(folder, {path.name for path, _ in locations.values()})
+    if files is None:
+        return None
+    index_file, weights = files
     entries = {(folder / file, key): entry for file in weights for key, entry in records.read_header(folder / file).items()}
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     saved = model.state_dict().keys()
@@ -75,12 +79,14 @@ def _index(model: nn.Module) -> dict[str, Any]:
     return {}
 
 
-def _weight_files(folder: Path, used: set[str]) -> tuple[list[str], list[str]]:
-    """The index (one, or none) and the weights of the checkpoint that has these files."""
-    for path in folder.glob("*.safetensors.index.json"):
-        files = set(records.read_json(path)["weight_map"].values())
+def _weight_files(folder: Path, used: set[str]) -> tuple[list[str], list[str]] | None:
+    """The index (one, or none) and the weights of the checkpoint that has these files; None if it has files elsewhere."""
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        index = records.read_json(path)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        files = {file for file in weight_map.values() if isinstance(file, str)} if isinstance(weight_map, dict) else set()
         if used <= files:
-            return [path.name], sorted(files)
+            return ([path.name], sorted(files)) if all(map(is_plain_name, files)) else None
     return [], sorted(used)
 
 

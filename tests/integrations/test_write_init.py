@@ -275,6 +275,25 @@ def test_a_copied_checkpoint_differs_in_the_targets_alone(
     assert (state - logits(loaded(folder, "llama"))).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("other", [{"weight_map": {"extra": "../outside.safetensors"}}, {"weight_map": 3}, {}, []])
+def test_an_index_that_leads_elsewhere_or_is_none_copies_nothing_from_there(
+    other: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint("llama", tmp_path / "model", max_shard_size="60KB")
+    model, index = offloaded(folder, monkeypatch), folder / "model.safetensors.index.json"
+    save_file({"extra": torch.arange(7)}, tmp_path / "outside.safetensors")
+    known = json.loads(index.read_text())
+    if other and other["weight_map"] != 3:  # an index of these files that names one outside of their folder
+        index.write_text(json.dumps({**known, "weight_map": {**known["weight_map"], **other["weight_map"]}}))
+    else:  # beside the right one
+        (folder / "a.safetensors.index.json").write_text(json.dumps(other))
+    write_init(tmp_path / "out", model, LoraConfig(r=RANK), spaces_for("llama"))
+    assert not [path for path in tmp_path.rglob("outside*") if path.parent != tmp_path]
+    state = logits(PeftModel.from_pretrained(loaded(tmp_path / "out" / "base", "llama"), tmp_path / "out" / "adapter").eval())
+    index.write_text(json.dumps(known))
+    assert (state - logits(loaded(folder, "llama"))).abs().max() < 1e-4
+
+
 def test_a_tensor_in_memory_that_was_changed_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = offloaded(checkpoint("llama", tmp_path / "model"), monkeypatch)
     with torch.no_grad():
