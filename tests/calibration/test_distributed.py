@@ -681,6 +681,7 @@ def all_or_one_may_save_and_one_writes(rank: int, count: int, folder: Path) -> N
                 assert records.kind_of(out) is not None  # it is there for everybody who has saved it
                 # transformers saves a model's weights in rank 0 alone, and another one may have written.
                 assert "init" not in name or (out / "base" / "model.safetensors").stat().st_size > 100_000
+                Job().exchange(None)  # before one of them overwrites it: while it is replaced it has no name
             # Another one's is refused, on all ranks and by the rank that has found it.
             for other in (folder / "all", folder / "new" / "all"):
                 other.mkdir(parents=True, exist_ok=True)
