@@ -12,6 +12,7 @@ from nullspace.solvers.eigen import (
     spectrum,
     top_eigenpairs,
 )
+from nullspace.solvers.pencil import Pencil, diagonalise
 from nullspace.solvers.perturbation import NO_LEAK, bounded_excess, deflated, deflated_root, estimated_excess
 from nullspace.solvers.singular import bottom_right_singular, left_singular
 from nullspace.solvers.threads import one_thread_each
@@ -21,6 +22,7 @@ __all__ = [
     "METHODS",
     "NO_LEAK",
     "ZERO_EIGENVALUE",
+    "Pencil",
     "bottom_eigenpairs",
     "bottom_right_singular",
     "bounded_excess",
@@ -29,6 +31,7 @@ __all__ = [
     "decomposition_cost",
     "deflated",
     "deflated_root",
+    "diagonalise",
     "effective_rank",
     "estimated_excess",
     "left_singular",

@@ -1,4 +1,4 @@
-"""The two factors of an adapter from a weight and second moments of its inputs: one pure function a method, in float64.
+"""The two factors of an adapter before training, from a weight and second moments of its inputs: one pure function a method.
 
 Most of them take the part of W₀ in r directions of its *output*, B A = Q Qᵀ W₀ with orthonormal Q. They differ in these directions,
 and in how the product is divided between A and B:
@@ -13,28 +13,18 @@ The others choose directions of the input: lora_null and b_zero the null space o
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from nullspace import solvers
 from nullspace.checks import FRACTION, NOT_NEGATIVE, check_between, check_integer, check_one_of, check_real
 from nullspace.errors import InputError
+from nullspace.factors.low_rank import LowRank
 
 CORDA_MODES = ("kpm", "ipm")
 # Added to the diagonal of C, relative to its mean, by PEFT and the paper's code.
 DAMPING = 0.01
 # Singular values below this, relative to the norm of the matrix, count as zero, and nothing is divided by them.
 ZERO = 1e-14
-
-
-class LowRank(NamedTuple):
-    """The factors of a rank-r matrix B A."""
-
-    A: torch.Tensor
-    """(r, d_in)"""
-    B: torch.Tensor
-    """(d_out, r)"""
 
 
 @torch.no_grad()

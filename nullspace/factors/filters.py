@@ -1,0 +1,280 @@
+"""The filter: a change of a weight that still answers the task's inputs, and is small on what must be kept; several in one.
+
+One layer: W₀ its weight, ΔW what training has added, X_t the inputs of the task and X_k those of what must be kept, one token a
+column; C_t and C_k their second moments, each divided by its trace, so that the strength μ has no unit.
+
+    ΔW′ = argmin ‖(ΔW′ − ΔW) X_t‖² / ‖X_t‖² + (ρ / d) ‖ΔW′ − ΔW‖² + μ ‖ΔW′ X_k‖² / ‖X_k‖²
+        = ΔW T (T + μ C_k)⁻¹,  T = C_t + (ρ / d) I
+
+This is RegMean (arXiv 2212.09849, eq. 2) between the tuned weight on the task and W₀ on the rest: the Wiener filter of the change.
+With the ridge ρ, directions that neither data have keep their change. T and C_k are diagonalised together once
+(`solvers.diagonalise`), which serves all strengths: with T = Z diag(f) Zᵀ, C_k = Z diag(s) Zᵀ and V = Z⁻ᵀ,
+
+    F(μ) = T (T + μ C_k)⁻¹ = Z diag(w) Vᵀ,  w = f / (f + μ s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from nullspace import solvers
+from nullspace.checks import NOT_NEGATIVE, POSITIVE, check_between, check_real
+from nullspace.errors import InputError
+from nullspace.factors.low_rank import LowRank
+
+RIDGE = 1e-3
+# Relative to ‖ΔW‖: a response or a drift below this is rounding.
+_ZERO = 1e-15
+
+
+class Forecast(NamedTuple):
+    """What a filter of one strength does to one layer, computed from the moments, without running the model.
+
+    `drift` is relative to ‖ΔW X_k‖ of the change before filtering, `response` and `lost` to ‖ΔW X_t‖, with T for C_t.
+    """
+
+    strength: float
+    drift: float
+    """‖ΔW′ X_k‖ / ‖ΔW X_k‖, 1 without a filter, falling with the strength."""
+    response: float
+    """‖ΔW′ X_t‖ / ‖ΔW X_t‖, 1 without a filter, falling with the strength."""
+    lost: float
+    """‖(ΔW′ − ΔW) X_t‖ / ‖ΔW X_t‖, 0 without a filter, rising with the strength."""
+    unseen_drift: float
+    """`drift` on text like X_k that was not in it, estimated by generalised cross-validation: / (1 − Σ (1 − w) / n) for n tokens.
+    Tokens of one text resemble each other, so it is rather too low. Infinite if n tokens cannot say; `drift` if n is not known."""
+    unseen_lost: float
+    """The same of `lost`: / (1 − Σ w f′/f / n), f′ the part of f that is not the ridge."""
+    rounding: float
+    """A bound of the error of `drift` that comes from the rounding of C_k (`Covariance.error_norm`); added, not multiplied."""
+
+
+class Filter:
+    """F(μ) of one site, for every strength and every change of its layers.
+
+    Args:
+        c_task: (d, d) second moment of the task's inputs, in any scale.
+        c_keep: (d, d) second moment of the inputs to be kept, in any scale.
+        ridge: ρ, relative to the mean eigenvalue of C_t; positive.
+        noise: ‖E‖ of the unknown error of `c_keep`, in its scale (`Covariance.error_norm`). What is not larger counts as zero.
+        tokens: numbers of tokens of the two, for `Forecast.unseen_lost` and `Forecast.unseen_drift`.
+
+    Attributes:
+        d_in: d.
+
+    Cost: about 16 d³ flops. In memory, two matrices of d² float64 numbers, on the device of `c_task`; four more while it is made.
+
+    Raises:
+        TypeError, ValueError: if the moments are not square, of different sizes, zero, or hold NaN or Inf; for a ridge that is not
+            positive.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        c_task: torch.Tensor,
+        c_keep: torch.Tensor,
+        *,
+        ridge: float = RIDGE,
+        noise: float = 0.0,
+        tokens: tuple[float, float] | None = None,
+    ) -> None:
+        ridge, noise = check_real("ridge", ridge), check_real("noise", noise, NOT_NEGATIVE)
+        task, keep = (unit_trace(c, what) for c, what in ((c_task, "the task's inputs"), (c_keep, "the inputs to be kept")))
+        self.d_in = len(task)
+        task.diagonal().add_(ridge / self.d_in)
+        self._noise = noise / float(c_keep.diagonal().to(torch.float64).sum())
+        self._task, self._keep, self._vectors, self._dual = solvers.diagonalise(task, keep.to(task.device), noise=self._noise)
+        self._tokens = tokens
+        # The part of f that is not the ridge: f − ρ/d ‖v‖².
+        self._shown = (self._task - ridge / self.d_in * self._vectors.square().sum(0)).clamp(min=0)
+
+    @torch.no_grad()
+    def apply(self, rows: torch.Tensor, strength: float) -> torch.Tensor:
+        """Rows (k, d) of a change times F(μ), float64: those of a LoRA's A, or of ΔW itself. Unchanged for a strength of 0.
+
+        Raises:
+            TypeError, ValueError: if the rows are not as wide as the moments, or the strength is not a number ≥ 0.
+        """
+        rows = self._checked(rows)
+        strength = check_real("strength", strength, NOT_NEGATIVE)
+        if strength == 0:
+            return rows.clone()
+        along, taken = rows @ self._dual, self._taken(strength)
+        # Of w and 1 − w the smaller one: a weak filter rounds its small correction, a strong one the little that it leaves.
+        if strength <= 1:
+            return rows - (along * taken) @ self._vectors.mT
+        return (along * (1 - taken)) @ self._vectors.mT
+
+    @torch.no_grad()
+    def path(self, update: LowRank, strengths: Sequence[float]) -> list[Forecast]:
+        """What each strength does to a change ΔW = B A.
+
+        Args:
+            update: A (r, d) and B (d_out, r), with the adapter's scaling in one of them.
+            strengths: numbers ≥ 0.
+
+        Returns:
+            One `Forecast` a strength, in their order. Of a change that is zero, or zero on the inputs, the figures are those of
+            strength 0.
+
+        Raises:
+            TypeError, ValueError: as `apply`; if A and B do not fit.
+        """
+        a = self._checked(update.A)
+        if update.B.ndim != 2 or update.B.shape[1] != len(a):
+            raise InputError(f"a B (d_out, {len(a)}) is needed for an A {tuple(a.shape)}, not {tuple(update.B.shape)}")
+        b = update.B.to(a)
+        gram, along = b.mT @ b, a @ self._dual
+        energy = (along * (gram @ along)).sum(0).clamp(min=0)
+        size = float(((gram @ a) * a).sum().clamp(min=0))
+        return [self._forecast(check_real("strength", each, NOT_NEGATIVE), energy, gram, a, size) for each in strengths]
+
+    def norms(self, update: LowRank) -> tuple[float, float]:
+        """‖ΔW X_t‖ / ‖X_t‖ (with the ridge) and ‖ΔW X_k‖ / ‖X_k‖ of a change before filtering."""
+        a = self._checked(update.A)
+        b = update.B.to(a)
+        along = a @ self._dual
+        energy = (along * ((b.mT @ b) @ along)).sum(0).clamp(min=0)
+        return float((energy * self._task).sum().sqrt()), float((energy * self._keep).sum().sqrt())
+
+    def _forecast(self, strength: float, energy: torch.Tensor, gram: torch.Tensor, a: torch.Tensor, size: float) -> Forecast:
+        taken = self._taken(strength)
+        kept = 1 - taken
+        before_t, before_k = (float((energy * each).sum()) for each in (self._task, self._keep))
+        response = _ratio(float((energy * self._task * kept.square()).sum()), before_t, size)
+        drift = _ratio(float((energy * self._keep * kept.square()).sum()), before_k, size)
+        lost = (float((energy * self._task * taken.square()).sum()) / before_t) ** 0.5 if before_t > 0 else 0.0
+        unseen_drift, unseen_lost = drift, lost
+        if self._tokens is not None:
+            told = kept * self._shown / self._task.clamp(min=torch.finfo(torch.float64).tiny)
+            unseen_lost, unseen_drift = _unseen(lost, told, self._tokens[0]), _unseen(drift, taken, self._tokens[1])
+        filtered = self.apply(a, strength)
+        left = float(((gram @ filtered) * filtered).sum().clamp(min=0))
+        rounding = (self._noise * left / before_k) ** 0.5 if before_k > _ZERO**2 * size else 0.0
+        return Forecast(strength, drift, response, lost, unseen_drift, unseen_lost, rounding)
+
+    def _taken(self, strength: float) -> torch.Tensor:
+        """1 − w = μ s / (f + μ s)."""
+        pull = strength * self._keep
+        return torch.where(pull > 0, pull / (self._task + pull), 0.0)  # 0 / 0 where the task's side has been rounded to zero
+
+    def _checked(self, rows: torch.Tensor) -> torch.Tensor:
+        if rows.ndim != 2 or rows.shape[1] != self.d_in:
+            raise InputError(f"rows of width {self.d_in} are needed, as the second moments are, not {tuple(rows.shape)}")
+        rows = rows.detach().to(self._dual)
+        if not bool(rows.isfinite().all()):
+            raise InputError("the change holds NaN or Inf")
+        return rows
+
+
+def filtered(
+    update: LowRank, c_task: torch.Tensor, c_keep: torch.Tensor, *, strength: float, ridge: float = RIDGE, noise: float = 0.0
+) -> LowRank:
+    """The change ΔW′ = ΔW T (T + μ C_k)⁻¹ of the module's formula, for ΔW = B A: A′ = A F(μ), B as it is.
+
+    For several strengths, or several layers of a site, make one `Filter`.
+
+    Args:
+        update: A (r, d_in) and B (d_out, r).
+        c_task: (d_in, d_in) second moment of the task's inputs, in any scale.
+        c_keep: (d_in, d_in) second moment of the inputs to be kept, in any scale.
+        strength: μ ≥ 0; 0 leaves the change as it is, to the bit.
+        ridge: ρ, relative to the mean eigenvalue of C_t: directions that neither data have keep their change.
+        noise: as `Filter`.
+
+    Returns:
+        `LowRank(A (r, d_in), B (d_out, r))`, float64, of the rank that it had.
+
+    Raises:
+        TypeError, ValueError: as `Filter`; if the shapes do not fit, or the strength is not a number ≥ 0.
+    """
+    once = Filter(c_task, c_keep, ridge=ridge, noise=noise)
+    return LowRank(once.apply(update.A, strength), update.B.detach().to(torch.float64))
+
+
+@torch.no_grad()
+def combined(
+    updates: Sequence[LowRank],
+    c_tasks: Sequence[torch.Tensor],
+    c_keep: torch.Tensor,
+    *,
+    strength: float,
+    rank: int | None = None,
+    ridge: float = RIDGE,
+) -> LowRank:
+    """One change in place of several: each answers the inputs of its own task, and together they are small on what must be kept.
+
+    ΔW = Σ ΔW_i T_i (Σ T_i + μ C_k)⁻¹ minimises Σ ‖(ΔW − ΔW_i) X_i‖² + μ ‖ΔW X_k‖², the ridges as in `filtered` (RegMean,
+    arXiv 2212.09849, eq. 2, with the base as the model of what must be kept). Cut to rank r by the SVD of ΔW J^½ with
+    J = Σ T_i + μ C_k, which is the best of this rank for the same objective.
+
+    Args:
+        updates: one an adapter: A_i (r_i, d_in), B_i (d_out, r_i).
+        c_tasks: (d_in, d_in) second moments of the inputs of each one's task, in any scale.
+        c_keep: (d_in, d_in) second moment of the inputs to be kept.
+        strength: μ ≥ 0.
+        rank: r, at least 1; by default and at most Σ r_i (or the smaller side of the weight).
+        ridge: ρ of every T_i.
+
+    Returns:
+        `LowRank(A (r, d_in), B (d_out, r))`, float64, singular values descending; A positive in the entry of largest magnitude of
+        every row. Singular values are divided evenly: ‖A J^½‖ and ‖B‖ of each triple are the same.
+
+    Raises:
+        TypeError, ValueError: for no change or not one second moment a change, shapes that do not fit, a rank or a strength out of
+            range, moments that are zero or hold NaN or Inf.
+    """
+    strength, ridge = check_real("strength", strength, NOT_NEGATIVE), check_real("ridge", ridge, POSITIVE)
+    if not updates or len(updates) != len(c_tasks):
+        raise InputError(f"one second moment a change is needed: {len(updates)} changes, {len(c_tasks)} second moments")
+    d_out, d_in = updates[0].B.shape[0], updates[0].A.shape[1]
+    joint = strength * unit_trace(c_keep, "the inputs to be kept")
+    answers, columns = [], []
+    for number, (update, c) in enumerate(zip(updates, c_tasks, strict=True), 1):
+        task = unit_trace(c, f"the inputs of task {number}").to(joint.device)
+        fits = update.A.shape[1:] == (d_in,) and update.B.shape == (d_out, len(update.A))
+        if not fits or task.shape != joint.shape or len(joint) != d_in:
+            raise InputError(f"change {number}, A {tuple(update.A.shape)} and B {tuple(update.B.shape)}, does not fit the others")
+        task.diagonal().add_(ridge / d_in)
+        joint += task
+        answers.append(update.A.detach().to(task) @ task)
+        columns.append(update.B.detach().to(task))
+    rows, b = torch.cat(answers), torch.cat(columns, dim=1)
+    most = min(len(rows), d_in, d_out)
+    rank = check_between("rank", most if rank is None else rank, most, f" ({len(rows)} ranks together, a weight {d_out} × {d_in})")
+    lower = torch.linalg.cholesky(joint)
+    # ΔW L = B (Σ A_i T_i) L⁻ᵀ, as J = L Lᵀ.
+    right, r = torch.linalg.qr(torch.linalg.solve_triangular(lower, rows.mT, upper=False))
+    u, sigma, vt = torch.linalg.svd(b @ r.mT, full_matrices=False)
+    root = sigma[:rank].sqrt()
+    a = torch.linalg.solve_triangular(lower.mT, right @ (vt[:rank].mT * root), upper=True).mT
+    signs = solvers.column_signs(a.mT)
+    return LowRank(signs[:, None] * a, u[:, :rank] * (root * signs))
+
+
+def unit_trace(c: torch.Tensor, what: str) -> torch.Tensor:
+    """A second moment divided by its trace, float64, a copy; `ValueError` naming `what` if that is not possible."""
+    if c.ndim != 2 or c.shape[0] != c.shape[1]:
+        raise InputError(f"the second moment of {what} should be (d_in, d_in), not {tuple(c.shape)}")
+    c = c.detach().to(torch.float64)
+    if not bool(c.isfinite().all()):
+        raise InputError(f"the second moment of {what} holds NaN or Inf")
+    trace = c.diagonal().sum()
+    if not bool(trace > 0):
+        raise InputError(f"the second moment of {what} is zero: leave the layer out, or add data that reach it")
+    return c / trace
+
+
+def _ratio(after: float, before: float, size: float) -> float:
+    """√(after / before); 1 if there was nothing before."""
+    return (after / before) ** 0.5 if before > _ZERO**2 * size else 1.0
+
+
+def _unseen(seen: float, used: torch.Tensor, tokens: float) -> float:
+    """seen / (1 − Σ / n): n tokens less what is used up of them."""
+    left = 1 - float(used.sum()) / tokens if tokens > 0 else 0.0
+    return seen / left if left > 0 else float("inf")
