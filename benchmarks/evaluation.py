@@ -26,11 +26,15 @@ class Question(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Of each row: its log-likelihood in nats, how many tokens that is, and how many of them greedy decoding would have hit."""
+    """Of each row: its log-likelihood in nats, how many tokens that is, and how many of them greedy decoding would have hit.
+
+    `divergence`: Σ KL(reference ‖ model) over these tokens, in nats; 0 without a reference.
+    """
 
     log_likelihood: list[float]
     tokens: list[int]
     hits: list[int]
+    divergence: list[float]
 
 
 def questions(rows: Iterable[Mapping[str, Any]]) -> list[Question]:
@@ -110,29 +114,62 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         yield order[begin : begin + batch_size]
 
 
-@torch.no_grad()
-def score(model: Any, rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int = 16, *, context: Sequence[int] = ()) -> Scored:
-    """The labelled tokens of each row, given what stands before them: `input_ids` and `labels` as of `tokenized`.
-
-    `context` are tokens that stand before every row, and are computed once.
-    """
+def _labelled(
+    model: Any, rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int, context: Sequence[int]
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, list[int]]]:
+    """Batch by batch: its rows, log-probabilities (n, v) at their labelled tokens, these tokens (n,), and how many a row has."""
     model.eval()
     cache = _read(model, context)
-    sums: dict[int, tuple[float, int, int]] = {}
     for batch in _batches([len(row["input_ids"]) for row in rows], batch_size):
         ids_bt, mask_bt = _padded([rows[row]["input_ids"] for row in batch], 0, model.device)
         labels_bt, _ = _padded([rows[row]["labels"] for row in batch], IGNORED, model.device)
         logits_btv = _behind(model, cache, ids_bt, mask_bt)[0][:, :-1]
         wanted_bt = labels_bt[:, 1:] != IGNORED
-        gold_n = labels_bt[:, 1:][wanted_bt]
-        logits_nv = logits_btv[wanted_bt].float()
-        likely_n = logits_nv.log_softmax(-1).gather(1, gold_n[:, None])[:, 0].double()
-        hit_n = logits_nv.argmax(-1) == gold_n
-        sizes = wanted_bt.sum(1).tolist()
-        for row, likely, hit in zip(batch, likely_n.split(sizes), hit_n.split(sizes), strict=True):
-            sums[row] = (float(likely.sum()), len(likely), int(hit.sum()))
+        yield batch, logits_btv[wanted_bt].float().log_softmax(-1), labels_bt[:, 1:][wanted_bt], wanted_bt.sum(1).tolist()
+
+
+@torch.no_grad()
+def score(
+    model: Any,
+    rows: Sequence[Mapping[str, Sequence[int]]],
+    batch_size: int = 16,
+    *,
+    context: Sequence[int] = (),
+    reference: Sequence[torch.Tensor] | None = None,
+) -> Scored:
+    """The labelled tokens of each row, given what stands before them: `input_ids` and `labels` as of `tokenized`.
+
+    `context` are tokens that stand before every row, and are computed once. `reference`: `log_probabilities` of another model.
+    """
+    sums: dict[int, tuple[float, int, int, float]] = {}
+    for batch, log_nv, gold_n, sizes in _labelled(model, rows, batch_size, context):
+        likely_n = log_nv.gather(1, gold_n[:, None])[:, 0].double()
+        hit_n = log_nv.argmax(-1) == gold_n
+        for row, own_nv, likely, hit in zip(batch, log_nv.split(sizes), likely_n.split(sizes), hit_n.split(sizes), strict=True):
+            apart = 0.0 if reference is None else float((reference[row].exp() * (reference[row] - own_nv)).sum(dtype=torch.float64))
+            sums[row] = (float(likely.sum()), len(likely), int(hit.sum()), apart)
     in_order = [sums[row] for row in range(len(rows))]
     return Scored(*(list(column) for column in zip(*in_order, strict=True)))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: Any, rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int = 16, *, context: Sequence[int] = ()
+) -> list[torch.Tensor]:
+    """Of each row, the model's log-probabilities (n, vocabulary) at its n labelled tokens, float32: a `reference` for `score`."""
+    kept: dict[int, torch.Tensor] = {}
+    for batch, log_nv, _, sizes in _labelled(model, rows, batch_size, context):
+        kept.update(zip(batch, log_nv.split(sizes), strict=True))
+    return [kept[row] for row in range(len(rows))]
+
+
+def asked_after(
+    tokenizer: Any, asked: Sequence[Question], shots: Sequence[Question]
+) -> tuple[list[dict[str, list[int]]], list[int]]:
+    """Questions with their first gold answers as rows for `score`, and the context: other questions with their answers."""
+    before = "".join(f"{shot.prompt} {shot.answers[0]}\n\n" for shot in shots)
+    context = _ids(tokenizer, before, first=True) if before else []
+    return [tokenized(tokenizer, each.prompt, " " + each.answers[0], first=not context) for each in asked], context
 
 
 def knowledge(
@@ -160,9 +197,7 @@ def knowledge(
         `log_likelihood`: of the first gold answer, in nats an answer, the mean over the questions. `exact_match`: the share of
         questions whose greedy answer, up to its first line break, is one of the gold ones after `normalised`.
     """
-    before = "".join(f"{shot.prompt} {shot.answers[0]}\n\n" for shot in shots)
-    context = _ids(tokenizer, before, first=True) if before else []
-    rows = [tokenized(tokenizer, question.prompt, " " + question.answers[0], first=not context) for question in asked]
+    rows, context = asked_after(tokenizer, asked, shots)
     scores = {"log_likelihood": _mean(score(model, rows, batch_size, context=context).log_likelihood)}
     if new_tokens:
         asked = asked[:answered]
@@ -176,14 +211,19 @@ def knowledge(
 
 def perplexity(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], batch_size: int = 4) -> float:
     """exp of the mean negative log-likelihood of every token but the first of each sequence."""
+    scored = score(model, running_text(batches), batch_size)
+    return math.exp(-sum(scored.log_likelihood) / sum(scored.tokens))
+
+
+def running_text(batches: Iterable[Mapping[str, torch.Tensor]]) -> list[dict[str, list[int]]]:
+    """Every sequence as a row for `score`: all tokens but the first are labelled."""
     rows = []
     for batch in batches:
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             kept = ids[mask.bool()].tolist()
             if len(kept) > 1:
                 rows.append({"input_ids": kept, "labels": [IGNORED, *kept[1:]]})
-    scored = score(model, rows, batch_size)
-    return math.exp(-sum(scored.log_likelihood) / sum(scored.tokens))
+    return rows
 
 
 def task(model: Any, rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int = 8) -> dict[str, float]:

@@ -325,14 +325,24 @@ def wrap(model: Any, variant: Variant, seed: int, settings: Settings, out: Path)
     )
 
 
-def train(peft_model: Any, tokenizer: Any, data: Data, settings: Settings, rate: float, seed: int) -> list[float]:
-    """By transformers' `Trainer`: the loss of each step."""
+def train(
+    model: Any,
+    tokenizer: Any,
+    data: Data,
+    settings: Settings,
+    rate: float,
+    seed: int,
+    *,
+    weight_decay: float = 0.0,
+    callbacks: Sequence[Any] = (),
+) -> list[float]:
+    """By transformers' `Trainer`, of what can be trained in a model: the loss of each step."""
     import torch
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
     from nullspace.artifacts.locks import temporary_folder
 
-    on_gpu = next(peft_model.parameters()).is_cuda
+    on_gpu = next(model.parameters()).is_cuda
     with temporary_folder() as folder:
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -342,7 +352,7 @@ def train(peft_model: Any, tokenizer: Any, data: Data, settings: Settings, rate:
             learning_rate=rate,
             lr_scheduler_type="cosine",
             warmup_steps=0.03,
-            weight_decay=0.0,
+            weight_decay=weight_decay,
             optim="adamw_torch",
             seed=seed,
             data_seed=seed,
@@ -359,7 +369,7 @@ def train(peft_model: Any, tokenizer: Any, data: Data, settings: Settings, rate:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=evaluation.IGNORED)
-        trainer = Trainer(model=peft_model, args=arguments, train_dataset=data.train, data_collator=collate)  # type: ignore[arg-type]
+        trainer = Trainer(model, arguments, collate, data.train, callbacks=list(callbacks))  # type: ignore[arg-type]
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

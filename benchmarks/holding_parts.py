@@ -1,0 +1,292 @@
+"""The parts of `benchmarks.holding`: calibration, filters, the model that is scored with a change, training, merging.
+
+A *change* is what training has added to a model: layer name → ΔW, as `LowRank` factors or as a (d_out, d_in) matrix.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks import evaluation, preservation
+from benchmarks.evaluation import Question
+from nullspace import Covariances, NullSpaces, analysis, compute_covariances, factors
+from nullspace.factors import Filter, LowRank
+from nullspace.integrations.transformers import PackedBatches, load_rows, load_texts, prompt_and_response
+
+Change = Mapping[str, LowRank | torch.Tensor]
+# Forms of the kept inputs: plain text alone, and half of the trace in a form in which questions are asked.
+FORMS = {"plain": (), "shots": ("questions in shots",), "template": ("questions in template",)}
+FORM = "shots"
+
+
+class Sizes(NamedTuple):
+    """How much calibrates and measures, beside `preservation.Settings`."""
+
+    in_shots: int = 40
+    """questions in the few-shot form, of NQ-open's train part, behind the shots themselves"""
+    in_template: int = 256
+    """the same in the template of the task"""
+    of_task: int = 16
+    """training examples of a task"""
+    template: int = 40
+    """questions a set that are asked in the task's template"""
+    solutions: int = 12
+    """of HumanEval"""
+    length: int = 128
+    """tokens of a solution with its prompt, at most"""
+
+
+class Probe(NamedTuple):
+    """Rows to score, of `evaluation.tokenized`, and what stands before each of them."""
+
+    rows: list[dict[str, list[int]]]
+    context: list[int]
+    batch_size: int = 8
+
+
+def in_template(tokenizer: Any, question: Question) -> dict[str, list[int]]:
+    """A question and its first answer in the template of the task."""
+    bare = question.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+    return evaluation.tokenized(tokenizer, preservation.PROMPT.format(bare), question.answers[0])
+
+
+def code_examples(file: Path, tokenizer: Any, longest: int, numbers: range, limit: int) -> list[dict[str, list[int]]]:
+    """Tasks of MBPP with these numbers, in the template of the task."""
+    examples = []
+    for row in load_rows(file):
+        prompt, response = prompt_and_response(row)
+        ids = evaluation.tokenized(
+            tokenizer, preservation.PROMPT.format(prompt), response.replace("\r\n", "\n") + tokenizer.eos_token
+        )
+        if row["task_id"] in numbers and len(ids["input_ids"]) <= longest:
+            examples.append(ids)
+    return examples[:limit]
+
+
+def probes_of(data: preservation.Data, tokenizer: Any, folder: Path, sizes: Sizes) -> dict[str, Probe]:
+    """What is scored: the task, questions in two forms, and texts that nothing was calibrated on."""
+    probes = {"task": Probe(data.test, [])}
+    for name, asked in data.knowledge.items():
+        probes[name] = Probe(*evaluation.asked_after(tokenizer, asked, data.shots))
+        probes[f"{name}, template"] = Probe([in_template(tokenizer, each) for each in asked[: sizes.template]], [])
+    solved = [evaluation.tokenized(tokenizer, *prompt_and_response(row)) for row in load_rows(folder / "humaneval.jsonl")]
+    short = [row for row in solved if len(row["input_ids"]) <= sizes.length]
+    probes["humaneval"] = Probe(short[: sizes.solutions], [])
+    for name, batches in data.text.items():
+        probes[name] = Probe(evaluation.running_text(batches), [], 4)
+    return probes
+
+
+def calibrate(model: Any, tokenizer: Any, data: preservation.Data, settings: Any, sizes: Sizes, code: list, out: Path) -> None:
+    """OUT/moments: of the forms and of the tasks; OUT/covariances and OUT/spaces: those of `FORM`, as `preservation.wrap` reads."""
+    asked = evaluation.questions(load_rows(settings.calibrate))[settings.shots :]
+    rows, context = evaluation.asked_after(tokenizer, asked[: sizes.in_shots], data.shots)
+    sources: dict[str, Any] = {
+        "text": PackedBatches(load_texts(settings.calibrate), tokenizer, samples=settings.samples, length=settings.length),
+        "questions in shots": [{"input_ids": torch.tensor([context + row["input_ids"]])} for row in rows],
+        "questions in template": [
+            {"input_ids": torch.tensor([in_template(tokenizer, each)["input_ids"]])} for each in asked[: sizes.in_template]
+        ],
+        "task": [{"input_ids": torch.tensor([row["input_ids"]])} for row in data.train[: sizes.of_task]],
+        "code": [{"input_ids": torch.tensor([row["input_ids"]])} for row in code[: sizes.of_task]],
+    }
+    for name, batches in sources.items():
+        if not (out / "moments" / name).exists():
+            compute_covariances(model, batches, out / "moments" / name, strategy="resident", progress=False)
+    if not (out / "covariances").exists():
+        kept_moments(out, FORM).save(out / "covariances")
+    if not (out / "spaces").exists():
+        NullSpaces.from_covariances(Covariances.load(out / "covariances"), rank=settings.rank).save(out / "spaces")
+
+
+def moments(out: Path, name: str) -> Covariances:
+    return Covariances.load(out / "moments" / name)
+
+
+def kept_moments(out: Path, form: str) -> Covariances:
+    """Second moments of what must be kept: those of plain text, and, with equal trace, those of a form of asking."""
+    return Covariances.merge([moments(out, "text"), *(moments(out, name) for name in FORMS[form])], normalise=True)
+
+
+class Filters:
+    """The filters of one form, site by site, made when the first change needs them."""
+
+    def __init__(self, out: Path, form: str) -> None:
+        self.form = form
+        self._task, self._keep = moments(out, "task"), kept_moments(out, form)
+        self._site = {name: site.name for site in self._keep.sites for name in site.members}
+        self._made: dict[str, Filter] = {}
+
+    def of(self, change: Change, strength: float) -> Change:
+        return {name: self._filtered(name, delta, strength) for name, delta in change.items()}
+
+    def _filtered(self, name: str, delta: LowRank | torch.Tensor, strength: float) -> LowRank | torch.Tensor:
+        site = self._site[name]
+        if site not in self._made:
+            task, keep = self._task[site], self._keep[site]
+            self._made[site] = Filter(task.matrix(), keep.matrix(), noise=keep.error_norm, tokens=(task.mass, keep.mass))
+        if isinstance(delta, LowRank):
+            return LowRank(self._made[site].apply(delta.A, strength), delta.B)
+        return self._made[site].apply(delta, strength).float()
+
+
+class Judge:
+    """The base model, which takes changes and is scored, against itself without one."""
+
+    def __init__(self, model: Any, probes: Mapping[str, Probe], targets: Sequence[str], out: Path) -> None:
+        self._model, self._probes = model, probes
+        self._layers = {name: model.get_submodule(name) for name in targets}
+        self._base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        keep = kept_moments(out, FORM)
+        self._keep = [(site, keep[site.name].matrix()) for site in keep.sites]
+        self._norms: dict[str, float] = {}
+        self._reference = {
+            name: evaluation.log_probabilities(model, probe.rows, probe.batch_size, context=probe.context)
+            for name, probe in probes.items()
+        }
+
+    @property
+    def base(self) -> Mapping[str, torch.Tensor]:
+        return self._base
+
+    def scores(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Probe → `log_likelihood` (nats a row), `loss` and `kl` to the base (nats a token)."""
+        scores = {}
+        for name in names:
+            probe = self._probes[name]
+            reference = self._reference[name]
+            scored = evaluation.score(self._model, probe.rows, probe.batch_size, context=probe.context, reference=reference)
+            tokens = sum(scored.tokens)
+            scores[name] = {
+                "log_likelihood": statistics.fmean(scored.log_likelihood),
+                "loss": -sum(scored.log_likelihood) / tokens,
+                "kl": sum(scored.divergence) / tokens,
+            }
+        return scores
+
+    @torch.no_grad()
+    def take(self, change: Change, scale: float = 1.0, others: Mapping[str, torch.Tensor] | None = None) -> None:
+        """The base's weights plus a change; `others`: values of parameters that are not of linear layers."""
+        for name, parameter in self._model.named_parameters():
+            parameter.copy_((others or {}).get(name, self._base[name]))
+        for name, delta in change.items():
+            added = delta.B.float() @ delta.A.float() if isinstance(delta, LowRank) else delta
+            self._layers[name].weight.add_(added, alpha=scale)
+
+    def drift(self, change: Change, scale: float = 1.0) -> dict[str, float]:
+        """‖ΔW X_k‖ / ‖W₀ X_k‖ on the kept inputs of `FORM`: the median over the layers, and the worst of them."""
+        drifts = []
+        for site, c in self._keep:
+            for name in (name for name in site.members if name in change):
+                if name not in self._norms:
+                    self._norms[name] = analysis.output_norm(self._base[f"{name}.weight"], c)
+                delta = change[name]
+                moved = analysis.update_norm(delta, c) if isinstance(delta, LowRank) else analysis.output_norm(delta, c)
+                drifts.append(scale * moved / self._norms[name])
+        return {"median": statistics.median(drifts), "largest": max(drifts)} if drifts else {}
+
+
+def write_change(path: Path, change: Change, others: Mapping[str, torch.Tensor]) -> None:
+    tensors = {f"other:{name}": value for name, value in others.items()}
+    for name, delta in change.items():
+        named = {f"A:{name}": delta.A, f"B:{name}": delta.B} if isinstance(delta, LowRank) else {f"W:{name}": delta}
+        tensors |= {key: value.float().contiguous() for key, value in named.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
+
+
+def read_change(path: Path) -> tuple[Change, dict[str, torch.Tensor]]:
+    tensors = load_file(path)
+    change: dict[str, LowRank | torch.Tensor] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition(":")
+        if kind == "A":
+            change[name] = LowRank(value, tensors[f"B:{name}"])
+        elif kind == "W":
+            change[name] = value
+    return change, {key.partition(":")[2]: value for key, value in tensors.items() if key.startswith("other:")}
+
+
+def factors_of(peft_model: Any) -> dict[str, LowRank]:
+    """A and s B of every layer, copies."""
+    from nullspace.integrations.peft import lora_layers
+
+    return {
+        name: LowRank(
+            layer.lora_A["default"].weight.detach().clone(), layer.scaling["default"] * layer.lora_B["default"].weight.detach()
+        )
+        for name, layer in lora_layers(peft_model, "default").items()
+    }
+
+
+@torch.no_grad()
+def set_factors(peft_model: Any, change: Callable[[str, LowRank], LowRank], *, freeze_a: bool = False) -> None:
+    """Replace A and B (scaling 1) of every layer."""
+    from nullspace.integrations.peft import lora_layers
+
+    for name, layer in lora_layers(peft_model, "default").items():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        new = change(name, LowRank(a, b))
+        a.copy_(new.A)
+        b.copy_(new.B)
+        a.requires_grad_(not freeze_a)
+
+
+def contrast_starts(out: Path, rank: int) -> dict[str, torch.Tensor]:
+    """A of `factors.contrast` for every layer: those of a site are the same, as long as all its layers are as wide as r."""
+    task, keep = moments(out, "task"), kept_moments(out, FORM)
+    starts = {}
+    for site in keep.sites:
+        a = factors.contrast(task[site.name].matrix(), keep[site.name].matrix(), rank, rank=rank).A
+        starts.update(dict.fromkeys(site.members, a))
+    return starts
+
+
+def merged_by_peft(model: Any, changes: Sequence[Mapping[str, LowRank]], how: str, weights: Sequence[float], seed: int) -> Change:
+    """PEFT's `add_weighted_adapter` of several adapters of one rank, densities of 0.5."""
+    from peft import LoraConfig, get_peft_model
+
+    from nullspace.integrations.peft import lora_layers
+
+    rank = len(next(iter(changes[0].values())).A)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(changes[0]), task_type="CAUSAL_LM")
+    names = [f"task{number}" for number in range(len(changes))]
+    peft_model = get_peft_model(model, config, adapter_name=names[0])
+    for name in names[1:]:
+        peft_model.add_adapter(name, config)
+    for name, change in zip(names, changes, strict=True):
+        for layer_name, layer in lora_layers(peft_model, name).items():
+            layer.lora_A[name].weight.data.copy_(change[layer_name].A)
+            layer.lora_B[name].weight.data.copy_(change[layer_name].B)
+    density = 0.5 if how.startswith(("dare", "ties")) else None
+    torch.manual_seed(seed)
+    peft_model.add_weighted_adapter(
+        names, list(weights), "merged", combination_type=how, density=density, svd_rank=rank, svd_full_matrices=False
+    )
+    merged = {
+        name: LowRank(
+            layer.lora_A["merged"].weight.detach().clone(), layer.scaling["merged"] * layer.lora_B["merged"].weight.detach()
+        )
+        for name, layer in lora_layers(peft_model, "merged").items()
+    }
+    peft_model.unload()
+    return merged
+
+
+def combined(out: Path, changes: Sequence[Mapping[str, LowRank]], tasks: Sequence[str], strength: float, rank: int) -> Change:
+    """`factors.combined` of several adapters, layer by layer."""
+    keep, of_tasks = kept_moments(out, FORM), [moments(out, task) for task in tasks]
+    one: dict[str, LowRank] = {}
+    for site in keep.sites:
+        c_keep, c_tasks = keep[site.name].matrix(), [each[site.name].matrix() for each in of_tasks]
+        for name in site.members:
+            updates = [change[name] for change in changes]
+            one[name] = factors.combined(updates, c_tasks, c_keep, strength=strength, rank=rank)
+    return one
