@@ -32,11 +32,12 @@ class Sources:
     Attributes:
         spaces: null spaces (`"lora-null"`, `"b-zero"`).
         covariances: second moments: of the data to be preserved (`"corda-kpm"`, `"corda-exact"`, and null spaces, if `spaces` is
-            None), or of the task (`"corda-ipm"`, `"eva"`, `"sc-lora"`).
-        preserve: second moments of the data to be preserved, for `"sc-lora"`.
+            None), or of the task (`"contrast"`, `"corda-ipm"`, `"eva"`, `"sc-lora"`).
+        preserve: second moments of the data to be preserved, for `"contrast"` and `"sc-lora"`.
         sigma_scale: see `nullspace.factors.lora_null`.
         beta: see `nullspace.factors.sc_lora`.
-        damping: see `nullspace.factors.corda`.
+        damping: see `nullspace.factors.corda` and `nullspace.factors.contrast`.
+        split: A takes `split` times its share of the product, and B 1 / `split` of its own.
         seed: of random numbers (`"orthogonal"`), at least 0.
         directions: collects the layers whose data span too few directions.
     """
@@ -47,6 +48,7 @@ class Sources:
     sigma_scale: float = 1.0
     beta: float = 0.5
     damping: float = factors.DAMPING
+    split: float = 1.0
     seed: int = 0
     directions: Directions = field(default_factory=Directions, compare=False)
 
@@ -87,6 +89,8 @@ class Method:
         start: computes the factors.
         draws: whether it draws random numbers, by `Sources.seed`.
         even: whether the rank must be even.
+        frozen: whether A is frozen unless the caller says otherwise.
+        ranges: of options that are narrower here than in `OPTIONS`.
     """
 
     needs: tuple[str, ...]
@@ -95,6 +99,12 @@ class Method:
     start: Callable[[Layer, Sources], LowRank]
     draws: bool = False
     even: bool = False
+    frozen: bool = False
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+
+    def allowed(self, option: str) -> Range:
+        """The range of one of its options."""
+        return self.ranges.get(option, OPTIONS[option])
 
 
 def _weight(layer: Layer) -> torch.Tensor:
@@ -129,6 +139,13 @@ def _corda(mode: str) -> Callable[[Layer, Sources], LowRank]:
     return start
 
 
+def _contrast(layer: Layer, given: Sources) -> LowRank:
+    assert given.preserve is not None
+    _, task = _moment(layer, given, given.covariances)
+    keep = given.preserve[layer.name].matrix()
+    return factors.contrast(task.to(layer.device), keep, layer.d_out, rank=layer.rank, damping=given.damping)
+
+
 def _eva(layer: Layer, given: Sources) -> LowRank:
     assert given.covariances is not None
     covariance = given.covariances[layer.name]
@@ -153,7 +170,7 @@ METHODS: Mapping[str, Method] = {
     "lora-null": Method(
         needs=("spaces",),
         changes_base=True,
-        options=("sigma_scale",),
+        options=("sigma_scale", "split"),
         start=lambda layer, given: factors.lora_null(
             _weight(layer), _basis(layer, given), rank=layer.rank, sigma_scale=given.sigma_scale
         ),
@@ -161,25 +178,26 @@ METHODS: Mapping[str, Method] = {
     "b-zero": Method(
         ("spaces",), False, (), lambda layer, given: factors.b_zero(_basis(layer, given), layer.d_out, rank=layer.rank)
     ),
-    "corda-kpm": Method(("covariances",), True, ("damping",), _corda("kpm")),
-    "corda-ipm": Method(("covariances",), True, ("damping",), _corda("ipm")),
+    "contrast": Method(("covariances", "preserve"), False, ("damping",), _contrast, frozen=True, ranges={"damping": POSITIVE}),
+    "corda-kpm": Method(("covariances",), True, ("damping", "split"), _corda("kpm")),
+    "corda-ipm": Method(("covariances",), True, ("damping", "split"), _corda("ipm")),
     "corda-exact": Method(
         needs=("covariances",),
         changes_base=True,
-        options=(),
+        options=("split",),
         start=lambda layer, given: factors.corda_exact(
             _weight(layer), _moment(layer, given, given.covariances, mode="kpm")[1], rank=layer.rank
         ),
     ),
-    "sc-lora": Method(("covariances", "preserve"), True, ("beta",), _sc_lora),
-    "milora": Method((), True, (), lambda layer, _: factors.milora(_weight(layer), rank=layer.rank)),
-    "pissa": Method((), True, (), lambda layer, _: factors.pissa(_weight(layer), rank=layer.rank)),
+    "sc-lora": Method(("covariances", "preserve"), True, ("beta", "split"), _sc_lora),
+    "milora": Method((), True, ("split",), lambda layer, _: factors.milora(_weight(layer), rank=layer.rank)),
+    "pissa": Method((), True, ("split",), lambda layer, _: factors.pissa(_weight(layer), rank=layer.rank)),
     "eva": Method(("covariances",), False, (), _eva),
     "orthogonal": Method((), False, (), _orthogonal, draws=True, even=True),
 }
 
 
-OPTIONS: Mapping[str, Range] = {"sigma_scale": POSITIVE, "beta": FRACTION, "damping": NOT_NEGATIVE}
+OPTIONS: Mapping[str, Range] = {"sigma_scale": POSITIVE, "beta": FRACTION, "damping": NOT_NEGATIVE, "split": POSITIVE}
 """The numbers of `Sources` and their ranges."""
 
 
@@ -193,8 +211,8 @@ def check_method(method: str, given: Sources | None = None) -> None:
     check_one_of("method", method, METHODS)
     if given is None:
         return
-    for option, allowed in OPTIONS.items():
-        check_real(option, getattr(given, option), allowed)
+    for option in OPTIONS:
+        check_real(option, getattr(given, option), METHODS[method].allowed(option))
     plain = Sources()
     for option in OPTIONS:
         if getattr(given, option) != getattr(plain, option) and method not in takers(option):
@@ -235,3 +253,8 @@ def check_rank(method: str, given: Sources, name: str, module: nn.Module, rank: 
         raise InputError(f"the adapter of {name!r} has rank {rank}, but its weight is {d_out} × {d_in}: use r ≤ {min(d_in, d_out)}")
     if METHODS[method].even and rank % 2:
         raise InputError(f"the adapter of {name!r} has rank {rank}: method {method!r} needs an even one")
+
+
+def freezes_a(method: str, freeze_a: bool | None) -> bool:
+    """Whether A is frozen: as the caller says or, if that is None, as the method does it."""
+    return METHODS[method].frozen if freeze_a is None else freeze_a

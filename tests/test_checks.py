@@ -147,6 +147,8 @@ def test_a_rank_of_the_configuration_is_an_integer(value: Any) -> None:
         ("sigma_scale", "lora-null", [0, *BAD_NUMBERS]),
         ("beta", "sc-lora", [1.5, *BAD_NUMBERS]),
         ("damping", "corda-kpm", BAD_NUMBERS),
+        ("damping", "contrast", [0.0, *BAD_NUMBERS]),
+        ("split", "lora-null", [0, *BAD_NUMBERS]),
     ],
 )
 def test_the_numbers_of_methods_are_checked_before_what_they_are_used_on(name: str, method: str, bad: list[Any]) -> None:

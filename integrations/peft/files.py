@@ -42,7 +42,7 @@ _CONFIG_FIELDS = {
 }
 # The fields of an init's record that are used here.
 _INIT_FIELDS = {name: optional(or_none(text())) for name in ("model", "method", "residual", "architecture")}
-_INIT_FIELDS["leak"] = optional(or_none(an_object()))
+_INIT_FIELDS |= {"leak": optional(or_none(an_object())), "freeze_a": optional(flag())}
 _LEAK_FIELDS = {"median": finite(0), "worst": finite(0), "worst_site": text()}
 # Folders that transformers' Trainer saves during training.
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -153,6 +153,7 @@ def init_record(
     method: str,
     config: LoraConfig,
     residual: str,
+    freeze_a: bool,
     spaces: NullSpaces | None,
     record: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -164,6 +165,7 @@ def init_record(
         method: of `inject_adapters`.
         config: of the adapter.
         residual: as `check_servable` returns it.
+        freeze_a: whether A is to stay as it is.
         spaces: that the adapter is made of, if any.
         record: further facts of the caller, which take precedence.
     """
@@ -176,6 +178,7 @@ def init_record(
         "alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
         "residual": residual,
+        "freeze_a": freeze_a,
         "leak": {"median": leaks[len(leaks) // 2][0], "worst": leaks[-1][0], "worst_site": leaks[-1][1]} if leaks else None,
         **(record or {}),
     }

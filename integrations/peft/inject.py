@@ -31,7 +31,7 @@ from nullspace.integrations.peft.start import random_seed, residual_of, start_of
 from nullspace.integrations.peft.subtracted import subtract
 from nullspace.integrations.peft.targets import own_config
 from nullspace.integrations.peft.watch import warn_of_dropout, watch
-from nullspace.methods import METHODS, Sources, check_method, check_sources
+from nullspace.methods import METHODS, Sources, check_method, check_sources, freezes_a
 from nullspace.model.linear import weight_of
 from nullspace.model.sharded import (
     has_deepspeed_engine,
@@ -53,22 +53,24 @@ def inject_adapters(
     method: str = "lora-null",
     covariances: Covariances | None = None,
     preserve: Covariances | None = None,
-    freeze_a: bool = False,
+    freeze_a: bool | None = None,
     residual: str = "auto",
     sigma_scale: float = 1.0,
     beta: float = 0.5,
     damping: float = DAMPING,
+    split: float = 1.0,
     adapter_name: str = "default",
 ) -> PeftModel:
     """Add LoRA adapters that a method initialises. The model's outputs stay what they were.
 
     With s the adapter's scaling (α/r, or α/√r with rsLoRA) and r its rank (`config.r`, `config.rank_pattern`), the factors are
-    those of `nullspace.factors`, and A and B each take 1/√s of them:
+    those of `nullspace.factors`, and A and B each take 1/√s of them where B A is not zero:
 
     | method | factors | made of | base |
     |---|---|---|---|
     | `"lora-null"` | `lora_null` (arXiv 2503.02659): s·BA = W₀ U Uᵀ, U the null space | `spaces` or `covariances` | W₀ − s·BA |
     | `"b-zero"` | `b_zero`: A = the r directions of the smallest inputs, B = 0 | `spaces` or `covariances` | W₀ |
+    | `"contrast"` | `contrast`: A = directions of the task, not of `preserve`; B = 0 | `covariances` of the task, `preserve` | W₀ |
     | `"corda-kpm"`, `"corda-ipm"` | `corda` (arXiv 2406.05223) | `covariances` | W₀ − s·BA |
     | `"corda-exact"` | `corda_exact`, kpm: the optimum that CorDA approximates | `covariances` | W₀ − s·BA |
     | `"sc-lora"` | `sc_lora` (arXiv 2505.23724) | `covariances` of the task, `preserve` | W₀ − s·BA |
@@ -89,8 +91,9 @@ def inject_adapters(
         spaces: null spaces of this very model, with bases of at least r columns.
         method: one of the above.
         covariances: second moments of this very model's inputs (`nullspace.compute_covariances`).
-        preserve: the same, of the data that are to be preserved, for `"sc-lora"`.
-        freeze_a: train B alone. PEFT does not save this: call `freeze_a` again after loading an adapter to train it on.
+        preserve: the same, of the data that are to be preserved, for `"contrast"` and `"sc-lora"`.
+        freeze_a: train B alone; by default for `"contrast"`, and for no other method. PEFT does not save this: call `freeze_a`
+            again after loading an adapter to train it on.
         residual: what subtracts s·BA again. `"base"`: the weight. `"adapter"`: a second, frozen adapter
             (`{adapter_name}_subtracted`, −B₀A₀), which leaves all weights as they are, quantised or tied ones too, and is active
             beside the first; `attach_subtracted` loads it again, `export_lora` makes one plain adapter of both. `"auto"`:
@@ -99,7 +102,11 @@ def inject_adapters(
             after each: merge what `export_lora` makes, into a base that is not quantised.)
         sigma_scale: see `nullspace.factors.lora_null`; only for `"lora-null"`.
         beta: see `nullspace.factors.sc_lora`; only for `"sc-lora"`.
-        damping: see `nullspace.factors.corda`; only for `"corda-kpm"` and `"corda-ipm"`.
+        damping: see `nullspace.factors.corda` and `nullspace.factors.contrast`; only for `"corda-kpm"`, `"corda-ipm"` (≥ 0) and
+            `"contrast"` (> 0).
+        split: A takes `split` times its share of the product and B 1 / `split` of its own, which leaves B A as it is; for methods
+            whose product is not zero. With a larger one, steps of A move B A less, relative to those of B: with Adam, whose steps
+            do not depend on the size of a factor, the relative change of A a step falls by `split`, and that of B rises by it.
         adapter_name: PEFT's name for the adapter.
 
     Returns:
@@ -128,7 +135,7 @@ def inject_adapters(
         return _inject(
             model,
             config,
-            Sources(spaces, covariances, preserve, sigma_scale, beta, damping, seed=random_seed(method)),
+            Sources(spaces, covariances, preserve, sigma_scale, beta, damping, split, seed=random_seed(method)),
             method=method,
             freeze_a=freeze_a,
             residual=residual,
@@ -143,12 +150,13 @@ def _inject(
     given: Sources,
     *,
     method: str,
-    freeze_a: bool,
+    freeze_a: bool | None,
     residual: str,
     adapter_name: str,
     job: Job,
 ) -> PeftModel:
     check_method(method, given)
+    freeze_a = freezes_a(method, freeze_a)
     check_sources(method, given)
     if has_deepspeed_engine(model):
         raise InputError(

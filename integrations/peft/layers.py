@@ -174,6 +174,11 @@ def _check_layer(
     check_rank(method, given, name, base, layer.r[adapter_name])
 
 
+def is_a_frozen(layers: Mapping[str, LoraLayer], adapter: str) -> bool:
+    """Whether `freeze_layers` has frozen the A of all of these layers."""
+    return all("lora_A" in layer.frozen_peft_weight_names.get(adapter, ()) for layer in layers.values())
+
+
 def freeze_layers(layers: Mapping[str, LoraLayer], adapter: str, names: tuple[str, ...] = ("lora_A",)) -> None:
     for layer in layers.values():
         # PEFT's own record of what set_adapter must not switch on again; a new dictionary, since the default is the class's.

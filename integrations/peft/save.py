@@ -20,7 +20,7 @@ from nullspace.artifacts.spaces import NullSpaces
 from nullspace.errors import InputError
 from nullspace.integrations.peft.files import init_record, located, save_adapter
 from nullspace.integrations.peft.folders.cards import CARD, name_base, write_card, write_cards
-from nullspace.integrations.peft.layers import SUBTRACTED
+from nullspace.integrations.peft.layers import SUBTRACTED, is_a_frozen, lora_layers
 from nullspace.integrations.peft.shell import saving_here
 from nullspace.methods import Sources
 from nullspace.model.sharded import is_model_sharded
@@ -76,7 +76,9 @@ def save_init(
     config: Any = peft_model.peft_config[adapter]
     original = located(config.base_model_name_or_path)
     base_path = os.path.abspath(out / "base") if residual == "base" else original
-    facts = init_record(base, getattr(base, "name_or_path", None), peft_model.nullspace_method, config, residual, spaces, record)
+    frozen = is_a_frozen(lora_layers(peft_model, adapter), adapter)
+    name = getattr(base, "name_or_path", None)
+    facts = init_record(base, name, peft_model.nullspace_method, config, residual, frozen, spaces, record)
 
     def write() -> None:
         with store.new_directory(out, overwrite=overwrite) as part, unwrapped(peft_model):
@@ -110,9 +112,9 @@ def record_init(peft_model: Any, model: nn.Module, adapter: str, method: str, re
     original = peft_model.nullspace_model = located(config.base_model_name_or_path)
     # A residual base has no name before save_init gives it one, and must not keep that of the original model.
     config.base_model_name_or_path = UNSAVED.format(original or "a model without a name") if residual == "base" else original
-    _keep_card(
-        peft_model, init_record(model, original, method, config, residual, given.spaces, None), config.base_model_name_or_path
-    )
+    frozen = is_a_frozen(lora_layers(peft_model, adapter), adapter)
+    facts = init_record(model, original, method, config, residual, frozen, given.spaces, None)
+    _keep_card(peft_model, facts, config.base_model_name_or_path)
 
 
 def _keep_card(peft_model: PeftModel, facts: Mapping[str, Any], base: str | None) -> None:

@@ -64,9 +64,9 @@ def start_of(
         a, b = METHODS[method].start(target, given)
         # s·BA is the product that counts, so where it is not zero each factor takes 1/√s.
         root = 1.0 if weight is None else math.sqrt(scaling)
-        a, b = (a / root).to(dtype_a), (b / root).to(dtype_b)
+        a, b = (a / (root / given.split)).to(dtype_a), (b / (root * given.split)).to(dtype_b)
         if not bool(a.isfinite().all() and b.isfinite().all()):
-            raise InputError(f"A or B holds NaN or Inf in {dtype_a}: check lora_alpha and sigma_scale")
+            raise InputError(f"A or B holds NaN or Inf in {dtype_a}: check lora_alpha, sigma_scale and split")
         return a, b
 
 

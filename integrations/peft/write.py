@@ -33,7 +33,7 @@ from nullspace.integrations.peft.shell import BasePlan, on_disk, plan_base, savi
 from nullspace.integrations.peft.start import random_seed, residual_of, start_of, with_spaces
 from nullspace.integrations.peft.targets import own_config
 from nullspace.integrations.peft.watch import warn_of_dropout
-from nullspace.methods import METHODS, Sources, check_method, check_sources
+from nullspace.methods import METHODS, Sources, check_method, check_sources, freezes_a
 from nullspace.model.linear import weight_of
 from nullspace.model.sharded import is_model_sharded, prepare_to_gather
 from nullspace.model.weights import tensor_of
@@ -53,9 +53,11 @@ def write_init(
     method: str = "lora-null",
     covariances: Covariances | None = None,
     preserve: Covariances | None = None,
+    freeze_a: bool | None = None,
     sigma_scale: float = 1.0,
     beta: float = 0.5,
     damping: float = DAMPING,
+    split: float = 1.0,
     tokenizer: Any = None,
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -78,7 +80,8 @@ def write_init(
             default group (FSDP2, ZeRO-3, DTensors of tensor parallelism), all of them have to call this with the same arguments:
             weights are gathered one at a time, and the first process writes.
         config: as in `inject_adapters`.
-        spaces, method, covariances, preserve, sigma_scale, beta, damping: as in `inject_adapters`.
+        spaces, method, covariances, preserve, sigma_scale, beta, damping, split: as in `inject_adapters`.
+        freeze_a: the same; here it is what card and record say, as an adapter's files hold no such flag.
         tokenizer: saved beside the base, if given.
         record: JSON-able facts to keep in `nullspace.json`.
         overwrite: replace an earlier directory of ours.
@@ -96,8 +99,8 @@ def write_init(
     model = unwrap(model)
     job = Job() if is_model_sharded(model) else Job.alone()
     with job.sharing_errors(), unwrapped(model):
-        given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, seed=random_seed(method))
-        output = _Output(Path(out), tokenizer, record or {}, overwrite, max_shard_bytes)
+        given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, split, seed=random_seed(method))
+        output = _Output(Path(out), tokenizer, freeze_a, record or {}, overwrite, max_shard_bytes)
 
         def write() -> None:
             _write(output, model, config, given, method, reporter(progress, bars=job.first), job)
@@ -116,6 +119,7 @@ class _Output(NamedTuple):
 
     folder: Path
     tokenizer: Any
+    freeze_a: bool | None
     record: Mapping[str, Any]
     overwrite: bool
     max_shard_bytes: int
@@ -169,7 +173,8 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
                 mark_file(part / "base" / "config.json", method, located(original), largest)
             if residual == "base" and output.tokenizer is not None:
                 output.tokenizer.save_pretrained(part / "base")
-            facts = init_record(model, original, method, config, residual, given.spaces, output.record)
+            frozen = freezes_a(method, output.freeze_a)
+            facts = init_record(model, original, method, config, residual, frozen, given.spaces, output.record)
             write_cards(part, facts)
             records.write_manifest(part, "init", facts)
         report("adapters", len(layers), len(layers), 0)

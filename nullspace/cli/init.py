@@ -43,8 +43,8 @@ class Adapter:
     alpha: float | None = option("LoRA's alpha; the rank by default, so that the scaling is 1.", None, check_real)
     use_rslora: bool = option("Scale by alpha / sqrt(rank).", False)
     method: str = option(
-        "'lora-null', 'corda-kpm', 'corda-ipm', 'corda-exact', 'sc-lora', 'milora' or 'pissa'; 'b-zero', 'eva' or "
-        "'orthogonal' leave the base alone.",
+        "'lora-null', 'corda-kpm', 'corda-ipm', 'corda-exact', 'sc-lora', 'milora' or 'pissa'; 'contrast', 'b-zero', 'eva' "
+        "or 'orthogonal' leave the base alone.",
         "lora-null",
         check_choice,
     )
@@ -52,15 +52,29 @@ class Adapter:
         "lora-null: multiply the adapter's product (the paper's Table 5).", 1.0, check_real, of_methods("sigma_scale")
     )
     preserve: Path | None = option(
-        "sc-lora: covariances of what must not be forgotten; --data is then the task.",
+        "contrast, sc-lora: covariances of what must not be forgotten; --data is then the task.",
         None,
-        needs=needed("'sc-lora'", lambda values: "preserve" in method_of(values).needs),
+        needs=needed("'contrast' and 'sc-lora'", lambda values: "preserve" in method_of(values).needs),
     )
     beta: float = option("sc-lora: 0 for the task alone, 1 for preservation alone.", 0.5, _check_fraction, of_methods("beta"))
     damping: float = option(
-        "corda: added to the diagonal of C, relative to its mean.", 0.01, _check_not_negative, of_methods("damping")
+        "corda, contrast: added to the diagonal of C (contrast: of --preserve), relative to its mean.",
+        0.01,
+        _check_not_negative,
+        of_methods("damping"),
+    )
+    factor_split: float = option(
+        "A takes so many times its share of the adapter's product, and B as much less.", 1.0, check_real, of_methods("split")
+    )
+    freeze_a: bool | None = option(
+        "Say in card and record that B alone is to be trained; by default for contrast.",
+        None,
     )
     avoid: list[Path] | None = options.AVOID
+
+    def numbers(self) -> dict[str, Any]:
+        """The numbers of `nullspace.methods.OPTIONS`, by their names there."""
+        return {"sigma_scale": self.sigma_scale, "beta": self.beta, "damping": self.damping, "split": self.factor_split}
 
 
 def init(
@@ -78,7 +92,7 @@ def init(
     from nullspace import NullSpaces
     from nullspace.artifacts.checkpoint import COVARIANCES
     from nullspace.integrations import peft
-    from nullspace.methods import METHODS
+    from nullspace.methods import METHODS, freezes_a
 
     began = time.perf_counter()
     method = METHODS[adapter.method]
@@ -113,7 +127,8 @@ def init(
         else:
             document = {**facts, "layers": len(calibration.targets)} if shown.as_json else None
         if not (shown.as_json or shown.quiet):
-            console.print_line(_next_steps(out, out / "base" if method.changes_base else model))
+            frozen = freezes_a(adapter.method, adapter.freeze_a)
+            console.print_line(_next_steps(out, out / "base" if method.changes_base else model, frozen))
     return document
 
 
@@ -133,6 +148,8 @@ def _peft_config(calibration: Calibration, adapter: Adapter) -> Any:
 
 def _check_sources(source: Source, adapter: Adapter, needs: Collection[str]) -> None:
     """Raise `ValueError` unless what is given is what the method needs."""
+    from nullspace.methods import Sources, check_method
+
     sources = [("--data", source.data), ("--spaces", source.spaces), ("--covariances", source.covariances)]
     given = [name for name, value in sources if value is not None]
     if not needs and given:
@@ -142,6 +159,7 @@ def _check_sources(source: Source, adapter: Adapter, needs: Collection[str]) -> 
         raise InputError(f"give one of --data, --covariances{more}")
     if adapter.preserve is None and "preserve" in needs:
         raise InputError(f"{adapter.method!r} needs --preserve")
+    check_method(adapter.method, Sources(**adapter.numbers()))
 
 
 @dataclass
@@ -180,7 +198,7 @@ def _write_init(
     from nullspace.methods import METHODS
 
     config = _peft_config(calibration, adapter)
-    numbers: dict[str, Any] = {name: getattr(adapter, name) for name in ("sigma_scale", "beta", "damping")}
+    numbers = adapter.numbers()
     method = METHODS[adapter.method]
     record = {
         "data": source.data or (str(source.covariances) if source.covariances else None),
@@ -199,6 +217,7 @@ def _write_init(
         method=adapter.method,
         covariances=None if "spaces" in method.needs else inputs.covariances,
         preserve=inputs.preserved,
+        freeze_a=adapter.freeze_a,
         **numbers,
         tokenizer=calibration.tokenizer,
         record={**record, "model": calibration.name},
@@ -208,11 +227,13 @@ def _write_init(
     return record
 
 
-def _next_steps(out: Path, base: Path | str) -> str:
+def _next_steps(out: Path, base: Path | str, frozen: bool) -> str:
+    b_alone = "    nullspace.integrations.peft.freeze_a(model)  # train B alone\n" if frozen else ""
     return (
         f"\nWrote {out}. To train it:\n\n"
         f"    base = AutoModelForCausalLM.from_pretrained({str(base)!r})\n"
-        f"    model = PeftModel.from_pretrained(base, {str(out / 'adapter')!r}, is_trainable=True)\n\n"
+        f"    model = PeftModel.from_pretrained(base, {str(out / 'adapter')!r}, is_trainable=True)\n"
+        f"{b_alone}\n"
         f"and afterwards, for the untouched base: nullspace export TRAINED --initial {out} --out EXPORTED"
     )
 

@@ -88,6 +88,8 @@ def signature(command: Command, *more: inspect.Parameter) -> inspect.Signature:
     for name, (kind, option) in declared(command).items():
         flags, described = option.flags(name), typer.Argument(help=option.help)
         if flags:
+            if kind == bool | None:  # typer makes no --no-… of names that are given
+                flags = tuple(f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags)
             described = typer.Option(*flags, help=option.help, min=option.least)
         annotation: Any = Annotated[kind, described]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=option.default))

@@ -5,7 +5,7 @@
 - `filters`: after training, a change that keeps its effect on the task and loses that on what must be kept; several in one.
 """
 
-from nullspace.factors.contrast import CONTRAST_DAMPING, contrast
+from nullspace.factors.contrast import contrast
 from nullspace.factors.filters import RIDGE, Filter, Forecast, combined, filtered
 from nullspace.factors.low_rank import LowRank
 from nullspace.factors.starts import (
@@ -25,7 +25,6 @@ from nullspace.factors.starts import (
 )
 
 __all__ = [
-    "CONTRAST_DAMPING",
     "CORDA_MODES",
     "DAMPING",
     "RIDGE",

@@ -9,13 +9,11 @@ from nullspace.checks import check_between, check_integer, check_real
 from nullspace.errors import InputError
 from nullspace.factors.filters import unit_trace
 from nullspace.factors.low_rank import LowRank
-
-# Added to the diagonal of C_k, relative to its mean.
-CONTRAST_DAMPING = 0.01
+from nullspace.factors.starts import DAMPING
 
 
 @torch.no_grad()
-def contrast(c_task: torch.Tensor, c_keep: torch.Tensor, d_out: int, *, rank: int, damping: float = CONTRAST_DAMPING) -> LowRank:
+def contrast(c_task: torch.Tensor, c_keep: torch.Tensor, d_out: int, *, rank: int, damping: float = DAMPING) -> LowRank:
     """A = the r leading generalised eigenvectors of (C_t, C_k + ε I), B = 0; W₀ stays.
 
     Each row a maximises ‖aᵀX_t‖² / (‖aᵀX_k‖² + ε ‖a‖²), orthogonal in C_k + ε I to the rows before it. With A frozen an update B A

@@ -143,10 +143,10 @@ def test_every_method_from_the_text_and_from_kept_covariances(
     other.write_text("\n\n".join(prose[3:6]))
     covariances(tiny_checkpoint, data, tmp_path / "kept")
     options = ["--method", method]
-    if method == "sc-lora":
-        covariances(tiny_checkpoint, other, tmp_path / "preserved")
-        options += ["--preserve", tmp_path / "preserved", "--beta", "0.3"]
     needs = METHODS[method].needs
+    if "preserve" in needs:
+        covariances(tiny_checkpoint, other, tmp_path / "preserved")
+        options += ["--preserve", tmp_path / "preserved", *(["--beta", "0.3"] if method == "sc-lora" else [])]
     # As many digits as the covariances have, which were summed in float64.
     from_text = ["--data", data, *SMALL, "--precision", "fp64"] if needs else RANK
     products = []
@@ -167,7 +167,7 @@ def test_every_method_from_the_text_and_from_kept_covariances(
             again_a, again_b = products[1][name]
             assert (a - again_a).abs().max() <= 1e-4 * a.abs().max(), name
             assert (b - again_b).abs().max() <= 1e-4 * b.abs().max(), name
-    left = {"one", "two", "kept", "data.txt", "other.txt", *(["preserved"] if method == "sc-lora" else [])}
+    left = {"one", "two", "kept", "data.txt", "other.txt", *(["preserved"] if "preserve" in needs else [])}
     assert {path.name for path in tmp_path.iterdir()} == left
 
 
@@ -257,6 +257,12 @@ def test_an_earlier_adapters_rows_are_left_alone(tiny_checkpoint: Path, data: Pa
         (["init", "MODEL", "--method", "pissa", "--data", "DATA"], "'pissa' looks at the weights alone: leave out --data"),
         (["init", "MODEL", "--method", "corda-kpm"], "give one of --data, --covariances for 'corda-kpm'"),
         (["init", "MODEL", "--method", "sc-lora", "--data", "DATA"], "'sc-lora' needs --preserve"),
+        (["init", "MODEL", "--method", "contrast", "--data", "DATA"], "'contrast' needs --preserve"),
+        (["init", "MODEL", "--method", "contrast", "--preserve", "DATA"], "give one of --data, --covariances for 'contrast'"),
+        (
+            ["init", "MODEL", "--method", "contrast", "--data", "DATA", "--preserve", "p", "--damping", "0"],
+            "damping must be a positive number",
+        ),
         (["init", "MODEL", "--method", "eva", "--data", "DATA", "--avoid", "x"], "--avoid belongs to null spaces"),
         (["init", "MODEL", "--method", "eva", "--data", "DATA", "--beta", "0.7"], "beta belongs to 'sc-lora'"),
         (["compute"], "give MODEL and --data, or --covariances"),

@@ -24,22 +24,24 @@ OF_DATA = {"samples", "length", "batch_size", "precision", "strategy", "hidden_s
 OF_MODEL = {"targets", "exclude", "dtype", "device", "offload"}
 OF_ROWS, OF_HUB = {"field"}, {"split"}
 ALL_OF_DATA = OF_DATA | OF_ROWS | OF_HUB
-NUMBERS = {"sigma_scale", "beta", "damping", "preserve"}
+NUMBERS = {"sigma_scale", "beta", "damping", "factor_split", "preserve"}
+OF_NULL, OF_CORDA = {"sigma_scale", "factor_split"}, {"damping", "factor_split"}
 
 # (command, its source) → the options that have no effect there. Paths do not exist: nothing may be looked at before the options.
 SOURCES: dict[tuple[str, str], set[str]] = {
-    ("init", "MODEL --data a.txt"): {*OF_ROWS, *OF_HUB, "partial", *NUMBERS - {"sigma_scale"}},
+    ("init", "MODEL --data a.txt"): {*OF_ROWS, *OF_HUB, "partial", *NUMBERS - OF_NULL},
     ("init", "MODEL --data a.md --method b-zero"): {*OF_ROWS, *OF_HUB, "partial", *NUMBERS},
-    ("init", "MODEL --data a.jsonl"): {*OF_HUB, "partial", *NUMBERS - {"sigma_scale"}},
+    ("init", "MODEL --data a.jsonl"): {*OF_HUB, "partial", *NUMBERS - OF_NULL},
     ("init", "MODEL --data a.parquet --method eva"): {*OF_HUB, "partial", "avoid", "spectrum", *NUMBERS},
-    ("init", "MODEL --data some/set --method corda-kpm"): {"partial", "avoid", "spectrum", *NUMBERS - {"damping"}},
-    ("init", "MODEL --data set:part --strategy resident"): {"hidden_states", "partial", *NUMBERS - {"sigma_scale"}},
-    ("init", "MODEL --spaces s"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - {"sigma_scale"}},
-    ("init", "MODEL --covariances c"): {*ALL_OF_DATA, *NUMBERS - {"sigma_scale"}},
-    ("init", "MODEL --covariances c --method corda-ipm"): {*ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - {"damping"}},
-    ("init", "MODEL --covariances c --method corda-exact"): {*ALL_OF_DATA, "avoid", "spectrum", *NUMBERS},
+    ("init", "MODEL --data some/set --method corda-kpm"): {"partial", "avoid", "spectrum", *NUMBERS - OF_CORDA},
+    ("init", "MODEL --data set:part --strategy resident"): {"hidden_states", "partial", *NUMBERS - OF_NULL},
+    ("init", "MODEL --spaces s"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - OF_NULL},
+    ("init", "MODEL --covariances c"): {*ALL_OF_DATA, *NUMBERS - OF_NULL},
+    ("init", "MODEL --covariances c --method corda-ipm"): {*ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - OF_CORDA},
+    ("init", "MODEL --covariances c --method corda-exact"): {*ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - {"factor_split"}},
     ("init", "MODEL --data a.csv --method sc-lora --preserve p"): {*OF_HUB, "avoid", "spectrum", "sigma_scale", "damping"},
-    ("init", "MODEL --method pissa"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS},
+    ("init", "MODEL --covariances c --method contrast --preserve p"): {*ALL_OF_DATA, "avoid", "spectrum", *OF_NULL, "beta"},
+    ("init", "MODEL --method pissa"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - {"factor_split"}},
     ("init", "MODEL --method orthogonal"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS},
     ("compute", "MODEL --data a.json"): {*OF_HUB, "partial"},
     ("compute", "MODEL --data a.txt --strategy resident"): {*OF_ROWS, *OF_HUB, "hidden_states", "partial"},
@@ -141,6 +143,7 @@ def test_every_option_has_an_effect_or_is_refused(
     [
         *((f"init m --method pissa --alpha {value}", "--alpha must be a positive number") for value in ("0", "nan", "inf", "-4")),
         *((f"init m --data a.txt --sigma-scale {value}", "--sigma-scale must be") for value in ("0", "nan", "inf", "-1")),
+        *((f"init m --method pissa --factor-split {value}", "--factor-split must be") for value in ("0", "nan", "inf", "-1")),
         *((f"init m --data a --method sc-lora --preserve p --beta {v}", "--beta must be between") for v in ("nan", "-1", "1.5")),
         *((f"init m --data a --method corda-kpm --damping {v}", "--damping must be a number ≥ 0") for v in ("nan", "inf", "-1")),
         ("compute m --data a.txt --timeout inf", "--timeout must be a positive number"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.linalg
 import torch
 from calibrated import RANK, covariances_for, sources_for, spaces_for
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -150,6 +151,12 @@ def test_a_method_is_one_pure_function_and_one_entry(monkeypatch: pytest.MonkeyP
         ("lora-null", {"spaces": None}, "'lora-null' needs null spaces"),
         ("corda-kpm", {"covariances": None}, "'corda-kpm' needs the second moments.*compute_covariances"),
         ("sc-lora", {"preserve": None}, "'sc-lora' needs the second moments of what is to be preserved"),
+        ("contrast", {"covariances": None}, "'contrast' needs the second moments of its data"),
+        ("contrast", {"preserve": None}, "'contrast' needs the second moments of what is to be preserved"),
+        ("contrast", {"preserve": "gpt2"}, "there is no covariance for 'model"),
+        ("contrast", {"damping": 0.0}, "damping must be a positive number"),
+        ("contrast", {"split": 2.0}, "split belongs to 'lora-null' and .*; 'contrast' does not take it"),
+        ("lora-null", {"split": 0.0}, "split must be a positive number"),
         ("pissa", {"covariances": "llama"}, "'pissa' makes no use of covariances"),
         ("pissa", {"beta": 0.7}, "beta belongs to 'sc-lora'; 'pissa' does not take it"),
         ("sc-lora", {"beta": 1.5}, "beta must be between 0 and 1"),
@@ -166,8 +173,7 @@ def test_what_a_method_lacks_or_does_not_take_is_said_before_the_model_is_touche
 ) -> None:
     arguments = {**(sources_for(method, "llama") if method in integration.METHODS else {}), **change}
     rank = arguments.pop("r", RANK)
-    if isinstance(arguments.get("covariances"), str):
-        arguments["covariances"] = covariances_for(arguments["covariances"])
+    arguments |= {name: covariances_for(of) for name, of in arguments.items() if isinstance(of, str)}
     model = tiny("llama")
     state = {name: value.clone() for name, value in model.state_dict().items()}
     targets = ["q_proj", "k_proj"]
@@ -287,6 +293,73 @@ def test_b_zero_leaves_the_base_alone_and_its_a_is_the_quietest_directions() -> 
         assert torch.equal(layer.get_base_layer().weight, original[f"{name}.weight"])
         assert torch.equal(layer.lora_A["default"].weight, spaces[name].basis[:, :5].T.float())
         assert not layer.lora_B["default"].weight.any()
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {"lora_alpha": 12, "use_rslora": True}),
+        ("llama", {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"k_proj": 32}}),
+        ("gpt2", {}),
+    ],
+)
+def test_contrast_answers_the_task_and_least_of_what_is_kept_and_trains_b_alone(
+    family: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    base, before = tiny(family), tiny(family).state_dict()
+    expected = logits(base)
+    task, keep = covariances_for(family), covariances_for(family, seed=2)
+    model = inject_adapters(base, LoraConfig(r=RANK, **config), method="contrast", covariances=task, preserve=keep)
+    assert torch.equal(logits(model), expected)  # B = 0, on any base
+    for name, layer in lora_layers(model).items():
+        a = layer.lora_A["default"].weight.detach().double()
+        c_task, c_keep = (c / c.trace() for c in (task[name].matrix(), keep[name].matrix()))
+        # The Rayleigh quotients of the rows are the largest that there are, whatever the scaling of PEFT.
+        values, _ = scipy.linalg.eigh(c_task.numpy(), (c_keep + 0.01 / len(c_keep) * torch.eye(len(c_keep))).numpy())
+        ratios = ((a @ c_task) * a).sum(1) / (((a @ c_keep) * a).sum(1) + 0.01 / len(c_keep) * a.square().sum(1))
+        wanted = torch.from_numpy(values).flip(0)[: len(a)]
+        assert (ratios - wanted).abs().max() <= 1e-5 * wanted.max(), name
+    model.add_adapter("other", LoraConfig(r=2, target_modules=list(lora_layers(model))))
+    model.set_adapter("default")
+    start = {name: p.clone() for name, p in model.named_parameters() if "lora_A" in name}
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_B"}
+    train(model, 3)
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in start.items())
+    left = {name.replace("base_model.model.", "").replace(".base_layer", ""): p for name, p in model.state_dict().items()}
+    assert all(torch.equal(left[name], value) for name, value in before.items())
+    # A plain LoRA of the untouched base, which loads without us.
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "trained", selected_adapters=["default"])
+    again = PeftModel.from_pretrained(tiny(family), tmp_path / "trained").eval()
+    assert (logits(again) - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+    assert "freeze_a(model)" in (tmp_path / "trained" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_is_trained_with_contrast_where_the_caller_wants_it(tmp_path: Path) -> None:
+    sources = sources_for("contrast", "llama")
+    model = inject_adapters(tiny("llama"), LoraConfig(r=RANK), method="contrast", freeze_a=False, **sources)
+    assert all(layer.lora_A["default"].weight.requires_grad for layer in lora_layers(model).values())
+    save_init(tmp_path / "out", model)
+    assert records.read_json(tmp_path / "out" / "nullspace.json")["freeze_a"] is False
+    assert "freeze_a" not in (tmp_path / "out" / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("split", [8.0, 0.3])
+@pytest.mark.parametrize("method", ALTERING)
+def test_split_shifts_the_product_between_the_factors_and_leaves_it_as_it_is(method: str, split: float) -> None:
+    sources, config = sources_for(method, "llama"), LoraConfig(r=RANK, lora_alpha=24)
+    model = tiny("llama")
+    before = logits(model)
+    shifted = inject_adapters(model, config, method=method, split=split, **sources)
+    assert (logits(shifted) - before).abs().max() <= 2e-6 * before.abs().max()
+    even = lora_layers(inject_adapters(tiny("llama"), config, method=method, **sources))
+    for name, layer in lora_layers(shifted).items():
+        (a, b), (a0, b0) = ((each.lora_A["default"].weight, each.lora_B["default"].weight) for each in (layer, even[name]))
+        for mine, theirs in ((a, split * a0), (b, b0 / split)):
+            assert (mine - theirs).abs().max() <= 2**-22 * theirs.abs().max(), name
+        if split == 8.0:  # a power of two: not a bit of the base differs
+            assert torch.equal(layer.get_base_layer().weight, even[name].get_base_layer().weight)
 
 
 def test_sigma_scale_multiplies_the_product_and_still_changes_nothing_at_the_start() -> None:

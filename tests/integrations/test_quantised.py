@@ -311,7 +311,8 @@ def test_what_is_saved_loads_with_plain_peft_onto_a_quantised_checkpoint(
 def test_a_quantised_weight_is_not_turned_into_a_residual(kind: str, base: Any, sources: Any, tmp_path: Path) -> None:
     model = base(kind)
     before, state = logits(model), state_of(model)
-    words = r"'model\.layers\.0\.self_attn\.q_proj' \(Linear.*quantised.*residual=\"adapter\".*'b-zero', 'eva' and 'orthogonal'"
+    layer = r"'model\.layers\.0\.self_attn\.q_proj' \(Linear.*quantised"
+    words = rf"{layer}.*residual=\"adapter\".*'b-zero', 'contrast', 'eva' and 'orthogonal'"
     for refused in (
         lambda: inject_adapters(model, LoraConfig(r=RANK), method="pissa", residual="base"),
         lambda: check_servable(model, find_targets(model), "pissa", offloaded=True),

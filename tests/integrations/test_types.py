@@ -36,6 +36,7 @@ peft.inject_adapters(model, config, 3)  # E: Argument 3 to "inject_adapters" has
 peft.inject_adapters(model, config, covariances)  # E: Argument 3 to "inject_adapters" has incompatible type "Covariances"
 peft.inject_adapters(model)  # E: Missing positional argument "config" in call to "inject_adapters"
 peft.inject_adapters(model, config, spaces, "lora-null")  # E: Too many positional arguments for "inject_adapters"
+peft.inject_adapters(model, config, covariances=covariances, preserve=covariances, method="contrast", freeze_a=None)
 peft.inject_adapters(model, config, spaces, freeze_a="yes")  # E: Argument "freeze_a" to "inject_adapters" has incompatible
 out: Path = peft.save_init("out", adapted, spaces, record={"model": "x"}, overwrite=True)
 peft.save_init(adapted, "out", 1)  # E: Argument 3 to "save_init" has incompatible type "int"; expected "NullSpaces | None"

@@ -15,7 +15,7 @@ from peft.tuners.lora.config import CordaConfig
 
 from models import random_batches, tiny
 from nullspace import Covariance, Covariances, NullSpaces, compute_null_spaces, solvers, stream_covariances
-from nullspace.integrations.peft import get_eva_state_dict, inject_adapters, preprocess_corda, write_init
+from nullspace.integrations.peft import METHODS, get_eva_state_dict, inject_adapters, preprocess_corda, write_init
 
 R = 8
 TARGETS = ["q_proj", "o_proj", "up_proj"]
@@ -49,14 +49,14 @@ def of() -> dict[str, Covariances]:
 @pytest.mark.parametrize(
     ("door", "method"),
     [
-        *(("inject", method) for method in ("lora-null", "b-zero", "corda-kpm", "corda-ipm", "corda-exact", "sc-lora", "eva")),
+        *(("inject", method) for method in METHODS if METHODS[method].needs),
         *(("write", method) for method in ("corda-kpm", "eva")),
     ],
 )
 def test_every_method_names_layers_and_numbers_once(door: str, method: str, of: dict[str, Covariances], tmp_path: Path) -> None:
     def start(data: str, preserve: str = "many") -> None:
         options: dict[str, Any] = {"method": method, "covariances": of[data]}
-        if method == "sc-lora":
+        if "preserve" in METHODS[method].needs:
             options["preserve"] = of[preserve]
         if door == "inject":
             inject_adapters(tiny("llama"), LoraConfig(r=R, target_modules=TARGETS), **options)
@@ -74,8 +74,8 @@ def test_every_method_names_layers_and_numbers_once(door: str, method: str, of: 
         rf"9 of 9 (layers|sites) .*layers\.0\.self_attn\.q_proj \({spanned} of 48 directions, {needed} needed\)", equal
     )
     assert said(lambda: start("many")) == []
-    if method == "sc-lora":
-        assert len(said(lambda: start("many", "equal"))) == 1
+    if "preserve" in METHODS[method].needs:  # contrast has ε where what is kept has no directions
+        assert len(said(lambda: start("many", "equal"))) == (method != "contrast")
 
 
 def test_a_calibration_counts_directions_beside_tokens(of: dict[str, Covariances]) -> None:

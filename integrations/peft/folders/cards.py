@@ -140,7 +140,7 @@ def _sections(kind: str, facts: Mapping[str, Any], base: str | None) -> list[str
         ]
     example = f"## Load\n\n{_example(facts, base)}"
     if kind != "export":
-        return [example, *filter(None, [_notice(facts)])]
+        return [example, *filter(None, [_frozen(facts), _notice(facts)])]
     limit = facts.get("max_lora_rank")
     serve = [
         "α is the rank and all layers have one rank, so that the scaling is 1 wherever it is read.",
@@ -159,6 +159,16 @@ def _example(facts: Mapping[str, Any], base: str | None, adapter: str = ".") -> 
         f"from transformers import {architecture}\n\n"
         f"base = {architecture}.from_pretrained({base or 'the untouched model'!r})\n"
         f"model = PeftModel.from_pretrained(base, {adapter!r})  # is_trainable=True to train it\n```"
+    )
+
+
+def _frozen(facts: Mapping[str, Any]) -> str:
+    """The section on training B alone; empty if A is trained too."""
+    if not facts.get("freeze_a"):
+        return ""
+    return (
+        "## A is frozen\n\nThis adapter trains B alone. PEFT does not save that: to train it on, call `freeze_a(model)` of "
+        "`nullspace.integrations.peft` after loading it, before the optimizer is made."
     )
 
 
