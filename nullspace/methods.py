@@ -106,6 +106,10 @@ class Method:
         """The range of one of its options."""
         return self.ranges.get(option, OPTIONS[option])
 
+    def freezes_a(self, freeze_a: bool | None) -> bool:
+        """Whether A is frozen: as the caller says or, if that is None, as the method does it."""
+        return self.frozen if freeze_a is None else freeze_a
+
 
 def _weight(layer: Layer) -> torch.Tensor:
     assert layer.weight is not None
@@ -253,8 +257,3 @@ def check_rank(method: str, given: Sources, name: str, module: nn.Module, rank: 
         raise InputError(f"the adapter of {name!r} has rank {rank}, but its weight is {d_out} × {d_in}: use r ≤ {min(d_in, d_out)}")
     if METHODS[method].even and rank % 2:
         raise InputError(f"the adapter of {name!r} has rank {rank}: method {method!r} needs an even one")
-
-
-def freezes_a(method: str, freeze_a: bool | None) -> bool:
-    """Whether A is frozen: as the caller says or, if that is None, as the method does it."""
-    return METHODS[method].frozen if freeze_a is None else freeze_a

@@ -31,7 +31,7 @@ from nullspace.integrations.peft.start import random_seed, residual_of, start_of
 from nullspace.integrations.peft.subtracted import subtract
 from nullspace.integrations.peft.targets import own_config
 from nullspace.integrations.peft.watch import warn_of_dropout, watch
-from nullspace.methods import METHODS, Sources, check_method, check_sources, freezes_a
+from nullspace.methods import METHODS, Sources, check_method, check_sources
 from nullspace.model.linear import weight_of
 from nullspace.model.sharded import (
     has_deepspeed_engine,
@@ -156,7 +156,7 @@ def _inject(
     job: Job,
 ) -> PeftModel:
     check_method(method, given)
-    freeze_a = freezes_a(method, freeze_a)
+    freeze_a = METHODS[method].freezes_a(freeze_a)
     check_sources(method, given)
     if has_deepspeed_engine(model):
         raise InputError(

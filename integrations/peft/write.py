@@ -33,7 +33,7 @@ from nullspace.integrations.peft.shell import BasePlan, on_disk, plan_base, savi
 from nullspace.integrations.peft.start import random_seed, residual_of, start_of, with_spaces
 from nullspace.integrations.peft.targets import own_config
 from nullspace.integrations.peft.watch import warn_of_dropout
-from nullspace.methods import METHODS, Sources, check_method, check_sources, freezes_a
+from nullspace.methods import METHODS, Sources, check_method, check_sources
 from nullspace.model.linear import weight_of
 from nullspace.model.sharded import is_model_sharded, prepare_to_gather
 from nullspace.model.weights import tensor_of
@@ -173,7 +173,7 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
                 mark_file(part / "base" / "config.json", method, located(original), largest)
             if residual == "base" and output.tokenizer is not None:
                 output.tokenizer.save_pretrained(part / "base")
-            frozen = freezes_a(method, output.freeze_a)
+            frozen = METHODS[method].freezes_a(output.freeze_a)
             facts = init_record(model, original, method, config, residual, frozen, given.spaces, output.record)
             write_cards(part, facts)
             records.write_manifest(part, "init", facts)

@@ -92,7 +92,7 @@ def init(
     from nullspace import NullSpaces
     from nullspace.artifacts.checkpoint import COVARIANCES
     from nullspace.integrations import peft
-    from nullspace.methods import METHODS, freezes_a
+    from nullspace.methods import METHODS
 
     began = time.perf_counter()
     method = METHODS[adapter.method]
@@ -127,7 +127,7 @@ def init(
         else:
             document = {**facts, "layers": len(calibration.targets)} if shown.as_json else None
         if not (shown.as_json or shown.quiet):
-            frozen = freezes_a(adapter.method, adapter.freeze_a)
+            frozen = method.freezes_a(adapter.freeze_a)
             console.print_line(_next_steps(out, out / "base" if method.changes_base else model, frozen))
     return document
 
