@@ -8,6 +8,7 @@ loads without nullspace.
 - `get_eva_state_dict` and `initialize_lora_eva_weights` (`eva`): PEFT's two functions for EVA, from exact second moments.
 - `export_lora` (`folders.export`): a trained adapter as a plain LoRA for the untouched base.
 - `describe` and `set_base` (`folders.describe`): what a folder holds, and which base an adapter needs.
+- `confine`, `penalty`, `Gauge` (`guard`): hold what must be kept while an adapter trains.
 - `read_course` (`files`): an adapter from its start through training, for `nullspace.analysis`.
 """
 
@@ -17,6 +18,7 @@ from nullspace.integrations.peft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, r
 from nullspace.integrations.peft.fit import fit_config
 from nullspace.integrations.peft.folders.describe import describe, set_base
 from nullspace.integrations.peft.folders.export import export_lora
+from nullspace.integrations.peft.guard import Allowed, Confinement, Drift, Gauge, confine, drift_of, penalty
 from nullspace.integrations.peft.inject import freeze_a, inject_adapters
 from nullspace.integrations.peft.layers import check_servable, lora_layers
 from nullspace.integrations.peft.save import save_init
@@ -28,9 +30,15 @@ __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "METHODS",
+    "Allowed",
+    "Confinement",
+    "Drift",
+    "Gauge",
     "attach_subtracted",
     "check_servable",
+    "confine",
     "describe",
+    "drift_of",
     "export_lora",
     "fit_config",
     "freeze_a",
@@ -38,6 +46,7 @@ __all__ = [
     "initialize_lora_eva_weights",
     "inject_adapters",
     "lora_layers",
+    "penalty",
     "preprocess_corda",
     "read_course",
     "read_factors",

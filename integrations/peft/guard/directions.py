@@ -1,0 +1,117 @@
+"""What a step may change of the A's of one site: an orthogonal projection, or a smooth damping."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from nullspace import solvers
+from nullspace.artifacts.null_space import NullSpace
+from nullspace.errors import InputError
+from nullspace.model.sites import Site
+from nullspace.moments.covariance import Covariance
+
+
+class Allowed(NamedTuple):
+    """The directions that a site's A may change in."""
+
+    directions: int
+    """k; d_in where changes are damped."""
+    d_in: int
+    leak: float
+    """√(Σ λ / tr C) of these directions."""
+
+
+class Projection:
+    """Rows times P = U_k U_kᵀ. Of U_k and its complement the smaller one is kept.
+
+    Args:
+        basis: (d_in, m) orthonormal columns.
+        inside: whether these are U_k, or its complement.
+    """
+
+    def __init__(self, basis: torch.Tensor, *, inside: bool) -> None:
+        self._basis, self._inside = basis, inside
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, d_in) → (n, d_in)."""
+        self._basis = self._basis.to(rows)  # kept where it was needed last
+        along = (rows @ self._basis) @ self._basis.mT
+        return along if self._inside else rows - along
+
+
+class Damping:
+    """Rows times (I + C / (τ · tr C / d))⁻¹: what is small on the inputs is changed as before, what is large hardly.
+
+    Args:
+        c: (d_in, d_in) second moment.
+        strength: τ.
+    """
+
+    def __init__(self, c: torch.Tensor, strength: float) -> None:
+        shifted = c / (strength * c.trace() / len(c))
+        shifted.diagonal().add_(1)
+        self._matrix = torch.cholesky_inverse(torch.linalg.cholesky(shifted)).to(torch.float32)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, d_in) → (n, d_in)."""
+        self._matrix = self._matrix.to(rows)
+        return rows @ self._matrix
+
+
+def projection_of(
+    site: Site, known: Covariance | NullSpace, leak: float, rank: int, device: torch.device
+) -> tuple[Projection, Allowed]:
+    """The projection onto as many of the directions of smallest inputs as together are within the budget.
+
+    Args:
+        site: for messages.
+        known: a second moment, or its null space, whose basis is used as far as it is within the budget.
+        leak: the budget, of √(Σ λ / tr C).
+        rank: of the site's adapters: the fewest directions that they need.
+        device: where to solve, and to keep the projection in float32.
+
+    Raises:
+        ValueError: naming the site, if fewer than `rank` directions are within the budget.
+    """
+    if isinstance(known, NullSpace):
+        values, vectors, trace = known.eigenvalues, known.basis, known.trace
+    else:
+        c = known.matrix().to(device)
+        trace = float(c.trace())
+        values, vectors = solvers.bottom_eigenpairs(c, known.d_in)
+    joint = values.clamp(min=0).cumsum(0) / trace if trace > 0 else torch.zeros_like(values)
+    # Rounding leaves up to ZERO_EIGENVALUE · tr C of a zero.
+    within = int((joint <= leak**2 + solvers.ZERO_EIGENVALUE * torch.arange(1, len(joint) + 1).to(joint)).sum())
+    if within < rank:
+        least = f"{float(joint[rank - 1].sqrt()):.2g}" if rank <= len(joint) else None
+        more = (
+            f"leak={least} is the least that allows so many"
+            if least
+            else f"its null space has {len(joint)} in all: give covariances"
+        )
+        raise InputError(
+            f"site {site.name!r}: {within} directions of {site.d_in} are within a joint leak of {leak:g}, and an adapter of "
+            f"rank {rank} needs {rank} of them; {more}"
+        )
+    allowed = Allowed(within, site.d_in, float(joint[within - 1].sqrt()))
+    known_rest = vectors.shape[1] == site.d_in
+    inside = not known_rest or 2 * within <= site.d_in
+    kept = vectors[:, :within] if inside else vectors[:, within:]
+    return Projection(kept.to(device, torch.float32).contiguous(), inside=inside), allowed
+
+
+def damping_of(site: Site, known: Covariance | NullSpace, strength: float, device: torch.device) -> tuple[Damping, Allowed]:
+    """The damping by a site's second moment.
+
+    Raises:
+        ValueError: for a null space, which is not all that damping needs; naming the site, if its inputs are all zero.
+    """
+    if not isinstance(known, Covariance):
+        raise InputError("damping needs the second moments: give Covariances (nullspace.compute_covariances), not NullSpaces")
+    if not known.trace > 0:
+        raise InputError(
+            f"site {site.name!r}: its calibration inputs are all zero. Leave its layers out, or add data that reach it"
+        )
+    return Damping(known.matrix().to(device), strength), Allowed(site.d_in, site.d_in, 1.0)
