@@ -93,20 +93,22 @@ def output_norm(weight: torch.Tensor, c: torch.Tensor) -> float:
     return _root(((weight @ c) * weight).sum())
 
 
-def update_norm(delta: LowRank, c: torch.Tensor) -> float:
-    """‖ΔW X‖_F = √tr((A C Aᵀ) (BᵀB)) of ΔW = B A; the d_out × d_in product is never formed."""
+def update_norm(delta: LowRank | torch.Tensor, c: torch.Tensor) -> float:
+    """‖ΔW X‖_F = √tr((A C Aᵀ) (BᵀB)) of ΔW = B A, whose d_out × d_in product is never formed; or of ΔW itself."""
+    if isinstance(delta, torch.Tensor):
+        return output_norm(delta, c)
     a, c = _checked(delta.A, c)
     b = delta.B.detach().to(a)
     return _root(((a @ c @ a.mT) * (b.mT @ b)).sum())
 
 
-def drift(weight: torch.Tensor, c: torch.Tensor, delta: LowRank) -> float:
+def drift(weight: torch.Tensor, c: torch.Tensor, delta: LowRank | torch.Tensor) -> float:
     """The relative change of a layer's output on the calibration input: ‖ΔW X‖_F / ‖W₀ X‖_F.
 
     Args:
         weight: (d_out, d_in) W₀, of the model before training.
         c: (d_in, d_in) second moment.
-        delta: ΔW, of `update`.
+        delta: ΔW, of `update`; or (d_out, d_in) itself.
 
     Returns:
         0.0 without a change; 1.0 if the change has the norm of the output.

@@ -276,6 +276,15 @@ def read_factors(directory: str | os.PathLike[str]) -> dict[str, LowRank]:
     adapter = read_adapter(Path(directory))
     if adapter.config.get("use_dora"):
         raise InputError(f"{adapter.path} uses DoRA: what it adds to a weight is no product B A")
+    return factors_of(adapter)
+
+
+def factors_of(adapter: Adapter) -> dict[str, LowRank]:
+    """`read_factors` of an adapter that was read; of DoRA, the factors of its direction.
+
+    Raises:
+        ValueError: naming the file, if an A has no B that fits, or there are no factors of a linear layer.
+    """
     factors = {}
     for key, a in adapter.tensors.items():
         if not key.endswith(A_WEIGHT) or a.ndim != 2:

@@ -21,9 +21,9 @@ from nullspace.errors import InputError
 from nullspace.integrations.peft.base import source_of
 from nullspace.integrations.peft.shell import on_disk, plan_base, without_weights
 from nullspace.methods import METHODS, Sources, check_rank
-from nullspace.model.linear import is_linear, weight_of, weight_shape
+from nullspace.model.linear import is_conv1d, is_linear, weight_of, weight_shape
 from nullspace.model.sharded_tensors import is_sharded, shape_of
-from nullspace.model.weights import restore_layout
+from nullspace.model.weights import restore_layout, tensor_of
 
 RESIDUAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Where the initial product of an adapter is subtracted.
@@ -142,6 +142,21 @@ def stored_weight(layer: nn.Module) -> torch.Tensor:
     weight: Any = weight_of(layer)
     # Not `dequantize_module_weight`, which puts a copy of an 8-bit weight on a CPU into the layer and loses the scales.
     return dequantize_bnb_weight(weight, state=getattr(layer, "state", None)).detach() if _is_bitsandbytes(layer) else weight
+
+
+def computed_weight(name: str, layer: nn.Module) -> torch.Tensor:
+    """(d_out, d_in): the weight that a linear layer computes with, dequantised, and read from where accelerate keeps it.
+
+    Raises:
+        ValueError: naming the layer, if its values cannot be read.
+    """
+    if not _is_readable(layer, offloaded=True):
+        raise InputError(
+            f"the weight of {name!r} ({_described(layer)}) is quantised or offloaded, and its values cannot be read: name a base "
+            "that is not quantised"
+        )
+    stored = tensor_of(layer, "weight") if weight_of(layer).device.type == "meta" else stored_weight(layer)
+    return (stored.mT if is_conv1d(layer) else stored).detach()
 
 
 def lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:

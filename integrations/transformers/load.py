@@ -47,6 +47,23 @@ def load_model(
         ValueError: naming the model, if it cannot be loaded; if this machine has no such device; with `offload`, if the model is
             quantised, a GGUF file, or has no blocks.
     """
+    model = load_weights(name, dtype=dtype, device=device, offload=offload, offload_folder=offload_folder)
+    path = Path(name)
+    with _naming(name):
+        if path.suffix == ".gguf":
+            return model, AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        return model, AutoTokenizer.from_pretrained(name)
+
+
+def load_weights(
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    offload: bool = False,
+    offload_folder: str | os.PathLike[str] | None = None,
+) -> nn.Module:
+    """`load_model` without a tokenizer, which the folder need not have."""
     path = Path(name)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,26 +77,23 @@ def load_model(
     if not offload:
         with _naming(name):
             model: nn.Module = model_class.from_pretrained(name, dtype=dtype)
-            return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+            return model.to(device).eval()
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{name} is quantised, and its weights are unpacked while it is loaded: load it whole")
     placed = offload_map(empty_model(name, dtype=dtype), device)
     with _naming(name):
-        model = load_offloaded(model_class, name, dtype, placed, offload_folder)
-        return model.eval(), AutoTokenizer.from_pretrained(name)
+        return load_offloaded(model_class, name, dtype, placed, offload_folder).eval()
 
 
-def _load_gguf(path: Path, dtype: torch.dtype | str, device: torch.device) -> tuple[nn.Module, Any]:
+def _load_gguf(path: Path, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
     if not path.is_file():
         raise MissingFileError(f"{path} is not a file")
-    folder, options = str(path.parent), {"gguf_file": path.name}
     with _naming(path):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype, gguf_file=path.name)
     drop_quantizer(model)
     model.config.name_or_path = model.name_or_path = str(path)
     module: nn.Module = model
-    return module.to(device).eval(), tokenizer
+    return module.to(device).eval()
 
 
 def drop_quantizer(model: Any) -> None:

@@ -24,7 +24,6 @@ from nullspace.artifacts.shared_writes import written_once
 from nullspace.checks import Field, an_object, check_fields, check_tensor, file_name, list_of, map_of, text, whole
 from nullspace.distributed import Job
 from nullspace.errors import DamagedFileError, InputError, OtherModelError
-from nullspace.model.linear import weight_shape
 from nullspace.model.sites import Site
 
 if TYPE_CHECKING:
@@ -188,12 +187,16 @@ class Sitewise(Mapping[str, T], Generic[T]):
         """The sites, in the order of the run that computed them."""
         return tuple(entry.site for entry in self._entries)
 
-    def check(self, name: str, module: nn.Module, weight: Weight | None = None) -> None:
+    def weight(self, name: str) -> Weight | None:
+        """Shape and fingerprint of a layer's weight at calibration, as far as they are known."""
+        return self._of[name].weights().get(name)
+
+    def check(self, name: str, module: nn.Module | None, weight: Weight | None = None) -> None:
         """Check that this was computed for this layer of this model.
 
         Args:
             name: the layer's name in the model that was calibrated.
-            module: the linear layer.
+            module: the linear layer; None with `weight`.
             weight: shape and fingerprint of its weight, if they are known; of a sharded weight, `weights_of` is a collective.
 
         Raises:
@@ -202,14 +205,16 @@ class Sitewise(Mapping[str, T], Generic[T]):
         if name not in self._of:
             known = ", ".join(list(self._of)[:3])
             raise InputError(f"there is no {self.WHAT} for {name!r}; there are such for {known}, … ({len(self)} layers)")
-        shape = weight_shape(module) if weight is None else weight[0]
+        if weight is None:
+            assert module is not None
+            weight = weights_of({name: module})[name]
+        shape, mark = weight
         entry = self._of[name]
         known_shape, known_print = entry.weights().get(name) or ((shape[0], entry.site.d_in), None)
         if shape != known_shape:
             raise OtherModelError(
                 f"this {self.WHAT} is of another model: {name!r} has weight {shape} here and had {known_shape} at calibration"
             )
-        mark = weights_of({name: module})[name][1] if weight is None else weight[1]
         if known_print is not None and mark is not None and not identity.same_fingerprint(known_print, mark):
             raise OtherModelError(
                 f"this {self.WHAT} is of another model: the weight of {name!r} begins with {_head(mark)} here and with "

@@ -6,7 +6,7 @@
 """
 
 from nullspace.factors.contrast import contrast
-from nullspace.factors.filters import RIDGE, Filter, Forecast, combined, filtered
+from nullspace.factors.filters import RIDGE, Curve, Filter, Forecast, combined, filtered
 from nullspace.factors.low_rank import LowRank
 from nullspace.factors.starts import (
     CORDA_MODES,
@@ -29,6 +29,7 @@ __all__ = [
     "DAMPING",
     "RIDGE",
     "ZERO",
+    "Curve",
     "Filter",
     "Forecast",
     "LowRank",

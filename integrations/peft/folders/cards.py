@@ -16,15 +16,28 @@ from nullspace.errors import DamagedFileError
 CARD = "README.md"
 # Heading of the section that every card of an adapter for a residual base has.
 RESIDUAL = "## Its base is a residual model"
+# Of the section of an adapter beside a second one.
+TWO = "## It comes in two"
 # A residual base, from the adapter beside it.
 BESIDE = "../base"
-ADAPTERS = ("adapter", "trained", "subtracted", "export")
+ADAPTERS = ("adapter", "trained", "subtracted", "export", "filtered", "combined")
 TITLES = {
     "adapter": "LoRA adapter before training ({method})",
     "trained": "Trained LoRA adapter ({method})",
     "subtracted": "Frozen LoRA adapter that takes away what another one starts with",
     "base": "Residual base model ({method})",
     "export": "LoRA adapter for the untouched base",
+    "filtered": "LoRA adapter, filtered to forget less",
+    "combined": "LoRA adapter in place of several",
+}
+
+FILTERED = {
+    "filtered": "## What was done\n\nThe change of every weight, ΔW, became ΔW T (T + μ C)⁻¹: of all changes the one that answers "
+    "the task's inputs (second moment T) as ΔW does, and is small on the inputs that are to be kept (second moment C), weighed by "
+    "μ.",
+    "combined": "## What was done\n\nOne change of every weight in place of several, Σ ΔW_i T_i (Σ T_i + μ C)⁻¹: each answers the "
+    "inputs of its own task (second moment T_i) as before, and together they are small on the inputs that are to be kept (second "
+    "moment C).",
 }
 
 
@@ -86,8 +99,17 @@ def name_base(directory: Path, facts: Mapping[str, Any] | None, base: str) -> No
 
 def says_residual(directory: Path) -> bool:
     """Whether the card of an adapter says that its base is a residual model."""
+    return _has_section(directory, RESIDUAL)
+
+
+def says_two(directory: Path) -> bool:
+    """Whether the card of an adapter says that a second one takes away what it starts with."""
+    return _has_section(directory, TWO)
+
+
+def _has_section(directory: Path, heading: str) -> bool:
     try:
-        return RESIDUAL in (directory / CARD).read_text(encoding="utf-8").splitlines()
+        return heading in (directory / CARD).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -113,9 +135,27 @@ def _table(kind: str, facts: Mapping[str, Any], base: str | None) -> str:
         "alpha": facts.get("alpha"),
         "rsLoRA": "yes" if facts.get("use_rslora") else None,
         "leak": f"{leak['median']:.2e} (median), {leak['worst']:.2e} (worst, {leak['worst_site']})" if leak else None,
+        **_filter_rows(facts.get("filter")),
         "also holds": ", ".join(facts.get("holds") or ()) or None,
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {code(value)} |" for name, value in rows.items() if value is not None)])
+
+
+def _filter_rows(facts: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Rows of a filter: how it was chosen, and what it forecasts."""
+    if facts is None:
+        return {}
+    rows = {"filter": f"μ = {facts['strength']:.4g}, ridge {facts['ridge']:.3g}, then times {facts['scale']:g}"}
+    for name, title in (
+        ("task", "task"),
+        ("keep", "kept"),
+        ("drift", "drift before and after"),
+        ("left", "of its norm on what is kept"),
+        ("response", "of its norm on the task"),
+    ):
+        value = facts.get(name)
+        rows[title] = " → ".join(f"{each:.3g}" for each in value) if isinstance(value, list) else value  # type: ignore[assignment]
+    return {title: f"{value:.3g}" if isinstance(value, float) else value for title, value in rows.items()}
 
 
 def code(value: Any) -> str:
@@ -139,6 +179,8 @@ def _sections(kind: str, facts: Mapping[str, Any], base: str | None) -> list[str
             "attach_subtracted(model, '.')  # in this folder\n```"
         ]
     example = f"## Load\n\n{_example(facts, base)}"
+    if kind in ("filtered", "combined"):
+        return [example, FILTERED[kind]]
     if kind != "export":
         return [example, *filter(None, [_frozen(facts), _notice(facts)])]
     limit = facts.get("max_lora_rank")
@@ -177,7 +219,7 @@ def _notice(facts: Mapping[str, Any]) -> str:
     model = code(facts.get("model") or "the untouched model")
     if facts.get("residual") == "adapter":
         return (
-            f"## It comes in two\n\nThe frozen adapter in `subtracted`, in the folder in which this one started, takes away what "
+            f"{TWO}\n\nThe frozen adapter in `subtracted`, in the folder in which this one started, takes away what "
             f"it starts with. On {model} without that one, outputs are wrong and nothing fails. `attach_subtracted` of "
             "`nullspace.integrations.peft` loads it; `nullspace export` makes one plain adapter of both."
         )

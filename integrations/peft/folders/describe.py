@@ -23,7 +23,7 @@ from nullspace.integrations.peft.files import (
 )
 from nullspace.integrations.peft.folders import cards
 from nullspace.integrations.peft.folders.checkpoints import is_residual, mark_of
-from nullspace.integrations.peft.folders.export import A_WEIGHT, contents, described, vllm_rank
+from nullspace.integrations.peft.folders.export import A_WEIGHT, PLAIN, contents, described, vllm_rank
 
 MODEL_CONFIG = "config.json"
 # Fields of an init record about the method.
@@ -51,10 +51,10 @@ def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
             or a transformers checkpoint.
 
     Returns:
-        `kind` (`"init"`, `"adapter"`, `"export"`, `"residual base"`, `"model"` or `"checkpoint"`), `notes` (sentences on what to
-        do and what to avoid), and of adapters, as far as known: `base` (as in their configuration), `base_kind` (`"residual"`,
-        `"untouched"` or `"unknown"`), `base_found` (its folder here), `rank`, `alpha`, `scaling`, `layers`, `method`, `model`,
-        `data`, `leak`, ….
+        `kind` (`"init"`, `"adapter"`, `"export"`, `"filtered"`, `"combined"`, `"residual base"`, `"model"` or `"checkpoint"`),
+        `notes` (sentences on what to do and what to avoid), and of adapters, as far as known: `base` (as in their configuration),
+        `base_kind` (`"residual"`, `"untouched"` or `"unknown"`), `base_found` (its folder here), `rank`, `alpha`, `scaling`,
+        `layers`, `method`, `model`, `data`, `leak`, ….
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -133,7 +133,7 @@ def base_of(adapter: Adapter) -> Base:
     """The base of an adapter: the one beside it, if both are in one init, else the one that its configuration names."""
     named = adapter.config.get("base_model_name_or_path")
     folder = Path(os.path.abspath(adapter.path))
-    if records.kind_of(folder) == "export":
+    if records.kind_of(folder) in PLAIN:
         return Base(named, _folder(named), False, None)
     init = init_around(folder)
     beside = folder.parent / "base"
@@ -169,7 +169,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
     init = base.init or {}
     return {
         "directory": str(directory),
-        "kind": "export" if records.kind_of(directory) == "export" else "adapter",
+        "kind": kind if (kind := records.kind_of(directory)) in PLAIN else "adapter",
         "base": base.named,
         "base_kind": {True: "residual", False: "untouched", None: "unknown"}[base.residual],
         "base_found": None if base.folder is None else str(base.folder),

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,6 +16,7 @@ from nullspace.artifacts import records, store
 from nullspace.artifacts.locks import temporary_folder
 from nullspace.artifacts.shared_writes import written_once
 from nullspace.errors import AdapterWarning, InputError, OtherModelError
+from nullspace.factors import LowRank
 from nullspace.integrations.peft.files import (
     A_WEIGHT,
     ADAPTER_CONFIG,
@@ -35,6 +37,8 @@ from nullspace.model.wrappers import unwrap, unwrapped
 
 # An initial adapter with ‖B A‖ / (‖B‖ ‖A‖) below this has left its base alone.
 ORTHOGONAL = 1e-6
+# Kinds of our directories that hold an adapter for an untouched base.
+PLAIN = ("export", "filtered", "combined")
 # What vLLM's --max-lora-rank accepts.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -86,43 +90,29 @@ def export_lora(
             save_adapter(trained, trained.active_adapter, folder)
             return export_lora(folder, initial, out, base=base, overwrite=overwrite)
     now, start = read_adapter(Path(trained)), read_adapter(adapter_in(Path(initial)))
-    _check_pair(now, start)
+    check_pair(now, start)
     layers = [layer_of(key) for key in now.tensors if key.endswith(A_WEIGHT)]
-    untouched = all(_is_zero(*_factors(start, layer)) for layer in layers)
+    untouched = all(is_zero(*_factors(start, layer)) for layer in layers)
     if now.config.get("use_dora") and not untouched:
         raise InputError(
             f"{now.path} uses DoRA on a residual base: its magnitudes scale the sum of both, which no LoRA on the untouched base "
             "does; serve it on the residual base, or merge it there (merge_and_unload)"
         )
-    base = located(base) or _original(start, untouched)
+    base = located(base) or original_base(start, untouched)
     _check_base(base, start, now)
-    rank = max(len(_plain_factors(now, start, layer)[0]) for layer in layers)
-    holds = contents(now.tensors)
-    config = dict(
-        now.config,
-        base_model_name_or_path=base,
-        init_lora_weights=True,
-        inference_mode=True,
-        r=rank,
-        lora_alpha=rank,
-        use_rslora=False,
-        rank_pattern={},
-        alpha_pattern={},
-    )
+    factors = {layer: _plain_factors(now, start, layer) for layer in layers}
+    dtype = now.tensors[f"{PREFIX}{layers[0]}{A_WEIGHT}"].dtype
+    if not all(torch.equal(factor.to(dtype).double(), factor) for pair in factors.values() for factor in pair):
+        dtype = torch.promote_types(dtype, torch.float32)
     init = init_around(start.path) or {}
     facts = {name: init[name] for name in ("architecture", "method", "data") if init.get(name) is not None}
-    facts |= {"model": base, "rank": rank, "alpha": rank, "max_lora_rank": vllm_rank(rank), "holds": holds}
-
-    def write() -> None:
-        with store.new_directory(out, overwrite=overwrite) as part:
-            (part / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            records.write_tensors(part / ADAPTER_WEIGHTS, _plain_tensors(now, start, layers, rank))
-            write_card(part, "export", facts, base)
-            records.write_manifest(part, "export", facts, files=(ADAPTER_WEIGHTS,))
-
-    written_once(out, write)
-    if holds:
-        warnings.warn(f"{out} is not a plain LoRA: it also holds {described(holds)}; {NOT_SERVED}", AdapterWarning, stacklevel=2)
+    config, tensors = plain_adapter(now, factors, dtype, base)
+    tensors |= other_tensors(now, start, dtype)
+    facts |= write_plain(out, "export", config, tensors, facts, overwrite=overwrite)
+    if facts["holds"]:
+        warnings.warn(
+            f"{out} is not a plain LoRA: it also holds {described(facts['holds'])}; {NOT_SERVED}", AdapterWarning, stacklevel=2
+        )
     return Path(out)
 
 
@@ -168,47 +158,112 @@ def _factors(adapter: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
     return a, b
 
 
-def _plain_factors(now: Adapter, start: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _plain_factors(now: Adapter, start: Adapter, layer: str) -> LowRank:
     """A and B in float64 whose product is to be added to the untouched weight."""
     (a, b), (a0, b0) = _factors(now, layer), _factors(start, layer)
     scaling = scaling_of(now.config, layer, len(a))
     if torch.equal(a, a0):
-        return a, scaling * (b - b0)
-    if _is_zero(a0, b0):
-        return a, scaling * b
-    return torch.cat([a, a0]), scaling * torch.cat([b, -b0], dim=1)
+        return LowRank(a, scaling * (b - b0))
+    if is_zero(a0, b0):
+        return LowRank(a, scaling * b)
+    return LowRank(torch.cat([a, a0]), scaling * torch.cat([b, -b0], dim=1))
 
 
-def _plain_tensors(now: Adapter, start: Adapter, layers: list[str], rank: int) -> dict[str, torch.Tensor]:
-    """The tensors of the new file."""
-    tensors: dict[str, torch.Tensor] = {
-        key: tensor for key, tensor in now.tensors.items() if not key.endswith((A_WEIGHT, B_WEIGHT, B_BIAS))
-    }
-    dtype = now.tensors[f"{PREFIX}{layers[0]}{A_WEIGHT}"].dtype
-    pairs = (_plain_factors(now, start, layer) for layer in layers)
-    if not all(torch.equal(factor.to(dtype).double(), factor) for pair in pairs for factor in pair):
-        dtype = torch.promote_types(dtype, torch.float32)
-    for layer in layers:
-        a, b = (factor.to(dtype) for factor in _plain_factors(now, start, layer))
-        if not bool(b.isfinite().all()):
-            raise InputError(f"{now.path}: B of {layer!r} times its scaling is beyond the range of {dtype}")
+def plain_adapter(
+    like: Adapter, factors: Mapping[str, LowRank], dtype: torch.dtype, base: str | None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Configuration and tensors of a LoRA for an untouched base, with α = r and without patterns: its scaling is 1 everywhere.
+
+    Args:
+        like: an adapter, whose other settings are kept.
+        factors: layer → A and B, whose product is added to the weight. They are padded with zeros to the largest rank.
+        dtype: of the tensors.
+        base: name of the base.
+
+    Raises:
+        ValueError: naming the layer, for values beyond the range of the dtype.
+    """
+    rank = max(len(a) for a, _ in factors.values())
+    config = dict(
+        like.config,
+        base_model_name_or_path=base,
+        init_lora_weights=True,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=rank,
+        use_rslora=False,
+        rank_pattern={},
+        alpha_pattern={},
+    )
+    tensors = {}
+    for layer, pair in factors.items():
+        a, b = (factor.to(dtype) for factor in pair)
+        if not bool(a.isfinite().all() and b.isfinite().all()):
+            raise InputError(f"{like.path}: B of {layer!r} times its scaling is beyond the range of {dtype}")
         missing = rank - len(a)
         tensors[f"{PREFIX}{layer}{A_WEIGHT}"] = torch.nn.functional.pad(a, (0, 0, 0, missing))
         tensors[f"{PREFIX}{layer}{B_WEIGHT}"] = torch.nn.functional.pad(b, (0, missing))
-        bias = f"{PREFIX}{layer}{B_BIAS}"
-        if bias in now.tensors:
-            change = now.tensors[bias].double() - start.tensors[bias].double()
-            tensors[bias] = (scaling_of(now.config, layer, len(now.tensors[f"{PREFIX}{layer}{A_WEIGHT}"])) * change).to(dtype)
+    return config, tensors
+
+
+def other_tensors(now: Adapter, start: Adapter, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What an adapter holds beside A and B; of biases of B, what training has added, times the scaling, in `dtype`."""
+    tensors = {key: tensor for key, tensor in now.tensors.items() if not key.endswith((A_WEIGHT, B_WEIGHT, B_BIAS))}
+    for key in (key for key in now.tensors if key.endswith(B_BIAS)):
+        layer = layer_of(key)
+        change = now.tensors[key].double() - start.tensors[key].double()
+        rank = len(now.tensors[f"{PREFIX}{layer}{A_WEIGHT}"])
+        tensors[key] = (scaling_of(now.config, layer, rank) * change).to(dtype)
     return tensors
 
 
-def _is_zero(a: torch.Tensor, b: torch.Tensor) -> bool:
+def write_plain(
+    out: str | os.PathLike[str],
+    kind: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    facts: Mapping[str, Any],
+    *,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Write the directory of an adapter for an untouched base, with its card and record: whole or not at all, once a group.
+
+    Args:
+        out: the directory.
+        kind: one of `PLAIN`.
+        config, tensors: of the adapter.
+        facts: for card and record.
+        overwrite: replace an earlier directory of ours.
+
+    Returns:
+        The facts with those of the adapter: `model`, `rank`, `alpha`, `max_lora_rank` and `holds`.
+
+    Raises:
+        FileExistsError, OSError: of `new_directory`.
+    """
+    rank, base = max(len(t) for key, t in tensors.items() if key.endswith(A_WEIGHT)), config["base_model_name_or_path"]
+    alpha = config["lora_alpha"]
+    own = {"model": base, "rank": rank, "alpha": alpha, "max_lora_rank": vllm_rank(rank), "holds": contents(tensors)}
+    facts = {**facts, **own}
+
+    def write() -> None:
+        with store.new_directory(out, overwrite=overwrite) as part:
+            (part / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            records.write_tensors(part / ADAPTER_WEIGHTS, tensors)
+            write_card(part, kind, facts, base)
+            records.write_manifest(part, kind, facts, files=(ADAPTER_WEIGHTS,))
+
+    written_once(out, write)
+    return facts
+
+
+def is_zero(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether B A is zero up to rounding: B = 0, or the rows of B and the columns of A are orthogonal."""
     product = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()  # ‖BA‖² = tr(BᵀB AAᵀ): r × r matrices
     return bool(product <= ORTHOGONAL * torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b))
 
 
-def _original(start: Adapter, untouched: bool) -> str:
+def original_base(start: Adapter, untouched: bool) -> str:
     """The name of the untouched base, from the initial adapter and the files around it."""
     init, named = init_around(start.path), start.config.get("base_model_name_or_path")
     if init is not None:
@@ -242,7 +297,7 @@ def _check_base(base: str, start: Adapter, now: Adapter) -> None:
         )
 
 
-def _check_pair(now: Adapter, start: Adapter) -> None:
+def check_pair(now: Adapter, start: Adapter) -> None:
     for name in ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern"):
         if (now.config.get(name) or None) != (start.config.get(name) or None):
             raise OtherModelError(

@@ -1,0 +1,1 @@
+"""After training: changes that forget less (`adapters`, `checkpoints`), several in one (`combine`), and their drift (`drift`)."""

@@ -1,0 +1,246 @@
+"""What an adapter of any origin adds to the untouched base: ΔW of every layer, as thin factors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+
+from nullspace import analysis
+from nullspace.artifacts.residual import described as described_mark
+from nullspace.artifacts.residual import residual_mark
+from nullspace.errors import InputError, OtherModelError
+from nullspace.factors import LowRank
+from nullspace.integrations.peft.files import (
+    A_WEIGHT,
+    ADAPTER_CONFIG,
+    Adapter,
+    adapter_in,
+    factors_of,
+    init_around,
+    layer_of,
+    located,
+    read_adapter,
+)
+from nullspace.integrations.peft.folders.cards import says_two
+from nullspace.integrations.peft.folders.checkpoints import is_residual, local_folder
+from nullspace.integrations.peft.folders.describe import base_of
+from nullspace.integrations.peft.folders.export import check_pair, contents, is_zero, original_base
+from nullspace.integrations.peft.layers import SUBTRACTED, lora_layers
+from nullspace.model.linear import is_linear
+from nullspace.model.sharded import is_model_sharded
+
+# Initialisations of PEFT that replace the base by a residual, which is in no file.
+_RESIDUAL_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")
+_TWO = SUBTRACTED.format("")
+
+
+class Changes(NamedTuple):
+    """An adapter's changes of the untouched base."""
+
+    what: str
+    """The adapter, for messages."""
+    factors: dict[str, LowRank]
+    """Layer → A (k, d_in) and B (d_out, k), float64, ΔW = B A; the scaling is in B."""
+    holds: dict[str, list[str]]
+    """What the adapter holds beside A and B: kind → names."""
+    dora: bool
+    """Whether ΔW is the change of a direction whose norm is set by DoRA's magnitudes."""
+
+
+class Stored(NamedTuple):
+    """An adapter in a directory."""
+
+    changes: Changes
+    now: Adapter
+    start: Adapter | None
+    """What it was trained from, where a residual base, or a second adapter, has taken that away from the base."""
+    base: str | None
+    """The name of the untouched base, if it is known."""
+
+
+def read_changes(
+    directory: str | os.PathLike[str],
+    *,
+    initial: str | os.PathLike[str] | None = None,
+    base: str | None = None,
+    adapter_name: str | None = None,
+) -> Stored:
+    """The changes of an adapter in a directory.
+
+    Args:
+        directory: of `PeftModel.save_pretrained`, of a Trainer's checkpoint, `export_lora`, `save_init`, ….
+        initial: what the adapter was trained from: an init, or an adapter's directory. By default it is found as far as it can be:
+            in the init that the residual base is part of, or as the second adapter in the directory.
+        base: name of the untouched base, if the files do not know it.
+        adapter_name: of several adapters in the directory.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_adapter`; if the start is needed and unknown, or does not belong to the adapter; for
+            DoRA's magnitudes on a residual base; naming the layer, for an adapter of a layer that is not linear.
+    """
+    now = read_adapter(_place(Path(directory), adapter_name))
+    start = _start_of(now) if initial is None else _given(now, Path(initial))
+    factors = factors_of(now)
+    odd = next((layer_of(key) for key in now.tensors if key.endswith(A_WEIGHT) and layer_of(key) not in factors), None)
+    if odd is not None:
+        raise InputError(f"{now.path}: {odd!r} is no linear layer: its adapter cannot be filtered; leave it out of target_modules")
+    original = now.config.get("base_model_name_or_path")
+    if start is not None:
+        first = factors_of(start)
+        if first.keys() != factors.keys():
+            alone = min(first.keys() ^ factors.keys())
+            raise OtherModelError(f"{now.path} and {start.path} do not belong together: only one of them has {alone!r}")
+        untouched = all(is_zero(*each) for each in first.values())
+        if not untouched and now.config.get("use_dora"):
+            raise InputError(f"{now.path} uses DoRA on a residual base: its change of the untouched base is no product B A")
+        factors = {name: pair if is_zero(*first[name]) else analysis.update(first[name], pair) for name, pair in factors.items()}
+        if base is None and not start.path.name.endswith(_TWO):  # beside a second adapter the base is untouched
+            original = original_base(start, untouched)
+        start = None if untouched else start
+    named = located(base) or located(original)
+    if named and is_residual(local_folder(named) or Path(named)):
+        raise InputError(f"{named} is a residual base, and the changes are of the untouched model: name that one (base=, --base)")
+    changes = Changes(str(now.path), factors, contents(now.tensors), bool(now.config.get("use_dora")))
+    return Stored(changes, now, start, named)
+
+
+def _place(directory: Path, adapter_name: str | None) -> Path:
+    """The adapter in a directory: the one in it, or in its subfolder of that name."""
+    directory = adapter_in(directory)
+    if adapter_name is None or (adapter_name == "default" and (directory / ADAPTER_CONFIG).is_file()):
+        inner = sorted(path.parent.name for path in directory.glob(f"*/{ADAPTER_CONFIG}"))
+        if (directory / ADAPTER_CONFIG).is_file() or not inner:
+            return directory
+        if len(inner) == 1:
+            return directory / inner[0]
+        raise InputError(
+            f"{directory} holds the adapters {', '.join(map(repr, inner))}: choose one (adapter_name=, --adapter-name)"
+        )
+    if not (directory / adapter_name / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{directory} holds no adapter of the name {adapter_name!r}")
+    return directory / adapter_name
+
+
+def _given(now: Adapter, initial: Path) -> Adapter:
+    """The start that the caller names."""
+    start = read_adapter(adapter_in(initial.parent if initial.name == "subtracted" else initial))
+    check_pair(now, start)
+    return start
+
+
+def _start_of(now: Adapter) -> Adapter | None:
+    """The start of an adapter, from the files around it; None for an adapter of an untouched base."""
+    second = next((path.parent for path in sorted(now.path.glob(f"*{_TWO}/{ADAPTER_CONFIG}"))), None)
+    if second is not None and now.path.name != second.name:
+        return _negated(read_adapter(second))
+    _refuse_peft_residual(now.config, str(now.path))
+    base = base_of(now)
+    init = init_around(now.path) or {}
+    hub = local_folder(base.named) if base.named and base.residual is None else None
+    if init.get("residual") == "adapter":
+        return _given(now, now.path.parent)
+    folder = (base.folder if base.residual else None) or (hub if hub is not None and is_residual(hub) else None)
+    if folder is not None and init_around(folder) is not None and (folder.parent / "adapter" / ADAPTER_CONFIG).is_file():
+        return _given(now, folder.parent)
+    # A base that save_init has called so, on another machine; or one that was never saved.
+    named = base.named or ""
+    lost = base.residual is None and (named.startswith("(residual of") or (os.path.isabs(named) and Path(named).name == "base"))
+    if base.residual or folder is not None or lost or says_two(now.path):
+        raise InputError(
+            f"{now.path} was trained on a base without what it started with ({base.named}): give the folder that it started from, "
+            "with initial= (on the command line --initial)"
+        )
+    return None
+
+
+def _negated(second: Adapter) -> Adapter:
+    """The start of which a second adapter holds −B₀ and A₀."""
+    return second._replace(tensors={key: -t if ".lora_B." in key else t for key, t in second.tensors.items()})
+
+
+def _refuse_peft_residual(config: Mapping[str, Any], what: str) -> None:
+    """Raise `ValueError` for an adapter whose base PEFT itself has made a residual."""
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(_RESIDUAL_INITS):
+        raise InputError(
+            f"{what} starts by PEFT's init_lora_weights={init!r}, which has changed the base: save it as a plain LoRA "
+            "(save_pretrained(..., path_initial_model_for_weight_conversion=...)), or name the adapter as it was saved before "
+            "training with initial= (--initial)"
+        )
+
+
+class InModel(NamedTuple):
+    """An adapter in a `PeftModel`."""
+
+    changes: Changes
+    layers: dict[str, Any]
+    """Layer → PEFT's layer."""
+    parts: tuple[str, ...]
+    """Names of the adapter, and of the second one that subtracts its start, if there is one."""
+
+    @property
+    def bases(self) -> dict[str, nn.Module]:
+        """Layer → the linear layer of the base."""
+        return {name: layer.get_base_layer() for name, layer in self.layers.items()}
+
+
+@torch.no_grad()
+def changes_in(peft_model: PeftModel, adapter_name: str | None = None) -> InModel:
+    """The changes of an adapter in a model, whose base is untouched.
+
+    Args:
+        peft_model: on any devices.
+        adapter_name: by default the active one.
+
+    Raises:
+        ValueError: if there is no such adapter, its base is a residual, it is merged or spread over several ranks; naming the
+            layer, for NaN or Inf, and for a layer that is not linear.
+    """
+    name = peft_model.active_adapter if adapter_name is None else adapter_name
+    name = name if isinstance(name, str) else name[0]
+    _check_model(peft_model, name)
+    layers: dict[str, Any] = {layer: each for layer, each in lora_layers(peft_model, name).items() if name in each.lora_A}
+    if not layers:
+        raise InputError(f"the model has no LoRA adapter named {name!r}")
+    second = SUBTRACTED.format(name)
+    parts = (name, second) if second in peft_model.peft_config else (name,)
+    factors = {}
+    for layer, each in layers.items():
+        if each.merged:
+            raise InputError(f"adapter {name!r} is merged into {layer!r}: call unmerge_adapter() first")
+        if not is_linear(each.get_base_layer()) or each.lora_A[name].weight.ndim != 2:
+            kind = type(each.get_base_layer()).__name__
+            raise InputError(f"{layer!r} is {kind}, no linear layer with second moments: leave it out of target_modules")
+        pairs = [LowRank(*(f[part].weight.detach().double() for f in (each.lora_A, each.lora_B))) for part in parts]
+        pairs = [pair._replace(B=each.scaling[part] * pair.B) for part, pair in zip(parts, pairs, strict=True)]
+        if not all(bool(t.isfinite().all()) for pair in pairs for t in pair):
+            raise InputError(f"adapter {name!r} holds NaN or Inf in A or B of {layer!r}")
+        factors[layer] = pairs[0] if len(pairs) == 1 else analysis.update(pairs[1]._replace(B=-pairs[1].B), pairs[0])
+    saved = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
+    dora = bool(getattr(peft_model.peft_config[name], "use_dora", False))
+    return InModel(Changes(f"adapter {name!r}", factors, contents(saved), dora), layers, parts)
+
+
+def _check_model(peft_model: PeftModel, name: str) -> None:
+    if name not in peft_model.peft_config:
+        raise InputError(f"the model has no adapter {name!r}, but {', '.join(map(repr, peft_model.peft_config))}")
+    if is_model_sharded(peft_model):
+        raise InputError(
+            "the model is spread over several ranks: save the adapter (save_pretrained), and filter its directory, which needs no "
+            "model"
+        )
+    mark = residual_mark(peft_model.get_base_model())
+    if mark is not None or getattr(peft_model, "nullspace_residual", None) == "base":
+        about = described_mark(mark) if mark is not None else "is a residual base"
+        raise InputError(
+            f"{type(peft_model.get_base_model()).__name__} {about}: B A holds a part of its weights, which a filter would damage, "
+            "and the change of the untouched model is of another rank. Save the adapter and filter its directory "
+            "(filter_adapter(DIRECTORY, …, initial=INIT)), or call export_lora first; the result is for the untouched base"
+        )
+    _refuse_peft_residual(vars(peft_model.peft_config[name]), f"adapter {name!r}")

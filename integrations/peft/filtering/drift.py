@@ -1,0 +1,154 @@
+"""How far a change has moved each layer's output on what must be kept: ‖ΔW X_k‖ / ‖W₀ X_k‖, from second moments and weights."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from nullspace import analysis
+from nullspace.artifacts.covariances import Covariances
+from nullspace.artifacts.identity import weights_of
+from nullspace.artifacts.residual import described, residual_mark
+from nullspace.errors import InputError
+from nullspace.integrations.peft.filtering.changes import changes_in, read_changes
+from nullspace.integrations.peft.filtering.moments import Moments, check, loaded
+from nullspace.integrations.peft.filtering.paths import Change
+from nullspace.integrations.peft.layers import computed_weight
+from nullspace.integrations.transformers.load import load_weights, read_config
+from nullspace.model.linear import is_linear, weight_shape
+from nullspace.model.wrappers import named_modules, unwrap
+from nullspace.progress import Progress, reporter
+
+Base = nn.Module | str | os.PathLike[str]
+"""A model, or the name of one: of the hub, or a folder."""
+
+
+class AdapterDrift(NamedTuple):
+    """How far an adapter has moved the outputs of its layers on what must be kept."""
+
+    median: float
+    worst: float
+    worst_layer: str
+    layers: dict[str, float]
+    """Layer → ‖ΔW X_k‖ / ‖W₀ X_k‖."""
+
+
+def adapter_drift(
+    adapter: PeftModel | str | os.PathLike[str],
+    keep: Moments,
+    base: Base | None = None,
+    *,
+    initial: str | os.PathLike[str] | None = None,
+    adapter_name: str | None = None,
+    progress: bool | Progress = True,
+) -> AdapterDrift:
+    """The drift of every layer that an adapter changes, ‖ΔW X_k‖ / ‖W₀ X_k‖, without running the model.
+
+    Args:
+        adapter: a directory, or a model with the adapter.
+        keep: second moments of the inputs that must be kept, on the untouched model, or their directory.
+        base: the untouched model, or its name; its weights may be quantised by bitsandbytes, or offloaded. By default the model's
+            own, or the one that the directory names.
+        initial: what the adapter was trained from, if that was not zero: see `filter_adapter`.
+        adapter_name: of several.
+        progress: as of `analyse`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `filter_adapter`.
+    """
+    covariances = loaded(keep)
+    if isinstance(unwrap(adapter), PeftModel):
+        of_model = changes_in(unwrap(adapter), adapter_name)
+        changes, modules = of_model.changes, of_model.bases if base is None else base_modules(base)
+    else:
+        stored = read_changes(adapter, initial=initial, base=name_of(base), adapter_name=adapter_name)
+        changes, modules = stored.changes, base_modules(named_base(stored.base) if base is None else base)
+    check_base(modules, changes.factors, changes.what)
+    for name, weight in weights_of({name: modules[name] for name in changes.factors}).items():
+        check(covariances, "keep", name, weight, changes.what)
+    drifts = drifts_of(changes.factors, covariances, modules, reporter(progress))
+    worst = max(drifts, key=drifts.__getitem__)
+    return AdapterDrift(statistics.median(drifts.values()), drifts[worst], worst, drifts)
+
+
+def name_of(base: Base | None) -> str | None:
+    """The name of a base that is given by its name."""
+    return None if base is None or isinstance(base, nn.Module) else os.fspath(base)
+
+
+def named_base(name: str | None) -> str:
+    """The name of an untouched base, which must be known."""
+    if not name:
+        raise InputError("the untouched base is not known by name, and its weights are needed: give it with base= (--base)")
+    return name
+
+
+def base_modules(base: Base) -> dict[str, nn.Module]:
+    """Layer → linear layer of an untouched model; a model of the hub, or in a folder, is loaded onto the CPU, its blocks offloaded.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the model, if it cannot be loaded, or is a residual base.
+    """
+    model: Any = base if isinstance(base, nn.Module) else _load(base)
+    model = unwrap(model)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    mark = residual_mark(model)
+    if mark is not None:
+        raise InputError(f"{type(model).__name__} {described(mark)}: name the untouched model (base=, --base)")
+    modules = named_modules(model)
+    layers = {name: each.get_base_layer() if isinstance(each, LoraLayer) else each for name, each in modules.items()}
+    return {name: each for name, each in layers.items() if is_linear(each)}
+
+
+def _load(name: str | os.PathLike[str]) -> nn.Module:
+    whole = Path(name).suffix == ".gguf" or getattr(read_config(name), "quantization_config", None) is not None
+    return load_weights(name, device="cpu", offload=not whole)
+
+
+def check_base(modules: Mapping[str, nn.Module], changes: Mapping[str, Any], what: str) -> None:
+    """Raise `ValueError`, naming the layer, if the base lacks one that is changed, or has another shape there."""
+    for name, change in changes.items():
+        shape = (change.B.shape[0], change.A.shape[1])
+        if name not in modules:
+            raise InputError(
+                f"{what} changes {name!r}, and the base has no such linear layer: name the model that it was trained on"
+            )
+        if weight_shape(modules[name]) != shape:
+            raise InputError(f"{what} changes a weight {shape} at {name!r}; the base has {weight_shape(modules[name])} there")
+
+
+@torch.no_grad()
+def drifts_of(
+    changes: Mapping[str, Change], keep: Covariances, modules: Mapping[str, nn.Module], report: Progress
+) -> dict[str, float]:
+    """Layer → ‖ΔW X_k‖ / ‖W₀ X_k‖, site by site.
+
+    Args:
+        changes: layer → ΔW.
+        keep: their second moments, checked.
+        modules: layer → linear layer of the untouched model.
+        report: progress.
+
+    Raises:
+        ValueError: naming the layer, if its weight cannot be read, or its output was zero.
+    """
+    drifts: dict[str, float] = {}
+    for site in keep.sites:
+        members = [name for name in site.members if name in changes]
+        c = keep[members[0]].matrix() if members else None
+        for name in members:
+            assert c is not None
+            try:
+                drifts[name] = analysis.drift(computed_weight(name, modules[name]), c, changes[name])
+            except ValueError as error:
+                raise InputError(f"layer {name!r}: {error}") from error
+            report("drift", len(drifts), len(changes), 0)
+    return drifts
