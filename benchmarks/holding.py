@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import get_peft_model
 
 from benchmarks import holding_parts as parts
 from benchmarks import holding_tables, preservation
@@ -36,21 +37,39 @@ from benchmarks.environment import environment
 from benchmarks.holding_parts import Change, Filters, Judge, Sizes
 from nullspace import analysis
 from nullspace.factors import LowRank
+from nullspace.integrations.peft import confine, inject_adapters
 from nullspace.reporting import study as fronts
 
 SCALES = (0.75, 0.5, 0.3)
 STRENGTHS = (0.1, 1.0, 10.0)
 RATES = (2e-3, 8e-3)
-# Method → learning rates.
+
+
+class Start(NamedTuple):
+    """How a method begins (None: PEFT's own LoRA), at which learning rates, and what it is held by."""
+
+    rates: tuple[float, float]
+    method: str | None = None
+    freeze_a: bool | None = None
+    split: float = 1.0
+    weight_decay: float = 0.0
+    leak: float = 0.0
+    """of `confine`"""
+    penalty: float = 0.0
+    """the factor of `penalty` in the loss"""
+
+
 STARTS = {
-    "contrast": (2e-3, 8e-3),
-    "lora-null-v1": (5e-4, 2e-3),
-    "lora-null-v1 split 8": (2.5e-4, 1e-3),
-    "lora-null-v2": (2e-3, 8e-3),
-    "corda-kpm": (5e-4, 2e-3),
-    "lora decay 0.3": (2e-3, 8e-3),
+    "contrast": Start((2e-3, 8e-3), "contrast"),
+    "confine": Start((2e-3, 8e-3), leak=0.02),
+    "penalty": Start((2e-3, 8e-3), penalty=30.0),
+    "lora-null-v1": Start((5e-4, 2e-3), "lora-null"),
+    "lora-null-v1 split 8": Start((2.5e-4, 1e-3), "lora-null", split=8.0),
+    "lora-null-v2": Start((2e-3, 8e-3), "lora-null", freeze_a=True),
+    "corda-kpm": Start((5e-4, 2e-3), "corda-kpm"),
+    "lora decay 0.3": Start((2e-3, 8e-3), weight_decay=0.3),
 }
-WHOLE_RATES = (2e-5, 1e-4)
+WHOLE_RATES = (1e-4, 2e-5)
 MERGES = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties")
 CODE = "lora on code"
 
@@ -81,7 +100,7 @@ class Study:
     """What all parts need, made once: model, data, calibration, records."""
 
     def __init__(self, settings: preservation.Settings, sizes: Sizes, folder: Path, out: Path) -> None:
-        self.settings, self.out = settings, out
+        self.settings, self.out, self.commit = settings, out, environment()["commit"]
         self.lines = preservation.Lines(out / fronts.RESULTS)
         self.done = {holding_tables.key(record) for record in self.lines.read() if record["kind"] == "score"}
         model, self.tokenizer = preservation.load_model(settings)
@@ -94,7 +113,6 @@ class Study:
         self.targets = [name for site in parts.moments(out, "text").sites for name in site.members]
         self.judge = Judge(model, self.probes, self.targets, out)
         self._filters: Filters | None = None
-        self._contrast: dict[str, torch.Tensor] | None = None
         if not any(record["kind"] == "base" for record in self.lines.read()):
             self.lines.write({"kind": "base", "scores": self.judge.scores(list(self.probes))})
 
@@ -109,7 +127,7 @@ class Study:
         self, part: str, run: str, variant: Variant, make: Callable[[], Change], names: list[str], others: Any = None
     ) -> None:
         """Write the record of a variant, unless it is there."""
-        record = {"kind": "score", "part": part, "run": run, "variant": variant._asdict()}
+        record = {"kind": "score", "part": part, "run": run, "variant": variant._asdict(), "commit": self.commit}
         if holding_tables.key(record) in self.done:
             return
         began = time.perf_counter()
@@ -146,11 +164,25 @@ class Study:
     def _train(self, run: Run) -> tuple[Change, dict[str, torch.Tensor], list[float]]:
         model, _ = preservation.load_model(self.settings)
         data = self.data._replace(train=self.code) if run.method == CODE else self.data
-        decay = 0.3 if run.method == "lora decay 0.3" else 0.0
+        start, callbacks = STARTS.get(run.method, Start((0.0, 0.0))), []
         if run.method != "whole":
-            model = self._started(model, run)
+            model = self._started(model, start, run.seed)
             before = parts.factors_of(model)
-        losses = preservation.train(model, self.tokenizer, data, self.settings, run.rate, run.seed, weight_decay=decay)
+        if start.leak:
+            callbacks.append(confine(model, parts.kept_moments(self.out, parts.FORM), start.leak))
+            before = parts.factors_of(model)
+        if start.penalty:
+            parts.penalise(model, parts.kept_moments(self.out, parts.FORM), start.penalty)
+        losses = preservation.train(
+            model,
+            self.tokenizer,
+            data,
+            self.settings,
+            run.rate,
+            run.seed,
+            weight_decay=start.weight_decay,
+            callbacks=callbacks,
+        )
         if run.method != "whole":
             after = parts.factors_of(model)
             return {name: analysis.update(before[name], after[name]) for name in after}, {}, losses
@@ -164,19 +196,16 @@ class Study:
                 others[name] = parameter.detach()
         return change, others, losses
 
-    def _started(self, model: Any, run: Run) -> Any:
+    def _started(self, model: Any, start: Start, seed: int) -> Any:
         """The model with adapters before training."""
-        method = run.method.removesuffix(" split 8")
-        known = method if method in preservation.METHODS else "lora"
-        peft_model = preservation.wrap(model, preservation.Variant(known, 1.0), run.seed, self.settings, self.out)
-        if run.method.endswith("split 8"):
-            parts.set_factors(peft_model, lambda _, start: LowRank(8 * start.A, start.B / 8))
-        if run.method == "contrast":
-            if self._contrast is None:
-                self._contrast = parts.contrast_starts(self.out, self.settings.rank)
-            starts = self._contrast
-            parts.set_factors(peft_model, lambda name, start: LowRank(starts[name], start.B), freeze_a=True)
-        return peft_model
+        config = preservation.config_of(model, self.settings)
+        if start.method is None:
+            torch.manual_seed(seed)
+            return get_peft_model(model, config)
+        keep = parts.kept_moments(self.out, parts.FORM)
+        if start.method == "contrast":
+            return inject_adapters(model, config, method="contrast", covariances=parts.moments(self.out, "task"), preserve=keep)
+        return inject_adapters(model, config, method=start.method, covariances=keep, freeze_a=start.freeze_a, split=start.split)
 
 
 def scaled_and_filtered(scales: tuple[float, ...] = SCALES, strengths: tuple[float, ...] = STRENGTHS) -> list[Variant]:
@@ -189,19 +218,23 @@ def scaled_and_filtered(scales: tuple[float, ...] = SCALES, strengths: tuple[flo
 
 def plain(study: Study, seeds: list[int]) -> None:
     """A."""
-    runs = [Run("lora", rate, seed) for seed in seeds for rate in RATES]
-    names = [name for name in study.probes if name != "mbpp"]
+    runs = [Run("lora", rate, seed) for rate in RATES for seed in seeds]
+    names = ["task", "nq", "webq", "humaneval", "wikitext"]
+    templates = ["nq, template", "webq, template"]
     wanted = [*scaled_and_filtered(), Variant("filtered", 0.6, 1.0, parts.FORM)]
+    in_both = (Variant("trained"), Variant("scaled", 0.5), Variant("filtered", 1.0, 1.0, parts.FORM))
     for run in runs:
-        study.variants("A", run.name, wanted, study.trained(run)[0], names)
+        change, _ = study.trained(run)
+        for variant in wanted:
+            study.variants("A", run.name, [variant], change, names + (templates if variant in in_both else []))
     for form in ("template", "plain"):
         for run in runs:
-            study.variants("A", run.name, [Variant("filtered", 1.0, 1.0, form)], study.trained(run)[0], names)
+            study.variants("A", run.name, [Variant("filtered", 1.0, 1.0, form)], study.trained(run)[0], names + templates)
 
 
 def whole(study: Study, seeds: list[int]) -> None:
     """B. The embedding and the norms stay as they were tuned; `rest` has them alone."""
-    names = [name for name in study.probes if name != "mbpp"]
+    names = ["task", "nq", "webq", "humaneval", "wikitext"]
     for rate in WHOLE_RATES:
         run = Run("whole", rate, seeds[0])
         change, others = study.trained(run)
@@ -245,8 +278,8 @@ def starts(study: Study, seeds: list[int]) -> None:
     names = ["task", "nq", "webq", "humaneval", "wikitext"]
     wanted = [Variant("trained"), Variant("filtered", 1.0, 1.0, parts.FORM), Variant("scaled", 0.5)]
     for place in range(2):
-        for method, rates in STARTS.items():
-            run = Run(method, rates[place], seeds[0])
+        for method, start in STARTS.items():
+            run = Run(method, start.rates[place], seeds[0])
             study.variants("D", run.name, wanted, study.trained(run)[0], names)
 
 
@@ -274,7 +307,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the tables of what is finished, and stop")
     options = parser.parse_args()
     if options.show:
-        print("\n".join(holding_tables.listed(options.out / fronts.RESULTS)))
+        print(holding_tables.page(options.out / fronts.RESULTS))
         return
     if options.data is None:
         parser.error("--data is needed")
@@ -287,7 +320,7 @@ def main() -> None:
     study = Study(settings, sizes, options.data, options.out)
     for part in options.parts:
         PARTS[part](study, options.seeds)
-    print("\n".join(holding_tables.listed(options.out / fronts.RESULTS)))
+    print(holding_tables.page(options.out / fronts.RESULTS))
 
 
 def settings_of(options: argparse.Namespace) -> preservation.Settings:

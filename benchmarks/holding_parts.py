@@ -6,17 +6,19 @@ A *change* is what training has added to a model: layer name → ΔW, as `LowRan
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from benchmarks import evaluation, preservation
 from benchmarks.evaluation import Question
-from nullspace import Covariances, NullSpaces, analysis, compute_covariances, factors
+from nullspace import Covariances, analysis, compute_covariances, factors
 from nullspace.factors import Filter, LowRank
+from nullspace.integrations.peft import lora_layers, penalty
 from nullspace.integrations.transformers import PackedBatches, load_rows, load_texts, prompt_and_response
 
 Change = Mapping[str, LowRank | torch.Tensor]
@@ -34,7 +36,7 @@ class Sizes(NamedTuple):
     """the same in the template of the task"""
     of_task: int = 16
     """training examples of a task"""
-    template: int = 40
+    template: int = 30
     """questions a set that are asked in the task's template"""
     solutions: int = 12
     """of HumanEval"""
@@ -84,7 +86,7 @@ def probes_of(data: preservation.Data, tokenizer: Any, folder: Path, sizes: Size
 
 
 def calibrate(model: Any, tokenizer: Any, data: preservation.Data, settings: Any, sizes: Sizes, code: list, out: Path) -> None:
-    """OUT/moments: of the forms and of the tasks; OUT/covariances and OUT/spaces: those of `FORM`, as `preservation.wrap` reads."""
+    """OUT/moments: of what the forms are made of, and of the tasks."""
     asked = evaluation.questions(load_rows(settings.calibrate))[settings.shots :]
     rows, context = evaluation.asked_after(tokenizer, asked[: sizes.in_shots], data.shots)
     sources: dict[str, Any] = {
@@ -99,10 +101,6 @@ def calibrate(model: Any, tokenizer: Any, data: preservation.Data, settings: Any
     for name, batches in sources.items():
         if not (out / "moments" / name).exists():
             compute_covariances(model, batches, out / "moments" / name, strategy="resident", progress=False)
-    if not (out / "covariances").exists():
-        kept_moments(out, FORM).save(out / "covariances")
-    if not (out / "spaces").exists():
-        NullSpaces.from_covariances(Covariances.load(out / "covariances"), rank=settings.rank).save(out / "spaces")
 
 
 def moments(out: Path, name: str) -> Covariances:
@@ -216,8 +214,6 @@ def read_change(path: Path) -> tuple[Change, dict[str, torch.Tensor]]:
 
 def factors_of(peft_model: Any) -> dict[str, LowRank]:
     """A and s B of every layer, copies."""
-    from nullspace.integrations.peft import lora_layers
-
     return {
         name: LowRank(
             layer.lora_A["default"].weight.detach().clone(), layer.scaling["default"] * layer.lora_B["default"].weight.detach()
@@ -226,35 +222,20 @@ def factors_of(peft_model: Any) -> dict[str, LowRank]:
     }
 
 
-@torch.no_grad()
-def set_factors(peft_model: Any, change: Callable[[str, LowRank], LowRank], *, freeze_a: bool = False) -> None:
-    """Replace A and B (scaling 1) of every layer."""
-    from nullspace.integrations.peft import lora_layers
+def penalise(peft_model: Any, keep: Covariances, strength: float) -> None:
+    """Add `penalty` to the loss that the model returns while it trains."""
+    hold = penalty(peft_model, keep)
 
-    for name, layer in lora_layers(peft_model, "default").items():
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        new = change(name, LowRank(a, b))
-        a.copy_(new.A)
-        b.copy_(new.B)
-        a.requires_grad_(not freeze_a)
+    def add(module: Any, _arguments: Any, output: Any) -> Any:
+        if module.training and output.loss is not None:
+            output["loss"] = output.loss + strength * hold()
+        return output
 
-
-def contrast_starts(out: Path, rank: int) -> dict[str, torch.Tensor]:
-    """A of `factors.contrast` for every layer: those of a site are the same, as long as all its layers are as wide as r."""
-    task, keep = moments(out, "task"), kept_moments(out, FORM)
-    starts = {}
-    for site in keep.sites:
-        a = factors.contrast(task[site.name].matrix(), keep[site.name].matrix(), rank, rank=rank).A
-        starts.update(dict.fromkeys(site.members, a))
-    return starts
+    peft_model.register_forward_hook(add)
 
 
 def merged_by_peft(model: Any, changes: Sequence[Mapping[str, LowRank]], how: str, weights: Sequence[float], seed: int) -> Change:
     """PEFT's `add_weighted_adapter` of several adapters of one rank, densities of 0.5."""
-    from peft import LoraConfig, get_peft_model
-
-    from nullspace.integrations.peft import lora_layers
-
     rank = len(next(iter(changes[0].values())).A)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(changes[0]), task_type="CAUSAL_LM")
     names = [f"task{number}" for number in range(len(changes))]

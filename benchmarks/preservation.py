@@ -297,18 +297,24 @@ def prepare(settings: Settings, out: Path, methods: Iterable[str]) -> None:
         NullSpaces.from_covariances(Covariances.load(folders[0]), rank=settings.rank, spectrum=True).save(folders[1])
 
 
+def config_of(model: Any, settings: Settings) -> Any:
+    """PEFT's: all linear layers but the head, α = r."""
+    from peft import LoraConfig
+
+    from nullspace.model.sites import find_targets
+
+    return LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=sorted(find_targets(model)), task_type="CAUSAL_LM")
+
+
 def wrap(model: Any, variant: Variant, seed: int, settings: Settings, out: Path) -> Any:
     """The model with the variant's adapters, untrained."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     from nullspace import Covariances, NullSpaces
     from nullspace.integrations.peft import inject_adapters
-    from nullspace.model.sites import find_targets
 
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.rank, target_modules=sorted(find_targets(model)), task_type="CAUSAL_LM"
-    )
+    config = config_of(model, settings)
     start = METHODS[variant.method]
     if start.method is None:
         torch.manual_seed(seed)
