@@ -30,7 +30,7 @@ from transformers.distributed import DistributedConfig
 from transformers.integrations import HfDeepSpeedConfig
 
 from models import random_batches, tiny
-from nullspace import Covariance, Site, compute_covariances
+from nullspace import Covariance, Covariances, Site, compute_covariances
 from nullspace.artifacts import identity, records
 from nullspace.artifacts.identity import weights_of
 from nullspace.distributed import Job
@@ -562,15 +562,17 @@ def adapters_are_those_of_the_model_in_one_piece(
     targets = ["c_attn", "c_proj"] if "GPT2" in type(whole).__name__ else ["q_proj", "o_proj", "down_proj"]
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets)
     spaces = alone(whole, random_batches(6), rank=8, targets=targets)
+    sums = Covariances(stream(whole, random_batches(6), targets=targets, precision="fp64", job=Job.alone()).items())
+    sources = {"spaces": spaces, "covariances": sums, "preserve": sums}
     rank = dist.get_rank()
-    for method in ("lora-null", "b-zero", "milora", "orthogonal"):
-        given = spaces if METHODS[method].needs else None
+    for method in ("lora-null", "b-zero", "contrast", "milora", "orthogonal"):
+        given = {name: sources[name] for name in METHODS[method].needs}
         model = make()
         before = logits(model) if runs else None
         torch.manual_seed(rank)  # what is drawn must be the first one's
-        found = inject_adapters(model, config, given, method=method)
+        found = inject_adapters(model, config, **given, method=method)
         torch.manual_seed(0)
-        expected = inject_adapters(copy.deepcopy(whole), config, given, method=method)
+        expected = inject_adapters(copy.deepcopy(whole), config, **given, method=method)
         if runs:
             torch.testing.assert_close(logits(found), before, rtol=0, atol=1e-5)
         assert found.nullspace_residual == expected.nullspace_residual
@@ -588,13 +590,13 @@ def adapters_are_those_of_the_model_in_one_piece(
         model = make()
         torch.manual_seed(rank)
         names, kinds = list(model.state_dict()), [type(module) for module in model.modules()]
-        write_init(folder / method, model, config, given, method=method, progress=False)
+        write_init(folder / method, model, config, **given, method=method, progress=False)
         assert (list(model.state_dict()), [type(module) for module in model.modules()]) == (names, kinds)
         if runs:
             torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
         if rank == 0:
             torch.manual_seed(0)
-            write_init(folder / "whole" / method, whole, config, given, method=method, progress=False)
+            write_init(folder / "whole" / method, whole, config, **given, method=method, progress=False)
             ours, theirs = bytes_of(folder / method), bytes_of(folder / "whole" / method)
             assert ours.keys() == theirs.keys()
             for name in theirs.keys() - {"adapter/adapter_config.json", "nullspace.json"}:
