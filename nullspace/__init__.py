@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nullspace.artifacts.null_space import NullSpace
     from nullspace.artifacts.spaces import NullSpaces
     from nullspace.calibration.covariances import compute_covariances
+    from nullspace.calibration.gradients import gradient_covariances
     from nullspace.calibration.null_spaces import compute_null_spaces
     from nullspace.calibration.stream import stream_covariances
     from nullspace.errors import NullspaceError, NullspaceWarning
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "compute_covariances",
     "compute_null_spaces",
+    "gradient_covariances",
     "stream_covariances",
 ]
 
@@ -52,6 +54,7 @@ _MODULES = {
     "Site": "model.sites",
     "compute_covariances": "calibration.covariances",
     "compute_null_spaces": "calibration.null_spaces",
+    "gradient_covariances": "calibration.gradients",
     "stream_covariances": "calibration.stream",
 }
 _SUBMODULES = ("analysis", "cli", "csrc_triton", "distributed", "errors", "factors", "integrations", "methods", "solvers")

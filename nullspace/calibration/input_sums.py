@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,10 +20,28 @@ from nullspace.model.padding import Padding
 from nullspace.model.sharded import layer_input
 from nullspace.model.sharded_tensors import is_sharded, version_of
 from nullspace.model.sites import Site, Targets
-from nullspace.model.token_rows import TokenRows
 from nullspace.moments.covariance import Covariance, find_nonfinite
 from nullspace.moments.precision import precision_of
 from nullspace.moments.sums import TokenMask
+
+
+class Rows(Protocol):
+    """Which rows of an input count, as `TokenRows` says it."""
+
+    def begin(self, batch: int, padding: Padding) -> None: ...
+
+    def of(self, name: str, x: torch.Tensor) -> TokenMask | None: ...
+
+
+class Receiver(Protocol):
+    """What `recording` hands the inputs of targets to, as `InputSums` takes them."""
+
+    @property
+    def paused(self) -> bool: ...
+
+    def receive(self, name: str, x: torch.Tensor) -> None: ...
+
+    def check_output(self, name: str, x: Any, output: Any) -> None: ...
 
 
 class _SiteSum:
@@ -83,7 +101,7 @@ class InputSums:
         self,
         targets: Mapping[str, nn.Module],
         precision: str | Mapping[str, str],
-        rows: TokenRows | None = None,
+        rows: Rows | None = None,
         *,
         weigh: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
@@ -249,7 +267,7 @@ def leave_out_uncalled(uncalled: Mapping[str, nn.Module], targets: Mapping[str, 
 class _Hooks:
     """The hooks of one target."""
 
-    def __init__(self, name: str, sums: InputSums, later: list[Exception] | None) -> None:
+    def __init__(self, name: str, sums: Receiver, later: list[Exception] | None) -> None:
         self._name, self._sums, self._later = name, sums, later
         self._handed: Any = None
         self._is_checked = False
@@ -281,7 +299,7 @@ class _Hooks:
 
 @contextlib.contextmanager
 def recording(
-    model: nn.Module, targets: Mapping[str, nn.Module], sums: InputSums, *, later: list[Exception] | None = None
+    model: nn.Module, targets: Mapping[str, nn.Module], sums: Receiver, *, later: list[Exception] | None = None
 ) -> Iterator[None]:
     """Context manager: adds the inputs of targets to `sums`, by hooks.
 

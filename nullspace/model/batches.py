@@ -27,7 +27,7 @@ class Call(NamedTuple):
     Attributes:
         number: of the batch, from 1.
         args: positional arguments of the model.
-        kwargs: keyword arguments of the model, without labels: no loss is computed.
+        kwargs: keyword arguments of the model; without labels, unless a loss is wanted.
         padding: which of its tokens count.
     """
 
@@ -37,13 +37,14 @@ class Call(NamedTuple):
     padding: Padding
 
 
-def calls(model: nn.Module, share: Share, device: torch.device | None = None) -> Iterator[Call]:
+def calls(model: nn.Module, share: Share, device: torch.device | None = None, *, labels: bool = False) -> Iterator[Call]:
     """The arguments to call the model with, batch by batch.
 
     Args:
         model: its `forward` says which arguments it takes.
         share: of a loader of mappings, tensors or tuples of tensors.
         device: where the arguments go; by default where the model's embeddings are.
+        labels: keep them, so that the model computes a loss.
 
     Raises:
         TypeError: for a batch that is none of these.
@@ -57,7 +58,7 @@ def calls(model: nn.Module, share: Share, device: torch.device | None = None) ->
     for number, batch in share:
         named, by_name = _named(batch, number, model)
         padding = reader.read(number, named)
-        args, kwargs = _arguments(named, by_name, device or input_device(model), model)
+        args, kwargs = _arguments(named, by_name, device or input_device(model), model, labels)
         if by_name:
             reader.check_positions(model, kwargs, padding)
         yield Call(number, args, kwargs, padding)
@@ -131,14 +132,14 @@ def padded_batch(model: nn.Module, loader: Iterable[Any]) -> int | None:
 
 
 def _arguments(
-    named: Mapping[str, Any], by_name: bool, device: torch.device | None, model: nn.Module
+    named: Mapping[str, Any], by_name: bool, device: torch.device | None, model: nn.Module, labels: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     moved = {
         name: value.to(device) if isinstance(value, torch.Tensor) and device is not None else value for name, value in named.items()
     }
     if not by_name:
         return tuple(moved.values()), {}
-    if hasattr(model, "config") and not is_encoder_decoder(model):
+    if not labels and hasattr(model, "config") and not is_encoder_decoder(model):
         moved.pop("labels", None)  # no loss is wanted; encoder–decoder models make their decoder's inputs of them
     return (), moved
 

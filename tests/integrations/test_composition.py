@@ -270,7 +270,9 @@ def test_starts_as_the_base_and_what_is_saved_is_what_was_trained(
         check_base(tmp_path / "init" / "base", original, adapted)
 
     it.prepare(adapted)
-    assert METHODS[method].freezes_a(it.options.get("freeze_a")) != any(p.requires_grad for n, p in adapted.named_parameters() if "lora_A" in n)
+    assert METHODS[method].freezes_a(it.options.get("freeze_a")) != any(
+        p.requires_grad for n, p in adapted.named_parameters() if "lora_A" in n
+    )
     train(adapted, it.optimizer and it.optimizer(adapted))
     adapted.save_pretrained(tmp_path / "trained")
     wanted = logits(adapted)

@@ -19,7 +19,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from models import random_batches, tiny
-from nullspace import Covariances, NullSpaces, compute_null_spaces, stream_covariances
+from nullspace import Covariances, NullSpaces, compute_null_spaces, gradient_covariances, stream_covariances
 from nullspace.artifacts import records
 from nullspace.artifacts.identity import Fingerprints, weights_of
 from nullspace.cli import app
@@ -305,6 +305,19 @@ def test_what_is_saved_loads_with_plain_peft_onto_a_quantised_checkpoint(
             records.write_tensors(tmp_path / f"{name}.safetensors", known)
             jobs[name] = kind
     subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path), json.dumps(jobs)], check=True)
+
+
+@every_kind
+def test_gradients_of_a_quantised_model_are_those_of_the_dequantised_one(kind: str, base: Any) -> None:
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in random_batches(2)]
+    model = base(kind)
+    state = state_of(model)
+    found, expected = (gradient_covariances(each, batches, progress=False) for each in (model, base(kind).dequantize()))
+    assert unchanged(model, state)
+    for site in expected.sites:
+        wanted = expected[site.name].matrix()
+        # 8 bits round inputs, which the dequantised model does not.
+        assert (found[site.name].matrix() - wanted).norm() <= (0.2 if kind == "int8" else 1e-4) * wanted.norm(), site
 
 
 @every_kind
