@@ -32,6 +32,8 @@ def contrast(c_task: torch.Tensor, c_keep: torch.Tensor, d_out: int, *, rank: in
     Returns:
         `LowRank(A (r, d_in), B (d_out, r))`, float64, rows of A by descending ratio, positive in the entry of largest magnitude.
 
+    Cost: 7/3 · d_in³ flops and those of `solvers.top_eigenpairs`.
+
     Raises:
         TypeError, ValueError: if the moments do not fit, are zero or hold NaN or Inf; if r or the damping is out of range.
     """

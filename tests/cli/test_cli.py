@@ -152,7 +152,8 @@ def test_every_method_from_the_text_and_from_kept_covariances(
     products = []
     for name, source in (("one", from_text), ("two", ["--covariances", tmp_path / "kept", *RANK] if needs else RANK)):
         out = tmp_path / name
-        result = run("init", tiny_checkpoint, "--out", out, *source, *options, "-q")
+        more = ["--no-freeze-a"] if name == "two" else []
+        result = run("init", tiny_checkpoint, "--out", out, *source, *options, *more, "-q")
         assert result.exit_code == 0, result.output
         model = AutoPeftModelForCausalLM.from_pretrained(out / "adapter")
         assert (logits(model) - original).abs().max() <= 1e-5
@@ -160,6 +161,10 @@ def test_every_method_from_the_text_and_from_kept_covariances(
         record = json.loads((out / "nullspace.json").read_text())
         assert record["method"] == method
         assert ("beta" in record) == (method == "sc-lora")
+        frozen = name == "one" and method == "contrast"
+        assert record["freeze_a"] == frozen
+        assert ("freeze_a(model)" in (out / "adapter" / "README.md").read_text(encoding="utf-8")) == frozen
+        assert ("call freeze_a after loading it" in run("inspect", out).stdout) == frozen
         layers = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")}
         products.append({n: (m.lora_A["default"].weight, m.lora_B["default"].weight) for n, m in layers.items()})
     if method != "orthogonal":

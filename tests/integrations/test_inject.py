@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from models import FAMILIES, random_batches, tiny
-from nullspace import NullSpaces, factors
+from nullspace import Covariances, NullSpaces, factors
 from nullspace.artifacts import records
 from nullspace.factors import LowRank
 from nullspace.integrations import peft as integration
@@ -580,12 +580,16 @@ def test_a_config_of_another_kind_and_a_model_with_adapters_are_refused() -> Non
         freeze_a(adapted, "nobody")
 
 
-def test_b_zero_serves_a_base_whose_weights_cannot_be_changed() -> None:
-    spaces = spaces_for("llama")
+@pytest.mark.parametrize("method", ["b-zero", "contrast"])
+def test_a_method_that_starts_at_zero_serves_a_base_whose_weights_cannot_be_changed(method: str) -> None:
+    spaces, sums = spaces_for("llama"), covariances_for("llama")
+    # Those of the calibrated model, but for what would tell the tied one from it.
+    known = {"spaces": NullSpaces([spaces[site.name] for site in spaces.sites])}
+    known |= dict.fromkeys(("covariances", "preserve"), Covariances((site, sums[site.name]) for site in sums.sites))
     model = _tied_base()
     before = logits(model)
-    adapted = inject_adapters(model, LoraConfig(r=RANK), NullSpaces([spaces[site.name] for site in spaces.sites]), method="b-zero")
-    assert torch.equal(logits(adapted), before)
+    sources = {name: known[name] for name in METHODS[method].needs}
+    assert torch.equal(logits(inject_adapters(model, LoraConfig(r=RANK), method=method, **sources)), before)
 
 
 def test_the_callers_config_is_not_changed() -> None:
