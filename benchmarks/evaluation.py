@@ -95,15 +95,29 @@ def _read(model: Any, context: Sequence[int]) -> Any:
     return model(input_ids=torch.tensor([list(context)], device=model.device), use_cache=True).past_key_values if context else None
 
 
-def _behind(model: Any, cache: Any, ids_bt: torch.Tensor, mask_bt: torch.Tensor, *, keep: bool = False) -> tuple[torch.Tensor, Any]:
-    """Logits (b, t, v) of rows behind a cached context; with `keep`, what they leave in the cache too."""
+def _behind(
+    model: Any,
+    cache: Any,
+    ids_bt: torch.Tensor,
+    mask_bt: torch.Tensor,
+    *,
+    keep: bool = False,
+    places: int | torch.Tensor = 0,
+) -> tuple[torch.Tensor, Any]:
+    """Logits (b, t, v) of rows behind a cached context, at certain places or at all (0); with `keep`, the cache with the rows too."""
     if cache is None:
-        output = model(input_ids=ids_bt, attention_mask=mask_bt, use_cache=keep)
+        output = model(input_ids=ids_bt, attention_mask=mask_bt, use_cache=keep, logits_to_keep=places)
     else:
         cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(len(ids_bt))
         seen_bt = torch.ones(len(ids_bt), cache.get_seq_length(), dtype=mask_bt.dtype, device=mask_bt.device)
-        output = model(input_ids=ids_bt, attention_mask=torch.cat([seen_bt, mask_bt], 1), past_key_values=cache, use_cache=True)
+        output = model(
+            input_ids=ids_bt,
+            attention_mask=torch.cat([seen_bt, mask_bt], 1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=places,
+        )
     return output.logits, output.past_key_values if keep else None
 
 
@@ -123,9 +137,11 @@ def _labelled(
     for batch in _batches([len(row["input_ids"]) for row in rows], batch_size):
         ids_bt, mask_bt = _padded([rows[row]["input_ids"] for row in batch], 0, model.device)
         labels_bt, _ = _padded([rows[row]["labels"] for row in batch], IGNORED, model.device)
-        logits_btv = _behind(model, cache, ids_bt, mask_bt)[0][:, :-1]
         wanted_bt = labels_bt[:, 1:] != IGNORED
-        yield batch, logits_btv[wanted_bt].float().log_softmax(-1), labels_bt[:, 1:][wanted_bt], wanted_bt.sum(1).tolist()
+        places = wanted_bt.any(0).nonzero()[:, 0]  # the head is a large part of a small model
+        logits_btv, _ = _behind(model, cache, ids_bt, mask_bt, places=places)
+        log_nv = logits_btv[wanted_bt[:, places]].float().log_softmax(-1)
+        yield batch, log_nv, labels_bt[:, 1:][wanted_bt], wanted_bt.sum(1).tolist()
 
 
 @torch.no_grad()

@@ -324,7 +324,7 @@ def main() -> None:
 
 
 def settings_of(options: argparse.Namespace) -> preservation.Settings:
-    """Those of `preservation --reduced`, with one window of WikiText less."""
+    """Those of `preservation --reduced`, with two windows of WikiText."""
 
     def source(name: str) -> str:
         return str(options.data / preservation.KNOWN[name][0])
@@ -341,7 +341,7 @@ def settings_of(options: argparse.Namespace) -> preservation.Settings:
         text=(("wikitext", source("wikitext")),),
         train=source("gsm8k-train"),
         test=source("gsm8k-test"),
-        **{**preservation.REDUCED, "windows": 3, "layers": False},
+        **{**preservation.REDUCED, "windows": 2, "layers": False},
     )
 
 

@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
     """training examples of a task"""
     template: int = 30
     """questions a set that are asked in the task's template"""
-    solutions: int = 12
+    solutions: int = 6
     """of HumanEval"""
     length: int = 128
     """tokens of a solution with its prompt, at most"""
