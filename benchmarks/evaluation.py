@@ -104,7 +104,7 @@ def _behind(
     keep: bool = False,
     places: int | torch.Tensor = 0,
 ) -> tuple[torch.Tensor, Any]:
-    """Logits (b, t, v) of rows behind a cached context, at certain places or at all (0); with `keep`, the cache with the rows too."""
+    """Logits (b, t, v) of rows behind a cached context, at certain places or all (0); with `keep`, the cache with the rows too."""
     if cache is None:
         output = model(input_ids=ids_bt, attention_mask=mask_bt, use_cache=keep, logits_to_keep=places)
     else:

@@ -9,7 +9,7 @@ questions are asked; half in the template of the task. The task's moments are of
 held-out examples), NQ-open's dev part and WebQuestions in both forms of asking, HumanEval's solutions and WikiText: the
 log-likelihood of what is right, and KL(base ‖ model) at the same tokens. WebQuestions, HumanEval and WikiText are never calibrated.
 
-A  plain LoRA of several seeds and rates: scaled, filtered.
+A  plain LoRA of several seeds and rates: scaled, filtered; `forms`: filtered with what must be kept in the other forms.
 B  a model trained whole: its linear layers' change scaled, filtered.
 C  two adapters, of GSM8K and of MBPP, in one: `factors.combined` against PEFT's merges.
 D  other starts, weight decay and constraints: as trained, scaled, filtered.
@@ -72,6 +72,9 @@ STARTS = {
 WHOLE_RATES = (1e-4, 2e-5)
 MERGES = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties")
 CODE = "lora on code"
+# What is scored: HumanEval and WikiText, like WebQuestions, are not calibrated on.
+NAMES = ["task", "nq", "webq", "humaneval", "wikitext"]
+TEMPLATES = ["nq, template", "webq, template"]
 
 
 class Run(NamedTuple):
@@ -219,28 +222,31 @@ def scaled_and_filtered(scales: tuple[float, ...] = SCALES, strengths: tuple[flo
 def plain(study: Study, seeds: list[int]) -> None:
     """A."""
     runs = [Run("lora", rate, seed) for rate in RATES for seed in seeds]
-    names = ["task", "nq", "webq", "humaneval", "wikitext"]
-    templates = ["nq, template", "webq, template"]
     wanted = [*scaled_and_filtered(), Variant("filtered", 0.6, 1.0, parts.FORM)]
     in_both = (Variant("trained"), Variant("scaled", 0.5), Variant("filtered", 1.0, 1.0, parts.FORM))
     for run in runs:
         change, _ = study.trained(run)
         for variant in wanted:
-            study.variants("A", run.name, [variant], change, names + (templates if variant in in_both else []))
-    for form in ("template", "plain"):
-        for run in runs:
-            study.variants("A", run.name, [Variant("filtered", 1.0, 1.0, form)], study.trained(run)[0], names + templates)
+            study.variants("A", run.name, [variant], change, NAMES + (TEMPLATES if variant in in_both else []))
+
+
+def forms(study: Study, seeds: list[int]) -> None:
+    """A, with what must be kept in other forms."""
+    for rate in RATES:
+        for form in ("template", "plain"):
+            for run in (Run("lora", rate, seed) for seed in seeds):
+                variant = Variant("filtered", 1.0, 1.0, form)
+                study.variants("A", run.name, [variant], study.trained(run)[0], NAMES + TEMPLATES)
 
 
 def whole(study: Study, seeds: list[int]) -> None:
     """B. The embedding and the norms stay as they were tuned; `rest` has them alone."""
-    names = ["task", "nq", "webq", "humaneval", "wikitext"]
     for rate in WHOLE_RATES:
         run = Run("whole", rate, seeds[0])
         change, others = study.trained(run)
-        study.variants("B", run.name, scaled_and_filtered(), change, names, others)
-        study.score("B", run.name, Variant("rest"), dict, names, others)
-        study.score("B", run.name, Variant("linear alone"), lambda change=change: change, names)
+        study.variants("B", run.name, scaled_and_filtered(), change, NAMES, others)
+        study.score("B", run.name, Variant("rest"), dict, NAMES, others)
+        study.score("B", run.name, Variant("linear alone"), lambda change=change: change, NAMES)
 
 
 def merging(study: Study, seeds: list[int]) -> None:
@@ -275,15 +281,14 @@ def merging(study: Study, seeds: list[int]) -> None:
 
 def starts(study: Study, seeds: list[int]) -> None:
     """D."""
-    names = ["task", "nq", "webq", "humaneval", "wikitext"]
     wanted = [Variant("trained"), Variant("filtered", 1.0, 1.0, parts.FORM), Variant("scaled", 0.5)]
     for place in range(2):
         for method, start in STARTS.items():
             run = Run(method, start.rates[place], seeds[0])
-            study.variants("D", run.name, wanted, study.trained(run)[0], names)
+            study.variants("D", run.name, wanted, study.trained(run)[0], NAMES)
 
 
-PARTS = {"A": plain, "B": whole, "C": merging, "D": starts}
+PARTS = {"A": plain, "forms": forms, "B": whole, "C": merging, "D": starts}
 
 
 def begin(settings: preservation.Settings, sizes: Sizes, out: Path) -> None:
