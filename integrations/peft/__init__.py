@@ -7,7 +7,7 @@ loads without nullspace.
 - `preprocess_corda` (`corda`): PEFT's function of this name.
 - `get_eva_state_dict` and `initialize_lora_eva_weights` (`eva`): PEFT's two functions for EVA, from exact second moments.
 - `export_lora` (`folders.export`): a trained adapter as a plain LoRA for the untouched base.
-- `filter_adapter`, `filter_path`, `adapter_drift` (`filtering`): less forgetting, after training.
+- `filter_adapter`, `filter_checkpoint`, `combine_adapters`, `adapter_drift` (`filtering`): less forgetting, after training.
 - `describe` and `set_base` (`folders.describe`): what a folder holds, and which base an adapter needs.
 - `confine`, `penalty`, `Gauge` (`guard`): hold what must be kept while an adapter trains.
 - `read_course` (`files`): an adapter from its start through training, for `nullspace.analysis`.
@@ -17,7 +17,9 @@ from nullspace.integrations.peft.corda import preprocess_corda
 from nullspace.integrations.peft.eva import get_eva_state_dict, initialize_lora_eva_weights
 from nullspace.integrations.peft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_course, read_factors, row_spaces
 from nullspace.integrations.peft.filtering.adapters import Filtered, filter_adapter, filter_path
-from nullspace.integrations.peft.filtering.drift import AdapterDrift, adapter_drift
+from nullspace.integrations.peft.filtering.checkpoints import checkpoint_path, filter_checkpoint
+from nullspace.integrations.peft.filtering.combine import Combined, combine_adapters
+from nullspace.integrations.peft.filtering.drift import adapter_drift
 from nullspace.integrations.peft.filtering.paths import FilterPath, LayerPath, Step
 from nullspace.integrations.peft.fit import fit_config
 from nullspace.integrations.peft.folders.describe import describe, set_base
@@ -34,8 +36,8 @@ __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "METHODS",
-    "AdapterDrift",
     "Allowed",
+    "Combined",
     "Confinement",
     "Drift",
     "FilterPath",
@@ -46,11 +48,14 @@ __all__ = [
     "adapter_drift",
     "attach_subtracted",
     "check_servable",
+    "checkpoint_path",
+    "combine_adapters",
     "confine",
     "describe",
     "drift_of",
     "export_lora",
     "filter_adapter",
+    "filter_checkpoint",
     "filter_path",
     "fit_config",
     "freeze_a",

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nullspace.checks import Field, an_object, check_fields, is_plain_name, list_of, optional, text, whole
@@ -117,6 +117,42 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         header: dict[str, dict[str, Any]] = json.loads(file.read(size))
     header.pop("__metadata__", None)
     return {name: {**entry, "data_offsets": [8 + size + at for at in entry["data_offsets"]]} for name, entry in header.items()}
+
+
+def read_shapes(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a safetensors file on the meta device, by name, and the text in its header.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is damaged; naming the tensor, for a dtype that PyTorch or this package does not have.
+    """
+    check_regular(path)
+    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise DamagedFileError(f"{path} is not a safetensors file: {error}") from error
+    header = read_header(path)
+    odd = next((name for name, entry in header.items() if entry["dtype"] not in dtypes), None)
+    if odd is not None:
+        raise InputError(f"{odd!r} in {path} is {header[odd]['dtype']}, which cannot be read here")
+    shapes = {name: torch.empty(entry["shape"], dtype=dtypes[entry["dtype"]], device="meta") for name, entry in header.items()}
+    return shapes, text
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a safetensors file.
+
+    Raises:
+        ValueError: naming the file, if it is damaged or has no such tensor.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+    except SafetensorError as error:
+        raise DamagedFileError(f"{path}: {name!r} cannot be read: {error}") from error
+    return tensor
 
 
 def fits(entry: Mapping[str, Any], tensor: torch.Tensor) -> bool:

@@ -1,8 +1,8 @@
-"""The command line: `nullspace init | compute | covariances | merge | inspect | report | export | plan | demo`.
+"""The command line: `nullspace init | compute | covariances | merge | inspect | report | filter | combine | verify | export | …`.
 
 What a person reads goes to standard output as tables, or with `--json` as one JSON document; progress and warnings go to standard
-error. Exit codes: 0 done, 1 the machine failed (disk, memory) or nullspace did, 2 the input was wrong, 130 interrupted, 143 ended
-by SIGTERM. An error is one line; `--debug`, of every command, shows its traceback too.
+error. Exit codes: 0 done, 1 the machine failed (disk, memory) or nullspace did, or `verify` found a budget broken, 2 the input was
+wrong, 130 interrupted, 143 ended by SIGTERM. An error is one line; `--debug`, of every command, shows its traceback too.
 
 Under `torchrun`, `init`, `compute` and `covariances` calibrate together; the first process prints and writes what is one thing.
 """
@@ -24,7 +24,7 @@ except ImportError as error:
     raise SystemExit(f"the command line needs more packages: pip install 'nullspace-lora[cli]' ({error})") from None
 
 import nullspace
-from nullspace.cli import calibrate, console, demo, failures, init, interrupts, keep, options, plan, report, together
+from nullspace.cli import after, calibrate, console, demo, failures, init, interrupts, keep, options, plan, report, together
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -35,6 +35,9 @@ COMMANDS: tuple[options.Command, ...] = (
     keep.merge,
     keep.inspect,
     report.report,
+    after.filter,
+    after.combine,
+    after.verify,
     keep.export,
     plan.plan,
     demo.demo,
@@ -92,9 +95,11 @@ def _as_typer_command(command: options.Command) -> Callable[..., None]:
                     return
                 # What other libraries print (DeepSpeed's log, on import) is no part of the document.
                 with contextlib.redirect_stdout(sys.stderr) if values.get("as_json") else contextlib.nullcontext():
-                    document = command(**options.gather(command, values))
+                    document, unmet = _run(command, values)
                 if document is not None:
                     typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
+                if unmet is not None:
+                    raise unmet
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     signature = options.signature(
@@ -105,6 +110,14 @@ def _as_typer_command(command: options.Command) -> Callable[..., None]:
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
     return run
+
+
+def _run(command: options.Command, values: dict[str, Any]) -> tuple[dict[str, Any] | None, failures.Unmet | None]:
+    """The command's document, and what it raised if a check was not met."""
+    try:
+        return command(**options.gather(command, values)), None
+    except failures.Unmet as unmet:
+        return unmet.document, unmet
 
 
 def _was_given(context: typer.Context, name: str) -> bool:

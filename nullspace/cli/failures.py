@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import typer
 
@@ -22,6 +22,18 @@ LIBRARIES = ("nullspace", "transformers", "peft", "datasets", "huggingface_hub",
 INPUT = (ValueError, TypeError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 DEBUG = "NULLSPACE_DEBUG"
 FAULT = f"a fault of nullspace, by the look of it: --debug, or {DEBUG}=1, shows where"
+
+
+class Unmet(typer.Exit):
+    """A check that was made, and whose answer is no: exit code 1, after the document of `--json` is printed.
+
+    Args:
+        document: of the command.
+    """
+
+    def __init__(self, document: dict[str, Any] | None) -> None:
+        super().__init__(1)
+        self.document = document
 
 
 class Failure(NamedTuple):

@@ -107,6 +107,11 @@ def gather(command: Command, values: Values) -> dict[str, Any]:
     return arguments
 
 
+def defaults(group: Any) -> dict[str, Any]:
+    """The defaults of a group's options."""
+    return {field.name: typing.cast(Option, field.default).default for field in fields(group)}
+
+
 def check(command: Command, values: Values, given: Collection[str]) -> None:
     """Raise for an option that has a bad value, or that was given and has no effect.
 
@@ -192,7 +197,7 @@ def _compile(parse: Callable[[str], str | list[str] | None]) -> Callable[[str], 
 
 
 def check_file(name: str, data: str) -> None:
-    """The check of --data: a name that ends as a file's is one that exists."""
+    """The check of --data and its like: a name that ends as a file's is one that exists."""
     path = Path(data)
     if path.suffix.lower() in FILE_ENDINGS and not path.is_file():
         raise MissingFileError(f"{name}: {data} is not a file")
@@ -206,12 +211,25 @@ def needed(words: str, holds: Callable[[Values], bool]) -> Condition:
     return lambda values: None if holds(values) else words
 
 
+def _data(values: Values) -> tuple[list[str], list[str]]:
+    """The options of a command that name data, and what they name."""
+    names = [name for name in ("data", "task_data", "keep_data") if name in values]
+    return [f"--{name.replace('_', '-')}" for name in names], [values[name] for name in names if values[name] is not None]
+
+
 def _has_data(values: Values) -> bool:
-    return values.get("data", REQUIRED) is not None  # `plan` has no --data
+    names, given = _data(values)
+    return bool(given) or not names  # `plan` has no --data
 
 
-def _ending(values: Values) -> str:
-    return Path(values["data"]).suffix.lower()
+def _has_kind(values: Values, others: tuple[str, ...]) -> bool:
+    """Whether some of the data are of another kind than files with these endings."""
+    return any(Path(each).suffix.lower() not in others for each in _data(values)[1])
+
+
+def _needs_data(what: str, holds: Callable[[Values], bool]) -> Condition:
+    """The condition with these words, in which {} stands for the options that name data."""
+    return lambda values: None if holds(values) else what.format(" or ".join(_data(values)[0]) or "--data")
 
 
 def method_of(values: Values) -> Any:
@@ -242,9 +260,9 @@ def _kept(values: Values) -> str | None:
     return "--covariances and --preserve" if "preserve" in values else "--covariances"
 
 
-_DATA = needed("a run on data (--data)", _has_data)
-_ROWS = needed("--data with fields (JSON, CSV, Parquet, a hub data set)", lambda v: _has_data(v) and _ending(v) not in TEXT_ENDINGS)
-_HUB = needed("--data that is a hub data set, not a file", lambda v: _has_data(v) and _ending(v) not in FILE_ENDINGS)
+_DATA = _needs_data("a run on data ({})", _has_data)
+_ROWS = _needs_data("{} with fields (JSON, CSV, Parquet, a hub data set)", lambda values: _has_kind(values, TEXT_ENDINGS))
+_HUB = _needs_data("{} that is a hub data set, not a file", lambda values: _has_kind(values, FILE_ENDINGS))
 _BLOCKS = needed("a layerwise run on data (--strategy layerwise or auto)", lambda v: _has_data(v) and v["strategy"] != "resident")
 _MODEL = needed("a run with a model", lambda v: v["model"] is not None)
 _SPACES = needed("null spaces that are being computed: 'lora-null' and 'b-zero', without --spaces", _computes_spaces)

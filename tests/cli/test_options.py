@@ -23,6 +23,7 @@ DECLARED = {command.__name__: {name: option for name, (_, option) in declared(co
 OF_DATA = {"samples", "length", "batch_size", "precision", "strategy", "hidden_states", "fresh", "timeout"}
 OF_MODEL = {"targets", "exclude", "dtype", "device", "offload"}
 OF_ROWS, OF_HUB = {"field"}, {"split"}
+OF_TEXT = {"samples", "length", "batch_size", *OF_ROWS, *OF_HUB}
 ALL_OF_DATA = OF_DATA | OF_ROWS | OF_HUB
 NUMBERS = {"sigma_scale", "beta", "damping", "factor_split", "preserve"}
 OF_NULL, OF_CORDA = {"sigma_scale", "factor_split"}, {"damping", "factor_split"}
@@ -54,6 +55,12 @@ SOURCES: dict[tuple[str, str], set[str]] = {
     ("report", "--spaces s --model m"): set(),
     ("report", "--adapter x=a,b"): {"offload"},
     ("report", "--study s"): {"model", "offload"},
+    ("filter", "a --task t --keep k"): {"strength", "drift", "retain", "overwrite", "device", *OF_TEXT},
+    ("filter", "a --task-data a.jsonl --keep k"): {"strength", "drift", "retain", "overwrite", "split"},
+    ("filter", "a --task-data some/set --keep-data a.txt --out o --strength 1"): set(),
+    ("filter", "a b --task t --keep k --out o --drift 1"): {"base", "initial", "adapter_name", "device", *OF_TEXT},
+    ("combine", "a b --task t --keep k --strength 1"): set(),
+    ("verify", "a --keep k --drift 1"): set(),
     ("export", "t --initial i"): set(),
     ("plan", "MODEL"): set(),
     ("plan", "MODEL --device cpu"): {"device_memory"},
@@ -63,9 +70,11 @@ SOURCES: dict[tuple[str, str], set[str]] = {
 VALUES = {
     "device": "cpu", "field": "text", "alpha": "4", "preserve": "p", "avoid": "a", "spaces": "s", "covariances": "c", "study": "s",
     "data": "a.txt", "shard": "1/2", "weights": "1,1", "model": "m", "adapter": "x=a", "initial": "i", "base": "b", "out": "o",
-    "exclude": "lm_head", "device_memory": "8GB", "host_memory": "8GB",
+    "exclude": "lm_head", "strength": "1", "drift": "1", "worst": "1", "retain": "1", "task": "t", "rank": "4",
+    "task_data": "a.txt", "keep_data": "a.txt", "adapter_name": "n", "device_memory": "8GB", "host_memory": "8GB",
 }  # fmt: skip
-OF_PLAN = {"weights": "host"}
+OTHERS = {"plan": {"weights": "host"}, "filter": {"keep": "k"}}
+NO_OUT = ("inspect", "plan", "verify", "filter")
 
 
 def exit_code(command: str, *arguments: str) -> int:
@@ -123,8 +132,8 @@ def test_every_option_has_an_effect_or_is_refused(
             continue
         option = [flag(command, name)]
         if not each.is_flag:
-            option.append({**VALUES, **(OF_PLAN if command == "plan" else {})}.get(name) or str(each.default))
-        out = [] if name == "out" or command in ("inspect", "plan") else ["--out", "o"]
+            option.append({**VALUES, **OTHERS.get(command, {})}.get(name) or str(each.default))
+        out = [] if name == "out" or command in NO_OUT or "--out" in given else ["--out", "o"]
         ran.clear()
         code = exit_code(command, *given, *option, *out)
         said = capsys.readouterr().err

@@ -20,7 +20,7 @@ from nullspace.errors import AdapterWarning, InputError, InputTypeError
 from nullspace.factors import RIDGE, Filter, LowRank
 from nullspace.integrations.peft.files import A_WEIGHT, init_around
 from nullspace.integrations.peft.filtering.changes import Changes, InModel, Stored, changes_in, read_changes
-from nullspace.integrations.peft.filtering.drift import Base, base_modules, check_base, drifts_of, name_of, named_base
+from nullspace.integrations.peft.filtering.drift import Base, base_modules, check_base, drifts_of, name_of, named_base, weights_in
 from nullspace.integrations.peft.filtering.moments import Moments, Pair, loaded, place_of
 from nullspace.integrations.peft.filtering.paths import STRENGTHS, Budget, FilterPath, Step, choose, forecast
 from nullspace.integrations.peft.folders.export import PREFIX, described, other_tensors, plain_adapter, write_plain
@@ -40,6 +40,8 @@ class Filtered(NamedTuple):
     """The forecast of this strength and of others, layer by layer."""
     out: Path | None
     """What was written; None for a model."""
+    rest: tuple[str, ...] = ()
+    """What training has changed and the filter does not reach: names of layers or tensors that stay as they are."""
 
     @property
     def before(self) -> Step:
@@ -133,8 +135,8 @@ def filter_adapter(
         made[name] = budget.scale * one.apply(changes.factors[name].A, chosen)
 
     chosen, path = _run(changes, pair, budget, drifts, done, report)
-    result = Filtered(chosen, path, Path(out))
-    facts = {"task": place_of(task), "keep": place_of(keep), "ridge": pair.ridge, **_facts(result)}
+    result = Filtered(chosen, path, Path(out), _rest(changes))
+    facts = {"task": place_of(task), "keep": place_of(keep), "ridge": pair.ridge, **facts_of(result)}
     _write(stored, made, facts, Path(out), overwrite)
     return result
 
@@ -205,7 +207,11 @@ def _drifts(changes: Changes, pair: Pair, modules: Mapping[str, nn.Module], repo
     """The drifts before filtering, after a comparison of the base's weights with those at calibration."""
     check_base(modules, changes.factors, changes.what)
     pair.check(weights_of({name: modules[name] for name in changes.factors}), changes.what)
-    return drifts_of(changes.factors, pair.keep, modules, report)
+    return drifts_of(changes.factors, pair.keep, weights_in(modules), report)
+
+
+def _rest(changes: Changes) -> tuple[str, ...]:
+    return tuple(name for names in changes.holds.values() for name in names)
 
 
 def _warn_of_rest(changes: Changes) -> None:
@@ -249,12 +255,11 @@ def _filter_model(adapter: InModel, pair: Pair, budget: Budget, base: Base | Non
     made: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def done(name: str, one: Filter, chosen: float) -> None:
-        for part in adapter.parts:
-            weight = adapter.layers[name].lora_A[part].weight
-            rows = budget.scale * one.apply(weight, chosen)
-            if not _fits(rows, weight.dtype):
-                raise InputError(f"the filtered A of {name!r} does not fit {weight.dtype}: load the adapter in float32")
-            made.append((weight, rows.to(weight)))
+        for each in (each for each in adapter.layers if each.name == name):
+            rows = budget.scale * one.apply(each.a, chosen)
+            if not _fits(rows, each.a.dtype):
+                raise InputError(f"the filtered A of {name!r} does not fit {each.a.dtype}: load the adapter in float32")
+            made.append((each.a, rows.to(each.a)))
 
     chosen, path = _run(adapter.changes, pair, budget, drifts, done, report)
     before = [weight.clone() for weight, _ in made]
@@ -265,7 +270,7 @@ def _filter_model(adapter: InModel, pair: Pair, budget: Budget, base: Base | Non
         for (weight, _), was in zip(made, before, strict=True):
             weight.copy_(was)
         raise
-    return Filtered(chosen, path, None)
+    return Filtered(chosen, path, None, _rest(adapter.changes))
 
 
 def _fits(factor: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -279,7 +284,7 @@ def fitting(factors: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.dtype:
     return dtype if all(_fits(each, dtype) for each in factors) else torch.promote_types(dtype, torch.float32)
 
 
-def _facts(result: Filtered) -> dict[str, Any]:
+def facts_of(result: Filtered) -> dict[str, Any]:
     """What a record and a card say of a filter."""
     before, after = result.before, result.after
     drift = None if before.drift is None else [before.drift, after.drift]

@@ -12,8 +12,6 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from nullspace import analysis
-from nullspace.artifacts.residual import described as described_mark
-from nullspace.artifacts.residual import residual_mark
 from nullspace.errors import InputError, OtherModelError
 from nullspace.factors import LowRank
 from nullspace.integrations.peft.files import (
@@ -31,12 +29,10 @@ from nullspace.integrations.peft.folders.cards import says_two
 from nullspace.integrations.peft.folders.checkpoints import is_residual, local_folder
 from nullspace.integrations.peft.folders.describe import base_of
 from nullspace.integrations.peft.folders.export import check_pair, contents, is_zero, original_base
-from nullspace.integrations.peft.layers import SUBTRACTED, lora_layers
-from nullspace.model.linear import is_linear
+from nullspace.integrations.peft.guard.adapted import Adapted, adapted_layers, start_of
+from nullspace.integrations.peft.layers import PEFT_RESIDUALS, SUBTRACTED
 from nullspace.model.sharded import is_model_sharded
 
-# Initialisations of PEFT that replace the base by a residual, which is in no file.
-_RESIDUAL_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _TWO = SUBTRACTED.format("")
 
 
@@ -167,7 +163,7 @@ def _negated(second: Adapter) -> Adapter:
 def _refuse_peft_residual(config: Mapping[str, Any], what: str) -> None:
     """Raise `ValueError` for an adapter whose base PEFT itself has made a residual."""
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_RESIDUAL_INITS):
+    if isinstance(init, str) and init.startswith(PEFT_RESIDUALS):
         raise InputError(
             f"{what} starts by PEFT's init_lora_weights={init!r}, which has changed the base: save it as a plain LoRA "
             "(save_pretrained(..., path_initial_model_for_weight_conversion=...)), or name the adapter as it was saved before "
@@ -179,15 +175,13 @@ class InModel(NamedTuple):
     """An adapter in a `PeftModel`."""
 
     changes: Changes
-    layers: dict[str, Any]
-    """Layer → PEFT's layer."""
-    parts: tuple[str, ...]
-    """Names of the adapter, and of the second one that subtracts its start, if there is one."""
+    layers: tuple[Adapted, ...]
+    """Its layers, and those of the second adapter that subtracts its start, if there is one."""
 
     @property
     def bases(self) -> dict[str, nn.Module]:
         """Layer → the linear layer of the base."""
-        return {name: layer.get_base_layer() for name, layer in self.layers.items()}
+        return {each.name: each.layer.get_base_layer() for each in self.layers}
 
 
 @torch.no_grad()
@@ -202,45 +196,29 @@ def changes_in(peft_model: PeftModel, adapter_name: str | None = None) -> InMode
         ValueError: if there is no such adapter, its base is a residual, it is merged or spread over several ranks; naming the
             layer, for NaN or Inf, and for a layer that is not linear.
     """
-    name = peft_model.active_adapter if adapter_name is None else adapter_name
-    name = name if isinstance(name, str) else name[0]
-    _check_model(peft_model, name)
-    layers: dict[str, Any] = {layer: each for layer, each in lora_layers(peft_model, name).items() if name in each.lora_A}
-    if not layers:
-        raise InputError(f"the model has no LoRA adapter named {name!r}")
-    second = SUBTRACTED.format(name)
-    parts = (name, second) if second in peft_model.peft_config else (name,)
-    factors = {}
-    for layer, each in layers.items():
-        if each.merged:
-            raise InputError(f"adapter {name!r} is merged into {layer!r}: call unmerge_adapter() first")
-        if not is_linear(each.get_base_layer()) or each.lora_A[name].weight.ndim != 2:
-            kind = type(each.get_base_layer()).__name__
-            raise InputError(f"{layer!r} is {kind}, no linear layer with second moments: leave it out of target_modules")
-        pairs = [LowRank(*(f[part].weight.detach().double() for f in (each.lora_A, each.lora_B))) for part in parts]
-        pairs = [pair._replace(B=each.scaling[part] * pair.B) for part, pair in zip(parts, pairs, strict=True)]
-        if not all(bool(t.isfinite().all()) for pair in pairs for t in pair):
-            raise InputError(f"adapter {name!r} holds NaN or Inf in A or B of {layer!r}")
-        factors[layer] = pairs[0] if len(pairs) == 1 else analysis.update(pairs[1]._replace(B=-pairs[1].B), pairs[0])
-    saved = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
-    dora = bool(getattr(peft_model.peft_config[name], "use_dora", False))
-    return InModel(Changes(f"adapter {name!r}", factors, contents(saved), dora), layers, parts)
-
-
-def _check_model(peft_model: PeftModel, name: str) -> None:
-    if name not in peft_model.peft_config:
-        raise InputError(f"the model has no adapter {name!r}, but {', '.join(map(repr, peft_model.peft_config))}")
+    layers = adapted_layers(peft_model, adapter_name, dora=True)
+    name = layers[0].adapter
     if is_model_sharded(peft_model):
         raise InputError(
             "the model is spread over several ranks: save the adapter (save_pretrained), and filter its directory, which needs no "
             "model"
         )
-    mark = residual_mark(peft_model.get_base_model())
-    if mark is not None or getattr(peft_model, "nullspace_residual", None) == "base":
-        about = described_mark(mark) if mark is not None else "is a residual base"
+    start = start_of(peft_model, layers)
+    if start.residual:
         raise InputError(
-            f"{type(peft_model.get_base_model()).__name__} {about}: B A holds a part of its weights, which a filter would damage, "
-            "and the change of the untouched model is of another rank. Save the adapter and filter its directory "
+            f"adapter {name!r} is on a residual base: B A holds a part of the model's weights, which a filter would damage, and "
+            "the change of the untouched model is of another rank. Save the adapter and filter its directory "
             "(filter_adapter(DIRECTORY, …, initial=INIT)), or call export_lora first; the result is for the untouched base"
         )
-    _refuse_peft_residual(vars(peft_model.peft_config[name]), f"adapter {name!r}")
+    factors = {}
+    for each in layers:
+        pair = LowRank(each.a.detach().double(), each.scaling * each.b.detach().double())
+        if not all(bool(t.isfinite().all()) for t in pair):
+            raise InputError(f"adapter {name!r} holds NaN or Inf in A or B of {each.name!r}")
+        first = start.of(each)
+        factors[each.name] = pair if first is None else analysis.update(first._replace(B=each.scaling * first.B.double()), pair)
+    second = SUBTRACTED.format(name)
+    parts = layers + tuple(each._replace(adapter=second) for each in layers if second in each.layer.lora_A)
+    saved = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
+    dora = bool(getattr(peft_model.peft_config[name], "use_dora", False))
+    return InModel(Changes(f"adapter {name!r}", factors, contents(saved), dora), parts)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,10 +17,11 @@ from nullspace import analysis
 from nullspace.artifacts.covariances import Covariances
 from nullspace.artifacts.identity import weights_of
 from nullspace.artifacts.residual import described, residual_mark
-from nullspace.errors import InputError
-from nullspace.integrations.peft.filtering.changes import changes_in, read_changes
+from nullspace.errors import InputError, InputTypeError
+from nullspace.integrations.peft.filtering.changes import read_changes
 from nullspace.integrations.peft.filtering.moments import Moments, check, loaded
 from nullspace.integrations.peft.filtering.paths import Change
+from nullspace.integrations.peft.guard.gauge import Drift, drift_of
 from nullspace.integrations.peft.layers import computed_weight
 from nullspace.integrations.transformers.load import load_weights, read_config
 from nullspace.model.linear import is_linear, weight_shape
@@ -31,16 +32,6 @@ Base = nn.Module | str | os.PathLike[str]
 """A model, or the name of one: of the hub, or a folder."""
 
 
-class AdapterDrift(NamedTuple):
-    """How far an adapter has moved the outputs of its layers on what must be kept."""
-
-    median: float
-    worst: float
-    worst_layer: str
-    layers: dict[str, float]
-    """Layer → ‖ΔW X_k‖ / ‖W₀ X_k‖."""
-
-
 def adapter_drift(
     adapter: PeftModel | str | os.PathLike[str],
     keep: Moments,
@@ -49,34 +40,34 @@ def adapter_drift(
     initial: str | os.PathLike[str] | None = None,
     adapter_name: str | None = None,
     progress: bool | Progress = True,
-) -> AdapterDrift:
+) -> Drift:
     """The drift of every layer that an adapter changes, ‖ΔW X_k‖ / ‖W₀ X_k‖, without running the model.
 
     Args:
-        adapter: a directory, or a model with the adapter.
+        adapter: a directory, or a model with the adapter, whose drift is that of `drift_of`.
         keep: second moments of the inputs that must be kept, on the untouched model, or their directory.
-        base: the untouched model, or its name; its weights may be quantised by bitsandbytes, or offloaded. By default the model's
-            own, or the one that the directory names.
+        base: the untouched model, or its name, for a directory; its weights may be quantised by bitsandbytes, or offloaded. By
+            default that which the directory names.
         initial: what the adapter was trained from, if that was not zero: see `filter_adapter`.
         adapter_name: of several.
-        progress: as of `analyse`.
+        progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
 
     Raises:
-        FileNotFoundError, ValueError: as `filter_adapter`.
+        FileNotFoundError, TypeError, ValueError: as `filter_adapter`, `drift_of`.
     """
     covariances = loaded(keep)
     if isinstance(unwrap(adapter), PeftModel):
-        of_model = changes_in(unwrap(adapter), adapter_name)
-        changes, modules = of_model.changes, of_model.bases if base is None else base_modules(base)
-    else:
-        stored = read_changes(adapter, initial=initial, base=name_of(base), adapter_name=adapter_name)
-        changes, modules = stored.changes, base_modules(named_base(stored.base) if base is None else base)
+        if base is not None:
+            raise InputTypeError("base belongs to the directory of an adapter: a model has its own")
+        return drift_of(unwrap(adapter), covariances, adapter_name=adapter_name, initial=initial)
+    stored = read_changes(adapter, initial=initial, base=name_of(base), adapter_name=adapter_name)
+    changes, modules = stored.changes, base_modules(named_base(stored.base) if base is None else base)
     check_base(modules, changes.factors, changes.what)
     for name, weight in weights_of({name: modules[name] for name in changes.factors}).items():
         check(covariances, "keep", name, weight, changes.what)
-    drifts = drifts_of(changes.factors, covariances, modules, reporter(progress))
+    drifts = drifts_of(changes.factors, covariances, weights_in(modules), reporter(progress))
     worst = max(drifts, key=drifts.__getitem__)
-    return AdapterDrift(statistics.median(drifts.values()), drifts[worst], worst, drifts)
+    return Drift(statistics.median(drifts.values()), drifts[worst], worst, drifts)
 
 
 def name_of(base: Base | None) -> str | None:
@@ -125,16 +116,21 @@ def check_base(modules: Mapping[str, nn.Module], changes: Mapping[str, Any], wha
             raise InputError(f"{what} changes a weight {shape} at {name!r}; the base has {weight_shape(modules[name])} there")
 
 
+def weights_in(modules: Mapping[str, nn.Module]) -> Callable[[str], torch.Tensor]:
+    """Layer → the weight that it computes with, (d_out, d_in); `ValueError`, naming the layer, if that cannot be read."""
+    return lambda name: computed_weight(name, modules[name])
+
+
 @torch.no_grad()
 def drifts_of(
-    changes: Mapping[str, Change], keep: Covariances, modules: Mapping[str, nn.Module], report: Progress
+    changes: Mapping[str, Change], keep: Covariances, weight_of: Callable[[str], torch.Tensor], report: Progress
 ) -> dict[str, float]:
     """Layer → ‖ΔW X_k‖ / ‖W₀ X_k‖, site by site.
 
     Args:
         changes: layer → ΔW.
         keep: their second moments, checked.
-        modules: layer → linear layer of the untouched model.
+        weight_of: layer → W₀, (d_out, d_in).
         report: progress.
 
     Raises:
@@ -147,7 +143,7 @@ def drifts_of(
         for name in members:
             assert c is not None
             try:
-                drifts[name] = analysis.drift(computed_weight(name, modules[name]), c, changes[name])
+                drifts[name] = analysis.drift(weight_of(name), c, changes[name])
             except ValueError as error:
                 raise InputError(f"layer {name!r}: {error}") from error
             report("drift", len(drifts), len(changes), 0)

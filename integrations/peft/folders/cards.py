@@ -29,6 +29,7 @@ TITLES = {
     "export": "LoRA adapter for the untouched base",
     "filtered": "LoRA adapter, filtered to forget less",
     "combined": "LoRA adapter in place of several",
+    "model": "Model, filtered to forget less",
 }
 
 FILTERED = {
@@ -148,13 +149,14 @@ def _filter_rows(facts: Mapping[str, Any] | None) -> dict[str, Any]:
     rows = {"filter": f"μ = {facts['strength']:.4g}, ridge {facts['ridge']:.3g}, then times {facts['scale']:g}"}
     for name, title in (
         ("task", "task"),
+        ("tasks", "tasks"),
         ("keep", "kept"),
         ("drift", "drift before and after"),
         ("left", "of its norm on what is kept"),
         ("response", "of its norm on the task"),
     ):
         value = facts.get(name)
-        rows[title] = " → ".join(f"{each:.3g}" for each in value) if isinstance(value, list) else value  # type: ignore[assignment]
+        rows[title] = " → ".join(f"{each:.3g}" for each in value) if isinstance(value, list) and name == "drift" else value  # type: ignore[assignment]
     return {title: f"{value:.3g}" if isinstance(value, float) else value for title, value in rows.items()}
 
 
@@ -172,6 +174,8 @@ def _sections(kind: str, facts: Mapping[str, Any], base: str | None) -> list[str
             "not train another adapter on it alone.",
             f"## Load\n\n{_example(facts, '.', '../adapter')}",
         ]
+    if kind == "model":
+        return [FILTERED["filtered"], "Tensors without second moments are as they were trained."]
     if kind == "subtracted":
         return [
             "Load it beside the adapter that it belongs to, on the untouched model, and keep both active:\n\n"
@@ -179,7 +183,7 @@ def _sections(kind: str, facts: Mapping[str, Any], base: str | None) -> list[str
             "attach_subtracted(model, '.')  # in this folder\n```"
         ]
     example = f"## Load\n\n{_example(facts, base)}"
-    if kind in ("filtered", "combined"):
+    if kind in FILTERED:
         return [example, FILTERED[kind]]
     if kind != "export":
         return [example, *filter(None, [_frozen(facts), _notice(facts)])]

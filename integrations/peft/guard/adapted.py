@@ -16,15 +16,12 @@ from nullspace.artifacts.sitewise import Sitewise
 from nullspace.errors import InputError, InputTypeError, OtherModelError
 from nullspace.factors import LowRank
 from nullspace.integrations.peft.files import adapter_in, init_around, located, read_factors
-from nullspace.integrations.peft.layers import SUBTRACTED, lora_layers, stored_weight
+from nullspace.integrations.peft.layers import PEFT_RESIDUALS, SUBTRACTED, lora_layers, stored_weight
 from nullspace.model.linear import is_linear, weight_of, weight_shape
 from nullspace.model.sharded_tensors import is_sharded, whole
 from nullspace.model.sites import Site
 from nullspace.model.weights import tensor_of
 from nullspace.model.wrappers import unwrap
-
-# Values of PEFT's `init_lora_weights` with which it subtracts s·BA from the base.
-_PEFT_RESIDUALS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 Initial = Mapping[str, LowRank] | str | os.PathLike[str] | None
 
@@ -62,8 +59,8 @@ class Adapted(NamedTuple):
         return self.adapter in self.layer.active_adapters and not self.a.requires_grad
 
 
-def adapted_layers(peft_model: PeftModel, adapter_name: str | None) -> tuple[Adapted, ...]:
-    """The layers of the named adapter, or of the active one.
+def adapted_layers(peft_model: PeftModel, adapter_name: str | None, *, dora: bool = False) -> tuple[Adapted, ...]:
+    """The layers of the named adapter, or of the active one; with `dora`, those of DoRA's directions too.
 
     Raises:
         TypeError: if this is no `PeftModel`.
@@ -83,7 +80,7 @@ def adapted_layers(peft_model: PeftModel, adapter_name: str | None) -> tuple[Ada
             raise InputError(
                 f"adapter {name!r} is on {each.name!r}, a {type(base).__name__}: only those of linear layers can be held"
             )
-        if name in each.layer.lora_magnitude_vector:
+        if not dora and name in each.layer.lora_magnitude_vector:
             raise InputError(f"adapter {name!r} uses DoRA: what it adds to the weight of {each.name!r} is no product B A")
         if name in each.layer.merged_adapters:
             raise InputError(f"adapter {name!r} is merged into the weight of {each.name!r}: call unmerge_adapter() first")
@@ -133,7 +130,7 @@ def start_of(peft_model: PeftModel, layers: tuple[Adapted, ...], initial: Initia
     """
     model = unwrap(peft_model)
     config = model.peft_config[layers[0].adapter]
-    made_by_peft = str(config.init_lora_weights).startswith(_PEFT_RESIDUALS)
+    made_by_peft = str(config.init_lora_weights).startswith(PEFT_RESIDUALS)
     residual = (
         residual_mark(model.get_base_model()) is not None or getattr(model, "nullspace_residual", None) == "base" or made_by_peft
     )
