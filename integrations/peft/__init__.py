@@ -9,7 +9,7 @@ loads without nullspace.
 - `export_lora` (`folders.export`): a trained adapter as a plain LoRA for the untouched base.
 - `filter_adapter`, `filter_checkpoint`, `combine_adapters`, `adapter_drift` (`filtering`): less forgetting, after training.
 - `describe` and `set_base` (`folders.describe`): what a folder holds, and which base an adapter needs.
-- `confine`, `penalty`, `Gauge` (`guard`): hold what must be kept while an adapter trains.
+- `confine`, `penalty`, `decay_to_start`, `Gauge`, `ForgettingCallback` (`guard`): hold what must be kept while an adapter trains.
 - `read_course` (`files`): an adapter from its start through training, for `nullspace.analysis`.
 """
 
@@ -24,7 +24,19 @@ from nullspace.integrations.peft.filtering.paths import FilterPath, LayerPath, S
 from nullspace.integrations.peft.fit import fit_config
 from nullspace.integrations.peft.folders.describe import describe, set_base
 from nullspace.integrations.peft.folders.export import export_lora
-from nullspace.integrations.peft.guard import Allowed, Confinement, Drift, Gauge, confine, drift_of, penalty
+from nullspace.integrations.peft.guard import (
+    Allowed,
+    Confinement,
+    Drift,
+    ForgettingCallback,
+    Gauge,
+    Reading,
+    StartDecay,
+    confine,
+    decay_to_start,
+    drift_of,
+    penalty,
+)
 from nullspace.integrations.peft.inject import freeze_a, inject_adapters
 from nullspace.integrations.peft.layers import check_servable, lora_layers
 from nullspace.integrations.peft.save import save_init
@@ -42,8 +54,11 @@ __all__ = [
     "Drift",
     "FilterPath",
     "Filtered",
+    "ForgettingCallback",
     "Gauge",
     "LayerPath",
+    "Reading",
+    "StartDecay",
     "Step",
     "adapter_drift",
     "attach_subtracted",
@@ -51,6 +66,7 @@ __all__ = [
     "checkpoint_path",
     "combine_adapters",
     "confine",
+    "decay_to_start",
     "describe",
     "drift_of",
     "export_lora",

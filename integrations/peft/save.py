@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.errors import InputError
 from nullspace.integrations.peft.files import init_record, located, save_adapter
-from nullspace.integrations.peft.folders.cards import CARD, name_base, write_card, write_cards
+from nullspace.integrations.peft.folders.cards import CARD, name_base, set_section, write_card, write_cards
 from nullspace.integrations.peft.layers import SUBTRACTED, is_a_frozen, lora_layers
 from nullspace.integrations.peft.shell import saving_here
 from nullspace.methods import Sources
@@ -121,6 +121,23 @@ def _keep_card(peft_model: PeftModel, facts: Mapping[str, Any], base: str | None
     """From now on, saving the adapter writes a card that names and describes its base."""
     write = functools.partial(_card_in_training, peft_model, facts, base)
     peft_model.create_or_update_model_card = write  # type: ignore[method-assign]
+
+
+def add_section(peft_model: PeftModel, sections: Mapping[str, str]) -> None:
+    """From now on, saving an adapter writes these sections into its card too.
+
+    Args:
+        peft_model: any.
+        sections: heading → text, as they are when the adapter is saved.
+    """
+    write = functools.partial(_card_with, peft_model.create_or_update_model_card, sections)
+    peft_model.create_or_update_model_card = write  # type: ignore[method-assign]
+
+
+def _card_with(before: Callable[[str], None], sections: Mapping[str, str], output_dir: str) -> None:
+    before(output_dir)
+    for heading, text in sections.items():
+        set_section(Path(output_dir), heading, text)
 
 
 def _card_in_training(peft_model: PeftModel, facts: Mapping[str, Any], base: str | None, output_dir: str) -> None:

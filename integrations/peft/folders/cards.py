@@ -98,6 +98,21 @@ def name_base(directory: Path, facts: Mapping[str, Any] | None, base: str) -> No
     card.save(path)
 
 
+def set_section(directory: Path, heading: str, text: str) -> None:
+    """Write a section into the card of an adapter, at its place if there is one of this heading, else at the end.
+
+    Args:
+        directory: with a card.
+        heading: of the second level, `## …`.
+        text: without headings of the second level.
+    """
+    card = ModelCard.load(directory / CARD)
+    before, found, rest = f"\n{card.text}".partition(f"\n{heading}\n")
+    behind = rest.partition("\n## ") if found else ("", "", "")
+    card.text = f"{before.rstrip()}\n\n{heading}\n\n{text}\n\n{behind[1].lstrip()}{behind[2]}".strip() + "\n"
+    card.save(directory / CARD)
+
+
 def says_residual(directory: Path) -> bool:
     """Whether the card of an adapter says that its base is a residual model."""
     return _has_section(directory, RESIDUAL)

@@ -2,12 +2,28 @@
 
 - `confine` (`confine`): A changes only in directions in which the inputs to be kept are small.
 - `penalty` (`penalty`): Σ ‖ΔW X‖² / ‖W₀ X‖² as a term of the loss.
+- `decay_to_start` (`decay`): weight decay towards A₀ and B₀.
 - `Gauge`, `drift_of` (`gauge`): ‖ΔW X‖ / ‖W₀ X‖ of every layer of a live adapter, without a forward pass.
+- `ForgettingCallback` (`callback`): drift and KL to the base in a Trainer's logs and in the adapter's card, and a budget.
 """
 
+from nullspace.integrations.peft.guard.callback import ForgettingCallback, Reading
 from nullspace.integrations.peft.guard.confine import Confinement, confine
+from nullspace.integrations.peft.guard.decay import StartDecay, decay_to_start
 from nullspace.integrations.peft.guard.directions import Allowed
 from nullspace.integrations.peft.guard.gauge import Drift, Gauge, drift_of
 from nullspace.integrations.peft.guard.penalty import penalty
 
-__all__ = ["Allowed", "Confinement", "Drift", "Gauge", "confine", "drift_of", "penalty"]
+__all__ = [
+    "Allowed",
+    "Confinement",
+    "Drift",
+    "ForgettingCallback",
+    "Gauge",
+    "Reading",
+    "StartDecay",
+    "confine",
+    "decay_to_start",
+    "drift_of",
+    "penalty",
+]

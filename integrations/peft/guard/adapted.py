@@ -23,8 +23,6 @@ from nullspace.model.sites import Site
 from nullspace.model.weights import tensor_of
 from nullspace.model.wrappers import unwrap
 
-Initial = Mapping[str, LowRank] | str | os.PathLike[str] | None
-
 
 class Adapted(NamedTuple):
     """One layer of an adapter. Parameters are looked up at every access, since FSDP2 and others replace them."""
@@ -111,6 +109,9 @@ class Start(NamedTuple):
         return None if factors is None else LowRank(*(factor.to(each.a.device) for factor in factors))
 
 
+Initial = Mapping[str, LowRank] | str | os.PathLike[str] | Start | None
+
+
 def start_of(peft_model: PeftModel, layers: tuple[Adapted, ...], initial: Initial = None) -> Start:
     """What ΔW = s·(B A − B₀A₀) is counted from. Collective if the adapter is sharded.
 
@@ -121,8 +122,8 @@ def start_of(peft_model: PeftModel, layers: tuple[Adapted, ...], initial: Initia
     Args:
         peft_model: with the adapter.
         layers: of `adapted_layers`.
-        initial: the adapter before training: a directory of PEFT or of `save_init`, or what `read_factors` returns. Needed only
-            for a trained adapter on a residual base that was moved from its place.
+        initial: the adapter before training: a directory of PEFT or of `save_init`, what `read_factors` returns, or what this
+            function has returned. Needed only for a trained adapter on a residual base that was moved from its place.
 
     Raises:
         FileNotFoundError: if a file of `initial` is missing.
@@ -136,6 +137,8 @@ def start_of(peft_model: PeftModel, layers: tuple[Adapted, ...], initial: Initia
     )
     second = [each._replace(adapter=SUBTRACTED.format(each.adapter)) for each in layers]
     subtracted = all(each.adapter in each.layer.lora_A for each in second)
+    if isinstance(initial, Start):
+        return initial
     if initial is None and not residual and not subtracted:
         return Start({}, False)
     if initial is not None:

@@ -16,9 +16,16 @@ from nullspace.artifacts.spaces import NullSpaces
 from nullspace.checks import FRACTION, check_real
 from nullspace.errors import AdapterWarning, InputError, PrecisionWarning
 from nullspace.integrations.peft.guard.adapted import Adapted, adapted_layers, check_known, start_of
-from nullspace.integrations.peft.guard.directions import Allowed, Damping, Projection, damping_of, projection_of
-from nullspace.integrations.peft.guard.hooks import innermost
+from nullspace.integrations.peft.guard.directions import (
+    Allowed,
+    Damping,
+    Projection,
+    check_enough,
+    damping_of,
+    projection_of,
+)
 from nullspace.integrations.peft.guard.local import put, read
+from nullspace.integrations.peft.guard.optimizers import innermost
 from nullspace.model.sharded import reshard_model
 from nullspace.model.sharded_tensors import whole
 from nullspace.model.wrappers import unwrap
@@ -80,7 +87,7 @@ def confine(
     Raises:
         TypeError: if the model is no `PeftModel`; for numbers of another type.
         ValueError: naming the layer, if there is no second moment of its inputs, or that of another model, if it is not linear or
-            uses DoRA; naming the site, if fewer than r directions are within the budget, with the leak that would do.
+            uses DoRA; naming a site and the leak that would do for all, if fewer than r directions are within the budget.
 
     Warns:
         UserWarning: if A does not train in some or all layers; if A is in 16 bits, whose rounding reads all directions.
@@ -93,16 +100,17 @@ def confine(
     trained = [each for each in layers if not each.frozen]
     _warn(layers, trained)
     report = reporter(progress)
-    sites = []
+    sites: list[_Site] = []
     groups = check_known(directions, tuple(trained), start)
+    ranks = {site: max(each.layer.r[each.adapter] for each in members) for site, members in groups.items()}
     for site, members in groups.items():
         known, device = directions[members[0].name], members[0].a.device
-        rank = max(each.layer.r[each.adapter] for each in members)
         held: tuple[Projection | Damping, Allowed] = (
-            projection_of(site, known, leak, rank, device) if damping is None else damping_of(site, known, damping, device)
+            projection_of(known, leak, ranks[site], device) if damping is None else damping_of(site, known, damping, device)
         )
         sites.append(_Site(members, *held))
         report("directions", len(sites), len(groups), 0)
+    check_enough({site: made.allowed for site, made in zip(groups, sites, strict=True)}, ranks, leak)
     confinement = Confinement(unwrap(peft_model), sites)
     return confinement if optimizer is None else confinement.attach(optimizer)
 

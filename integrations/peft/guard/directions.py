@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,8 @@ class Allowed(NamedTuple):
     d_in: int
     leak: float
     """√(Σ λ / tr C) of these directions."""
+    least: float | None = None
+    """The same of the first r directions, r the rank: the least budget; None where fewer are known, or changes are damped."""
 
 
 class Projection:
@@ -60,20 +64,14 @@ class Damping:
         return rows @ self._matrix
 
 
-def projection_of(
-    site: Site, known: Covariance | NullSpace, leak: float, rank: int, device: torch.device
-) -> tuple[Projection, Allowed]:
+def projection_of(known: Covariance | NullSpace, leak: float, rank: int, device: torch.device) -> tuple[Projection, Allowed]:
     """The projection onto as many of the directions of smallest inputs as together are within the budget.
 
     Args:
-        site: for messages.
         known: a second moment, or its null space, whose basis is used as far as it is within the budget.
         leak: the budget, of √(Σ λ / tr C).
-        rank: of the site's adapters: the fewest directions that they need.
+        rank: of the site's adapters, for `Allowed.least`.
         device: where to solve, and to keep the projection in float32.
-
-    Raises:
-        ValueError: naming the site, if fewer than `rank` directions are within the budget.
     """
     if isinstance(known, NullSpace):
         values, vectors, trace = known.eigenvalues, known.basis, known.trace
@@ -84,22 +82,34 @@ def projection_of(
     joint = values.clamp(min=0).cumsum(0) / trace if trace > 0 else torch.zeros_like(values)
     # Rounding leaves up to ZERO_EIGENVALUE · tr C of a zero.
     within = int((joint <= leak**2 + solvers.ZERO_EIGENVALUE * torch.arange(1, len(joint) + 1).to(joint)).sum())
-    if within < rank:
-        least = f"{float(joint[rank - 1].sqrt()):.2g}" if rank <= len(joint) else None
-        more = (
-            f"leak={least} is the least that allows so many"
-            if least
-            else f"its null space has {len(joint)} in all: give covariances"
-        )
-        raise InputError(
-            f"site {site.name!r}: {within} directions of {site.d_in} are within a joint leak of {leak:g}, and an adapter of "
-            f"rank {rank} needs {rank} of them; {more}"
-        )
-    allowed = Allowed(within, site.d_in, float(joint[within - 1].sqrt()))
-    known_rest = vectors.shape[1] == site.d_in
-    inside = not known_rest or 2 * within <= site.d_in
+    d_in = len(vectors)
+    inside = vectors.shape[1] < d_in or 2 * within <= d_in
     kept = vectors[:, :within] if inside else vectors[:, within:]
+    reached = float(joint[within - 1].sqrt()) if within else 0.0
+    allowed = Allowed(within, d_in, reached, float(joint[rank - 1].sqrt()) if rank <= len(joint) else None)
     return Projection(kept.to(device, torch.float32).contiguous(), inside=inside), allowed
+
+
+def check_enough(allowed: Mapping[Site, Allowed], ranks: Mapping[Site, int], leak: float) -> None:
+    """Raise `ValueError`, naming the site and the leak that would do, where fewer directions than the rank are within the budget."""
+    short = [site for site in allowed if allowed[site].directions < ranks[site]]
+    if not short:
+        return
+    first, needed = short[0], [allowed[site].least for site in short]
+    known = [least for least in needed if least is not None]
+    instead = "give covariances, or null spaces of a larger rank"
+    if len(known) == len(needed):
+        instead = f"leak={_rounded_up(max(known))} is the least that does for all"
+    raise InputError(
+        f"leak={leak:g} leaves {len(short)} of {len(allowed)} sites fewer directions than the rank of their adapters, such as "
+        f"{first.name!r} {allowed[first].directions} of {first.d_in} for rank {ranks[first]}: {instead}"
+    )
+
+
+def _rounded_up(value: float) -> str:
+    """To two digits."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 1) if value > 0 else 1.0
+    return f"{math.ceil(value / step) * step:.2g}"
 
 
 def damping_of(site: Site, known: Covariance | NullSpace, strength: float, device: torch.device) -> tuple[Damping, Allowed]:

@@ -69,7 +69,7 @@ class Gauge:
         progress: True for a bar over the sites, or a callable (`nullspace.progress.Progress`).
 
     Cost: at first d_in³ / 3 flops a site, and 2 · d_out · d_in² a layer for ‖W₀ X‖. A reading, 2 · r · d_in² flops a layer (4 in
-    place of 2 for a start that is not zero); nothing for an A that has not changed since the last one. In memory d_in² float32
+    place of 2 for a start that is not zero); nothing for an A that does not train. In memory d_in² float32
     numbers a site on the device of A.
 
     Raises:
@@ -150,7 +150,7 @@ class _Site:
     def _seen(self, each: Adapted) -> torch.Tensor:
         """A L (r, d_in)."""
         a = each.a
-        if is_sharded(a) or (a.requires_grad and torch.is_grad_enabled()):
+        if a.requires_grad or is_sharded(a):  # fused optimizers do not count as writing
             return _values(a) @ self._root
         kept = self._kept.get(each.name)
         if kept is None or kept[0] is not a or kept[1] != version_of(a):
