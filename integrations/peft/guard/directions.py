@@ -91,7 +91,7 @@ def projection_of(known: Covariance | NullSpace, leak: float, rank: int, device:
 
 
 def check_enough(allowed: Mapping[Site, Allowed], ranks: Mapping[Site, int], leak: float) -> None:
-    """Raise `ValueError`, naming the site and the leak that would do, where fewer directions than the rank are within the budget."""
+    """Raise `ValueError`, naming a site and the leak that would do, if fewer directions than the rank are within the budget."""
     short = [site for site in allowed if allowed[site].directions < ranks[site]]
     if not short:
         return
