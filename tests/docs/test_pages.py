@@ -20,9 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from nullspace.cli import app
+from nullspace.integrations.peft import lora_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -33,7 +37,7 @@ NOT_RUN = {
     "docs/results.md": ["it trains for hours", "it needs the data sets of the tasks"],
     "docs/several-gpus.md": ["it starts eight processes, one a GPU"],
 }
-COMMANDS = {"init", "inspect", "compute", "covariances", "merge", "export", "report", "plan"}
+COMMANDS = {"init", "inspect", "compute", "covariances", "merge", "export", "report", "plan", "filter", "combine", "verify"}
 
 
 class Block(NamedTuple):
@@ -65,15 +69,31 @@ WITH_CODE = [page for page in PAGES if any(b.language in RUN and b.not_run is No
 
 
 @pytest.fixture
-def folder(tiny_checkpoint: Path, prose: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tiny_checkpoint: Path, trained: Path, prose: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the files that pages name."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_checkpoint, HUB_NAME)
+    shutil.copytree(trained, ".", dirs_exist_ok=True)
     for file, texts in (("facts.jsonl", prose[:4]), ("more.jsonl", prose[4:8])):
         Path(file).write_text("\n".join(json.dumps({"question": "What is this?", "answer": [text]}) for text in texts))
     rows = [{"prompt": "What is this?\n", "completion": text[:64]} for text in prose[8:16]]
     Path("task.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two adapters of the model, as a training may leave them."""
+    folder = tmp_path_factory.mktemp("trained")
+    for seed, name in enumerate(("math/checkpoint-100", "code")):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint), config)
+        for layer in lora_layers(model, "default").values():
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=1e-5)
+        model.peft_config["default"].base_model_name_or_path = HUB_NAME
+        model.save_pretrained(folder / name)
+    return folder
 
 
 @pytest.mark.slow
