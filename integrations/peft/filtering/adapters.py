@@ -23,6 +23,7 @@ from nullspace.integrations.peft.filtering.changes import Changes, InModel, Stor
 from nullspace.integrations.peft.filtering.drift import Base, base_modules, check_base, drifts_of, name_of, named_base, weights_in
 from nullspace.integrations.peft.filtering.moments import Moments, Pair, loaded, place_of
 from nullspace.integrations.peft.filtering.paths import STRENGTHS, Budget, FilterPath, Step, choose, forecast
+from nullspace.integrations.peft.folders.checkpoints import local_folder
 from nullspace.integrations.peft.folders.export import PREFIX, described, other_tensors, plain_adapter, write_plain
 from nullspace.model.wrappers import unwrap, unwrapped
 from nullspace.progress import Progress, reporter
@@ -93,9 +94,9 @@ def filter_adapter(
         ridge: ρ of the filter.
         initial: what the adapter was trained from (`save_init`'s folder, or the adapter as it was saved before training), if that
             was not zero. By default it is found where the base is the residual of an init, or beside a second adapter.
-        base: the untouched model, or its name; by default that which the adapter names. It is loaded for `drift` alone. If it is
-            given, or the adapter is in a model, absolute drifts are part of the result, and second moments of another model are
-            refused by its weights. The name is written into the new adapter's configuration.
+        base: the untouched model, or its name; by default that which the adapter names. `drift` needs its weights. They are also
+            read if it is given and on this machine, or if the adapter is in a model: absolute drifts are then part of the result,
+            and second moments of another model are refused by its weights. The name is written into the new configuration.
         adapter_name: of several adapters; by default the one in the folder itself, or the model's active one.
         overwrite: replace an earlier output of ours.
         progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
@@ -187,7 +188,9 @@ def _prepare(stored: Stored, pair: Pair, needs_weights: bool, base: Base | None,
     changes = stored.changes
     pair.check(_shapes(changes), changes.what)
     _warn_of_rest(changes)
-    if base is None and not needs_weights:
+    name = name_of(base)
+    at_hand = isinstance(base, nn.Module) or (name is not None and (Path(name).exists() or local_folder(name) is not None))
+    if not at_hand and not needs_weights:
         return {}
     return _drifts(changes, pair, base_modules(named_base(stored.base) if base is None else base), report)
 
