@@ -7,8 +7,8 @@ column; C_t and C_k their second moments, each divided by its trace, so that the
         = ΔW T (T + μ C_k)⁻¹,  T = C_t + (ρ / d) I
 
 This is RegMean (arXiv 2212.09849, eq. 2) between the tuned weight on the task and W₀ on the rest: the Wiener filter of the change.
-With the ridge ρ, directions that neither data have keep their change. T and C_k are diagonalised together once
-(`solvers.diagonalise`), which serves all strengths: with T = Z diag(f) Zᵀ, C_k = Z diag(s) Zᵀ and V = Z⁻ᵀ,
+With the ridge ρ, directions that neither data have keep their change. One strength takes a Cholesky factorisation of T + μ C_k. For
+many, T and C_k are diagonalised together (`solvers.diagonalise`): with T = Z diag(f) Zᵀ, C_k = Z diag(s) Zᵀ and V = Z⁻ᵀ,
 
     F(μ) = T (T + μ C_k)⁻¹ = Z diag(w) Vᵀ,  w = f / (f + μ s).
 """
@@ -28,6 +28,13 @@ from nullspace.factors.low_rank import LowRank
 RIDGE = 1e-3
 # Relative to ‖ΔW‖: a response or a drift below this is rounding.
 _ZERO = 1e-15
+# One strength is solved for by itself if rounding cannot move its filter by more than this, relatively, …
+_ACCURATE = 1e-9
+# … or if the noise of C_k is so many times larger than rounding, and cannot move it by more than this.
+_ABOVE_ROUNDING, _MOVED_BY_NOISE = 10.0, 0.01
+# More strengths than this are served by the decomposition.
+_FEW = 2
+_TINY = torch.finfo(torch.float64).tiny
 
 
 class Forecast(NamedTuple):
@@ -93,6 +100,34 @@ class Curve(NamedTuple):
         return (float((self.energy * values * kept.square()).sum()) / before) ** 0.5
 
 
+class _Solved(NamedTuple):
+    """T + μ C_k, factorised after a division by its diagonal on both sides."""
+
+    strength: float
+    lower: torch.Tensor
+    scale: torch.Tensor
+
+    @classmethod
+    def of(cls, t: torch.Tensor, k: torch.Tensor, strength: float) -> _Solved:
+        total = torch.add(t, k, alpha=strength)
+        diagonal = total.diagonal().clone()
+        scale = torch.where(diagonal > 0, diagonal, torch.nan).rsqrt()
+        lower, failed = torch.linalg.cholesky_ex(total.mul_(scale[:, None]).mul_(scale))
+        if bool(failed) or not bool(scale.isfinite().all()):
+            raise InputError("T + μ C_k is not positive definite: one of the second moments is none, or a larger ridge is needed")
+        return cls(strength, lower, scale)
+
+    def divide(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows (T + μ C_k)⁻¹"""
+        return torch.cholesky_solve((rows * self.scale).mT, self.lower).mT * self.scale
+
+    def used(self, t: torch.Tensor, k: torch.Tensor, ridge: float) -> tuple[float, float]:
+        """tr(C_t (T + μ C_k)⁻¹) and tr(μ C_k (T + μ C_k)⁻¹): the degrees of freedom that either data take."""
+        inverse = torch.cholesky_inverse(self.lower).mul_(self.scale[:, None]).mul_(self.scale)
+        of_ridge = ridge / len(t) * float(inverse.diagonal().sum())
+        return float((t * inverse).sum()) - of_ridge, self.strength * float((k * inverse).sum())
+
+
 class Filter:
     """F(μ) of one site, for every strength and every change of its layers.
 
@@ -106,11 +141,13 @@ class Filter:
     Attributes:
         d_in: d.
 
-    Cost: about 16 d³ flops. In memory, two matrices of d² float64 numbers, on the device of `c_task`; four more while it is made.
+    Cost: one strength (`apply`, and `path` of it and 0) takes 2 d³ flops. `curve`, `path` of more strengths, and a strength so
+    large that rounding would be seen take 16 d³ once, most of it in an eigensolver, which is 25 times as long. In memory, four
+    matrices of d² float64 numbers, on the device of `c_task`; four more during the decomposition.
 
     Raises:
         TypeError, ValueError: if the moments are not square, of different sizes, zero, or hold NaN or Inf; for a ridge that is not
-            positive.
+            positive. From the methods: if the moments are not positive semi-definite.
     """
 
     @torch.no_grad()
@@ -123,15 +160,17 @@ class Filter:
         noise: float = 0.0,
         tokens: tuple[float, float] | None = None,
     ) -> None:
-        ridge, noise = check_real("ridge", ridge), check_real("noise", noise, NOT_NEGATIVE)
+        self._ridge, noise = check_real("ridge", ridge), check_real("noise", noise, NOT_NEGATIVE)
         task, keep = (unit_trace(c, what) for c, what in ((c_task, "the task's inputs"), (c_keep, "the inputs to be kept")))
+        if task.shape != keep.shape:
+            raise InputError(f"two second moments of one site are needed, not {tuple(task.shape)} and {tuple(keep.shape)}")
         self.d_in = len(task)
-        task.diagonal().add_(ridge / self.d_in)
+        task.diagonal().add_(self._ridge / self.d_in)
+        self._t, self._k = task, keep.to(task.device)
         self._noise = noise / float(c_keep.diagonal().to(torch.float64).sum())
-        self._task, self._keep, self._vectors, self._dual = solvers.diagonalise(task, keep.to(task.device), noise=self._noise)
         self._tokens = tokens
-        # The part of f that is not the ridge: f − ρ/d ‖v‖².
-        self._shown = (self._task - ridge / self.d_in * self._vectors.square().sum(0)).clamp(min=0)
+        self._one: _Solved | None = None
+        self._every: solvers.Pencil | None = None
 
     @torch.no_grad()
     def apply(self, rows: torch.Tensor, strength: float) -> torch.Tensor:
@@ -144,11 +183,17 @@ class Filter:
         strength = check_real("strength", strength, NOT_NEGATIVE)
         if strength == 0:
             return rows.clone()
-        along, taken = rows @ self._dual, _taken(self._task, self._keep, strength)
         # Of w and 1 − w the smaller one: a weak filter rounds its small correction, a strong one the little that it leaves.
+        if self._is_solved_alone(strength):
+            solved = self._solved(strength)
+            if strength <= 1:
+                return rows - solved.divide((rows @ self._k) * strength)
+            return solved.divide(rows @ self._t)
+        task, keep, vectors, dual = self._diagonal()
+        along, taken = rows @ dual, _taken(task, keep, strength)
         if strength <= 1:
-            return rows - (along * taken) @ self._vectors.mT
-        return (along * (1 - taken)) @ self._vectors.mT
+            return rows - (along * taken) @ vectors.mT
+        return (along * (1 - taken)) @ vectors.mT
 
     @torch.no_grad()
     def curve(self, update: LowRank | torch.Tensor) -> Curve:
@@ -179,28 +224,78 @@ class Filter:
             TypeError, ValueError: as `curve`; if a strength is not a number ≥ 0.
         """
         rows = self._rows(update)
+        strengths = [check_real("strength", each, NOT_NEGATIVE) for each in strengths]
+        if len({*strengths} - {0.0}) < _FEW and all(self._is_solved_alone(each) for each in strengths):
+            return [self._forecast_alone(each, rows, rounding=rounding) for each in strengths]
         curve = self._curve(rows)
-        return [self._forecast(check_real("strength", each, NOT_NEGATIVE), curve, rows if rounding else None) for each in strengths]
+        return [self._forecast(each, curve, rows if rounding else None) for each in strengths]
 
     def norms(self, update: LowRank | torch.Tensor) -> tuple[float, float]:
         """‖ΔW X_t‖ / ‖X_t‖ (with the ridge) and ‖ΔW X_k‖ / ‖X_k‖ of a change before filtering."""
-        energy = self.curve(update).energy
-        return float((energy * self._task).sum().sqrt()), float((energy * self._keep).sum().sqrt())
+        rows = self._rows(update)
+        return _norm(rows, self._t), _norm(rows, self._k)
+
+    def _is_solved_alone(self, strength: float) -> bool:
+        """Whether to factorise T + μ C_k, or whether only a decomposition tells C_k from its rounding and noise."""
+        if self._every is not None:
+            return False
+        amplified, rounding = strength * self.d_in / self._ridge, 4 * torch.finfo(torch.float64).eps
+        if amplified * rounding <= _ACCURATE:
+            return True
+        # The noise is spread over d directions.
+        return self._noise >= _ABOVE_ROUNDING * rounding and amplified * self._noise <= _MOVED_BY_NOISE * self.d_in**0.5
+
+    def _solved(self, strength: float) -> _Solved:
+        if self._one is None or self._one.strength != strength:
+            self._one = _Solved.of(self._t, self._k, strength)
+        return self._one
+
+    def _diagonal(self) -> solvers.Pencil:
+        if self._every is None:
+            self._every, self._one = solvers.diagonalise(self._t, self._k, noise=self._noise), None
+        return self._every
 
     def _curve(self, rows: torch.Tensor) -> Curve:
-        return Curve((rows @ self._dual).square().sum(0), self._task, self._keep, float(rows.square().sum()))
+        task, keep, _, dual = self._diagonal()
+        return Curve((rows @ dual).square().sum(0), task, keep, float(rows.square().sum()))
 
     def _forecast(self, strength: float, curve: Curve, rows: torch.Tensor | None) -> Forecast:
-        drift, lost = curve.drift(strength), curve.lost(strength)
-        unseen_drift, unseen_lost, rounding = drift, lost, 0.0
+        before = float((curve.energy * curve.keep).sum()) ** 0.5
+        taken = curve.taken(strength)
+        # The part of f that is not the ridge: f − ρ/d ‖v‖².
+        shown = (curve.task - self._ridge / self.d_in * self._diagonal().vectors.square().sum(0)).clamp(min=0)
+        used = float(((1 - taken) * shown / curve.task.clamp(min=_TINY)).sum()), float(taken.sum())
+        seen = curve.drift(strength), curve.response(strength), curve.lost(strength)
+        return self._said(strength, seen, used, before, None if rows is None else self.apply(rows, strength))
+
+    def _forecast_alone(self, strength: float, rows: torch.Tensor, *, rounding: bool) -> Forecast:
+        """`_forecast` without the decomposition."""
+        after = self.apply(rows, strength)
+        before_t, before_k = _norm(rows, self._t), _norm(rows, self._k)
+        drift = _norm(after, self._k) / before_k if before_k > _ZERO * float(rows.norm()) else 1.0
+        response, lost = (_norm(after, self._t) / before_t, _norm(after - rows, self._t) / before_t) if before_t > 0 else (1.0, 0.0)
+        used = (
+            self._solved(strength).used(self._t, self._k, self._ridge) if strength > 0 and self._tokens is not None else (0.0, 0.0)
+        )
+        return self._said(strength, (drift, response, lost), used, before_k, after if rounding else None)
+
+    def _said(
+        self,
+        strength: float,
+        seen: tuple[float, float, float],
+        used: tuple[float, float],
+        before: float,
+        after: torch.Tensor | None,
+    ) -> Forecast:
+        """A forecast from drift, response and loss as seen, degrees of freedom, ‖ΔW X_k‖, and the rows of ΔW′ for the bound."""
+        drift, response, lost = seen
+        unseen_drift, unseen_lost = drift, lost
         if self._tokens is not None:
-            taken = curve.taken(strength)
-            told = (1 - taken) * self._shown / self._task.clamp(min=torch.finfo(torch.float64).tiny)
-            unseen_lost, unseen_drift = _unseen(lost, told, self._tokens[0]), _unseen(drift, taken, self._tokens[1])
-        before = float((curve.energy * self._keep).sum())
-        if rows is not None and before > _ZERO**2 * curve.size:
-            rounding = (self._noise * float(self.apply(rows, strength).square().sum()) / before) ** 0.5
-        return Forecast(strength, drift, curve.response(strength), lost, unseen_drift, unseen_lost, rounding)
+            unseen_lost, unseen_drift = _unseen(lost, used[0], self._tokens[0]), _unseen(drift, used[1], self._tokens[1])
+        rounding = 0.0
+        if after is not None and before > _ZERO * float(after.norm()):
+            rounding = self._noise**0.5 * float(after.norm()) / before
+        return Forecast(strength, drift, response, lost, unseen_drift, unseen_lost, rounding)
 
     def _rows(self, update: LowRank | torch.Tensor) -> torch.Tensor:
         """Rows whose Gram matrix is that of the change: R A for B = Q R."""
@@ -214,7 +309,7 @@ class Filter:
     def _checked(self, rows: torch.Tensor) -> torch.Tensor:
         if rows.ndim != 2 or rows.shape[1] != self.d_in:
             raise InputError(f"rows of width {self.d_in} are needed, as the second moments are, not {tuple(rows.shape)}")
-        rows = rows.detach().to(self._dual)
+        rows = rows.detach().to(self._t)
         if not bool(rows.isfinite().all()):
             raise InputError("the change holds NaN or Inf")
         return rows
@@ -324,7 +419,14 @@ def _taken(task: torch.Tensor, keep: torch.Tensor, strength: float) -> torch.Ten
     return torch.where(pull > 0, pull / (task + pull), 0.0)  # 0 / 0 where the task's side has been rounded to zero
 
 
-def _unseen(seen: float, used: torch.Tensor, tokens: float) -> float:
-    """seen / (1 − Σ / n): n tokens less what is used up of them."""
-    left = 1 - float(used.sum()) / tokens if tokens > 0 else 0.0
+def _norm(rows: torch.Tensor, c: torch.Tensor) -> float:
+    """‖rows X‖ of a second moment C = X Xᵀ."""
+    return float(((rows @ c) * rows).sum().clamp(min=0)) ** 0.5
+
+
+def _unseen(seen: float, used: float, tokens: float) -> float:
+    """seen / (1 − used / n): n tokens less what is used up of them."""
+    left = 1 - used / tokens if tokens > 0 else 0.0
+    if seen == 0:
+        return 0.0
     return seen / left if left > 0 else float("inf")

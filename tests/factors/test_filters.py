@@ -123,6 +123,20 @@ def test_forecasts_are_what_the_filtered_change_does(kind: str, strength: float)
     assert once.norms(given) == pytest.approx(norms, rel=1e-9)
 
 
+@pytest.mark.parametrize("strength", [1e-6, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_strength_alone_is_as_good_as_all_of_them(kind: str, strength: float) -> None:
+    x_t, x_k = inputs(kind, 40)
+    given, tokens = change(40), (len(x_t), len(x_k))
+    alone, of_all = (Filter(moment(x_t), moment(x_k), noise=1e-13, tokens=tokens) for _ in range(2))
+    of_all.curve(given)  # decomposes
+    one, other = (each.apply(given.A, strength) for each in (alone, of_all))
+    assert torch.linalg.matrix_norm(one - other) <= ACCURACY * torch.linalg.matrix_norm(given.A)
+    [_, said], [_, expected] = (each.path(given, [0.0, strength]) for each in (alone, of_all))
+    assert alone._every is None
+    assert said == pytest.approx(expected, rel=1e-6, abs=1e-10)
+
+
 def test_a_change_that_is_zero_stays_zero() -> None:
     x_t, x_k = inputs("full", 24)
     a, b = change(24)
