@@ -170,6 +170,7 @@ class Filter:
         self._noise = noise / float(c_keep.diagonal().to(torch.float64).sum())
         self._tokens = tokens
         self._one: _Solved | None = None
+        self._used: dict[float, tuple[float, float]] = {}
         self._every: solvers.Pencil | None = None
 
     @torch.no_grad()
@@ -274,9 +275,11 @@ class Filter:
         before_t, before_k = _norm(rows, self._t), _norm(rows, self._k)
         drift = _norm(after, self._k) / before_k if before_k > _ZERO * float(rows.norm()) else 1.0
         response, lost = (_norm(after, self._t) / before_t, _norm(after - rows, self._t) / before_t) if before_t > 0 else (1.0, 0.0)
-        used = (
-            self._solved(strength).used(self._t, self._k, self._ridge) if strength > 0 and self._tokens is not None else (0.0, 0.0)
-        )
+        used = 0.0, 0.0
+        if strength > 0 and self._tokens is not None:
+            if strength not in self._used:
+                self._used[strength] = self._solved(strength).used(self._t, self._k, self._ridge)
+            used = self._used[strength]
         return self._said(strength, (drift, response, lost), used, before_k, after if rounding else None)
 
     def _said(

@@ -38,7 +38,7 @@ class Filtered(NamedTuple):
     strength: float
     """μ, given or chosen by a budget."""
     path: FilterPath
-    """The forecast of this strength and of others, layer by layer."""
+    """The forecast without a filter and of this strength, layer by layer."""
     out: Path | None
     """What was written; None for a model."""
     rest: tuple[str, ...] = ()
@@ -75,8 +75,8 @@ def filter_adapter(
     """Filter a trained adapter: ΔW of every layer becomes ΔW T (T + μ C_k)⁻¹ (`nullspace.factors.Filter`), without training.
 
     A' = A F; rank, B and scaling stay. The change answers the task's inputs as before, and is small on those that must be kept.
-    Exactly one of `strength`, `drift` and `retain` says how strong the filter is. Layers with the same input share a decomposition
-    of 16 d_in³ flops; a budget needs each of them twice.
+    Exactly one of `strength`, `drift` and `retain` says how strong the filter is. Layers with the same input share a factorisation
+    of d_in³ / 3 flops; a budget needs a decomposition of 16 d_in³ before.
 
     Args:
         adapter: the directory of a LoRA adapter of any origin (PEFT's, with patterns or rsLoRA; ours on a residual base, or with a
@@ -243,9 +243,8 @@ def _run(
 ) -> tuple[float, FilterPath]:
     """Choose the strength, and call `done` with every layer, its filter and the strength."""
     chosen = float(budget.strength) if budget.strength is not None else choose(budget, changes.factors, pair, drifts, report)
-    strengths = (*STRENGTHS, chosen)
     path, few = forecast(
-        changes.factors, pair, drifts, strengths, budget.scale, report, done=lambda name, one: done(name, one, chosen)
+        changes.factors, pair, drifts, (0.0, chosen), budget.scale, report, done=lambda name, one: done(name, one, chosen)
     )
     few.warn(stacklevel=4)
     return chosen, path

@@ -217,7 +217,7 @@ def filter_checkpoint(
     before, after = Checkpoint(base), Checkpoint(tuned)
     changes, drifts = _prepare(before, after, pair, report)
     chosen = float(budget.strength) if budget.strength is not None else choose(budget, changes, pair, drifts, report)
-    run = functools.partial(forecast, changes, pair, drifts, (*STRENGTHS, chosen), budget.scale, report)
+    run = functools.partial(forecast, changes, pair, drifts, (0.0, chosen), budget.scale, report)
     facts = {"model": located(os.fspath(base)), "tuned": located(os.fspath(tuned))}
     results: list[tuple[FilterPath, Few]] = []
 

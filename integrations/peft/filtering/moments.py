@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Container, Iterator, Mapping
@@ -83,11 +84,18 @@ class Pair:
         for (_, site), names in together.items():
             task, keep = self.task[names[0]], self.keep[names[0]]
             tokens = (task.tokens, keep.tokens)
-            try:
+            with naming(names[0]):
                 made = Filter(task.matrix(), keep.matrix(), ridge=self.ridge, noise=noise_of(keep), tokens=tokens)
-            except ValueError as error:
-                raise InputError(f"layer {names[0]!r}: {error}") from error
             yield Group(site, tuple(names), made, tokens)
+
+
+@contextlib.contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Context manager: a `ValueError` names the layer."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"layer {layer!r}: {error}") from error
 
 
 def check(moments: Covariances, role: str, name: str, weight: Weight, what: str) -> None:

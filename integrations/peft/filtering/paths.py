@@ -11,7 +11,7 @@ import torch
 from nullspace.checks import NOT_NEGATIVE, POSITIVE, Range, check_real
 from nullspace.errors import InputError
 from nullspace.factors import Curve, Filter, Forecast, LowRank
-from nullspace.integrations.peft.filtering.moments import Few, Pair
+from nullspace.integrations.peft.filtering.moments import Few, Pair, naming
 from nullspace.progress import Progress
 
 # The strengths that a path shows.
@@ -138,7 +138,8 @@ def choose(budget: Budget, changes: Mapping[str, Change], pair: Pair, drifts: Ma
     curves: dict[str, Curve] = {}
     for group in pair.groups(changes):
         for name in group.layers:
-            curves[name] = group.filter.curve(changes[name])
+            with naming(name):
+                curves[name] = group.filter.curve(changes[name])
         report("choice", len(curves), len(changes), 0)
     changed = [name for name, curve in curves.items() if curve.size > 0]
 
@@ -218,7 +219,8 @@ def forecast(
         for name in group.layers:
             change = changes[name]
             thin = not isinstance(change, torch.Tensor)  # of a whole ΔW, the bound of rounding costs as much as the filter
-            path = tuple(group.filter.path(change, strengths, rounding=thin))
+            with naming(name):
+                path = tuple(group.filter.path(change, strengths, rounding=thin))
             rows[name] = LayerPath(name, group.site, drifts.get(name), _is_changed(change), path)
             if done is not None:
                 done(name, group.filter)
