@@ -27,7 +27,8 @@ def decay_to_start(
     is none; decay towards A₀ and B₀ pulls it towards W₀. The optimizer's own `weight_decay` must be 0 for A and B.
 
     Args:
-        peft_model: with the adapter. If it is sharded by FSDP2, all ranks have to call this.
+        peft_model: with the adapter, after `confine`, which changes the A of a plain LoRA. If it is sharded by FSDP2, all ranks
+            have to call this.
         rate: λ, at least 0.
         optimizer: to hook into, after `fully_shard`. Without it, give the result to a Trainer as a callback.
         adapter_name: of the adapter; by default the active one.
