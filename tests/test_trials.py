@@ -27,7 +27,7 @@ from processes import forking
 pytestmark = pytest.mark.processes
 
 ALL = os.environ.get("NULLSPACE_TRIALS") == "all"
-KILLS, PAIRED_SAVES, PAIRED_INITS = (120, 150, 50) if ALL else (6, 12, 1)
+KILLS, PAIRED_SAVES, PAIRED_INITS = (120, 150, 50) if ALL else (7, 12, 1)
 SMALL = ["--data", "../data.txt", "--samples", "6", "--length", "64", "--batch-size", "2"]
 LAYERWISE = ["--strategy", "layerwise", "--hidden-states", "disk"]
 COMMANDS = {
@@ -36,6 +36,7 @@ COMMANDS = {
     "merge": ["merge", "../covariances", "../covariances"],
     "init": ["init", "../model", *SMALL, "--rank", "8", "--method", "corda-kpm", "--offload"],
     "export": ["export", "../init/adapter", "--initial", "../init"],
+    "filter": ["filter", "../model", "../model", *("--task", "../covariances", "--keep", "../covariances", "--strength", "1")],
     "report": ["report", "--covariances", "../covariances"],
 }
 

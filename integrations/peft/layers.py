@@ -71,7 +71,7 @@ def check_servable(
         return "none"
     untouched = [name for name, each in METHODS.items() if not each.changes_base]
     for name, layer in layers.items():
-        if not _is_readable(layer, offloaded):
+        if not is_readable(layer, offloaded):
             raise InputError(
                 f"the weight of {name!r} ({_described(layer)}) is quantised or offloaded, and its values cannot be read; "
                 f"{_listed(untouched)} do not need them"
@@ -110,7 +110,8 @@ def _obstacle(model: nn.Module, layers: Mapping[str, nn.Module], offloaded: bool
     return None
 
 
-def _is_readable(layer: nn.Module, offloaded: bool) -> bool:
+def is_readable(layer: nn.Module, offloaded: bool) -> bool:
+    """Whether a weight's values can be read: plain ones, those of bitsandbytes, and with `offloaded` what accelerate keeps."""
     weight = weight_of(layer)
     if _is_bitsandbytes(layer) or (offloaded and weight.device.type == "meta"):
         return True
@@ -152,7 +153,7 @@ def computed_weight(name: str, layer: nn.Module) -> torch.Tensor:
     Raises:
         ValueError: naming the layer, if its values cannot be read.
     """
-    if not _is_readable(layer, offloaded=True):
+    if not is_readable(layer, offloaded=True):
         raise InputError(
             f"the weight of {name!r} ({_described(layer)}) is quantised or offloaded, and its values cannot be read: name a base "
             "that is not quantised"

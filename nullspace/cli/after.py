@@ -188,10 +188,12 @@ def verify(
 def _base_at_hand(adapter: str, initial: Path | None, adapter_name: str | None) -> str | None:
     """The untouched base that an adapter names, if it is on this machine: absolute drifts need its weights."""
     from nullspace.integrations.peft.filtering.changes import read_changes
-    from nullspace.integrations.peft.folders.checkpoints import local_folder
+    from nullspace.integrations.peft.folders.checkpoints import local_folder, read_config
 
     base = read_changes(adapter, initial=initial, adapter_name=adapter_name).base
-    return base if base and local_folder(base) is not None else None
+    folder = local_folder(base) if base else None
+    quantised = {} if folder is None else read_config(folder).get("quantization_config") or {}
+    return base if folder is not None and quantised.get("quant_method") in (None, "bitsandbytes") else None
 
 
 @contextlib.contextmanager

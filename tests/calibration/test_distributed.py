@@ -40,7 +40,7 @@ from nullspace.cli import app
 from nullspace.distributed import Job
 from nullspace.distributed.job import default_store
 from nullspace.distributed.loaders import is_share
-from nullspace.integrations.peft import export_lora, inject_adapters, save_init, write_init
+from nullspace.integrations.peft import export_lora, filter_adapter, filter_checkpoint, inject_adapters, save_init, write_init
 from nullspace.moments.triangle import LowerTriangle
 from nullspace.solvers import decomposition_cost
 from patience import run
@@ -662,7 +662,7 @@ def all_or_one_may_save_and_one_writes(rank: int, count: int, folder: Path) -> N
     model, batches = tiny("llama"), random_batches(4)
     found, sums = compute(model, batches), Covariances(stream(model, batches).items())
     config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-
+    moments = Covariances(stream(model, batches, job=Job.alone()).items())
     adapted = inject_adapters(tiny("llama"), config, found)
     saves: dict[str, Callable[[Path, bool], Any]] = {
         "spaces": lambda out, overwrite: found.save(out, overwrite=overwrite),
@@ -672,7 +672,22 @@ def all_or_one_may_save_and_one_writes(rank: int, count: int, folder: Path) -> N
         "export": lambda out, overwrite: export_lora(
             folder / "save_init" / "adapter", folder / "save_init", out, base="theirs", overwrite=overwrite
         ),
+        "filter": lambda out, overwrite: filter_adapter(
+            folder / "export", moments, moments, out, strength=1.0, overwrite=overwrite, progress=False
+        ),
+        "checkpoint": lambda out, overwrite: filter_checkpoint(
+            folder / "model",
+            folder / "model",
+            moments,
+            moments,
+            out,
+            strength=1.0,
+            overwrite=overwrite,
+            progress=False,
+        ),
     }
+    if rank == 0:
+        model.save_pretrained(folder / "model")
 
     for name, save in saves.items():
         for out in (folder / name, folder / "new" / name):

@@ -56,12 +56,12 @@ def test_without_a_strength_the_path_is_shown_and_nothing_written(place: Path) -
     shown = run("filter", place / "a", "--task", place / "task", "--keep", place / "keep")
     assert shown.exit_code == 0, shown.output
     assert "Nothing is written: choose with --strength, --drift or --retain, and --out." in shown.stdout
-    told = json.loads(run("filter", place / "a", "--task", place / "task", "--keep", place / "keep", "--json", "-q").stdout)
-    assert [step["strength"] for step in told["path"]] == sorted(step["strength"] for step in told["path"])
-    drifts, responses = ([step[name] for step in told["path"]] for name in ("drift", "response"))
+    document = json.loads(run("filter", place / "a", "--task", place / "task", "--keep", place / "keep", "--json", "-q").stdout)
+    assert [step["strength"] for step in document["path"]] == sorted(step["strength"] for step in document["path"])
+    drifts, responses = ([step[name] for step in document["path"]] for name in ("drift", "response"))
     assert drifts == sorted(drifts, reverse=True)
     assert responses == sorted(responses, reverse=True)
-    assert len(told["layers"]) == 4
+    assert len(document["layers"]) == 4
     refused = run("filter", place / "a", "--task", place / "task", "--keep", place / "keep", "--out", place / "o")
     assert refused.exit_code == 2
     assert "--out needs exactly one of --strength, --drift and --retain" in refused.stderr
@@ -75,8 +75,8 @@ def test_what_a_budget_was_asked_for_is_within_it(place: Path, tmp_path: Path) -
     assert broken.stdout.startswith("beyond the budget: drift ")
     done = run("filter", place / "a", *given, "--drift", 0.01, "--out", tmp_path / "out", "--json", "-q")
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    chosen = next(step for step in told["path"] if step["strength"] == told["strength"])
+    document = json.loads(done.stdout)
+    chosen = next(step for step in document["path"] if step["strength"] == document["strength"])
     assert chosen["drift"] == pytest.approx(0.01, rel=1e-6)
     checked = run("verify", tmp_path / "out", "--keep", place / "keep", "--drift", 0.01001, "--json", "-q")
     assert checked.exit_code == 0, checked.output
@@ -139,7 +139,7 @@ def test_two_checkpoints_and_two_adapters(place: Path, tiny_checkpoint: Path, tm
     both = run("combine", place / "a", place / "b", "--task", place / "task", "--task", place / "task", "--keep", place / "keep",
                "--strength", 0.5, "--rank", 6, "--out", tmp_path / "both", "--json", "-q")  # fmt: skip
     assert both.exit_code == 0, both.output
-    told = json.loads(both.stdout)
-    assert told["rank"] == 6
-    assert "model.layers.0.mlp.up_proj" in told["partly"]
+    document = json.loads(both.stdout)
+    assert document["rank"] == 6
+    assert "model.layers.0.mlp.up_proj" in document["partly"]
     assert run("inspect", tmp_path / "both", "--json").exit_code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,24 +14,28 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
 from models import random_batches, tiny
 from nullspace import Covariances, NullSpaces, compute_null_spaces, gradient_covariances, stream_covariances
+from nullspace.analysis import drift
 from nullspace.artifacts import records
 from nullspace.artifacts.identity import Fingerprints, weights_of
 from nullspace.cli import app
 from nullspace.integrations.peft import (
     METHODS,
+    adapter_drift,
     attach_subtracted,
     check_servable,
     export_lora,
+    filter_adapter,
     freeze_a,
     inject_adapters,
     lora_layers,
+    read_factors,
     save_init,
     write_init,
 )
@@ -477,6 +482,43 @@ def test_the_trainer_keeps_the_second_adapter_as_it_is_and_active(
     attach_subtracted(again, saved / "default_subtracted")
     freeze_a(again)
     assert close(kind, tiny_checkpoint, logits(again.eval()), wanted)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_an_adapter_is_filtered_and_its_drift_is_of_the_dequantised_weights(
+    kind: str, base: Any, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    _, task, keep = calibrated(tiny_checkpoint, kind)
+    model = get_peft_model(base(kind), LoraConfig(r=RANK, target_modules=["q_proj", "down_proj"]))
+    train_b(model)
+    model.save_pretrained(tmp_path / "trained")
+    base(kind).save_pretrained(tmp_path / "base")
+    given: dict[str, Any] = {"retain": 0.8, "progress": False}
+    result = filter_adapter(tmp_path / "trained", task, keep, tmp_path / "out", base=tmp_path / "base", **given)
+    assert filter_adapter(model, task, keep, **given).path == result.path
+    full, factors = base(kind).dequantize(), read_factors(tmp_path / "out")
+    wanted = {name: drift(full.get_submodule(name).weight, keep[name].matrix(), pair) for name, pair in factors.items()}
+    for adapter, of in ((tmp_path / "out", base(kind)), (tmp_path / "out", tmp_path / "base"), (model, None)):
+        assert adapter_drift(adapter, keep, of, progress=False).layers == pytest.approx(wanted, rel=1e-4)
+    assert result.after.drift == pytest.approx(statistics.median(wanted.values()), rel=1e-4)
+
+
+def test_a_filter_needs_no_weights_but_for_a_budget_of_drift() -> None:
+    task, keep = (Covariances(stream_covariances(tiny("llama"), random_batches(seed=seed), progress=False)) for seed in (1, 2))
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj = _Packed(model.model.layers[1].mlp.up_proj)
+    adapted = get_peft_model(model, LoraConfig(r=RANK, target_modules=["up_proj"]))
+    train_b(adapted)
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.up_proj' \(_Packed.*name a base that is not quantised"):
+        filter_adapter(adapted, task, keep, drift=1e-3, progress=False)
+    result = filter_adapter(adapted, task, keep, retain=0.8, progress=False)
+    assert result.after.drift is None
+    assert result.after.response == pytest.approx(0.8, rel=1e-6)
+
+
+def train_b(model: Any) -> None:
+    for layer in lora_layers(model, "default").values():
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
 
 
 def test_a_checkpoint_of_another_quantised_model_is_not_taken_for_this_ones(base: Any, tmp_path: Path) -> None:

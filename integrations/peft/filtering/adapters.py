@@ -25,6 +25,7 @@ from nullspace.integrations.peft.filtering.moments import Moments, Pair, loaded,
 from nullspace.integrations.peft.filtering.paths import STRENGTHS, Budget, FilterPath, Step, choose, forecast
 from nullspace.integrations.peft.folders.checkpoints import local_folder
 from nullspace.integrations.peft.folders.export import PREFIX, described, other_tensors, plain_adapter, write_plain
+from nullspace.integrations.peft.layers import is_readable
 from nullspace.model.wrappers import unwrap, unwrapped
 from nullspace.progress import Progress, reporter
 
@@ -170,7 +171,7 @@ def filter_path(
     model = unwrap(adapter)
     if isinstance(model, PeftModel):
         in_model = changes_in(model, adapter_name)
-        changes, drifts = in_model.changes, _prepare_model(in_model, pair, base, report)
+        changes, drifts = in_model.changes, _prepare_model(in_model, pair, False, base, report)
     else:
         stored = read_changes(adapter, initial=initial, base=name_of(base), adapter_name=adapter_name)
         changes, drifts = stored.changes, _prepare(stored, pair, False, base, report)
@@ -192,24 +193,30 @@ def _prepare(stored: Stored, pair: Pair, needs_weights: bool, base: Base | None,
     at_hand = isinstance(base, nn.Module) or (name is not None and (Path(name).exists() or local_folder(name) is not None))
     if not at_hand and not needs_weights:
         return {}
-    return _drifts(changes, pair, base_modules(named_base(stored.base) if base is None else base), report)
+    modules = base_modules(named_base(stored.base) if base is None else base)
+    return _drifts(changes, pair, modules, needs_weights, report)
 
 
-def _prepare_model(adapter: InModel, pair: Pair, base: Base | None, report: Progress) -> Mapping[str, float]:
+def _prepare_model(adapter: InModel, pair: Pair, needs_weights: bool, base: Base | None, report: Progress) -> Mapping[str, float]:
     """The same for an adapter in a model."""
     pair.check(_shapes(adapter.changes), adapter.changes.what)
     _warn_of_rest(adapter.changes)
-    return _drifts(adapter.changes, pair, adapter.bases if base is None else base_modules(base), report)
+    return _drifts(adapter.changes, pair, adapter.bases if base is None else base_modules(base), needs_weights, report)
 
 
 def _shapes(changes: Changes) -> dict[str, Weight]:
     return {name: ((b.shape[0], a.shape[1]), None) for name, (a, b) in changes.factors.items()}
 
 
-def _drifts(changes: Changes, pair: Pair, modules: Mapping[str, nn.Module], report: Progress) -> Mapping[str, float]:
-    """The drifts before filtering, after a comparison of the base's weights with those at calibration."""
+def _drifts(changes: Changes, pair: Pair, modules: Mapping[str, nn.Module], needed: bool, report: Progress) -> Mapping[str, float]:
+    """The drifts before filtering, after a comparison of the base's weights with those at calibration.
+
+    Empty if they are not needed and the weights are quantised in a form that cannot be read.
+    """
     check_base(modules, changes.factors, changes.what)
     pair.check(weights_of({name: modules[name] for name in changes.factors}), changes.what)
+    if not needed and not all(is_readable(modules[name], offloaded=True) for name in changes.factors):
+        return {}
     return drifts_of(changes.factors, pair.keep, weights_in(modules), report)
 
 
@@ -246,14 +253,14 @@ def _run(
     path, few = forecast(
         changes.factors, pair, drifts, (0.0, chosen), budget.scale, report, done=lambda name, one: done(name, one, chosen)
     )
-    few.warn(stacklevel=4)
+    few.warn(stacklevel=3)
     return chosen, path
 
 
 @torch.no_grad()
 def _filter_model(adapter: InModel, pair: Pair, budget: Budget, base: Base | None, report: Progress) -> Filtered:
     """Filter an adapter in a model: A of all layers, or of none on any error."""
-    drifts = _prepare_model(adapter, pair, base, report)
+    drifts = _prepare_model(adapter, pair, budget.drift is not None, base, report)
     made: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def done(name: str, one: Filter, chosen: float) -> None:

@@ -49,15 +49,15 @@ def test_on_a_residual_base_the_result_is_for_the_untouched_one(frozen: bool, tm
     model.save_pretrained(tmp_path / "trained")
     with pytest.raises(ValueError, match=r"'default' is on a residual base.*filter its directory.*export_lora"):
         quiet(model, *moments("llama"), strength=1.0)
-    found = quiet(tmp_path / "trained", *moments("llama"), tmp_path / "out", strength=1.0)  # the start is found beside the base
+    result = quiet(tmp_path / "trained", *moments("llama"), tmp_path / "out", strength=1.0)  # the start is read beside the base
     before, after = effects(model), effects(loaded(tmp_path / "out"))
     check_filtered(before, after, 1.0, tolerance=1e-5)
-    told = describe(tmp_path / "out")
-    assert (told["kind"], told["base_kind"], told["rank"]) == ("filtered", "untouched", RANK if frozen else 2 * RANK)
-    assert told["base"] == str(tmp_path / "llama")
+    document = describe(tmp_path / "out")
+    assert (document["kind"], document["base_kind"], document["rank"]) == ("filtered", "untouched", RANK if frozen else 2 * RANK)
+    assert document["base"] == str(tmp_path / "llama")
     drift = adapter_drift(tmp_path / "trained", moments("llama")[1], progress=False)
     assert adapter_drift(tmp_path / "out", moments("llama")[1], progress=False).median == pytest.approx(
-        drift.median * found.after.left, rel=0.2
+        drift.median * result.after.left, rel=0.2
     )
     # Moved, the start has to be named; and a plain adapter of it serves as well.
     shutil.move(tmp_path / "init", tmp_path / "moved")

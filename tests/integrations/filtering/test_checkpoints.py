@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import json
+import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tasks import check_filtered, moments, stir
 
 from models import tiny
 from nullspace.artifacts import records
-from nullspace.integrations.peft import checkpoint_path, filter_checkpoint
+from nullspace.integrations.peft import checkpoint_path, combine_adapters, filter_adapter, filter_checkpoint
 from nullspace.model.linear import is_conv1d
 
 quiet = functools.partial(filter_checkpoint, progress=False)
@@ -23,12 +26,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*tensors that training has chan
 
 def changes(model: torch.nn.Module, family: str) -> dict[str, torch.Tensor]:
     """Layer → W − W₀, (d_out, d_in) float64."""
-    base, found = tiny(family), {}
+    base, changed = tiny(family), {}
     for name in moments(family)[0]:
         module = model.get_submodule(name)
         change = module.weight.detach().double() - base.get_submodule(name).weight.detach().double()
-        found[name] = change.mT if is_conv1d(module) else change
-    return found
+        changed[name] = change.mT if is_conv1d(module) else change
+    return changed
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -115,3 +118,31 @@ def test_what_does_not_belong_together_is_refused_and_leaves_nothing(tmp_path: P
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             quiet(tmp_path / base, tmp_path / tuned, *moments("llama"), tmp_path / "out", strength=1.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("what", ["adapter", "checkpoint", "combined"])
+def test_a_disk_that_is_full_leaves_nothing_and_an_earlier_output_as_it_was(what: str, tmp_path: Path) -> None:
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(tiny("llama"), LoraConfig(r=32, target_modules=["q_proj", "down_proj"]))
+    stir(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    task, keep = moments("llama")
+    common: dict[str, Any] = {"strength": 1.0, "progress": False, "overwrite": True}
+    run = {
+        "adapter": lambda: filter_adapter(tmp_path / "adapter", task, keep, tmp_path / "out", **common),
+        "checkpoint": lambda: filter_checkpoint(tmp_path / "base", tmp_path / "base", task, keep, tmp_path / "out", **common),
+        "combined": lambda: combine_adapters([tmp_path / "adapter"] * 2, [task, task], keep, tmp_path / "out", **common),
+    }[what]
+    for earlier in (False, True):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"File too large|cannot write"):
+                run()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        if not earlier:
+            run()

@@ -32,7 +32,7 @@ def dense(c: torch.Tensor) -> torch.Tensor:
 
 def write(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Two adapters on different layers, with other scalings and ranks; their effects."""
-    found = {}
+    alone = {}
     for seed, (name, config) in enumerate(
         {
             "one": LoraConfig(r=RANK, lora_alpha=12, target_modules=["q_proj", "down_proj"]),
@@ -42,8 +42,8 @@ def write(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
         model = get_peft_model(tiny("llama"), config)
         stir(model, seed=seed)
         model.save_pretrained(folder / name)
-        found[name] = effects(PeftModel.from_pretrained(tiny("llama"), folder / name))
-    return found
+        alone[name] = effects(PeftModel.from_pretrained(tiny("llama"), folder / name))
+    return alone
 
 
 def test_each_task_is_answered_as_the_least_squares_solution_says(tmp_path: Path) -> None:
@@ -63,8 +63,8 @@ def test_each_task_is_answered_as_the_least_squares_solution_says(tmp_path: Path
         assert float((change - wanted).norm()) <= 2e-6 * float(wanted.norm()), name
     assert result.rank == 2 + RANK
     assert {result.ranks[name] for name in result.partly} == {2, RANK}
-    told = describe(tmp_path / "out")
-    assert (told["kind"], told["base_kind"], told["rank"], told["layers"]) == ("combined", "untouched", 2 + RANK, 9)
+    document = describe(tmp_path / "out")
+    assert (document["kind"], document["base_kind"], document["rank"], document["layers"]) == ("combined", "untouched", 2 + RANK, 9)
     # Cut to a rank, it is the best of that rank: no worse than truncating ΔW itself.
     with pytest.warns(UserWarning, match="layers are changed by some"):
         assert quiet(*given, tmp_path / "cut", strength=0.5, rank=3).rank == 3
