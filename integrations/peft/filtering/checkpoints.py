@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -62,13 +63,8 @@ class Checkpoint:
             raise InputError(f"{self.folder} is a residual base: name the untouched model")
         self.files = {file: records.read_shapes(self.folder / file) for file in _weight_files(self.folder)}
         self._file_of = {key: file for file, (tensors, _) in self.files.items() for key in tensors}
-        self._inner = {key.partition(".")[2]: key for key in self._file_of}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._file_of
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        inner = Counter(key.partition(".")[2] for key in self._file_of)
+        self._inner = {short: key for key in self._file_of if inner[short := key.partition(".")[2]] == 1}
 
     def like(self, key: str) -> torch.Tensor:
         """A tensor on the meta device, of the shape and dtype of this one."""
@@ -81,7 +77,7 @@ class Checkpoint:
     def twin(self, name: str) -> str | None:
         """A tensor's name here. Checkpoints of a base class have the same names without the first component."""
         for key in (name, name.partition(".")[2], self._inner.get(name, "")):
-            if key in self:
+            if key in self._file_of:
                 return key
         return None
 

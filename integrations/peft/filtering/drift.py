@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from nullspace import analysis
+from nullspace.artifacts import residual
 from nullspace.artifacts.covariances import Covariances
 from nullspace.artifacts.identity import weights_of
-from nullspace.artifacts.residual import described, residual_mark
-from nullspace.errors import InputError, InputTypeError
-from nullspace.integrations.peft.filtering.changes import read_changes
+from nullspace.errors import AdapterWarning, InputError, InputTypeError
+from nullspace.integrations.peft.filtering.changes import Changes, read_changes
 from nullspace.integrations.peft.filtering.moments import Moments, check, loaded
 from nullspace.integrations.peft.filtering.paths import Change
+from nullspace.integrations.peft.folders.export import described
 from nullspace.integrations.peft.guard.gauge import Drift, drift_of
 from nullspace.integrations.peft.layers import computed_weight
 from nullspace.integrations.transformers.load import load_weights, read_config
@@ -53,7 +55,10 @@ def adapter_drift(
         progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: as `filter_adapter`, `drift_of`.
+        FileNotFoundError, TypeError, ValueError: as `filter_adapter`, `drift_of`; for DoRA.
+
+    Warns:
+        UserWarning: naming it, if the adapter holds more than A and B, whose effect is not in the drift.
     """
     covariances = loaded(keep)
     if isinstance(unwrap(adapter), PeftModel):
@@ -61,6 +66,7 @@ def adapter_drift(
             raise InputTypeError("base belongs to the directory of an adapter: a model has its own")
         return drift_of(unwrap(adapter), covariances, adapter_name=adapter_name, initial=initial)
     stored = read_changes(adapter, initial=initial, base=name_of(base), adapter_name=adapter_name)
+    _check_rest(stored.changes)
     changes, modules = stored.changes, base_modules(named_base(stored.base) if base is None else base)
     check_base(modules, changes.factors, changes.what)
     for name, weight in weights_of({name: modules[name] for name in changes.factors}).items():
@@ -68,6 +74,18 @@ def adapter_drift(
     drifts = drifts_of(changes.factors, covariances, weights_in(modules), reporter(progress))
     worst = max(drifts, key=drifts.__getitem__)
     return Drift(statistics.median(drifts.values()), drifts[worst], worst, drifts)
+
+
+def _check_rest(changes: Changes) -> None:
+    """Raise `ValueError` for DoRA, and warn of what else a drift of B A does not count."""
+    if changes.dora:
+        raise InputError(f"{changes.what} uses DoRA: what it adds to a weight is no product B A, so that its drift is not known")
+    if changes.holds:
+        warnings.warn(
+            f"{changes.what} also holds {described(changes.holds)}: what they change is not in the drift",
+            AdapterWarning,
+            stacklevel=3,
+        )
 
 
 def name_of(base: Base | None) -> str | None:
@@ -91,9 +109,9 @@ def base_modules(base: Base) -> dict[str, nn.Module]:
     model: Any = base if isinstance(base, nn.Module) else _load(base)
     model = unwrap(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    mark = residual_mark(model)
+    mark = residual.residual_mark(model)
     if mark is not None:
-        raise InputError(f"{type(model).__name__} {described(mark)}: name the untouched model (base=, --base)")
+        raise InputError(f"{type(model).__name__} {residual.described(mark)}: name the untouched model (base=, --base)")
     modules = named_modules(model)
     layers = {name: each.get_base_layer() if isinstance(each, LoraLayer) else each for name, each in modules.items()}
     return {name: each for name, each in layers.items() if is_linear(each)}

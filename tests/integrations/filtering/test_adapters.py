@@ -182,6 +182,12 @@ def test_what_the_filter_does_not_reach_is_kept_and_named(tmp_path: Path) -> Non
         assert result.rest
         before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("trained", "out"))
         assert {key for key, t in before.items() if not torch.equal(t, after[key])} == {key for key in before if "lora_A" in key}
+        if config.get("use_dora"):
+            with pytest.raises(ValueError, match=r"uses DoRA.*drift is not known"):
+                adapter_drift(tmp_path / "out", keep, tiny("llama"), progress=False)
+        else:
+            with pytest.warns(UserWarning, match=f"{words}.*is not in the drift"):
+                adapter_drift(tmp_path / "out", keep, tiny("llama"), progress=False)
         with pytest.warns(UserWarning, match=words):
             quiet(model, task, keep, strength=1.0)
         again = PeftModel.from_pretrained(tiny("llama"), tmp_path / "out")
