@@ -111,6 +111,7 @@ def _place(directory: Path, adapter_name: str | None) -> Path:
     directory = adapter_in(directory)
     if adapter_name is None or (adapter_name == "default" and (directory / ADAPTER_CONFIG).is_file()):
         inner = sorted(path.parent.name for path in directory.glob(f"*/{ADAPTER_CONFIG}"))
+        inner = [name for name in inner if name.removesuffix(_TWO) == name or name.removesuffix(_TWO) not in inner]
         if (directory / ADAPTER_CONFIG).is_file() or not inner:
             return directory
         if len(inner) == 1:
@@ -132,9 +133,10 @@ def _given(now: Adapter, initial: Path) -> Adapter:
 
 def _start_of(now: Adapter) -> Adapter | None:
     """The start of an adapter, from the files around it; None for an adapter of an untouched base."""
-    second = next((path.parent for path in sorted(now.path.glob(f"*{_TWO}/{ADAPTER_CONFIG}"))), None)
-    if second is not None and now.path.name != second.name:
-        return _negated(read_adapter(second))
+    # PEFT saves "default" into the folder itself and any other adapter into a subfolder, its second one beside it.
+    for second in (now.path / SUBTRACTED.format("default"), now.path.with_name(SUBTRACTED.format(now.path.name))):
+        if (second / ADAPTER_CONFIG).is_file():
+            return _negated(read_adapter(second))
     _refuse_peft_residual(now.config, str(now.path))
     base = base_of(now)
     init = init_around(now.path) or {}
@@ -147,7 +149,7 @@ def _start_of(now: Adapter) -> Adapter | None:
     # A base that save_init has called so, on another machine; or one that was never saved.
     named = base.named or ""
     lost = base.residual is None and (named.startswith("(residual of") or (os.path.isabs(named) and Path(named).name == "base"))
-    if base.residual or folder is not None or lost or says_two(now.path):
+    if base.residual or folder is not None or lost or says_two(now.path) or says_two(now.path.parent):
         raise InputError(
             f"{now.path} was trained on a base without what it started with ({base.named}): give the folder that it started from, "
             "with initial= (on the command line --initial)"

@@ -94,6 +94,21 @@ def test_with_a_second_adapter_the_folder_and_the_model_are_filtered(tmp_path: P
     assert describe(tmp_path / "out")["base"] == str(tmp_path / "llama")
 
 
+def test_a_second_adapter_of_another_name_lies_beside_the_first(tmp_path: Path) -> None:
+    config = LoraConfig(r=RANK, lora_alpha=12, target_modules=["q_proj"])
+    model = inject_adapters(tiny("llama"), config, method="pissa", residual="adapter", adapter_name="math")
+    stir(model)
+    model.save_pretrained(tmp_path / "trained")
+    assert sorted(path.name for path in (tmp_path / "trained").glob("*/")) == ["math", "math_subtracted"]
+    for place in ("trained", "trained/math"):
+        quiet(tmp_path / place, *moments("llama"), tmp_path / "out", strength=1.0, overwrite=True)
+        after = effects(loaded(tmp_path / "out"))
+    before = effects(model)
+    check_filtered(before, after, 1.0, tolerance=2e-5)
+    quiet(model.float(), *moments("llama"), strength=1.0)
+    check_filtered(before, effects(model), 1.0, tolerance=2e-5)
+
+
 @pytest.mark.slow
 def test_a_trainers_checkpoint_that_was_resumed(tmp_path: Path) -> None:
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (8, 16))]
