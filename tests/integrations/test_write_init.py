@@ -77,6 +77,7 @@ CASES = [
     ("llama", torch.float32, {"r": RANK, "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.down_proj": 5}}, {}),
     ("llama", torch.float32, {"r": RANK, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"k_proj": 32}, "use_rslora": True}, {}),
     ("llama", torch.bfloat16, {"r": 5, "target_modules": ["q_proj", "down_proj"]}, {}),
+    ("llama", torch.bfloat16, {"r": RANK, "lora_alpha": 16}, {"split": 3.0, "freeze_a": True}),
     ("llama", torch.float32, {"r": RANK}, {"method": "b-zero"}),
     ("qwen2", torch.float32, {"r": RANK}, {}),  # tied embeddings
     ("qwen2", torch.bfloat16, {"r": RANK}, {"method": "b-zero"}),
