@@ -31,6 +31,14 @@ def test_rows_are_the_leading_generalised_eigenvectors() -> None:
     assert torch.equal(b, torch.zeros(50, 5, dtype=torch.float64))
 
 
+def test_the_response_to_the_task_is_that_of_loras_own_a() -> None:
+    c_t, c_k = moments(30)
+    a = factors.contrast(3 * c_t, c_k, 50, rank=5).A
+    random = torch.empty(4000, 30, dtype=torch.float64).uniform_(-(30**-0.5), 30**-0.5)  # as PEFT draws it
+    wanted = ((random @ c_t) * random).sum() * 5 / 4000
+    assert float(((a @ c_t) * a).sum()) == pytest.approx(float(wanted), rel=0.05)
+
+
 BAD = [({"rank": 9}, "rank"), ({"rank": 2, "damping": 0.0}, "damping"), ({"rank": 2, "c_keep": torch.eye(7)}, "two")]
 
 
