@@ -170,21 +170,18 @@ def _losses(records: Sequence[Record], name: str = "task") -> str:
 
 
 def _against_scaling(held: Held, records: Sequence[Record]) -> list[str]:
-    """KL over scaling's, task loss below scaling's, and in how many pairs of a run and a set of questions the first is below 1."""
-    both = [found for record in records if (found := against(held, record, ASKED)) is not None]
-    single = [found for record in records for name in ASKED if (found := against(held, record, (name,))) is not None]
-    if not both:
-        return ["", "", "", ""]
-    ahead = sum(found.ratio < 1 and found.cheaper > 0 for found in single)
-    return [
-        spread([found.ratio for found in both], 2),
-        spread([found.saved for found in both], 2),
-        spread([found.cheaper for found in both], 3),
-        f"{ahead} of {len(single)}",
-    ]
-
-
-AGAINST = ["KL over scaling's at equal task loss", "nats forgotten less", "task loss below scaling's at equal KL", "ahead"]
+    """KL over scaling's on both sets of questions and on each of the others, how much less is forgotten, how much lower the task
+    loss is, and in how many pairs of a run and a set both KL and task loss are lower."""
+    sets = [ASKED, *((name,) for name in OTHERS)]
+    found = [[against(held, record, names) for record in records] for names in sets]
+    first = [each for each in found[0] if each is not None]
+    if not first:
+        return [""] * len(AGAINST)
+    ratios = [spread([each.ratio for each in column if each is not None], 2) for column in found]
+    pairs = [against(held, record, (name,)) for record in records for name in (*ASKED, *OTHERS)]
+    ahead = sum(each.ratio < 1 and each.cheaper > 0 for each in pairs if each is not None)
+    saved, cheaper = ([getattr(each, what) for each in first] for what in ("saved", "cheaper"))
+    return [*ratios, spread(saved, 2), spread(cheaper, 3), f"{ahead} of {len(pairs)}"]
 
 
 def of_runs(held: Held, part: str, runs: Sequence[str], rows: Sequence[tuple[str, str, dict[str, Any]]]) -> Table:
@@ -193,13 +190,17 @@ def of_runs(held: Held, part: str, runs: Sequence[str], rows: Sequence[tuple[str
     for label, how, wanted in rows:
         records = _records(held, part, runs, how, **wanted)
         if records:
-            cells = [_losses(records), _pair(held, records, ASKED, held.forgetting, 2), _kl(held, records, ASKED)]
-            cells.append(_kl(held, records, [name for name in OTHERS if name in records[0]["scores"]]))
-            table.append([label, *cells, *([""] * 4 if how in ("trained", "scaled") else _against_scaling(held, records))])
+            more = [""] * len(AGAINST) if how in ("trained", "scaled") else _against_scaling(held, records)
+            table.append([label, *_scores(held, records), *more])
     return table
 
 
-HEADER = ["", "task loss", "forgotten, NQ, WebQ", "KL, NQ, WebQ", "KL, HumanEval, WikiText", *AGAINST]
+def _scores(held: Held, records: Sequence[Record]) -> list[str]:
+    return [_losses(records), _pair(held, records, ASKED, held.forgetting, 2), _kl(held, records, ASKED)]
+
+
+SCORES = ["task loss", "forgotten, NQ, WebQ", "KL, NQ, WebQ"]
+AGAINST = ["KL ÷ scaling's, questions", "HumanEval", "WikiText", "forgotten less", "loss below scaling's", "ahead"]
 SCALED = [(f"× {scale:g}", "scaled", {"scale": scale}) for scale in (0.75, 0.5, 0.3)]
 FILTERED = [(f"filter μ = {mu:g}", "filtered", {"strength": mu, "form": "shots"}) for mu in (0.1, 1.0, 10.0)]
 BOTH = [("filter μ = 1, × 0.6", "filtered", {"strength": 1.0, "form": "shots", "scale": 0.6})]
@@ -209,7 +210,7 @@ def plain(held: Held) -> Table:
     """A: plain LoRA, over seeds."""
     runs = held.runs("A")
     rates = sorted({run.split()[1] for run in runs}, key=lambda rate: float(rate[2:]))
-    table = [HEADER]
+    table = [["plain LoRA", *SCORES, *AGAINST]]
     for rate in rates:
         rows = [(f"LoRA at {rate[2:]}", "trained", {}), *SCALED, *FILTERED, *BOTH]
         table += of_runs(held, "A", [run for run in runs if run.split()[1] == rate], rows)
@@ -223,7 +224,15 @@ def forms(held: Held) -> Table:
         ("filter μ = 1, half in the few-shot form", "filtered", {"form": "shots"}),
         ("filter μ = 1, half in the task's template", "filtered", {"form": "template"}),
     ]  # fmt: skip
-    table = [["", "task loss", "KL, NQ, WebQ, few-shot", "the same, task's template", "forgotten, NQ, WebQ, task's template"]]
+    table = [
+        [
+            "plain LoRA, by form",
+            "task loss",
+            "KL, NQ, WebQ, few-shot",
+            "the same, task's template",
+            "forgotten, NQ, WebQ, task's template",
+        ]
+    ]
     for rate in ("lr0.002", "lr0.008"):
         runs = [run for run in held.runs("A") if rate in run]
         for label, how, wanted in rows:
@@ -237,7 +246,7 @@ def forms(held: Held) -> Table:
 
 def whole(held: Held) -> Table:
     """B: a model trained whole."""
-    table = [HEADER]
+    table = [["trained whole", *SCORES, *AGAINST]]
     for run in held.runs("B"):
         more = [("embedding and norms alone", "rest", {}), ("linear layers alone", "linear alone", {})]
         table += of_runs(held, "B", [run], [(f"whole at {run.split()[1][2:]}", "trained", {}), *SCALED, *FILTERED, *more])
@@ -246,7 +255,7 @@ def whole(held: Held) -> Table:
 
 def merges(held: Held) -> Table:
     """C: two adapters in one."""
-    table = [["", "task loss, GSM8K", "task loss, MBPP", "forgotten, NQ, WebQ", "KL, NQ, WebQ", "KL, WikiText"]]
+    table = [["two adapters in one", "task loss, GSM8K", "task loss, MBPP", "forgotten, NQ, WebQ", "KL, NQ, WebQ", "KL, WikiText"]]
     for record in held.scored:
         if record["part"] == "C":
             variant = record["variant"]
@@ -260,12 +269,14 @@ def merges(held: Held) -> Table:
 
 def starts(held: Held) -> Table:
     """D: other starts, and plain LoRA's first seed beside them."""
-    table = [HEADER[:5]]
+    table = [["start", *SCORES, "KL, HumanEval, WikiText"]]
     rows = [("as trained", "trained", {}), ("× 0.5", "scaled", {"scale": 0.5}), FILTERED[1]]
     first = [run for run in held.runs("A") if run.endswith("seed0")]
     for part, run in [*(("A", run) for run in first), *(("D", run) for run in held.runs("D"))]:
         name = run.rsplit(" seed", 1)[0].replace(" lr", " at ")
-        table += [[f"{name}, {row[0]}", *row[1:5]] for row in of_runs(held, part, [run], rows)]
+        for label, how, wanted in rows:
+            if records := _records(held, part, [run], how, **wanted):
+                table.append([f"{name}, {label}", *_scores(held, records), _kl(held, records, OTHERS)])
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -53,6 +54,16 @@ def test_what_methods_forget() -> None:
             assert is_rounded(dropped, knowledge_lost(study.dropped[variant], study.base)), label
         else:
             assert dropped == ""
+
+
+def test_what_holds_through_training() -> None:
+    tables = pytest.importorskip("benchmarks.holding_tables", reason="needs the repository's root on the path: python -m pytest")
+    held = tables.read(RESULTS / "holding-cpu.jsonl")
+    lines = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
+    for table in (make(held) for make in tables.TABLES.values()):
+        first = lines.index(tables.markdown(table[:1]).splitlines()[0])
+        shown = itertools.takewhile(lambda line: line.startswith("|"), lines[first:])
+        assert list(shown) == tables.markdown(table).splitlines()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
