@@ -271,8 +271,9 @@ def starts(held: Held) -> Table:
     """D: other starts, and plain LoRA's first seed beside them."""
     table = [["start", *SCORES, "KL, HumanEval, WikiText"]]
     rows = [("as trained", "trained", {}), ("× 0.5", "scaled", {"scale": 0.5}), FILTERED[1]]
-    first = [run for run in held.runs("A") if run.endswith("seed0")]
-    for part, run in [*(("A", run) for run in first), *(("D", run) for run in held.runs("D"))]:
+    others = [("D", run) for run in held.runs("D")]
+    first = [("A", run) for run in held.runs("A") if run.endswith("seed0") and others]
+    for part, run in first + others:
         name = run.rsplit(" seed", 1)[0].replace(" lr", " at ")
         for label, how, wanted in rows:
             if records := _records(held, part, [run], how, **wanted):

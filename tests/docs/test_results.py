@@ -60,7 +60,7 @@ def test_what_holds_through_training() -> None:
     tables = pytest.importorskip("benchmarks.holding_tables", reason="needs the repository's root on the path: python -m pytest")
     held = tables.read(RESULTS / "holding-cpu.jsonl")
     lines = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
-    for table in (make(held) for make in tables.TABLES.values()):
+    for table in filter(lambda table: len(table) > 1, (make(held) for make in tables.TABLES.values())):
         first = lines.index(tables.markdown(table[:1]).splitlines()[0])
         shown = itertools.takewhile(lambda line: line.startswith("|"), lines[first:])
         assert list(shown) == tables.markdown(table).splitlines()
