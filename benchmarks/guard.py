@@ -37,7 +37,7 @@ WORKLOAD = {"rank": RANK, "leak": LEAK, "damping": TAU, "samples": SAMPLES, "len
 class Runs:
     """One model, and a step of every variant."""
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(self, checkpoint: str, kept: Path) -> None:
         import torch
         from peft import LoraConfig, get_peft_model
 
@@ -48,7 +48,10 @@ class Runs:
 
         model, batches = setup(checkpoint)
         batches = list(batches)
-        covariances = Covariances(stream_covariances(model, batches, progress=False), weights_of(find_targets(model)))
+        if not kept.exists():
+            pairs = stream_covariances(model, batches, progress=False)
+            Covariances(pairs, weights_of(find_targets(model))).save(kept)
+        covariances = Covariances.load(kept)
         torch.manual_seed(0)
         self.model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -107,8 +110,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--checkpoint", type=Path, default=Path(".venv") / "smollm2-135m", help="made if it is not there")
+    parser.add_argument("--covariances", type=Path, default=Path(".venv") / "guard-covariances", help="made if it is not there")
     options = parser.parse_args()
-    runs = Runs(checkpoint_of_demo_model(options.checkpoint))
+    runs = Runs(checkpoint_of_demo_model(options.checkpoint), options.covariances)
     order = random.Random(0)
     for variant in VARIANTS:  # what is allocated once
         runs.step(variant, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -28,8 +29,10 @@ from nullspace.integrations.peft.guard.local import put, read
 from nullspace.integrations.peft.guard.optimizers import innermost
 from nullspace.model.sharded import reshard_model
 from nullspace.model.sharded_tensors import whole
+from nullspace.model.sites import Site
 from nullspace.model.wrappers import unwrap
 from nullspace.progress import Progress, reporter
+from nullspace.solvers import decompose
 
 # Of a row's norm: less than this left by a projection is rounding.
 _NOTHING = 1e-5
@@ -81,8 +84,8 @@ def confine(
         The `Confinement`.
 
     Cost: a step, 4 · r · d_in · min(k, d_in − k) flops a layer (`damping`: 2 · r · d_in²). In memory, on the device of A,
-    d_in · min(k, d_in − k) float32 numbers a site (`damping`: d_in²); q, k and v are one site. At first, 9 · d_in³ flops a site for
-    covariances.
+    d_in · min(k, d_in − k) float32 numbers a site (`damping`: d_in²); q, k and v are one site. At first, 4/3 · d_in³ flops a site
+    for covariances (9 · d_in³ more where k > d_in / 4).
 
     Raises:
         TypeError: if the model is no `PeftModel`; for numbers of another type.
@@ -99,20 +102,37 @@ def confine(
     start = start_of(peft_model, layers)
     trained = [each for each in layers if not each.frozen]
     _warn(layers, trained)
-    report = reporter(progress)
-    sites: list[_Site] = []
     groups = check_known(directions, tuple(trained), start)
     ranks = {site: max(each.layer.r[each.adapter] for each in members) for site, members in groups.items()}
-    for site, members in groups.items():
-        known, device = directions[members[0].name], members[0].a.device
-        held: tuple[Projection | Damping, Allowed] = (
-            projection_of(known, leak, ranks[site], device) if damping is None else damping_of(site, known, damping, device)
-        )
-        sites.append(_Site(members, *held))
+    report, sites = reporter(progress), {}
+    for site, held in _directions_of(directions, groups, ranks, leak, damping):
+        sites[site] = _Site(groups[site], *held)
         report("directions", len(sites), len(groups), 0)
-    check_enough({site: made.allowed for site, made in zip(groups, sites, strict=True)}, ranks, leak)
-    confinement = Confinement(unwrap(peft_model), sites)
+    check_enough({site: made.allowed for site, made in sites.items()}, ranks, leak)
+    confinement = Confinement(unwrap(peft_model), list(sites.values()))
     return confinement if optimizer is None else confinement.attach(optimizer)
+
+
+def _directions_of(
+    directions: Covariances | NullSpaces,
+    groups: Mapping[Site, list[Adapted]],
+    ranks: Mapping[Site, int],
+    leak: float,
+    damping: float | None,
+) -> Iterator[tuple[Site, tuple[Projection | Damping, Allowed]]]:
+    """Site by site, in the order of `groups`."""
+
+    def solve(site: Site, known: Any) -> tuple[Projection | Damping, Allowed]:
+        device = groups[site][0].a.device
+        if damping is not None:
+            return damping_of(site, known, damping, device)
+        return projection_of(known, leak, ranks[site], device)
+
+    pairs = ((site, directions[members[0].name]) for site, members in groups.items())
+    if isinstance(directions, Covariances):
+        yield from zip(groups, decompose(pairs, solve), strict=True)  # type: ignore[type-var]
+    else:
+        yield from ((site, solve(site, space)) for site, space in pairs)
 
 
 class Confinement(TrainerCallback):

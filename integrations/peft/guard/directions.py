@@ -78,11 +78,13 @@ def projection_of(known: Covariance | NullSpace, leak: float, rank: int, device:
     else:
         c = known.matrix().to(device)
         trace = float(c.trace())
-        values, vectors = solvers.bottom_eigenpairs(c, known.d_in)
+        values, vectors = solvers.partial_eigh(c, max(1, known.d_in // 4), every=True)
     joint = values.clamp(min=0).cumsum(0) / trace if trace > 0 else torch.zeros_like(values)
     # Rounding leaves up to ZERO_EIGENVALUE · tr C of a zero.
     within = int((joint <= leak**2 + solvers.ZERO_EIGENVALUE * torch.arange(1, len(joint) + 1).to(joint)).sum())
-    d_in = len(vectors)
+    d_in, given = vectors.shape
+    if within > given:
+        vectors = solvers.bottom_eigenpairs(c, d_in)[1]
     inside = vectors.shape[1] < d_in or 2 * within <= d_in
     kept = vectors[:, :within] if inside else vectors[:, within:]
     reached = float(joint[within - 1].sqrt()) if within else 0.0
