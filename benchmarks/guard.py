@@ -3,8 +3,9 @@
     python -m benchmarks.guard [--rounds 20]      # writes benchmarks/results/guard-cpu.json
 
 SmolLM2-135M in float32, plain LoRA of rank 16 on all 210 linear layers, AdamW, 4 × 128 tokens a step, on the CPU. Second moments
-are of 16 × 512 tokens. One process; in every round each variant takes one step, in an order of its own, so that what else runs on
-the machine slows all alike. Ratios are within a round; shown are their medians and quartiles.
+are of 16 × 512 tokens. One process of one thread, and seconds of the processor, not of the clock: what else runs on the machine
+hardly counts. In every round each variant takes one step, in an order of its own. Ratios are within a round; shown are their medians
+and quartiles.
 
 - `plain`: forward, backward, clipping, step.
 - `confine`: the same, then `Confinement.project` (leak 0.1: some 25 % of the directions).
@@ -46,6 +47,7 @@ class Runs:
         from nullspace.integrations.peft import Gauge, confine, penalty
         from nullspace.model.sites import find_targets
 
+        torch.set_num_threads(1)
         model, batches = setup(checkpoint)
         batches = list(batches)
         if not kept.exists():
@@ -59,13 +61,13 @@ class Runs:
         ids = torch.cat([batch["input_ids"] for batch in batches])
         self.ids = ids.reshape(-1, LENGTH)[: 8 * SAMPLES].split(SAMPLES)
         took: dict[str, float] = {}
-        began = time.perf_counter()
+        began = time.process_time()
         confinement = confine(self.model, covariances, LEAK)
-        took["confine"] = time.perf_counter() - began
+        took["confine"] = time.process_time() - began
         damped = confine(self.model, covariances, damping=TAU)
-        began = time.perf_counter()
+        began = time.process_time()
         gauge = Gauge(self.model, covariances)
-        took["gauge"] = time.perf_counter() - began
+        took["gauge"] = time.process_time() - began
         self.guards: dict[str, Callable[[], Any]] = {"confine": confinement.project, "damping": damped.project, "gauge": gauge}
         self.before: dict[str, Callable[[], None]] = {"confine": confinement.rebase, "damping": damped.rebase}
         self.penalty = penalty(self.model, covariances)
@@ -77,15 +79,15 @@ class Runs:
 
         ids = self.ids[number % len(self.ids)]
         self.before.get(variant, lambda: None)()
-        began = time.perf_counter()
+        began = time.process_time()
         loss = self.model(input_ids=ids, labels=ids).loss
         (loss + self.penalty() if variant == "penalty" else loss).backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        between = time.perf_counter()
+        between = time.process_time()
         self.guards.get(variant, lambda: None)()
-        ended = time.perf_counter()
+        ended = time.process_time()
         return {"variant": variant, "seconds": ended - began, "guard_seconds": ended - between}
 
 
