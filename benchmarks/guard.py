@@ -4,8 +4,8 @@
 
 SmolLM2-135M in float32, plain LoRA of rank 16 on all 210 linear layers, AdamW, 4 × 128 tokens a step, on the CPU. Second moments
 are of 16 × 512 tokens. One process of one thread, and seconds of the processor, not of the clock: what else runs on the machine
-hardly counts. In every round each variant takes one step, in an order of its own. Ratios are within a round; shown are their medians
-and quartiles.
+hardly counts. In every round each variant takes one step, in an order of its own. Ratios are within a round; shown are their
+medians and quartiles.
 
 - `plain`: forward, backward, clipping, step.
 - `confine`: the same, then `Confinement.project` (leak 0.1: some 25 % of the directions).
