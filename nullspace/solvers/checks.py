@@ -26,13 +26,13 @@ def check_finite(m: torch.Tensor) -> None:
 
 
 def column_signs(m_dk: torch.Tensor) -> torch.Tensor:
-    """(k,), ±1: the sign of the entry of largest magnitude in each column; +1 for a column of zeros.
+    """(k,), ±1 in the dtype of the columns: the sign of the entry of largest magnitude in each column; +1 for a column of zeros.
 
     An eigenvector or a singular vector is unique but for its sign. Multiplied by these, equal inputs give equal vectors, whatever
     solver found them.
     """
     peak = torch.gather(m_dk, 0, m_dk.abs().argmax(0, keepdim=True))[0]
-    return torch.where(peak < 0, -1.0, 1.0)
+    return torch.where(peak < 0, -1.0, 1.0).to(m_dk.dtype)
 
 
 def with_fixed_signs(vectors_dk: torch.Tensor) -> torch.Tensor:
