@@ -60,7 +60,7 @@ class Start(NamedTuple):
 
 STARTS = {
     "contrast": Start((2e-3, 8e-3), "contrast"),
-    "confine": Start((2e-3, 8e-3), leak=0.02),
+    "confine": Start((2e-3, 8e-3), leak=0.05),
     "corda-kpm": Start((5e-4, 2e-3), "corda-kpm"),
     "lora-null-v1 split 8": Start((2.5e-4, 1e-3), "lora-null", split=8.0),
     "lora-null-v2": Start((2e-3, 8e-3), "lora-null", freeze_a=True),
