@@ -289,7 +289,7 @@ def begin(settings: preservation.Settings, sizes: Sizes, out: Path) -> None:
     lines = preservation.Lines(out / fronts.RESULTS)
     lines.mend()
     if not lines.read():
-        shown = {**asdict(settings), "threads": torch.get_num_threads(), **sizes._asdict()}
+        shown = {**asdict(settings), "threads": torch.get_num_threads(), "sizes": sizes._asdict()}
         lines.write({"kind": "study", "settings": shown, "environment": environment()})
 
 

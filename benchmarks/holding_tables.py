@@ -162,7 +162,8 @@ def _pair(held: Held, records: Sequence[Record], names: Sequence[str], what: Cal
 
 
 def _kl(held: Held, records: Sequence[Record], names: Sequence[str]) -> str:
-    return _pair(held, records, names, held.kl, 4)
+    smallest = min(held.kl(record, (name,)) for record in records for name in names)
+    return _pair(held, records, names, held.kl, 4 if smallest >= 1e-3 else 5)
 
 
 def _losses(records: Sequence[Record], name: str = "task") -> str:
@@ -190,7 +191,7 @@ def of_runs(held: Held, part: str, runs: Sequence[str], rows: Sequence[tuple[str
     for label, how, wanted in rows:
         records = _records(held, part, runs, how, **wanted)
         if records:
-            more = [""] * len(AGAINST) if how in ("trained", "scaled") else _against_scaling(held, records)
+            more = _against_scaling(held, records) if how == "filtered" else [""] * len(AGAINST)
             table.append([label, *_scores(held, records), *more])
     return table
 
