@@ -51,8 +51,8 @@ def confine(
     """Keep the changes of an adapter's A, while it trains, in directions in which the inputs to be kept are small.
 
     After every optimizer step A ← A_ref + (A − A_ref) P with P = U_k U_kᵀ, U_k the k directions of the smallest inputs: as many as
-    have a joint leak √(Σ λ / tr C) within the budget. Whatever the optimizer does, ‖(A − A_ref) X‖ ≤ ‖A − A_ref‖ · leak · ‖X‖. B
-    trains freely. The result is a plain adapter.
+    have a joint leak √(Σ λ / tr C) within the budget, and at least as many as the rank. Whatever the optimizer does,
+    ‖(A − A_ref) X‖ ≤ ‖A − A_ref‖ · leak · ‖X‖. B trains freely. The result is a plain adapter.
 
     - Where B is zero (plain LoRA), A itself is projected at once, and its rows get their norms back: the model is unchanged, as
       B A = 0, and all that A ever reads is within the budget.
@@ -90,10 +90,12 @@ def confine(
     Raises:
         TypeError: if the model is no `PeftModel`; for numbers of another type.
         ValueError: naming the layer, if there is no second moment of its inputs, or that of another model, if it is not linear or
-            uses DoRA; naming a site and the leak that would do for all, if fewer than r directions are within the budget.
+            uses DoRA; naming a site, if null spaces have fewer than r directions.
 
     Warns:
-        UserWarning: if A does not train in some or all layers; if A is in 16 bits, whose rounding reads all directions.
+        UserWarning: if r directions are not within the budget at some sites, whose A is then confined to the r of the smallest
+            inputs, with the leak that these have; if A does not train in some or all layers; if A is in 16 bits, whose rounding
+            reads all directions.
     """
     leak = check_real("leak", leak, FRACTION)
     if damping is not None:
@@ -108,7 +110,8 @@ def confine(
     for site, held in _directions_of(directions, groups, ranks, leak, damping):
         sites[site] = _Site(groups[site], *held)
         report("directions", len(sites), len(groups), 0)
-    check_enough({site: made.allowed for site, made in sites.items()}, ranks, leak)
+    if damping is None:
+        check_enough({site: made.allowed for site, made in sites.items()}, ranks, leak)
     confinement = Confinement(unwrap(peft_model), list(sites.values()))
     return confinement if optimizer is None else confinement.attach(optimizer)
 

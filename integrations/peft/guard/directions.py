@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 
 from nullspace import solvers
 from nullspace.artifacts.null_space import NullSpace
-from nullspace.errors import InputError
+from nullspace.errors import AdapterWarning, InputError
 from nullspace.model.sites import Site
 from nullspace.moments.covariance import Covariance
 
@@ -23,8 +23,6 @@ class Allowed(NamedTuple):
     d_in: int
     leak: float
     """√(Σ λ / tr C) of these directions."""
-    least: float | None = None
-    """The same of the first r directions, r the rank: the least budget; None where fewer are known, or changes are damped."""
 
 
 class Projection:
@@ -65,12 +63,12 @@ class Damping:
 
 
 def projection_of(known: Covariance | NullSpace, leak: float, rank: int, device: torch.device) -> tuple[Projection, Allowed]:
-    """The projection onto as many of the directions of smallest inputs as together are within the budget.
+    """The projection onto as many of the directions of smallest inputs as together are within the budget, and at least r.
 
     Args:
         known: a second moment, or its null space, whose basis is used as far as it is within the budget.
         leak: the budget, of √(Σ λ / tr C).
-        rank: of the site's adapters, for `Allowed.least`.
+        rank: r, of the site's adapters.
         device: where to solve, and to keep the projection in float32.
     """
     if isinstance(known, NullSpace):
@@ -82,36 +80,37 @@ def projection_of(known: Covariance | NullSpace, leak: float, rank: int, device:
     joint = values.clamp(min=0).cumsum(0) / trace if trace > 0 else torch.zeros_like(values)
     # Rounding leaves up to ZERO_EIGENVALUE · tr C of a zero.
     within = int((joint <= leak**2 + solvers.ZERO_EIGENVALUE * torch.arange(1, len(joint) + 1).to(joint)).sum())
+    within = max(within, min(rank, len(joint)))
     d_in, given = vectors.shape
     if within > given:
         vectors = solvers.bottom_eigenpairs(c, d_in)[1]
     inside = vectors.shape[1] < d_in or 2 * within <= d_in
     kept = vectors[:, :within] if inside else vectors[:, within:]
-    reached = float(joint[within - 1].sqrt()) if within else 0.0
-    allowed = Allowed(within, d_in, reached, float(joint[rank - 1].sqrt()) if rank <= len(joint) else None)
-    return Projection(kept.to(device, torch.float32).contiguous(), inside=inside), allowed
+    reached = float(joint[within - 1].sqrt())
+    return Projection(kept.to(device, torch.float32).contiguous(), inside=inside), Allowed(within, d_in, reached)
 
 
 def check_enough(allowed: Mapping[Site, Allowed], ranks: Mapping[Site, int], leak: float) -> None:
-    """Raise `ValueError`, naming a site and the leak that would do, if fewer directions than the rank are within the budget."""
-    short = [site for site in allowed if allowed[site].directions < ranks[site]]
-    if not short:
-        return
-    first, needed = short[0], [allowed[site].least for site in short]
-    known = [least for least in needed if least is not None]
-    instead = "give covariances, or null spaces of a larger rank"
-    if len(known) == len(needed):
-        instead = f"leak={_rounded_up(max(known))} is the least that does for all"
-    raise InputError(
-        f"leak={leak:g} leaves {len(short)} of {len(allowed)} sites fewer directions than the rank of their adapters, such as "
-        f"{first.name!r} {allowed[first].directions} of {first.d_in} for rank {ranks[first]}: {instead}"
-    )
+    """Warn, naming a site and the leak that they reach, where r directions are not within the budget; r is the adapter's rank.
 
-
-def _rounded_up(value: float) -> str:
-    """To two digits."""
-    step = 10.0 ** (math.floor(math.log10(value)) - 1) if value > 0 else 1.0
-    return f"{math.ceil(value / step) * step:.2g}"
+    Raises:
+        ValueError: naming a site, if fewer than r directions are known.
+    """
+    few = next((site for site in allowed if allowed[site].directions < ranks[site]), None)
+    if few is not None:
+        raise InputError(
+            f"{allowed[few].directions} of {few.d_in} directions are known at {few.name!r}, whose adapters have rank {ranks[few]}: "
+            "give covariances, or null spaces of a larger rank"
+        )
+    beyond = [site for site in allowed if allowed[site].leak > leak + solvers.NO_LEAK]
+    if beyond:
+        worst = max(beyond, key=lambda site: allowed[site].leak)
+        warnings.warn(
+            f"leak={leak:g} is less than r directions have at {len(beyond)} of {len(allowed)} sites: A is confined there to as "
+            f"many as its rank, whose leak is up to {allowed[worst].leak:.2g} ({worst.name!r}, {ranks[worst]} of {worst.d_in})",
+            AdapterWarning,
+            stacklevel=3,
+        )
 
 
 def damping_of(site: Site, known: Covariance | NullSpace, strength: float, device: torch.device) -> tuple[Damping, Allowed]:
