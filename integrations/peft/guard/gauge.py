@@ -139,27 +139,37 @@ class _Site:
         return each.scaling**2 / output
 
     def squares(self) -> Iterable[torch.Tensor]:
-        for each, start, weight in zip(self.layers, self._starts, self._weights, strict=True):
+        for each, start, weight, seen in zip(self.layers, self._starts, self._weights, self._seen(), strict=True):
             b = _values(each.b)
-            if start is None:
-                seen = self._seen(each)
-            else:
-                seen, b = self._seen_since(each, start), torch.cat([b - start.B, b], dim=1)
+            if start is not None:
+                b = torch.cat([b - start.B, b], dim=1)
             yield weight * ((seen @ seen.mT) * (b.mT @ b)).sum()
 
-    def _seen(self, each: Adapted) -> torch.Tensor:
-        """A L (r, d_in)."""
-        a = each.a
-        if a.requires_grad or is_sharded(a):  # fused optimizers do not count as writing
-            return _values(a) @ self._root
-        kept = self._kept.get(each.name)
-        if kept is None or kept[0] is not a or kept[1] != version_of(a):
-            kept = self._kept[each.name] = a, version_of(a), _values(a) @ self._root
-        return kept[2]
+    def _seen(self) -> list[torch.Tensor]:
+        """A L (r, d_in) of every layer; (2 r, d_in) of a start that is not zero. One product for all, as L is read once then."""
+        rows = {
+            each.name: _rows(each, start)
+            for each, start in zip(self.layers, self._starts, strict=True)
+            if start is not None or not self._is_kept(each)
+        }
+        seen = {name: kept[2] for name, kept in self._kept.items()}
+        if rows:
+            products = (torch.cat(list(rows.values())) @ self._root).split([len(each) for each in rows.values()])
+            seen.update(zip(rows, products, strict=True))
+        for each, start in zip(self.layers, self._starts, strict=True):
+            # Fused optimizers do not count as writing: an A that trains is always multiplied.
+            if start is None and not each.a.requires_grad and not is_sharded(each.a):
+                self._kept[each.name] = each.a, version_of(each.a), seen[each.name]
+        return [seen[each.name] for each in self.layers]
 
-    def _seen_since(self, each: Adapted, start: LowRank) -> torch.Tensor:
-        """[A₀; A − A₀] L (2 r, d_in), as ΔW = (B − B₀) A₀ + B (A − A₀)."""
-        return torch.cat([start.A, _values(each.a) - start.A]) @ self._root
+    def _is_kept(self, each: Adapted) -> bool:
+        a, kept = each.a, self._kept.get(each.name)
+        return kept is not None and kept[0] is a and kept[1] == version_of(a) and not a.requires_grad
+
+
+def _rows(each: Adapted, start: LowRank | None) -> torch.Tensor:
+    """A; or [A₀; A − A₀], as ΔW = (B − B₀) A₀ + B (A − A₀)."""
+    return _values(each.a) if start is None else torch.cat([start.A, _values(each.a) - start.A])
 
 
 def root_of(covariance: Covariance, device: torch.device, name: str) -> torch.Tensor:
