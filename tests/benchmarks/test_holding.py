@@ -93,7 +93,7 @@ def records(path: Path) -> holding_tables.Held:
 
     def scores(loss: float, kl: float, forgotten: float) -> dict[str, Any]:
         return {"task": {"loss": loss, "kl": 0.0, "log_likelihood": 0.0}} | {
-            name: {"loss": 0.0, "kl": kl, "log_likelihood": -forgotten} for name in ("nq", "webq")
+            name: {"loss": 0.0, "kl": kl, "log_likelihood": -forgotten} for name in ("nq", "webq", "humaneval", "wikitext")
         }
 
     def scored(how: str, scores: dict[str, Any], **variant: Any) -> dict[str, Any]:
