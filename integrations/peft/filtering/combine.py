@@ -18,7 +18,7 @@ from nullspace.factors import RIDGE, LowRank, combined
 from nullspace.integrations.peft.files import A_WEIGHT
 from nullspace.integrations.peft.filtering.adapters import check_early, fitting
 from nullspace.integrations.peft.filtering.changes import Stored, read_changes
-from nullspace.integrations.peft.filtering.moments import NAMES, Moments, check, loaded, place_of
+from nullspace.integrations.peft.filtering.moments import NAMES, Moments, check, loaded, naming, place_of
 from nullspace.integrations.peft.folders.export import described, plain_adapter, write_plain
 from nullspace.progress import Progress, reporter
 
@@ -168,7 +168,7 @@ def _combine(
         nothing = LowRank(torch.zeros(0, d_in, dtype=torch.float64), torch.zeros(d_out, 0, dtype=torch.float64))
         updates = [each.changes.factors.get(name, nothing) for each in stored]
         most = min(sum(len(update.A) for update in updates), d_out, d_in)
-        try:
+        with naming(name):
             factors[name] = combined(
                 updates,
                 [each[name].matrix() for each in tasks],
@@ -177,7 +177,5 @@ def _combine(
                 rank=most if rank is None else min(rank, most),
                 ridge=ridge,
             )
-        except ValueError as error:
-            raise InputError(f"layer {name!r}: {error}") from error
         report("combine", len(factors), len(shapes), 0)
     return factors

@@ -55,7 +55,7 @@ def confine(
     ‖(A − A_ref) X‖ ≤ ‖A − A_ref‖ · leak · ‖X‖. B trains freely. The result is a plain adapter.
 
     - Where B is zero (plain LoRA), A itself is projected at once, and its rows get their norms back: the model is unchanged, as
-      B A = 0, and all that A ever reads is within the budget.
+      B A = 0, and all that A ever reads is in these directions.
     - Where B is not zero, only the change of A is confined: A_ref is A now, and what A_ref reads remains (choose a start whose A
       reads little, such as `"lora-null"`).
     - An A that does not train (`freeze_a`) is left as it is.
