@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from nullspace import __version__
 from nullspace.distributed.job import Job
 from nullspace.distributed.loaders import add_to_digest
 from nullspace.errors import InputError
+from nullspace.model.experts import ExpertMatrix
 from nullspace.model.linear import weight_of, weight_shape
 from nullspace.model.sharded import class_of
 from nullspace.model.sharded_tensors import entries, is_sharded, shape_of
@@ -38,6 +40,16 @@ def fingerprint(weight: torch.Tensor) -> torch.Tensor | None:
     if not plain or weight.device.type == "meta" or shape_of(weight).numel() == 0:
         return None
     return some_entries(weight).to("cpu", torch.float32)
+
+
+def _of_parts(stack: torch.Tensor) -> torch.Tensor | None:
+    """(E, ≤ 64) float32: the fingerprints of the parts of a tensor along its first axis."""
+    if fingerprint(stack) is None:
+        return None
+    count, *part = shape_of(stack)
+    size = math.prod(part)
+    positions = torch.arange(count)[:, None] * size + sampled_positions(size)
+    return entries(stack, positions.flatten()).to("cpu", torch.float32).reshape(count, -1)
 
 
 def some_entries(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,6 +78,7 @@ class Fingerprints:
 
     def __init__(self) -> None:
         self._taken: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # by id of the tensor; the reference keeps it valid
+        self._stacks: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # of experts, (E, ≤ 64)
 
     def weights(self, modules: Mapping[str, nn.Module]) -> Weights:
         """Layer name → shape and fingerprint of its weight."""
@@ -90,6 +103,8 @@ class Fingerprints:
         return _short(digest)
 
     def _of_layer(self, module: nn.Module) -> torch.Tensor | None:
+        if isinstance(module, ExpertMatrix):
+            return self._of_expert(module)
         own = weight_of(module)
         if id(own) in self._taken:
             return self._taken[id(own)][1]
@@ -97,6 +112,19 @@ class Fingerprints:
             return self._of(own, own if is_sharded(own) else tensor_of(module, "weight"))
         except ValueError:
             return None
+
+    def _of_expert(self, matrix: ExpertMatrix) -> torch.Tensor | None:
+        """Of entries of its part of the experts' tensor, in the order of storage; those of all experts are taken at once."""
+        own = matrix.stack
+        if id(own) not in self._stacks:
+            try:
+                value = own if is_sharded(own) else tensor_of(matrix.experts, matrix.parameter)
+            except ValueError:
+                self._stacks[id(own)] = own, None
+            else:
+                self._stacks[id(own)] = own, _of_parts(value)
+        marks = self._stacks[id(own)][1]
+        return None if marks is None else marks[matrix.index]
 
     def _of(self, own: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
         """Fingerprint of the model's tensor `own`, whose value may lie elsewhere (in `value`)."""

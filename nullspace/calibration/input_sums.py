@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from nullspace.errors import InputError
+from nullspace.model.experts import ExpertMatrix
 from nullspace.model.linear import unlike_linear, weight_of, weight_shape
 from nullspace.model.padding import Padding
 from nullspace.model.sharded import layer_input
@@ -317,6 +318,8 @@ def recording(
     outputs: list[Any] = []
     handles: list[tuple[str, nn.Module, Any]] = []
     for name, module in list(targets.items()):
+        if isinstance(module, ExpertMatrix):
+            continue
         hooks = _Hooks(name, sums, later)
         sharded = is_sharded(weight_of(module))
         if sharded:

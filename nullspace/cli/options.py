@@ -33,6 +33,7 @@ Command = Callable[..., dict[str, Any] | None]
 REQUIRED: Any = inspect.Parameter.empty
 TEXT_ENDINGS = (".txt", ".md")
 FILE_ENDINGS = (*TEXT_ENDINGS, ".jsonl", ".json", ".parquet", ".csv")
+WORDS = ("all-linear", "attention", "mlp", "experts")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -138,7 +139,7 @@ def check(command: Command, values: Values, given: Collection[str]) -> None:
 
 def parse_targets(text: str) -> str | list[str]:
     """The `--targets` option as `find_targets` takes it."""
-    if text == "all-linear":
+    if text in WORDS:
         return text
     if text.startswith("re:"):
         return text.removeprefix("re:")

@@ -25,7 +25,7 @@ def locations(names: Iterable[str]) -> dict[str, Location]:
         >>> locations(["h.0.attn.c_proj", "h.0.mlp.c_proj"])["h.0.mlp.c_proj"]
         Location(block=0, projection='mlp.c_proj')
     """
-    parted = {name: _parted(name.split(".")) for name in names}
+    parted = {name: _parted(name.partition("[")[0].split(".")) for name in names}
     prefixes = {prefix for prefix, number, _ in parted.values() if number is not None}
     last = Counter(tail.rpartition(".")[2] for tail in {tail for _, _, tail in parted.values()})
 
@@ -40,6 +40,17 @@ def locations(names: Iterable[str]) -> dict[str, Location]:
 def is_attention(name: str) -> bool:
     """Whether a layer belongs to an attention module, by its name."""
     return any("attn" in part or "attention" in part for part in name.lower().split("."))
+
+
+def is_mlp(name: str) -> bool:
+    """Whether a layer belongs to a feed-forward module, experts included, by its name."""
+    parts = [part for part in name.lower().partition("[")[0].split(".") if not part.isdigit()]
+    inside = any(part in _FEED_FORWARD_LAYERS or any(word in part for word in _FEED_FORWARD) for part in parts)
+    return inside and not is_attention(name)
+
+
+_FEED_FORWARD = ("mlp", "ffn", "feed_forward", "feedforward", "ff_layer", "densereludense", "moe", "expert")
+_FEED_FORWARD_LAYERS = ("fc1", "fc2", "wi", "wo", "wi_0", "wi_1", "ff1", "ff2", "lin1", "lin2", "intermediate", "output")
 
 
 def _parted(parts: list[str]) -> tuple[str, int | None, str]:

@@ -1,4 +1,4 @@
-"""Linear layers of torch and transformers: their weights and shapes, and whether their output is W x + b."""
+"""Linear layers of torch and transformers, experts' matrices too: their weights and shapes, and whether their output is W x + b."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from nullspace.model.experts import ExpertMatrix
 from nullspace.model.sharded_tensors import is_sharded, shape_of
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module computes y = W x (+ b): `nn.Linear` or transformers' `Conv1D`, or a subclass of one."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    """Whether the module computes y = W x (+ b): `nn.Linear`, transformers' `Conv1D` or a subclass, or is one expert's matrix."""
+    return isinstance(module, (nn.Linear, ExpertMatrix)) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -27,14 +28,17 @@ def is_of_class(module: nn.Module, name: str, defined_in: str) -> bool:
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a linear layer, whatever the layout of its storage (quantised layers included)."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, ExpertMatrix)):
         return module.out_features, module.in_features
     d_in, d_out = shape_of(weight_of(module))
     return d_out, d_in
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
-    """The weight as the layer stores it: (d_out, d_in), or (d_in, d_out) for `Conv1D`; packed if it is quantised."""
+    """The weight as the layer stores it: (d_out, d_in), or (d_in, d_out) for `Conv1D`; packed if it is quantised.
+
+    Of an expert's matrix, a new view of the experts' parameter, (d_out, d_in).
+    """
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     return weight

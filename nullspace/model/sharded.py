@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from nullspace.errors import InputError
+from nullspace.model.experts import ExpertMatrix
 from nullspace.model.linear import is_conv1d, weight_of
 from nullspace.model.sharded_tensors import is_dtensor, is_sharded, is_zero
 
@@ -319,6 +320,11 @@ def _ranks(group: Any) -> frozenset[int]:
 
 
 def _is_cut_along_input(name: str, layer: nn.Module, gathered: set[frozenset[int]]) -> bool:
+    if isinstance(layer, ExpertMatrix):  # along E too: expert parallelism
+        placed: Any = layer.stack
+        groups = range(len(placed.placements)) if is_dtensor(placed) else ()
+        cut = [i for i in groups if placed.placements[i].is_shard()]
+        return any(len(r := _ranks(placed.device_mesh.get_group(i))) > 1 and r not in gathered for i in cut)
     weight: Any = weight_of(layer)
     along = 0 if is_conv1d(layer) else 1
     if is_dtensor(weight):

@@ -1,7 +1,8 @@
 """Which linear layers, and which of them share one input.
 
-A *target* is a linear layer that the user asked for, under its name in `model.named_modules()`. A *site* is one input: its
-*members* are the targets that are handed the very same tensor (q, k and v; gate and up), so one sum serves them all.
+A *target* is a linear layer that the user asked for, under its name in `model.named_modules()`, or one expert's matrix, under the
+name that `nullspace.model.experts` gives it. A *site* is one input: its *members* are the targets that are handed the very same
+tensor (q, k and v; gate and up), so one sum serves them all.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import difflib
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from nullspace.checks import check_integer
 from nullspace.errors import InputError, InputTypeError, TargetWarning
+from nullspace.model.experts import ExpertMatrix, expert_of, is_fused, named_layers, stacks_of
+from nullspace.model.layer_names import is_attention, is_mlp
 from nullspace.model.linear import is_linear, is_of_class, output_head, weight_shape
 from nullspace.model.sharded_tensors import shape_of
-from nullspace.model.wrappers import named_modules, unwrap
+from nullspace.model.wrappers import unwrap
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,8 @@ class Targets(dict[str, nn.Module]):
         if not warn:
             return
         reasons = dict(self.left_out)
-        sizes = {name: size for name, size in _matrices(model) if not self.excluded & {name, name.rpartition(".")[0]}}
-        modules = named_modules(unwrap(model))
+        sizes = {name: size for name, size in matrices(model) if not self.excluded & {name, name.rpartition(".")[0]}}
+        modules = named_layers(unwrap(model))
         others = {name: size for name, size in sorted(sizes.items(), key=lambda each: -each[1]) if name not in modules}
         total = sum(sizes.values())
         if sum(others.values()) >= NOTEWORTHY * total:
@@ -141,14 +144,16 @@ def find_targets(
     exclude: str | Iterable[str] | None = None,
     rank: int | None = None,
 ) -> Targets:
-    """The linear layers (`nn.Linear` and its subclasses, transformers' `Conv1D`) that `targets` names and `exclude` does not.
+    """The linear layers (`nn.Linear` and its subclasses, transformers' `Conv1D`, experts' matrices) that `targets` names.
 
     Args:
         model: any module; wrappers are removed, from it and from its parts (`nullspace.model.wrappers`).
         targets: `"all-linear"`: every linear layer but the output head, layers that are registered under two names, and, where a
-            rank is given, layers smaller than that. Another string: a regular expression that must match a whole module name.
-            A list: names, or endings of names behind a dot (`"q_proj"`), as PEFT's `target_modules`.
-        exclude: layers to take away: an expression or a list, as for `targets`.
+            rank is given, layers smaller than that. `"attention"`, `"mlp"`, `"experts"`: those of them that are in attention
+            modules, in feed-forward modules (experts included), or routed experts. Another string: a regular expression that must
+            match a whole name. A list: names, or endings of names behind a dot (`"q_proj"`), as PEFT's `target_modules` and
+            `target_parameters` (`"experts.down_proj"`: of all experts).
+        exclude: layers to take away: an expression or a list, as for `targets`; the words may be in a list too.
         rank: of the adapters; None if it is not known yet.
 
     Returns:
@@ -163,7 +168,7 @@ def find_targets(
     if isinstance(targets, Targets):
         return targets
     model = unwrap(model)
-    modules = named_modules(model)  # a layer's second name is no typing error
+    modules = named_layers(model)  # a layer's second name is no typing error
     adapter = next((name for name, module in modules.items() if _carries_adapter(module)), None)
     if adapter is not None:
         raise InputError(f"the model already carries a LoRA adapter or another of PEFT's ({adapter!r}); merge or unload it first")
@@ -173,6 +178,10 @@ def find_targets(
         layers = {name: m for name, m in modules.items() if name and is_linear(m) and m is not head}
         if not layers:
             raise InputError(f"'all-linear': {type(model).__name__} has no linear layer")
+    elif isinstance(targets, str) and targets in KINDS:
+        layers = {name: m for name, m in modules.items() if name and is_linear(m) and KINDS[targets](name)}
+        if not layers:
+            raise InputError(f"targets={targets!r}: {type(model).__name__} has no such layer. {_names(modules)}")
     elif isinstance(targets, str):
         layers = _match_expression(modules, targets)
     else:
@@ -186,6 +195,25 @@ def find_targets(
     if rank is not None:
         _leave_out_small(chosen, rank)
     return chosen
+
+
+KINDS: Mapping[str, Callable[[str], bool]] = {
+    "attention": is_attention,
+    "mlp": is_mlp,
+    "experts": lambda name: expert_of(name) is not None,
+}
+"""Words for kinds of layers, by their names."""
+
+
+def ends_with(name: str, ending: str) -> bool:
+    """Whether a layer's name is `ending`, or ends so behind a dot; an expert's matrix also without its index."""
+    return any(each == ending or each.endswith(f".{ending}") for each in (name, name.partition("[")[0]))
+
+
+def covered_share(model: nn.Module, names: Iterable[str]) -> float:
+    """The share of the parameters in the model's matrices (embeddings and output head aside) that these layers have."""
+    sizes, wanted = dict(matrices(model)), set(names)
+    return sum(size for name, size in sizes.items() if name in wanted) / max(sum(sizes.values()), 1)
 
 
 def check_rank(layers: Mapping[str, nn.Module], rank: int) -> None:
@@ -227,9 +255,9 @@ def _match_endings(modules: dict[str, nn.Module], endings: list[str]) -> dict[st
         raise InputError("targets is empty")
     wanted: set[str] = set()
     for ending in endings:
-        matched = [name for name in modules if name and (name == ending or name.endswith(f".{ending}"))]
+        matched = [name for name in modules if name and ends_with(name, ending)]
         if not matched:
-            last_parts = {name.rpartition(".")[2] for name, m in modules.items() if is_linear(m)}
+            last_parts = {_last_part(name) for name, m in modules.items() if is_linear(m)}
             close = difflib.get_close_matches(ending.rpartition(".")[2], sorted(last_parts), n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise InputError(f"target {ending!r} matches no module.{hint} {_names(modules)}")
@@ -248,7 +276,9 @@ def _excluded(
         return frozenset()
     if isinstance(exclude, Mapping):
         raise InputTypeError("exclude names layers; rows that a basis is to be orthogonal to (row_spaces) belong to avoid=")
-    names = list(dict.fromkeys([*layers, *(name for name, _ in _matrices(model))] if optional else layers))
+    names = list(dict.fromkeys([*layers, *(name for name, _ in matrices(model))] if optional else layers))
+    if isinstance(exclude, str) and exclude in KINDS:
+        exclude = [exclude]
     if isinstance(exclude, str):
         try:
             pattern = re.compile(exclude)
@@ -266,7 +296,7 @@ def _excluded(
         raise InputError("exclude is empty: leave it out")
     matched = []
     for ending in endings:
-        own = [name for name in names if name == ending or name.endswith(f".{ending}")]
+        own = [name for name in names if (KINDS[ending](name) if ending in KINDS else ends_with(name, ending))]
         if not own:
             raise InputError(f"exclude: {ending!r} matches no target. {_names(layers)}")
         matched += own
@@ -303,16 +333,21 @@ def _leave_out_small(chosen: Targets, rank: int) -> None:
         chosen.leave_out(name, f"({d_out} × {d_in}) is smaller than rank {rank} asks for")
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Name and size of every linear layer's weight (by the layer's name) and of other parameters with two axes or more (by
-    their own), embeddings and output head left out, tied ones once."""
+def matrices(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Name and number of entries of every linear layer's weight and every expert's matrix (by the layer's name), and of other
+    parameters with two axes or more (by their own); embeddings and output head left out, tied ones once."""
     model = unwrap(model)
     head, seen = output_head(model), set[int]()
     linear: list[str] = []
-    once = {id(module): name for name, module in reversed(named_modules(model).items())}
-    for name, module in named_modules(model).items():
+    modules = named_layers(model)
+    once = {id(module): name for name, module in reversed(modules.items())}
+    for name, module in modules.items():
         if once[id(module)] != name:
             continue
+        if isinstance(module, ExpertMatrix):
+            yield name, math.prod(weight_shape(module))
+            continue
+        seen.update(id(getattr(module, stack)) for stack in (stacks_of(module) if is_fused(module) else ()))
         if isinstance(module, nn.Embedding) or module is head or any(name.startswith(f"{each}.") for each in linear[-1:]):
             seen.update(id(p) for p in module.parameters(recurse=False))
             continue
@@ -344,8 +379,12 @@ def _listed_by_kind(reasons: Mapping[str, str], most: int = 6) -> str:
 
 
 def _names(modules: Mapping[str, nn.Module]) -> str:
-    last_parts = list(dict.fromkeys(name.rpartition(".")[2] for name, m in modules.items() if name and is_linear(m)))
+    last_parts = list(dict.fromkeys(_last_part(name) for name, m in modules.items() if name and is_linear(m)))
     return f"Linear layers here end in: {', '.join(last_parts[:20])}."
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2].partition("[")[0]
 
 
 def _example(modules: Mapping[str, nn.Module]) -> str:

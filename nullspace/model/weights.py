@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from nullspace.errors import InputError
+from nullspace.model.experts import ExpertMatrix
 from nullspace.model.sharded import compute_dtypes
 from nullspace.model.sharded_tensors import device_of, is_sharded, shape_of, whole
 
@@ -26,11 +27,15 @@ from nullspace.model.sharded_tensors import device_of, is_sharded, shape_of, who
 def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
     """A parameter or buffer of this very module, read from the disk or the host if accelerate keeps it there.
 
+    Of an expert's matrix, the parameter of all experts is read.
+
     Collective if it is sharded: it is gathered.
 
     Raises:
         ValueError: if it is on the meta device and has no values.
     """
+    if isinstance(module, ExpertMatrix):
+        return module.of_stack(tensor_of(module.experts, module.parameter))
     tensor: torch.Tensor = getattr(module, name)
     if is_sharded(tensor):
         return whole(tensor)
