@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-_OPS = {"syrk_accumulate": "syrk", "syrk_accumulate_rows": "syrk", "stage_rows": "stage", "zero_rows": "stage"}
+_OPS = {
+    "syrk_accumulate": "syrk",
+    "syrk_accumulate_rows": "syrk",
+    "syrk_accumulate_grouped": "grouped",
+    "syrk_accumulate_rows_grouped": "grouped",
+    "stage_rows": "stage",
+    "zero_rows": "stage",
+}
 # The oldest Triton that compiles all of the kernels, and the oldest device whose tensor cores take bfloat16.
 TRITON_VERSION = (3, 5)
 CAPABILITY = (8, 0)

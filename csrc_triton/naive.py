@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 
@@ -19,6 +21,12 @@ def syrk_accumulate(g: torch.Tensor, x_nd: torch.Tensor) -> None:
 def syrk_accumulate_rows(g: torch.Tensor, x_nd: torch.Tensor, rows: torch.Tensor, count: torch.Tensor) -> None:
     """`syrk_accumulate` of the rows `rows[:count]` of x."""
     syrk_accumulate(g, x_nd[rows[: int(count)]])
+
+
+def syrk_accumulate_grouped(g: torch.Tensor, x_nd: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+    """`syrk_accumulate` into each `g[e]`, of its own rows `offsets[e]` to `offsets[e + 1]` of x, or of x[rows]."""
+    for e, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
+        syrk_accumulate(g[e], x_nd[start:stop] if rows is None else x_nd[rows[start:stop]])
 
 
 def stage_rows(x_nd: torch.Tensor, out: torch.Tensor, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

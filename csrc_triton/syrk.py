@@ -28,16 +28,28 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @triton.jit
 def _operand(
-    x, start, column, tokens, d, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr
+    x,
+    listed,
+    start,
+    column,
+    tokens,
+    d,
+    stride,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    GATHER: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """(BLOCK_K, BLOCK) of x from row `start` and `column` on; zero outside of it."""
+    """(BLOCK_K, BLOCK) of x, or of its rows that are listed, from row `start` and `column` on; zero outside of it."""
     if DESCRIPTOR:
         tile = x.load([start, column])
     else:
         rows = start + tl.arange(0, BLOCK_K)
         columns = column + tl.arange(0, BLOCK)
         inside = (rows < tokens)[:, None] & (columns < d)[None, :]
-        tile = tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+        source = tl.load(listed + rows, mask=rows < tokens, other=0).to(tl.int64) if GATHER else rows.to(tl.int64)
+        tile = tl.load(x + source[:, None] * stride + columns[None, :], mask=inside, other=0.0)
     if UPCAST:
         tile = tile.to(tl.float32)
     return tile
@@ -66,11 +78,12 @@ def _add(g, high, low, row, column, d, stride):
     tl.store(entries, tl.load(entries, mask=inside) + (high.to(tl.float64) + low.to(tl.float64)), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _syrk(
+@triton.jit
+def _add_tile(
     g,
     x,
-    tiles,
+    listed,
+    tile,
     tokens,
     d,
     stride,
@@ -78,10 +91,11 @@ def _syrk(
     BLOCK_K: tl.constexpr,
     WINDOW: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    GATHER: tl.constexpr,
     PRODUCTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    tile = tiles + 4 * tl.program_id(0)
+    """Add one tile of the product of `tokens` rows of x: the first ones, or those that are listed."""
     row = tl.load(tile).to(tl.int32) * BLOCK
     column = tl.load(tile + 1).to(tl.int32) * BLOCK
     high = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -89,8 +103,8 @@ def _syrk(
     # One flat loop: a nested one would drain the pipeline at the end of every window. On Hopper a step is a whole window: under a
     # condition some versions of ptxas wait for every single product (test_compiled.py checks for that).
     for start in tl.range(0, tokens, BLOCK_K):
-        left = _operand(x, start, row, tokens, d, stride, BLOCK, BLOCK_K, DESCRIPTOR, UPCAST)
-        right = _operand(x, start, column, tokens, d, stride, BLOCK, BLOCK_K, DESCRIPTOR, UPCAST)
+        left = _operand(x, listed, start, row, tokens, d, stride, BLOCK, BLOCK_K, DESCRIPTOR, GATHER, UPCAST)
+        right = _operand(x, listed, start, column, tokens, d, stride, BLOCK, BLOCK_K, DESCRIPTOR, GATHER, UPCAST)
         low = tl.dot(left.T, right, low, input_precision=PRODUCTS)
         if WINDOW == BLOCK_K:  # noqa: SIM114 (known to the compiler; the other condition is not)
             high, low = _collect(high, low)
@@ -113,6 +127,25 @@ def _syrk(
     _add(g + 3 * WIDTH, high_3, low_3, row, column + 3 * WIDTH, d, stride_g)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def _syrk(
+    g,
+    x,
+    tiles,
+    tokens,
+    d,
+    stride,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    tile = tiles + 4 * tl.program_id(0)
+    _add_tile(g, x, x, tile, tokens, d, stride, BLOCK, BLOCK_K, WINDOW, DESCRIPTOR, False, PRODUCTS, UPCAST)
+
+
 @triton.jit
 def _selected(x, rows, start, selected, columns, d, stride, BLOCK_K: tl.constexpr):
     """(BLOCK_K, BLOCK) float64: the given columns of the rows of x that `rows` lists from `start` on; zero from `selected` on."""
@@ -121,40 +154,34 @@ def _selected(x, rows, start, selected, columns, d, stride, BLOCK_K: tl.constexp
     return tl.load(source + columns[None, :], mask=(k < selected)[:, None] & (columns < d)[None, :], other=0.0).to(tl.float64)
 
 
+@triton.jit
+def _add_selected(g, x, tile, rows, selected, d, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Add one tile of the product of the `selected` rows of x that `rows` lists, in float64."""
+    i = tl.load(tile).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.load(tile + 1).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK, BLOCK), tl.float64)
+    # Each step multiplies what the last one loaded. From a 16-bit load in the same step, Triton 3.6 would derive a layout that
+    # float64 products do not support; operands that a loop carries have no such origin.
+    left = _selected(x, rows, 0, selected, i, d, stride, BLOCK_K)
+    right = _selected(x, rows, 0, selected, j, d, stride, BLOCK_K)
+    for start in tl.range(BLOCK_K, selected + BLOCK_K, BLOCK_K):
+        next_left = _selected(x, rows, start, selected, i, d, stride, BLOCK_K)
+        next_right = _selected(x, rows, start, selected, j, d, stride, BLOCK_K)
+        total = tl.dot(left.T, right, total, out_dtype=tl.float64)
+        left, right = next_left, next_right
+    inside = (i[:, None] < d) & (j[None, :] <= i[:, None])
+    down, across = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    entries = g + tl.load(tile + 2) + down * tl.load(tile + 3) + across
+    tl.store(entries, tl.load(entries, mask=inside) + total, mask=inside)
+
+
 @triton.jit(do_not_specialize=["tile_count"])
-def _syrk_rows(
-    g,
-    x,
-    tiles,
-    tile_count,
-    rows,
-    count,
-    d,
-    stride,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _syrk_rows(g, x, tiles, tile_count, rows, count, d, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     selected = tl.load(count).to(tl.int32)
     # As many programs as fill the device loop over the tiles. With no row selected, the usual case, they end at once.
     last = tl.where(selected > 0, tile_count, 0)
     for index in tl.range(tl.program_id(0), last, tl.num_programs(0)):
-        tile = tiles + 4 * index
-        i = tl.load(tile).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-        j = tl.load(tile + 1).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK, BLOCK), tl.float64)
-        # Each step multiplies what the last one loaded. From a 16-bit load in the same step, Triton 3.6 would derive a layout that
-        # float64 products do not support; operands that a loop carries have no such origin.
-        left = _selected(x, rows, 0, selected, i, d, stride, BLOCK_K)
-        right = _selected(x, rows, 0, selected, j, d, stride, BLOCK_K)
-        for start in tl.range(BLOCK_K, selected + BLOCK_K, BLOCK_K):
-            next_left = _selected(x, rows, start, selected, i, d, stride, BLOCK_K)
-            next_right = _selected(x, rows, start, selected, j, d, stride, BLOCK_K)
-            total = tl.dot(left.T, right, total, out_dtype=tl.float64)
-            left, right = next_left, next_right
-        inside = (i[:, None] < d) & (j[None, :] <= i[:, None])
-        down, across = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-        entries = g + tl.load(tile + 2) + down * tl.load(tile + 3) + across
-        tl.store(entries, tl.load(entries, mask=inside) + total, mask=inside)
+        _add_selected(g, x, tiles + 4 * index, rows, selected, d, stride, BLOCK, BLOCK_K)
 
 
 INTERPRETED = isinstance(_syrk, InterpretedFunction)
@@ -184,8 +211,7 @@ def syrk_accumulate(g: torch.Tensor, x: torch.Tensor, *, panel_rows: int | None 
     if tokens == 0:
         return
     chosen = tiling or tiling_for(x.dtype, x.device)
-    if chosen.window % chosen.block_k != 0:
-        raise InputError(f"a window of {chosen.window} tokens is not made of whole steps of {chosen.block_k}")
+    check_steps(chosen)
     tiles = _tiles(g, d, chosen.block, panel_rows)
     descriptor = chosen.descriptor and _describable(x)
     with _on(x.device):
@@ -247,7 +273,14 @@ def syrk_accumulate_rows(
         )
 
 
-def _check(g: torch.Tensor, x: torch.Tensor, panel_rows: int | None) -> None:
+def check_steps(tiling: Tiling) -> None:
+    """Raise `ValueError` unless a window is made of whole steps."""
+    if tiling.window % tiling.block_k != 0:
+        raise InputError(f"a window of {tiling.window} tokens is not made of whole steps of {tiling.block_k}")
+
+
+def check_input(g: torch.Tensor, x: torch.Tensor) -> None:
+    """Raise `TypeError` or `ValueError` for dtypes, devices or a shape or stride of x that the kernels do not take."""
     if x.dtype not in DTYPES:
         raise InputTypeError(f"x must be bfloat16, float16 or float32, not {x.dtype}")
     if g.dtype != torch.float64:
@@ -258,6 +291,10 @@ def _check(g: torch.Tensor, x: torch.Tensor, panel_rows: int | None) -> None:
         raise InputError(f"the last axis of x must be contiguous; its strides are {x.stride()}")
     if g.device != x.device:
         raise InputError(f"g is on {g.device} and x on {x.device}")
+
+
+def _check(g: torch.Tensor, x: torch.Tensor, panel_rows: int | None) -> None:
+    check_input(g, x)
     d = x.shape[1]
     if panel_rows is None:
         if g.shape != (d, d) or (d > 1 and (g.stride(1) != 1 or g.stride(0) < d)):

@@ -6,10 +6,10 @@ interprets, nothing is compiled.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nullspace.csrc_triton import stage, syrk
+from nullspace.csrc_triton import grouped, stage, syrk
 from nullspace.csrc_triton.tiles import DOUBLE, HALF, HALF_DEFAULT, SINGLE, Tiling
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-ALIGNED = {"g", "x", "out", "tiles", "rows", "squares", "sums", "d", "stride", "out_stride"}
+ALIGNED = {"g", "x", "out", "tiles", "rows", "listed", "offsets", "squares", "sums", "d", "stride", "out_stride"}
 
 
 def compile_for(kernel: Any, capability: int, signature: dict[str, str], constants: dict[str, Any], **options: Any) -> Any:
@@ -48,9 +48,8 @@ def facts(compiled: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)]
+        dump = subprocess.run([tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", dump)]
     products = [at for at, text in instructions if re.search(r"HGMMA|HMMA|DMMA|UTC\w*MMA", text)]
     loops = []
     for at, text in instructions:
@@ -61,8 +60,8 @@ def facts(compiled: Any) -> dict[str, Any]:
                 loops.append(inside)
     loop = min(loops, key=len, default=[])
     return {
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
+        "stack": int(re.search(r"STACK:(\d+)", dump)[1]),  # type: ignore[index]
+        "registers": int(re.search(r"REG:(\d+)", dump)[1]),  # type: ignore[index]
         "shared": compiled.metadata.shared,
         "threads": 32 * compiled.metadata.num_warps,
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
@@ -96,7 +95,7 @@ def syrk_for(dtype: torch.dtype, tiling: Tiling, capability: int, *, descriptor:
     return {**facts(compile_for(syrk._syrk, capability, signature, constants, **options)), "entries": tiling.block**2}
 
 
-def rows_for(dtype: torch.dtype, capability: int) -> dict[str, Any]:
+def rows_for(dtype: torch.dtype, tiling: Tiling, capability: int) -> dict[str, Any]:
     signature = {"g": "*fp64", "x": f"*{NAMES[dtype]}", "tiles": "*i64", "tile_count": "i32", "rows": "*i64", "count": "*i64"}
     signature |= {"d": "i32", "stride": "i64"}
     constants = {"BLOCK": DOUBLE.block, "BLOCK_K": DOUBLE.block_k}
@@ -104,7 +103,16 @@ def rows_for(dtype: torch.dtype, capability: int) -> dict[str, Any]:
     return facts(compile_for(syrk._syrk_rows, capability, signature, constants, **options))
 
 
-def staging_for(dtype: torch.dtype, capability: int) -> dict[str, Any]:
+def grouped_for(dtype: torch.dtype, tiling: Tiling, capability: int) -> dict[str, Any]:
+    signature = {"g": "*fp64", "x": f"*{NAMES[dtype]}", "tiles": "*i64", "tile_count": "i32", "listed": "*i64", "offsets": "*i64"}
+    signature |= {"limit": "i32", "d": "i32", "stride": "i64", "group_stride": "i64"}
+    constants = {"BLOCK": tiling.block, "BLOCK_K": tiling.block_k, "WINDOW": tiling.window, "GATHER": True, "UPCAST": False}
+    constants["PRODUCTS"] = "tf32x3" if dtype == torch.float32 else "ieee"
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    return {**facts(compile_for(grouped._syrk_grouped, capability, signature, constants, **options)), "entries": tiling.block**2}
+
+
+def staging_for(dtype: torch.dtype, tiling: Tiling, capability: int) -> dict[str, Any]:
     kind = f"*{NAMES[dtype]}"
     signature = {"x": kind, "rows": "*i64", "out": kind, "squares": "*fp64", "sums": "*fp64", "count": "i32", "d": "i32"}
     signature |= {"stride": "i64", "out_stride": "i64"}
@@ -118,16 +126,32 @@ def staging_for(dtype: torch.dtype, capability: int) -> dict[str, Any]:
     )
 
 
+def representative(kernel: str, dtype: torch.dtype, capability: int, *, descriptor: bool = False) -> bool:
+    """Whether no other compilation shows the same. float16 takes bfloat16's ways, and differs in the name of an instruction; 8.9
+    shares 8.0's instructions, and has less shared memory, which only `_syrk` and its grouped form come near."""
+    if dtype == torch.float16:
+        return kernel == "syrk" and capability == 90 and descriptor
+    return capability != 89 or kernel in ("syrk", "grouped")
+
+
 def main() -> None:
-    result: dict[str, Any] = {"triton": triton.__version__, "syrk": {}, "rows": {}, "stage": {}}
-    for capability in map(int, sys.argv[1:] or ["80", "86", "89", "90", "100", "120"]):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("capabilities", nargs="*", type=int, default=[80, 86, 89, 90, 100, 120])
+    parser.add_argument("--representative", action="store_true", help="leave out what another compilation shows as well")
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {"triton": triton.__version__, "syrk": {}, "grouped": {}, "rows": {}, "stage": {}}
+    kernels = {"grouped": grouped_for, "rows": rows_for, "stage": staging_for}
+    for capability in arguments.capabilities:
         half = HALF.get(divmod(capability, 10), HALF_DEFAULT)  # type: ignore[arg-type]
         for dtype, tiling in ((torch.bfloat16, half), (torch.float16, half), (torch.float32, SINGLE)):
+            name = f"{NAMES[dtype]} sm_{capability}"
             for descriptor in {False, tiling.descriptor}:
-                name = f"{NAMES[dtype]} sm_{capability} {'descriptor' if descriptor else 'pointer'}"
-                result["syrk"][name] = syrk_for(dtype, tiling, capability, descriptor=descriptor)
-            result["rows"][f"{NAMES[dtype]} sm_{capability}"] = rows_for(dtype, capability)
-            result["stage"][f"{NAMES[dtype]} sm_{capability}"] = staging_for(dtype, capability)
+                if not arguments.representative or representative("syrk", dtype, capability, descriptor=descriptor):
+                    way = "descriptor" if descriptor else "pointer"
+                    result["syrk"][f"{name} {way}"] = syrk_for(dtype, tiling, capability, descriptor=descriptor)
+            for kernel, compiled in kernels.items():
+                if not arguments.representative or representative(kernel, dtype, capability):
+                    result[kernel][name] = compiled(dtype, tiling, capability)
     print(json.dumps(result))
 
 
