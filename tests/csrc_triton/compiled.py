@@ -131,6 +131,8 @@ def representative(kernel: str, dtype: torch.dtype, capability: int, *, descript
     shares 8.0's instructions, and has less shared memory, which only `_syrk` and its grouped form come near."""
     if dtype == torch.float16:
         return kernel == "syrk" and capability == 90 and descriptor
+    if kernel == "stage":
+        return dtype == torch.bfloat16 and capability != 89
     return capability != 89 or kernel in ("syrk", "grouped")
 
 
