@@ -10,7 +10,7 @@ import torch
 import transformers
 
 pytest.importorskip("benchmarks.shapes", reason="needs the repository's root on the path: python -m pytest")
-from benchmarks import gpu_models, shapes
+from benchmarks import gpu_experts, gpu_models, shapes
 
 DRY = argparse.Namespace(
     model="tiny", blocks=2, samples=4, length=64, batch_size=2, rank=8, device="cpu", corda_blocks=1, corda_samples=2
@@ -81,3 +81,15 @@ def test_summary_marks_what_is_extrapolated() -> None:
     assert summary["resident"]["time_over_forward"] == 3
     assert summary["resident"]["extrapolated_seconds_all_blocks"] == 12
     assert "layerwise-host" not in summary
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nothing is interpreted")
+def test_the_ways_to_sum_experts_agree_within_what_they_promise() -> None:
+    pytest.importorskip("triton")
+    routed = gpu_experts.route(24, 40)
+    assert torch.equal(routed.x, routed.unsorted[routed.rows])
+    assert int(routed.offsets[-1]) == len(routed.x) == 24 * gpu_experts.BLOCK.chosen
+    errors = {name: row["error"] for name, row in gpu_experts.measured(routed).items()}
+    assert all(errors[name] <= 1e-6 for name in ("grouped", "grouped, listed", "loop", "mm"))
+    assert 1e-6 < errors["grouped_mm"] < 1e-2  # the error that is reported is one: bfloat16's
