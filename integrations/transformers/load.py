@@ -1,10 +1,14 @@
-"""Models and tokenizers by hub name, folder or GGUF file; configurations, and models of a configuration alone."""
+"""Models and tokenizers by hub name, folder or GGUF file; configurations, and models of a configuration alone.
+
+The hub's token is the environment's (`HF_TOKEN`, or what `hf auth login` has stored): no function takes one.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,46 @@ from nullspace.errors import InputError, MissingFileError
 from nullspace.integrations.transformers.offload import load_offloaded, offload_map
 
 
+@dataclass(frozen=True)
+class ModelSource(os.PathLike[str]):
+    """A model's name, and how its files are read. It is accepted where a model's name is, and is that name as a path and as text.
+
+    Attributes:
+        name: a hub name, a folder, or a `.gguf` file.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: whether Python code that comes with the checkpoint may run.
+    """
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, name: str | os.PathLike[str]) -> ModelSource:
+        """A name as a `ModelSource`."""
+        return name if isinstance(name, cls) else cls(os.fspath(name))
+
+    @classmethod
+    def in_revision(cls, name: str, revision: str | None) -> ModelSource:
+        """A name that a record holds, with its revision if it is not on this machine."""
+        return cls(name, None if Path(name).exists() else revision)
+
+    def __post_init__(self) -> None:
+        if self.revision is not None and Path(self.name).exists():
+            raise InputError(f"{self.name} is on this machine, and only models of the hub have revisions: leave out revision")
+
+    def __fspath__(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return self.name
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of every `from_pretrained`. Without an explicit False, transformers asks on standard input."""
+        revision = {} if self.revision is None else {"revision": self.revision}
+        return {**revision, "trust_remote_code": self.trust_remote_code}
+
+
 def load_model(
     name: str | os.PathLike[str],
     *,
@@ -26,6 +70,10 @@ def load_model(
     device: torch.device | str | None = None,
     offload: bool = False,
     offload_folder: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Any]:
     """A model in eval mode and its tokenizer.
 
@@ -38,6 +86,10 @@ def load_model(
             accelerate reads them when they are needed: see `offload_map`.
         offload_folder: for weights that cannot stay in the checkpoint's own files (it is not safetensors, or the model joins
             tensors that the checkpoint stores separately). By default a temporary directory, which is deleted with the model.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        attn_implementation: `"eager"`, `"sdpa"`, `"flash_attention_2"`, …; by default transformers' choice.
+        device_map: in the place of `device` and `offload`, accelerate's placement: `"auto"`, `"balanced"`, …, or module → device.
 
     Returns:
         `(model, tokenizer)`. The class is the one that the checkpoint names; if it names none, a causal language model.
@@ -45,14 +97,25 @@ def load_model(
     Raises:
         FileNotFoundError: if there is no such model.
         ValueError: naming the model, if it cannot be loaded; if this machine has no such device; with `offload`, if the model is
-            quantised, a GGUF file, or has no blocks.
+            quantised, a GGUF file, or has no blocks; for a revision of a folder, and `device_map` with `device` or `offload`.
     """
-    model = load_weights(name, dtype=dtype, device=device, offload=offload, offload_folder=offload_folder)
+    source = ModelSource.of(name)
+    if revision is not None or trust_remote_code:
+        source = ModelSource(source.name, revision, trust_remote_code)
+    model = load_weights(
+        source,
+        dtype=dtype,
+        device=device,
+        offload=offload,
+        offload_folder=offload_folder,
+        attn_implementation=attn_implementation,
+        device_map=device_map,
+    )
     path = Path(name)
     with _naming(name):
         if path.suffix == ".gguf":
             return model, AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        return model, AutoTokenizer.from_pretrained(name)
+        return model, AutoTokenizer.from_pretrained(source.name, **source.options())
 
 
 def load_weights(
@@ -62,38 +125,50 @@ def load_weights(
     device: torch.device | str | None = None,
     offload: bool = False,
     offload_folder: str | os.PathLike[str] | None = None,
+    attn_implementation: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """`load_model` without a tokenizer, which the folder need not have."""
+    """`load_model` without a tokenizer, which the folder need not have. `name` may be a `ModelSource`."""
     path = Path(name)
+    if device_map is not None and (device is not None or offload):
+        raise InputError(f"device_map places the weights of {name}: leave out {'offload' if offload else 'device'}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = check_device(device)
+    options: dict[str, Any] = {"dtype": dtype}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if device_map is not None:
+        options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
     if path.suffix == ".gguf":
         if offload:
             raise InputError(f"{name} is dequantised while it is loaded, so its weights cannot stay on the disk: load it whole")
-        return _load_gguf(path, torch.float32 if dtype == "auto" else dtype, device)
-    config = read_config(name)
-    model_class = _model_class(config)
+        model = _load_gguf(path, {**options, "dtype": torch.float32 if dtype == "auto" else dtype})
+        return (model if device_map is not None else model.to(device)).eval()
+    source = ModelSource.of(name)
+    config = read_config(source)
+    model_class = _model_class(config, source)
+    options |= source.options()
     if not offload:
         with _naming(name):
-            model: nn.Module = model_class.from_pretrained(name, dtype=dtype)
-            return model.to(device).eval()
+            model = model_class.from_pretrained(source.name, **options)
+            return (model if device_map is not None else model.to(device)).eval()
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{name} is quantised, and its weights are unpacked while it is loaded: load it whole")
-    placed = offload_map(empty_model(name, dtype=dtype), device)
+    placed = offload_map(empty_model(source, dtype=dtype), device)
     with _naming(name):
-        return load_offloaded(model_class, name, dtype, placed, offload_folder).eval()
+        return load_offloaded(model_class, source.name, {**options, "device_map": placed}, offload_folder).eval()
 
 
-def _load_gguf(path: Path, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
+def _load_gguf(path: Path, options: Mapping[str, Any]) -> nn.Module:
     if not path.is_file():
         raise MissingFileError(f"{path} is not a file")
     with _naming(path):
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **options)
     drop_quantizer(model)
     model.config.name_or_path = model.name_or_path = str(path)
     module: nn.Module = model
-    return module.to(device).eval()
+    return module
 
 
 def drop_quantizer(model: Any) -> None:
@@ -103,29 +178,42 @@ def drop_quantizer(model: Any) -> None:
         del model.config.quantization_config
 
 
-def empty_model(name: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> nn.Module:
+def empty_model(
+    name: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None
+) -> nn.Module:
     """A model of a configuration alone, on the meta device: shapes, no weights. In eval mode, of `load_model`'s class.
 
     Args:
-        name: a hub name, or a folder with a `config.json`.
+        name: a hub name, or a folder with a `config.json`; a `ModelSource` names a revision too.
         dtype: of the weights; `"auto"` takes the configuration's own, float32 if it names none.
+        attn_implementation: as in `load_model`.
 
     Raises:
         FileNotFoundError, ValueError: naming the model, if there is no such configuration, or no model can be built from it.
     """
-    config = read_config(name)
+    source = ModelSource.of(name)
+    config = read_config(source)
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
-    build = _model_class(config)
+    build = _model_class(config, source)
     with _naming(name), torch.device("meta"):
-        # Model classes have only `_from_config`, Auto classes only `from_config`.
-        model: nn.Module = (build.from_config if hasattr(build, "from_config") else build._from_config)(config, dtype=dtype)
+        # Model classes have only `_from_config`, Auto classes only `from_config`, which alone runs the checkpoint's own code.
+        model: nn.Module
+        if hasattr(build, "from_config"):
+            model = build.from_config(config, dtype=dtype, trust_remote_code=source.trust_remote_code, **options)
+        else:
+            model = build._from_config(config, dtype=dtype, **options)
     return model.eval()
 
 
-def _model_class(config: Any) -> Any:
+def _model_class(config: Any, source: ModelSource) -> Any:
+    """The class of a checkpoint's model; with `trust_remote_code`, the Auto class that loads the checkpoint's own."""
+    own = getattr(config, "auto_map", None) or {}
+    if source.trust_remote_code and ("AutoModelForCausalLM" in own or "AutoModel" in own):
+        return AutoModelForCausalLM if "AutoModelForCausalLM" in own else AutoModel
     names = getattr(config, "architectures", None) or []
     named = getattr(transformers, names[0], None) if names else None
     if named is not None:
@@ -134,20 +222,20 @@ def _model_class(config: Any) -> Any:
 
 
 def read_config(name: str | os.PathLike[str]) -> Any:
-    """transformers' configuration of a model.
+    """transformers' configuration of a model: a hub name, a folder, or a `ModelSource`.
 
     Raises:
         FileNotFoundError: naming the model, if there is none.
         ValueError: naming the model, or its file if it is a local one, if it is not a valid configuration.
     """
-    path = Path(name, "config.json")
+    path, source = Path(name, "config.json"), ModelSource.of(name)
     if not path.exists():
         with _naming(name):
-            return AutoConfig.from_pretrained(name)
+            return AutoConfig.from_pretrained(source.name, **source.options())
     if not isinstance(read_json(path), dict):
         raise InputError(f"{path} is no configuration of a model: it should hold an object")
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(source.name, **source.options())
     except Exception as error:  # configuration classes validate themselves, with exceptions of many types
         raise InputError(f"{path} is no configuration of a model that transformers knows: {_line(error)}") from error
 
@@ -187,5 +275,5 @@ def _naming(name: str | os.PathLike[str]) -> Iterator[None]:
 
 def _line(error: Exception) -> str:
     """An error's message in one line, with its type unless that is an `OSError` or a `ValueError`."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).replace("`trust_remote_code=True`", "`trust_remote_code=True` (--trust-remote-code)")
     return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"

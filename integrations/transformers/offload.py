@@ -83,9 +83,8 @@ def _cover(name: str, module: nn.Module, on_disk: Mapping[str, nn.Module], devic
 
 def load_offloaded(
     model_class: Any,
-    name: str | os.PathLike[str],
-    dtype: torch.dtype | str,
-    device_map: Mapping[str, str],
+    name: str,
+    options: Mapping[str, Any],
     folder: str | os.PathLike[str] | None,
 ) -> Any:
     """`from_pretrained` with a device map.
@@ -93,16 +92,13 @@ def load_offloaded(
     Args:
         model_class: with `from_pretrained`.
         name: hub name or folder.
-        dtype: of the weights.
-        device_map: of `offload_map`.
+        options: of `from_pretrained`; `device_map` is that of `offload_map`.
         folder: `load_model`'s `offload_folder`; by default a temporary one, deleted with the model, or now if nothing is in it.
     """
     temporary = TemporaryFolder() if folder is None else None
     try:
         with _one_file_at_a_time(), _without_chatter():
-            model = model_class.from_pretrained(
-                name, dtype=dtype, device_map=device_map, offload_folder=str(temporary.path if temporary else folder)
-            )
+            model = model_class.from_pretrained(name, **options, offload_folder=str(temporary.path if temporary else folder))
     except BaseException:
         if temporary is not None:
             temporary.delete()

@@ -12,11 +12,12 @@ from nullspace.checks import FRACTION, NOT_NEGATIVE, check_device, check_real
 from nullspace.cli import console, options
 from nullspace.cli.calibrate import Calibration
 from nullspace.cli.failures import Unmet
-from nullspace.cli.options import Layers, Running, Shown, Text, needed, option
+from nullspace.cli.options import Layers, Loading, Running, Shown, Text, needed, option
 from nullspace.errors import InputError
 
 if TYPE_CHECKING:
     from nullspace.integrations.peft import FilterPath
+    from nullspace.integrations.transformers import ModelSource
     from nullspace.progress import Progress
 
 _OUT = needed("--out", lambda values: values["out"] is not None)
@@ -65,8 +66,21 @@ class Sources:
     task_data: str | None = option("The task's data, for --task: run through the base model first.", None, options.check_file)
     keep_data: str | None = option("Data of what must be kept, for --keep: the same.", None, options.check_file)
     device: str | None = option(
-        "Where the base model runs on data; CUDA if there is one by default.", None, options.parsed(check_device), _COMPUTED
+        "Where the base model runs on data; CUDA if there is one by default.",
+        None,
+        options.parsed(check_device),
+        options.both(_COMPUTED, options.PLACED),
     )
+    device_map: str | None = options.DEVICE_MAP._replace(needs=_COMPUTED)
+    attn: str | None = options.ATTN._replace(needs=_COMPUTED)
+
+
+@dataclass(frozen=True)
+class LoadingOfAdapter(Loading):
+    """Which files the base of an adapter is loaded from."""
+
+    revision: str | None = options.REVISION._replace(needs=_ADAPTER)
+    trust_remote_code: bool = options.TRUST_REMOTE_CODE._replace(needs=_ADAPTER)
 
 
 def filter(
@@ -78,6 +92,7 @@ def filter(
     budget: Budget,
     ridge: float = RIDGE,
     base: str | None = option(BASE, None, needs=_ADAPTER),
+    loading: LoadingOfAdapter,
     initial: Path | None = option(INITIAL, None, needs=_ADAPTER),
     adapter_name: str | None = option(NAME, None, needs=_ADAPTER),
     overwrite: bool = options.OVERWRITE._replace(needs=_OUT),
@@ -96,10 +111,10 @@ def filter(
     is_adapter = len(what) == 1
     of_adapter: dict[str, Any] = {}
     if is_adapter:
-        base = base or _base_at_hand(what[0], initial, adapter_name)
-        of_adapter = {"initial": initial, "base": base, "adapter_name": adapter_name}
+        known = loading.of(base) if base else _base_at_hand(what[0], initial, adapter_name, loading)
+        of_adapter = {"initial": initial, "base": known, "adapter_name": adapter_name}
     result = None
-    with console.Bars(quiet) as progress, _moments(what, sources, text, of_adapter, progress) as moments:
+    with console.Bars(quiet) as progress, _moments(what, sources, text, of_adapter, loading, progress) as moments:
         common = {**of_adapter, "scale": budget.scale, "ridge": ridge, "progress": progress}
         if out is None:
             show: Any = peft.filter_path if is_adapter else peft.checkpoint_path
@@ -162,6 +177,7 @@ def verify(
     drift: float = option("The largest allowed median drift.", check=check_real),
     worst: float | None = option("The largest allowed drift of any layer.", None, check_real),
     base: str | None = option(BASE, None),
+    loading: Loading,
     initial: Path | None = option(INITIAL, None),
     adapter_name: str | None = option(NAME, None),
     as_json: bool = options.JSON,
@@ -169,9 +185,13 @@ def verify(
 ) -> dict[str, Any] | None:
     """Whether an adapter keeps within a budget of drift, ‖ΔW X‖ / ‖W₀ X‖ on what must be kept: exit code 0, or 1 if not."""
     from nullspace.integrations import peft
+    from nullspace.integrations.peft.filtering.changes import read_changes
+    from nullspace.integrations.peft.filtering.drift import named_base
 
     with console.Bars(quiet) as progress:
-        now = peft.adapter_drift(adapter, keep, base, initial=initial, adapter_name=adapter_name, progress=progress)
+        known: dict[str, Any] = {"initial": initial, "adapter_name": adapter_name}
+        named = loading.of(base) if base else loading.over(named_base(read_changes(adapter, **known)))
+        now = peft.adapter_drift(adapter, keep, named, **known, progress=progress)
     kept = now.median <= drift and (worst is None or now.worst <= worst)
     document = {"adapter": str(adapter), "within": kept, "budget": {"drift": drift, "worst": worst}, **now._asdict()}
     if not (as_json or quiet):
@@ -185,20 +205,22 @@ def verify(
     return document if as_json else None
 
 
-def _base_at_hand(adapter: str, initial: Path | None, adapter_name: str | None) -> str | None:
+def _base_at_hand(adapter: str, initial: Path | None, adapter_name: str | None, loading: Loading) -> ModelSource | None:
     """The untouched base that an adapter names, if it is on this machine: absolute drifts need its weights."""
     from nullspace.integrations.peft.filtering.changes import read_changes
+    from nullspace.integrations.peft.filtering.drift import named_base
     from nullspace.integrations.peft.folders.checkpoints import local_folder, read_config
 
-    base = read_changes(adapter, initial=initial, adapter_name=adapter_name).base
-    folder = local_folder(base) if base else None
+    stored = read_changes(adapter, initial=initial, adapter_name=adapter_name)
+    base = loading.over(named_base(stored)) if stored.base else None
+    folder = None if base is None else local_folder(base)
     quantised = {} if folder is None else read_config(folder).get("quantization_config") or {}
     return base if folder is not None and quantised.get("quant_method") in (None, "bitsandbytes") else None
 
 
 @contextlib.contextmanager
 def _moments(
-    what: list[str], sources: Sources, text: Text, of_adapter: Mapping[str, Any], progress: Progress
+    what: list[str], sources: Sources, text: Text, of_adapter: Mapping[str, Any], loading: Loading, progress: Progress
 ) -> Iterator[tuple[Any, Any]]:
     """Context manager: the second moments of the task and of what must be kept; those of data are computed first."""
     from nullspace.artifacts.locks import temporary_folder
@@ -211,7 +233,7 @@ def _moments(
         yield sources.task, sources.keep
         return
     with temporary_folder() as folder:
-        calibration = _opened(what, sources, text, of_adapter, folder, progress)
+        calibration = _opened(what, sources, text, of_adapter, loading, folder, progress)
         for name in ("task", "keep"):
             data = getattr(sources, f"{name}_data")
             if data is not None:
@@ -223,19 +245,26 @@ def _moments(
 
 
 def _opened(
-    what: list[str], sources: Sources, text: Text, of_adapter: Mapping[str, Any], folder: Path, progress: Progress
+    what: list[str],
+    sources: Sources,
+    text: Text,
+    of_adapter: Mapping[str, Any],
+    loading: Loading,
+    folder: Path,
+    progress: Progress,
 ) -> Calibration:
     """The base model, with the layers that are changed as its targets."""
     from nullspace.integrations.peft.filtering.changes import read_changes
     from nullspace.integrations.peft.filtering.drift import named_base
 
-    name, targets = what[0], "all-linear"
+    source, targets = loading.of(what[0]), "all-linear"
     if len(what) == 1:
-        stored = read_changes(what[0], **of_adapter)
-        name, targets = named_base(stored.base), ",".join(stored.changes.factors)
-    running = Running(**{**options.defaults(Running), "device": sources.device})
+        stored = read_changes(what[0], **{**of_adapter, "base": of_adapter["base"] and of_adapter["base"].name})
+        source, targets = of_adapter["base"] or loading.over(named_base(stored)), ",".join(stored.changes.factors)
+    given = {"device": sources.device, "device_map": sources.device_map, "attn": sources.attn}
+    running = Running(**{**options.defaults(Running), **given})
     layers = Layers(targets=targets, exclude=None, precision="fp64")
-    calibration = Calibration(name, layers, running, folder / "checkpoint", progress)
+    calibration = Calibration(source, layers, running, folder / "checkpoint", progress)
     calibration.open(None, text.length)
     return calibration
 

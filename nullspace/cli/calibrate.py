@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from nullspace.cli import console, options, together
 from nullspace.cli.interrupts import Terminated
-from nullspace.cli.options import Layers, Running, RunningForSpaces, Shown, Text, option
+from nullspace.cli.options import Layers, Loading, Running, RunningForSpaces, Shown, Text, option
 from nullspace.errors import InputError
 from nullspace.progress import Progress
 
 if TYPE_CHECKING:
     from nullspace.artifacts.covariances import Covariances
     from nullspace.artifacts.spaces import NullSpaces
+    from nullspace.integrations.transformers import ModelSource
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
@@ -58,6 +59,7 @@ def compute(
     rank: int = options.RANK,
     avoid: list[Path] | None = options.AVOID,
     layers: Layers,
+    loading: Loading,
     running: RunningForSpaces,
     shown: Shown,
 ) -> dict[str, Any] | None:
@@ -78,7 +80,7 @@ def compute(
                 sums = Covariances.load(source.covariances, partial=source.partial)
                 spaces = NullSpaces.from_covariances(sums, rank=rank, spectrum=running.spectrum, avoid=avoided, progress=progress)
             else:
-                calibration = Calibration(str(model), layers, running, checkpoint, progress)
+                calibration = Calibration(loading.of(str(model)), layers, running, checkpoint, progress)
                 calibration.open(rank, text.length)
                 calibration.read(str(source.data), text)
                 spaces = calibration.spaces(rank, avoided, running.spectrum)
@@ -97,6 +99,7 @@ def covariances(
     out: Path = option("Directory for the second moments; must not exist yet."),
     text: Text,
     layers: LayersToKeep,
+    loading: Loading,
     running: Running,
     shown: Shown,
 ) -> dict[str, Any] | None:
@@ -105,7 +108,7 @@ def covariances(
     with reserved(out, shown, running, calibrates=True) as checkpoint:
         part = None if layers.shard is None else _parse_shard(layers.shard)
         with console.Bars(shown.quiet) as progress:
-            calibration = Calibration(model, layers, running, checkpoint, progress)
+            calibration = Calibration(loading.of(model), layers, running, checkpoint, progress)
             calibration.open(None, text.length)
             calibration.read(data, text)
             sums = calibration.covariances(out, keep=layers.keep, shard=part, overwrite=shown.overwrite)
@@ -157,7 +160,7 @@ def reserved(out: Path, shown: Shown, running: Running, *, calibrates: bool) -> 
 class Calibration:
     """A model, the data that it is run on, and how. `open` sets model, tokenizer and targets, `read` the batches."""
 
-    name: str
+    base: ModelSource
     layers: Layers
     running: Running
     checkpoint: Path
@@ -172,13 +175,12 @@ class Calibration:
         from nullspace.integrations.transformers import read_config
         from nullspace.model.sites import find_targets
 
-        is_gguf = Path(self.name).suffix == ".gguf"  # whose configuration takes as long to read as its weights
+        is_gguf = Path(self.base).suffix == ".gguf"  # whose configuration takes as long to read as its weights
         if length is not None and not is_gguf:
-            check_length(read_config(self.name), self.name, length)
-        running = self.running
-        self.model, self.tokenizer = load_model(self.name, running.dtype, running.device, running.offload, self.progress)
+            check_length(read_config(self.base), self.base.name, length)
+        self.model, self.tokenizer = load_model(self.base, self.progress, **self.running.of_model())
         if length is not None and is_gguf:
-            check_length(self.model.config, self.name, length)
+            check_length(self.model.config, self.base.name, length)
         targets, exclude = options.parse_targets(self.layers.targets), options.parse_exclude(self.layers.exclude)
         self.targets = find_targets(self.model, targets, exclude=exclude, rank=rank)
 
@@ -228,12 +230,12 @@ class Calibration:
         }
 
 
-def load_model(name: str, dtype: str, device: str | None, offload: bool, progress: Progress) -> tuple[Any, Any]:
-    """A model and its tokenizer, with a bar."""
+def load_model(base: ModelSource, progress: Progress, **how: Any) -> tuple[Any, Any]:
+    """A model and its tokenizer, with a bar; `how` as in `nullspace.integrations.transformers.load_model`."""
     from nullspace.integrations import transformers
 
     progress("model", 0, 1, 0)
-    loaded = transformers.load_model(name, dtype=dtype, device=device, offload=offload)
+    loaded = transformers.load_model(base, **how)
     progress("model", 1, 1, 0)
     return loaded
 

@@ -14,7 +14,18 @@ import nullspace
 from nullspace.checks import FRACTION, NOT_NEGATIVE, check_real
 from nullspace.cli import console, options, together
 from nullspace.cli.calibrate import Calibration, reserved, row_spaces
-from nullspace.cli.options import Layers, RunningForSpaces, Shown, Text, check_choice, method_of, needed, of_methods, option
+from nullspace.cli.options import (
+    Layers,
+    Loading,
+    RunningForSpaces,
+    Shown,
+    Text,
+    check_choice,
+    method_of,
+    needed,
+    of_methods,
+    option,
+)
 from nullspace.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,6 +96,7 @@ def init(
     text: Text,
     adapter: Adapter,
     layers: Layers,
+    loading: Loading,
     running: RunningForSpaces,
     shown: Shown,
 ) -> dict[str, Any] | None:
@@ -102,7 +114,7 @@ def init(
     with reserved(out, shown, running, calibrates=source.data is not None) as checkpoint:
         inputs = _Inputs.load(source, adapter)
         with console.Bars(shown.quiet) as progress:
-            calibration = Calibration(model, layers, running, checkpoint, progress)
+            calibration = Calibration(loading.of(model), layers, running, checkpoint, progress)
             calibration.open(adapter.rank, None if source.data is None else text.length)
             inputs.leave_out_others(calibration.targets)
             peft.fit_config(_peft_config(calibration, adapter), calibration.model, calibration.targets)
@@ -143,6 +155,7 @@ def _peft_config(calibration: Calibration, adapter: Adapter) -> Any:
         use_rslora=adapter.use_rslora,
         target_modules=list(calibration.targets),
         task_type="CAUSAL_LM" if type(calibration.model).__name__.endswith("ForCausalLM") else None,
+        revision=calibration.base.revision,  # of the untouched base: a residual base is a folder, which has none
     )
 
 
@@ -201,6 +214,7 @@ def _write_init(
     numbers = adapter.numbers()
     method = METHODS[adapter.method]
     record = {
+        "revision": calibration.base.revision,
         "data": source.data or (str(source.covariances) if source.covariances else None),
         "rank": adapter.rank,
         "alpha": config.lora_alpha,
@@ -220,7 +234,7 @@ def _write_init(
         freeze_a=adapter.freeze_a,
         **numbers,
         tokenizer=calibration.tokenizer,
-        record={**record, "model": calibration.name},
+        record={**record, "model": calibration.base.name},
         overwrite=shown.overwrite,
         progress=calibration.progress,
     )

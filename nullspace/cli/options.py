@@ -12,14 +12,17 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from nullspace.checks import check_device, check_integer, check_one_of, check_real
 from nullspace.errors import InputError, MissingFileError
+
+if TYPE_CHECKING:
+    from nullspace.integrations.transformers import ModelSource
 
 Values = Mapping[str, Any]
 """A command's arguments: parameter name → value."""
@@ -212,6 +215,11 @@ def needed(words: str, holds: Callable[[Values], bool]) -> Condition:
     return lambda values: None if holds(values) else words
 
 
+def both(first: Condition, second: Condition) -> Condition:
+    """The condition that holds where two do."""
+    return lambda values: first(values) or second(values)
+
+
 def _data(values: Values) -> tuple[list[str], list[str]]:
     """The options of a command that name data, and what they name."""
     names = [name for name in ("data", "task_data", "keep_data") if name in values]
@@ -265,7 +273,7 @@ _DATA = _needs_data("a run on data ({})", _has_data)
 _ROWS = _needs_data("{} with fields (JSON, CSV, Parquet, a hub data set)", lambda values: _has_kind(values, TEXT_ENDINGS))
 _HUB = _needs_data("{} that is a hub data set, not a file", lambda values: _has_kind(values, FILE_ENDINGS))
 _BLOCKS = needed("a layerwise run on data (--strategy layerwise or auto)", lambda v: _has_data(v) and v["strategy"] != "resident")
-_MODEL = needed("a run with a model", lambda v: v["model"] is not None)
+_MODEL = needed("a run with a model", lambda values: values.get("model", "") is not None)
 _SPACES = needed("null spaces that are being computed: 'lora-null' and 'b-zero', without --spaces", _computes_spaces)
 
 # ---- options of several commands
@@ -293,7 +301,12 @@ PRECISION = option(
     _DATA,
 )
 DTYPE = option("Of the model's weights: " + ", ".join(DTYPES) + ".", "auto", one_of(*DTYPES), _MODEL)
-OFFLOAD = option("Leave the weights on the disk and read them block by block.", False, needs=_MODEL)
+PLACED = needed("a run without --device-map", lambda values: values.get("device_map") is None)
+OFFLOAD = option("Leave the weights on the disk and read them block by block.", False, needs=both(_MODEL, PLACED))
+DEVICE_MAP = option("Let accelerate place the weights: 'auto', 'balanced', 'sequential', ….", None, needs=_MODEL)
+REVISION = option("Branch, tag or commit of a hub model.", None, needs=_MODEL)
+TRUST_REMOTE_CODE = option("Run the Python code that comes with the checkpoint.", False, needs=_MODEL)
+ATTN = option("Attention: 'eager', 'sdpa', 'flash_attention_2', …; transformers' choice by default.", None, needs=_MODEL)
 KEEP = option("float64, or float32 for half the space and 7 digits.", "float64", one_of("float64", "float32"))
 OVERWRITE = option("Replace an earlier result of ours.", False)
 JSON = option("One JSON document on standard output instead of tables.", False, typed=("--json",))
@@ -312,6 +325,24 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """Which files a model is loaded from. Gated models need a token in the environment (HF_TOKEN)."""
+
+    revision: str | None = REVISION
+    trust_remote_code: bool = TRUST_REMOTE_CODE
+
+    def of(self, name: str) -> ModelSource:
+        """A model of this name."""
+        from nullspace.integrations.transformers import ModelSource
+
+        return ModelSource(name, self.revision, self.trust_remote_code)
+
+    def over(self, source: ModelSource) -> ModelSource:
+        """The model that a record names, unless other options are given."""
+        return replace(source, revision=self.revision or source.revision, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True)
 class Layers:
     """Which layers' inputs are summed, and how exactly."""
 
@@ -325,7 +356,11 @@ class Running:
     """How the model is loaded and run."""
 
     dtype: str = DTYPE
-    device: str | None = option("cuda, cuda:1, cpu, …; CUDA if there is one by default.", None, parsed(check_device), _MODEL)
+    device: str | None = option(
+        "cuda, cuda:1, cpu, …; CUDA if there is one by default.", None, parsed(check_device), both(_MODEL, PLACED)
+    )
+    device_map: str | None = DEVICE_MAP
+    attn: str | None = ATTN
     offload: bool = OFFLOAD
     strategy: str = option(
         "'resident': all layers' sums at once; 'layerwise': block by block; 'auto': what the memory asks for.",
@@ -338,6 +373,11 @@ class Running:
     )
     fresh: bool = option("Begin anew, whatever an interrupted run left in OUT.checkpoint.", False, needs=_DATA)
     timeout: float = option("Under torchrun: minutes that one process waits for the others.", 30.0, check_real, _DATA, least=0.05)
+
+    def of_model(self) -> dict[str, Any]:
+        """Keyword arguments of `load_model`."""
+        own = {name: getattr(self, name) for name in ("dtype", "device", "offload", "device_map")}
+        return {**own, "attn_implementation": self.attn}
 
 
 @dataclass(frozen=True)

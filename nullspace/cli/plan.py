@@ -7,7 +7,7 @@ from typing import Any
 
 from nullspace.cli import console, options
 from nullspace.cli.calibrate import check_length
-from nullspace.cli.options import needed, one_of, option, parsed
+from nullspace.cli.options import Loading, needed, one_of, option, parsed
 
 
 def _parse_size(text: str) -> int:
@@ -27,6 +27,7 @@ class Work:
     targets: str = options.TARGETS
     exclude: str | None = options.EXCLUDE
     dtype: str = options.DTYPE
+    attn: str | None = options.ATTN
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Machine:
 def plan(
     *,
     model: str = option("Hub name, or folder with a config.json. No weights are read.", typed=()),
+    loading: Loading,
     work: Work,
     machine: Machine,
     as_json: bool = options.JSON,
@@ -64,7 +66,7 @@ def plan(
     from nullspace.planning.forecast import forecast
     from nullspace.planning.plan import Workload, cells, describe
 
-    empty = empty_model(model, dtype=work.dtype)
+    empty = empty_model(loading.of(model), dtype=work.dtype, attn_implementation=work.attn)
     check_length(empty.config, model, work.length)
     exclude = options.parse_exclude(work.exclude)
     targets = find_targets(empty, options.parse_targets(work.targets), exclude=exclude, rank=work.rank)

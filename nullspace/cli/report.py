@@ -9,7 +9,7 @@ from typing import Any
 
 from nullspace.cli import console
 from nullspace.cli.calibrate import load_model
-from nullspace.cli.options import JSON, OFFLOAD, OVERWRITE, QUIET, Values, needed, option, parsed
+from nullspace.cli.options import JSON, OFFLOAD, OVERWRITE, QUIET, Loading, Values, needed, option, parsed
 from nullspace.errors import InputError
 
 
@@ -73,6 +73,7 @@ def report(
     *,
     out: Path = option("The HTML file; must not exist yet."),
     sources: Sources,
+    loading: Loading,
     overwrite: bool = OVERWRITE._replace(help="Replace an earlier page of ours."),
     as_json: bool = JSON._replace(help="All numbers as one JSON document on standard output."),
     quiet: bool = QUIET,
@@ -95,7 +96,7 @@ def report(
         if sources.study is not None:
             results = study.read_study(sources.study / study.RESULTS if sources.study.is_dir() else sources.study)
         parts = [] if results is None else sections.study_sections(results)
-        analysed = _analyse(sources, quiet)
+        analysed = _analyse(sources, loading, quiet)
         parts += sections.sections(analysed) if has_layers else []
         used = sources.as_json()
         page.write(out, "Layer inputs, weights and adapters", _sources_line(used), parts, overwrite=overwrite)
@@ -112,7 +113,7 @@ def report(
     return None
 
 
-def _analyse(sources: Sources, quiet: bool) -> Any:
+def _analyse(sources: Sources, loading: Loading, quiet: bool) -> Any:
     """The analysis of covariances, null spaces, weights and adapters."""
     from nullspace import Covariances, NullSpaces, analysis
     from nullspace.integrations.peft import read_course
@@ -125,7 +126,7 @@ def _analyse(sources: Sources, quiet: bool) -> Any:
     with console.Bars(quiet) as progress:
         modules = None
         if sources.model is not None:
-            model, _ = load_model(sources.model, "auto", "cpu", sources.offload, progress)
+            model, _ = load_model(loading.of(sources.model), progress, device="cpu", offload=sources.offload)
             modules = {name: module for name, module in model.named_modules() if is_linear(module)}
         return analysis.analyse(covariances, spaces, modules=modules, courses=courses, progress=progress)
 

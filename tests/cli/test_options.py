@@ -21,7 +21,8 @@ from nullspace.integrations.transformers import positions
 INSTALLED: Any = get_command(app)
 DECLARED = {command.__name__: {name: option for name, (_, option) in declared(command).items()} for command in COMMANDS}
 OF_DATA = {"samples", "length", "batch_size", "precision", "strategy", "hidden_states", "fresh", "timeout"}
-OF_MODEL = {"targets", "exclude", "dtype", "device", "offload"}
+OF_LOADING, OF_RUNNING = {"revision", "trust_remote_code"}, {"device", "device_map", "attn"}
+OF_MODEL = {"targets", "exclude", "dtype", "offload", *OF_RUNNING, *OF_LOADING}
 OF_ROWS, OF_HUB = {"field"}, {"split"}
 OF_TEXT = {"samples", "length", "batch_size", *OF_ROWS, *OF_HUB}
 ALL_OF_DATA = OF_DATA | OF_ROWS | OF_HUB
@@ -49,16 +50,17 @@ SOURCES: dict[tuple[str, str], set[str]] = {
     ("compute", "--covariances c"): {*ALL_OF_DATA, *OF_MODEL},
     ("covariances", "MODEL --data a.txt"): {*OF_ROWS, *OF_HUB},
     ("covariances", "MODEL --data some/set"): set(),
+    ("covariances", "MODEL --data a.txt --device-map auto"): {*OF_ROWS, *OF_HUB, "device", "offload"},
     ("merge", "c d"): set(),
     ("inspect", "d"): set(),
-    ("report", "--covariances c"): {"offload"},
+    ("report", "--covariances c"): {"offload", *OF_LOADING},
     ("report", "--spaces s --model m"): set(),
-    ("report", "--adapter x=a,b"): {"offload"},
-    ("report", "--study s"): {"model", "offload"},
-    ("filter", "a --task t --keep k"): {"strength", "drift", "retain", "overwrite", "device", *OF_TEXT},
+    ("report", "--adapter x=a,b"): {"offload", *OF_LOADING},
+    ("report", "--study s"): {"model", "offload", *OF_LOADING},
+    ("filter", "a --task t --keep k"): {"strength", "drift", "retain", "overwrite", *OF_RUNNING, *OF_TEXT},
     ("filter", "a --task-data a.jsonl --keep k"): {"strength", "drift", "retain", "overwrite", "split"},
     ("filter", "a --task-data some/set --keep-data a.txt --out o --strength 1"): set(),
-    ("filter", "a b --task t --keep k --out o --drift 1"): {"base", "initial", "adapter_name", "device", *OF_TEXT},
+    ("filter", "a b --task t --keep k --out o --drift 1"): {"base", "initial", "adapter_name", *OF_RUNNING, *OF_LOADING, *OF_TEXT},
     ("combine", "a b --task t --keep k --strength 1"): set(),
     ("verify", "a --keep k --drift 1"): set(),
     ("export", "t --initial i"): set(),
@@ -68,6 +70,7 @@ SOURCES: dict[tuple[str, str], set[str]] = {
 }  # fmt: skip
 # What is given for an option that wants a value, where the default's own text is none that could be typed.
 VALUES = {
+    "revision": "main", "device_map": "auto", "attn": "eager",
     "device": "cpu", "field": "text", "alpha": "4", "preserve": "p", "avoid": "a", "spaces": "s", "covariances": "c", "study": "s",
     "data": "a.txt", "shard": "1/2", "weights": "1,1", "model": "m", "adapter": "x=a", "initial": "i", "base": "b", "out": "o",
     "exclude": "lm_head", "strength": "1", "drift": "1", "worst": "1", "retain": "1", "task": "t", "rank": "4",

@@ -189,11 +189,10 @@ def _prepare(stored: Stored, pair: Pair, needs_weights: bool, base: Base | None,
     changes = stored.changes
     pair.check(_shapes(changes), changes.what)
     _warn_of_rest(changes)
-    name = name_of(base)
-    at_hand = isinstance(base, nn.Module) or (name is not None and (Path(name).exists() or local_folder(name) is not None))
+    at_hand = isinstance(base, nn.Module) or (base is not None and (Path(base).exists() or local_folder(base) is not None))
     if not at_hand and not needs_weights:
         return {}
-    modules = base_modules(named_base(stored.base) if base is None else base)
+    modules = base_modules(named_base(stored) if base is None else base)
     return _drifts(changes, pair, modules, needs_weights, report)
 
 

@@ -55,7 +55,7 @@ class Checkpoint:
     """
 
     def __init__(self, name: str | os.PathLike[str]) -> None:
-        folder = local_folder(os.fspath(name))
+        folder = local_folder(name)
         if folder is None:
             raise MissingFileError(f"{name} is neither a folder nor a model in the local cache of the hub: download it first")
         self.folder = Path(os.path.abspath(folder))

@@ -19,13 +19,13 @@ from nullspace.artifacts import residual
 from nullspace.artifacts.covariances import Covariances
 from nullspace.artifacts.identity import weights_of
 from nullspace.errors import AdapterWarning, InputError, InputTypeError
-from nullspace.integrations.peft.filtering.changes import Changes, read_changes
+from nullspace.integrations.peft.filtering.changes import Changes, Stored, read_changes
 from nullspace.integrations.peft.filtering.moments import Moments, check, loaded
 from nullspace.integrations.peft.filtering.paths import Change
 from nullspace.integrations.peft.folders.export import described
 from nullspace.integrations.peft.guard.gauge import Drift, drift_of
 from nullspace.integrations.peft.layers import computed_weight
-from nullspace.integrations.transformers.load import load_weights, read_config
+from nullspace.integrations.transformers.load import ModelSource, load_weights, read_config
 from nullspace.model.linear import is_linear, weight_shape
 from nullspace.model.wrappers import named_modules, unwrap
 from nullspace.progress import Progress, reporter
@@ -67,7 +67,7 @@ def adapter_drift(
         return drift_of(unwrap(adapter), covariances, adapter_name=adapter_name, initial=initial)
     stored = read_changes(adapter, initial=initial, base=name_of(base), adapter_name=adapter_name)
     _check_rest(stored.changes)
-    changes, modules = stored.changes, base_modules(named_base(stored.base) if base is None else base)
+    changes, modules = stored.changes, base_modules(named_base(stored) if base is None else base)
     check_base(modules, changes.factors, changes.what)
     for name, weight in weights_of({name: modules[name] for name in changes.factors}).items():
         check(covariances, "keep", name, weight, changes.what)
@@ -93,11 +93,11 @@ def name_of(base: Base | None) -> str | None:
     return None if base is None or isinstance(base, nn.Module) else os.fspath(base)
 
 
-def named_base(name: str | None) -> str:
-    """The name of an untouched base, which must be known."""
-    if not name:
+def named_base(stored: Stored) -> ModelSource:
+    """The untouched base that an adapter names, in the revision that its configuration names. It must be known."""
+    if not stored.base:
         raise InputError("the untouched base is not known by name, and its weights are needed: give it with base= (--base)")
-    return name
+    return ModelSource.in_revision(stored.base, stored.now.config.get("revision"))
 
 
 def base_modules(base: Base) -> dict[str, nn.Module]:

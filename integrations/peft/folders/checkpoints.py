@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from nullspace.artifacts import identity, records
 from nullspace.errors import DamagedFileError
 from nullspace.integrations.peft.files import init_around
+from nullspace.integrations.transformers.load import ModelSource
 
 
-def what_differs(residual: Path, base: str, *, adapted: Collection[str], saved: Collection[str]) -> list[str]:
+def what_differs(residual: Path, base: str | os.PathLike[str], *, adapted: Collection[str], saved: Collection[str]) -> list[str]:
     """Differences between a residual base and the untouched one, as far as their safetensors files are on this machine.
 
     Args:
@@ -54,12 +56,13 @@ def what_differs(residual: Path, base: str, *, adapted: Collection[str], saved: 
     return differences
 
 
-def local_folder(name: str) -> Path | None:
+def local_folder(name: str | os.PathLike[str]) -> Path | None:
     """A model's folder on this machine: the folder itself, or a hub name's snapshot in the cache; None if there is none."""
     if Path(name).is_dir():
         return Path(name)
+    source = ModelSource.of(name)
     try:
-        path: Any = try_to_load_from_cache(name, "config.json")
+        path: Any = try_to_load_from_cache(source.name, "config.json", revision=source.revision)
     except HFValidationError:
         return None
     return Path(path).parent if isinstance(path, str) else None

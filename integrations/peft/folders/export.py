@@ -33,6 +33,7 @@ from nullspace.integrations.peft.files import (
 )
 from nullspace.integrations.peft.folders.cards import write_card
 from nullspace.integrations.peft.folders.checkpoints import is_residual, mark_of, what_differs
+from nullspace.integrations.transformers.load import ModelSource
 from nullspace.model.wrappers import unwrap, unwrapped
 
 # An initial adapter with ‖B A‖ / (‖B‖ ‖A‖) below this has left its base alone.
@@ -98,15 +99,17 @@ def export_lora(
             f"{now.path} uses DoRA on a residual base: its magnitudes scale the sum of both, which no LoRA on the untouched base "
             "does; serve it on the residual base, or merge it there (merge_and_unload)"
         )
+    init = init_around(start.path) or {}
+    revision = now.config.get("revision") if base is None or base == init.get("model") else None
     base = located(base) or original_base(start, untouched)
-    _check_base(base, start, now)
+    _check_base(ModelSource.in_revision(base, revision), start, now)
     factors = {layer: _plain_factors(now, start, layer) for layer in layers}
     dtype = now.tensors[f"{PREFIX}{layers[0]}{A_WEIGHT}"].dtype
     if not all(torch.equal(factor.to(dtype).double(), factor) for pair in factors.values() for factor in pair):
         dtype = torch.promote_types(dtype, torch.float32)
-    init = init_around(start.path) or {}
     facts = {name: init[name] for name in ("architecture", "method", "data") if init.get(name) is not None}
     config, tensors = plain_adapter(now, factors, dtype, base)
+    config["revision"] = revision
     tensors |= other_tensors(now, start, dtype)
     facts |= write_plain(out, "export", config, tensors, facts, overwrite=overwrite)
     if facts["holds"]:
@@ -280,7 +283,7 @@ def original_base(start: Adapter, untouched: bool) -> str:
     return name
 
 
-def _check_base(base: str, start: Adapter, now: Adapter) -> None:
+def _check_base(base: ModelSource, start: Adapter, now: Adapter) -> None:
     """Raise `ValueError` for an untouched base that differs from the one that the adapter was trained on."""
     if os.path.isdir(base) and is_residual(Path(base)):
         raise InputError(f"{base} is a residual base, and an export is for the untouched model: name that one")
