@@ -1,7 +1,8 @@
 """The blocks of a model, called one at a time outside of its forward pass.
 
 Blocks are a chain if each is called once, in order, with the hidden states that the one before it returned, and if no other
-argument depends on hidden states. `nullspace.calibration.rehearsal` checks it on the first batch.
+argument depends on hidden states. `nullspace.calibration.rehearsal` checks it on the first batch. Blocks that the first batch does
+not reach, such as those that attend to images, are no part of the chain, and no later batch may call them.
 
 In every batch, the model's forward pass runs with stand-ins for the blocks, which record the arguments and return NaN. Checked are
 the order of the calls, that each stand-in gets the very tensor that the one before it returned, and that no other argument holds
@@ -11,7 +12,7 @@ NaN. When the blocks are then called, the first batch must give what the model's
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,11 +33,15 @@ class BlockCalls:
     Attributes:
         arguments: for every block called so far, the leaves of `(args, kwargs)`, and their structure.
         hidden: for each of them, the index of the leaf with the hidden states.
+        indices: of these blocks in the chain.
+        stopped: whether the forward pass was ended early.
     """
 
     def __init__(self) -> None:
         self.arguments: list[tuple[list[Any], Any]] = []
         self.hidden: list[int] = []
+        self.indices: list[int] = []
+        self.stopped = False
         self._returned: Any = None  # the hidden states that the last block returned
         self._version: int | None = None
         self._others: list[Any] = []  # what else blocks have returned
@@ -104,6 +109,8 @@ class Chain:
     Attributes:
         model, names, blocks: as given; the blocks as lists.
         devices: of every block.
+        skipped: name → block that is not called (`leave_out`).
+        may_skip: whether the model may leave out blocks in a forward pass.
         outputs: block → structure of its output; set by the rehearsal.
         reference: block → projection of what it returned in the model's own forward pass; set by the rehearsal.
         rehearsed: number of the batch that was rehearsed.
@@ -116,6 +123,8 @@ class Chain:
         self.names = list(blocks)
         self.blocks = list(blocks.values())
         self.devices = [device or execution_device(block) or torch.device("cpu") for block in self.blocks]
+        self.skipped: dict[str, nn.Module] = {}
+        self.may_skip = False
         self.outputs: dict[int, Output] = {}
         self.reference: dict[int, torch.Tensor] = {}
         self.rehearsed: int | None = None
@@ -123,6 +132,17 @@ class Chain:
         self._own_forward = [block.__dict__.get("forward") for block in self.blocks]
         self._calls: dict[int, Call] = {}
         self._is_behind = False  # whether the last block has returned in the current forward pass
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Remove blocks that the model does not call with these data. Later calls of them are refused."""
+        if not names:
+            return
+        kept = [index for index, name in enumerate(self.names) if name not in names]
+        self.skipped.update({name: block for name, block in zip(self.names, self.blocks, strict=True) if name in names})
+        self.names, self.blocks = [self.names[i] for i in kept], [self.blocks[i] for i in kept]
+        self.devices, self._own_forward = [self.devices[i] for i in kept], [self._own_forward[i] for i in kept]
+        self.outputs.clear()
+        self.reference.clear()
 
     # ---- the model's own forward pass, with stand-ins for the blocks
 
@@ -182,9 +202,17 @@ class Chain:
                 leaves, spec, hidden = self._record(made, index, args, kwargs)
                 output = made.returns(stand_in(made, index, leaves, spec, hidden))
                 self._is_behind = index + 1 == len(self.blocks)
-                if needed is not None and index + 1 >= needed and ahead >= self._outside.keys():
+                in_turn = made.indices == list(range(index + 1))  # if not, those that were skipped may yet be called
+                if needed is not None and index + 1 >= needed and in_turn and ahead >= self._outside.keys():
+                    made.stopped = True
                     raise _Stop
                 return output
+
+            return forward
+
+        def refusing(name: str) -> Callable[..., Any]:
+            def forward(*_: Any, **__: Any) -> Any:
+                raise refuse_chain(self.model, f"calls its block {name!r} in batch {call.number}, but not in the first batch")
 
             return forward
 
@@ -203,6 +231,7 @@ class Chain:
             for name, module in self._outside.items():
                 stack.callback(module.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
             stack.enter_context(_replacing(self.blocks, [replaced(index) for index in range(len(self.blocks))]))
+            stack.enter_context(_replacing(list(self.skipped.values()), list(map(refusing, self.skipped))))
             stack.enter_context(contextlib.suppress(_Stop))
             stack.enter_context(naming_batch(call))
             self.model(*call.args, **{**options, **call.kwargs})
@@ -211,20 +240,22 @@ class Chain:
     def _record(self, made: BlockCalls, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any, int]:
         """Record a call; returns the leaves of its arguments, their structure, and the index of the hidden states."""
         name = self.names[index]
-        if index != len(made.arguments):
-            what = "more than once" if index < len(made.arguments) else "out of order"
+        last = made.indices[-1] if made.indices else -1
+        if index <= last or (index > last + 1 and not self.may_skip):
+            what = "more than once" if index in made.indices else "out of order"
             raise refuse_chain(self.model, f"calls its block {name!r} {what}")
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        hidden = made.find_returned(leaves) if index else _guess_hidden(leaves, kwargs)
+        hidden = made.find_returned(leaves) if made.indices else _guess_hidden(leaves, kwargs)
         if hidden is None:
             raise refuse_chain(
                 self.model,
-                f"does not hand {name!r} the hidden states that {self.names[index - 1]!r} returned"
-                if index
+                f"does not hand {name!r} the hidden states that {self.names[last]!r} returned"
+                if made.indices
                 else f"hands {name!r} nothing that could be hidden states",
             )
         made.arguments.append((leaves, spec))
         made.hidden.append(hidden)
+        made.indices.append(index)
         return leaves, spec, hidden
 
     # ---- one block

@@ -4,6 +4,9 @@ The model's own forward pass runs up to the blocks, once a batch, with stand-ins
 (hidden states, masks, rotary embeddings) are kept. Then each block is called with those of all batches. A block's weights, and the
 sums of its sites, are in memory only while it computes.
 
+Of a model with several chains (a vision tower and a language model, an encoder and a decoder) one is run block by block: see
+`nullspace.model.blocks.find_blocks`. The others run as they are, once a batch, with the sums of their targets in memory at once.
+
 This is correct only if the blocks are a chain; `nullspace.calibration.chain` and `nullspace.calibration.rehearsal` check it.
 """
 
@@ -71,10 +74,9 @@ class _Pass:
         blocks: Mapping[str, nn.Module],
     ) -> None:
         self._run, self._precision, self._report = run, precision, report
-        self._inside = [targets.only(n for n in targets if n == block or n.startswith(f"{block}.")) for block in blocks]
-        self._outside = targets.only(targets.keys() - {name for own in self._inside for name in own})
+        self._inside = {block: targets.only(n for n in targets if n == block or n.startswith(f"{block}.")) for block in blocks}
+        self._outside = targets.only(targets.keys() - {name for own in self._inside.values() for name in own})
         self._chain = Chain(run.model, blocks, self._outside, run.device)
-        self._needed = 1 + max((index for index, own in enumerate(self._inside) if own), default=0)
         self._paddings: dict[int, Padding] = {}
         later = functools.cache(lambda: padded_batch(run.model, run.loader))
         self._rows = TokenRows(run.model, lambda: next((n for n, each in self._paddings.items() if each.hides), None) or later())
@@ -83,7 +85,7 @@ class _Pass:
         self._arguments: Arguments | None = None  # None if this process has no batch
         self._tokens = 0
         self._uncalled = self._outside  # the targets outside of the blocks that are called after them
-        self._loaded: dict[int, Loaded] = {}
+        self._loaded: dict[str, Loaded] = {}  # by block
         self.totals = Totals(run.job, run.loads)
 
     def before_blocks(self) -> Sums:
@@ -92,7 +94,7 @@ class _Pass:
         sums = InputSums(self._outside, self._precision, self._rows)
         head = output_head(run.model)
         unused = (*chain.blocks, *(() if head is None or self._outside else (head,)))
-        first = self._load(0)
+        first = self._load(0)  # read while the batches are prepared
         share = job.share(run.loader)
         around = Loaded(run.model, chain.devices[0], skip=unused)
         if run.is_sharded:  # errors so far are raised on all processes, before any waits for weights
@@ -103,7 +105,7 @@ class _Pass:
                 sums.begin_batch(call.number, call.padding)
                 if self._shelf is None:
                     sums.paused = True
-                    rehearse(chain, call, self._options, first, self._needed)
+                    rehearse(chain, call, self._options, self._load, self._needed)
                     sums.paused = False
                 made = chain.prepare(call, self._options)
                 sums.end_batch()
@@ -112,6 +114,7 @@ class _Pass:
         rewritten = None if self._shelf is None else self._shelf.find_rewritten()
         if rewritten is not None:
             raise refuse_chain(run.model, f"writes again to a tensor that it handed its blocks in batch {rewritten}")
+        self._leave_out_skipped()
         job.check_share(share)
         self._uncalled = self._outside.only(uncalled_everywhere(sums, job))
         yield from self.totals.add(sums)
@@ -119,19 +122,20 @@ class _Pass:
     def through_blocks(self) -> Sums:
         """Call the blocks, one after the other, with all batches; yields the sums of the targets inside."""
         chain, job = self._chain, self._run.job
-        needed = len(chain.blocks) if self._uncalled else self._needed if any(self._inside) else 0
+        needed = len(chain.blocks) if self._uncalled else self._needed() if any(self._inside.values()) else 0
         steps = needed * len(self._paddings)
         self._report("forward", 0, steps, 0)
         for index in range(needed):
             began = time.perf_counter()
             job.enters(f"the forward pass of {chain.names[index]!r}")
-            sums = InputSums(self._inside[index], self._precision, self._rows)
+            own = self._inside[chain.names[index]]
+            sums = InputSums(own, self._precision, self._rows)
             loaded = self._load(index)
             if index + 1 < needed:
                 self._load(index + 1)  # copied while this one computes
             if self._run.is_sharded:
                 job.exchange(None)
-            with contextlib.closing(loaded), self._computing(chain.blocks[index], loaded, self._inside[index], sums):
+            with contextlib.closing(loaded), self._computing(chain.blocks[index], loaded, own, sums):
                 for done, (number, padding) in enumerate(self._paddings.items(), start=1):
                     assert self._arguments is not None
                     sums.begin_batch(number, padding)
@@ -139,8 +143,8 @@ class _Pass:
                     sums.end_batch()
                     step = index * len(self._paddings) + done
                     self._report("forward", step, steps, self._tokens * step // steps)
-            del self._loaded[index]
-            leave_out_uncalled(uncalled_everywhere(sums, job), self._inside[index])
+            del self._loaded[chain.names[index]]
+            leave_out_uncalled(uncalled_everywhere(sums, job), own)
             _log(chain.names[index], time.perf_counter() - began, self._tokens, chain.devices[index])
             yield from self.totals.add(sums)
 
@@ -150,7 +154,7 @@ class _Pass:
             return
         run, chain = self._run, self._chain
         sums = InputSums(self._uncalled, self._precision, self._rows)
-        around = Loaded(run.model, chain.devices[-1], skip=tuple(chain.blocks))
+        around = Loaded(run.model, chain.devices[-1], skip=(*chain.blocks, *chain.skipped.values()))
         if run.is_sharded:
             run.job.exchange(None)
         with contextlib.closing(around), self._computing(run.model, around, self._uncalled, sums):
@@ -183,9 +187,25 @@ class _Pass:
             yield
 
     def _load(self, index: int) -> Loaded:
-        if index not in self._loaded:
-            self._loaded[index] = Loaded(self._chain.blocks[index], self._chain.devices[index], within=self._run.model)
-        return self._loaded[index]
+        name = self._chain.names[index]
+        if name not in self._loaded:
+            self._loaded[name] = Loaded(self._chain.blocks[index], self._chain.devices[index], within=self._run.model)
+        return self._loaded[name]
+
+    def _needed(self) -> int:
+        """How many blocks of the chain are to be called for the targets inside."""
+        return 1 + max((index for index, name in enumerate(self._chain.names) if self._inside[name]), default=0)
+
+    def _leave_out_skipped(self) -> None:
+        """Leave out the targets in blocks that the first batch does not reach, which are the same blocks on all processes."""
+        job, chain = self._run.job, self._chain
+        called = [names for names in job.exchange(None if self._shelf is None else chain.names) if names is not None]
+        if any(names != called[0] for names in called):
+            raise refuse_chain(self._run.model, "calls other blocks in one process than in another")
+        if called:
+            chain.leave_out(set(chain.names) - set(called[0]))
+        for name in chain.skipped:
+            leave_out_uncalled(dict(self._inside[name]), self._inside[name])
 
     def _keep(self, call: Call, made: BlockCalls, share: Share) -> None:
         """Keep the arguments of the blocks in one batch."""

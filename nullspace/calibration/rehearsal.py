@@ -27,28 +27,46 @@ from nullspace.model.weights import Loaded, is_loaded
 Copies = dict[tuple[int, int | None], Any]
 
 
-def rehearse(chain: Chain, call: Call, options: Mapping[str, Any], first: Loaded, needed: int) -> None:
+def rehearse(
+    chain: Chain, call: Call, options: Mapping[str, Any], load: Callable[[int], Loaded], needed: Callable[[], int]
+) -> None:
     """Run one batch through the model twice, to record what blocks return and to check that they are a chain.
 
     A block whose weights are on the disk is represented by the first one of its class; if the model's weights are sharded over
     ranks, the first block represents all.
 
     Args:
-        chain: the blocks; gets `outputs`, `reference` and `rehearsed`.
+        chain: the blocks; gets `outputs`, `reference` and `rehearsed`, and leaves out blocks that this batch does not reach.
         call: the batch.
         options: more arguments of the model.
-        first: the weights of the first block.
-        needed: how many blocks will be called, if all targets outside of blocks are called ahead of them.
+        load: the weights of a block, by its index in the chain.
+        needed: how many blocks of the chain will be called, if all targets outside of blocks are called ahead of them.
 
     Raises:
         ValueError: naming the block, if the blocks are not a chain.
     """
-    rehearsal = _Rehearsal(chain, first)
-    passes = ((rehearsal.real, rehearsal.record_target), (rehearsal.stand_in, rehearsal.compare_target))
-    for stand_in, target in passes:
-        with _same_random_numbers(chain.devices):
-            chain.run(call, options, stand_in, target, needed)
+    chain.may_skip = not is_model_sharded(chain.model)
+    rehearsal, skipped = _first_pass(chain, call, options, load, needed)
+    chain.may_skip = False
+    if skipped:
+        chain.leave_out(skipped)
+        rehearsal, _ = _first_pass(chain, call, options, load, needed)
+    with _same_random_numbers(chain.devices):
+        chain.run(call, options, rehearsal.stand_in, rehearsal.compare_target, needed())
     chain.rehearsed = call.number
+
+
+def _first_pass(
+    chain: Chain, call: Call, options: Mapping[str, Any], load: Callable[[int], Loaded], needed: Callable[[], int]
+) -> tuple[_Rehearsal, list[str]]:
+    """The first pass; returns also the names of the blocks that it does not reach."""
+    rehearsal = _Rehearsal(chain, load(0))
+    with _same_random_numbers(chain.devices):
+        made = chain.run(call, options, rehearsal.real, rehearsal.record_target, needed())
+    if not made.indices:
+        raise refuse_chain(chain.model, f"calls none of its blocks {chain.names[0]!r} … {chain.names[-1]!r} in batch {call.number}")
+    reached = made.indices[-1] + 1 if made.stopped else len(chain.names)
+    return rehearsal, [name for index, name in enumerate(chain.names[:reached]) if index not in made.indices]
 
 
 class _Rehearsal:

@@ -196,7 +196,7 @@ def resolve_strategy(
     Args: as in `nullspace.stream_covariances` and `nullspace.compute_null_spaces`.
     """
     if sharded.is_model_sharded(model):
-        return sharded.sharded_strategy(model, lambda: find_blocks(model)), hidden_states
+        return sharded.sharded_strategy(model, lambda: find_blocks(model, targets)), hidden_states
     choice = choose_strategy(
         model,
         targets=targets,

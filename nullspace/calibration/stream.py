@@ -127,7 +127,7 @@ def one_pass(
     targets, precision, report = targets or run.targets, precision or run.precision, report or run.report
     if run.strategy == "resident":
         return _sharing_errors(run, stream_resident(run, targets, precision, report))
-    return _sharing_errors(run, stream_by_block(run, targets, precision, report, find_blocks(run.model)))
+    return _sharing_errors(run, stream_by_block(run, targets, precision, report, find_blocks(run.model, targets)))
 
 
 def _sharing_errors(run: Run, stream: Iterator[tuple[Site, Covariance]]) -> Iterator[tuple[Site, Covariance]]:

@@ -118,7 +118,13 @@ def forward_options(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str
     if "use_cache" in takes:
         options["use_cache"] = False
     head = output_head(model)
-    if "logits_to_keep" in takes and head is not None and all(m is not head for m in targets.values()):
+    # With an encoder–decoder model's labels, from which it makes its decoder's inputs, it computes a loss of all logits.
+    if (
+        "logits_to_keep" in takes
+        and not is_encoder_decoder(model)
+        and head is not None
+        and all(m is not head for m in targets.values())
+    ):
         options["logits_to_keep"] = 1
     return options
 

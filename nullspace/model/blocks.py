@@ -1,12 +1,18 @@
-"""The chain of blocks of a transformer: which modules a layerwise pass goes through, one after the other."""
+"""The chains of blocks of a model: an encoder's and a decoder's, a vision tower's and a language model's.
+
+A layerwise pass goes through the blocks of one chain, one after the other, and runs the rest of the model as it is.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 from torch import nn
 
 from nullspace.errors import InputError
-from nullspace.model.linear import is_linear
-from nullspace.model.wrappers import unwrapped
+from nullspace.model.linear import is_linear, weight_shape
+from nullspace.model.wrappers import named_modules, unwrapped
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -14,29 +20,51 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks that a model passes its hidden states through, in order.
+def find_blocks(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The blocks that a layerwise pass goes through, in order.
 
     They are the modules whose class descends from transformers' `GradientCheckpointingLayer`; where there are none, the modules of
-    the one `nn.ModuleList` (or `nn.Sequential`) of equal classes with linear layers inside.
+    each `nn.ModuleList` (or `nn.Sequential`) of equal classes with linear layers inside. Of several chains, it is the one whose
+    targets have the most parameters; a vision or audio tower's is taken only if the language model's has no targets.
+
+    Args:
+        model: any module.
+        targets: module name → linear layer.
 
     Returns:
         Module name → block; never empty.
 
     Raises:
-        ValueError: if there are no such modules, or they are not one chain: encoder–decoder models, vision towers beside a language
-            model. Whether they are called one after the other is seen only when the model runs.
+        ValueError: if there are no such modules. Whether they are called one after the other is seen only when the model runs.
     """
-    if is_encoder_decoder(model):
-        raise InputError(_refusal(model, "is an encoder–decoder model, whose decoder reads the encoder's output in every block"))
     with unwrapped(model):
-        outer = marked_blocks(model) or _equal_lists(model)
-    if not outer:
+        blocks = marked_blocks(model) or _equal_lists(model)
+    if not blocks:
         raise InputError(_refusal(model, "has no list of blocks"))
-    chains = list(dict.fromkeys(name.rpartition(".")[0] for name in outer))
-    if len(chains) > 1:
-        raise InputError(_refusal(model, f"has {len(chains)} chains of blocks ({', '.join(map(repr, chains[:4]))})"))
-    return outer
+    beside = {} if is_encoder_decoder(model) else beside_text(model, blocks)
+    sizes: dict[str, int] = {}
+    for name in blocks:
+        inside = (math.prod(weight_shape(m)) for n, m in targets.items() if n == name or n.startswith(f"{name}."))
+        chain = name.rpartition(".")[0]
+        sizes[chain] = sizes.get(chain, 0) + sum(inside)
+    of_text = {name.rpartition(".")[0] for name in blocks.keys() - beside.keys()}
+    # The last of several that are equal: an encoder is run as it is more easily than a decoder, whose blocks read its output.
+    chosen = max(reversed(list(sizes)), key=lambda chain: (sizes[chain] > 0, chain in of_text, sizes[chain]))
+    return {name: block for name, block in blocks.items() if name.rpartition(".")[0] == chosen}
+
+
+def beside_text(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The blocks of towers beside the text's part of the model, which holds the token embeddings: block → name of its tower."""
+    embedding = _embedding_name(model)
+    shared = {name: _common(tuple(name.split(".")), embedding) for name in blocks}
+    depth = max(shared.values(), default=0)
+    return {name: ".".join(name.split(".")[: common + 1]) for name, common in shared.items() if common < depth}
+
+
+def text_root(model: nn.Module, blocks: Mapping[str, nn.Module]) -> str:
+    """The name of the part of the model that the token embeddings and their blocks share; "" for the model itself."""
+    embedding = _embedding_name(model)
+    return ".".join(embedding[: max((_common(tuple(name.split(".")), embedding) for name in blocks), default=0)])
 
 
 def marked_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -66,6 +94,23 @@ def _equal_lists(model: nn.Module) -> dict[str, nn.Module]:
             if all(any(is_linear(part) for part in child.modules()) and not is_linear(child) for child in children.values()):
                 blocks.update({prefix + key: child for key, child in children.items()})
     return blocks
+
+
+def _common(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    """The length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _embedding_name(model: nn.Module) -> tuple[str, ...]:
+    """The path of the token embeddings: those that the model names, or its largest."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        named = get() if callable(get) else None
+    except NotImplementedError:
+        named = None
+    embeddings = {name: m for name, m in named_modules(model).items() if m is named or isinstance(m, nn.Embedding)}
+    name = max(embeddings, key=lambda n: (embeddings[n] is named, getattr(embeddings[n], "num_embeddings", 0)), default="")
+    return tuple(name.split(".")) if name else ()
 
 
 def _refusal(model: nn.Module, why: str) -> str:

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from nullspace.errors import InputError
-from nullspace.model.blocks import is_encoder_decoder, marked_blocks
+from nullspace.model.blocks import beside_text, is_encoder_decoder, marked_blocks, text_root
 from nullspace.model.padding import Padding
 from nullspace.model.wrappers import named_modules
 from nullspace.moments.sums import TokenMask
@@ -153,12 +153,10 @@ class _Regions:
     """Where in a model a layer is, by its name: in another tower than the text's, in a list of experts, outside of all blocks."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._blocks = [tuple(name.split(".")) for name in marked_blocks(model)]
-        embedding = _embedding_name(model)
-        shared = {block: _common(block, embedding) for block in self._blocks}
-        depth = max(shared.values(), default=0)
-        self._text = embedding[:depth]
-        self._beside = {block[: common + 1] for block, common in shared.items() if common < depth}
+        blocks = marked_blocks(model)
+        self._blocks = [tuple(name.split(".")) for name in blocks]
+        self._text = text_root(model, blocks)
+        self._beside = set(beside_text(model, blocks).values())
         self._lists = {
             tuple(name.split("."))
             for name, module in named_modules(model).items()
@@ -167,12 +165,11 @@ class _Regions:
 
     def is_text(self, name: str) -> bool:
         """Whether a layer is in the part of the model that the token embeddings and their blocks share."""
-        return tuple(name.split("."))[: len(self._text)] == self._text
+        return not self._text or name.startswith(f"{self._text}.")
 
     def is_beside_text(self, name: str) -> bool:
         """Whether a layer is in another tower than the text's: one with blocks of its own."""
-        path = tuple(name.split("."))
-        return any(path[: len(root)] == root for root in self._beside)
+        return any(name == tower or name.startswith(f"{tower}.") for tower in self._beside)
 
     def is_outside_blocks(self, name: str) -> bool:
         """Whether a model has blocks, and a layer is in none of them."""
@@ -184,19 +181,3 @@ class _Regions:
         path = tuple(name.split("."))
         block = next((block for block in self._blocks if path[: len(block)] == block), ())
         return any(path[:end] in self._lists for end in range(len(block) + 1, len(path)))
-
-
-def _common(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _embedding_name(model: nn.Module) -> tuple[str, ...]:
-    """The path of the token embeddings: those that the model names, else its largest ones; () if it has none."""
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        named = get() if callable(get) else None
-    except NotImplementedError:
-        named = None
-    embeddings = {name: m for name, m in named_modules(model).items() if m is named or isinstance(m, nn.Embedding)}
-    name = max(embeddings, key=lambda n: (embeddings[n] is named, getattr(embeddings[n], "num_embeddings", 0)), default="")
-    return tuple(name.split(".")) if name else ()

@@ -41,8 +41,8 @@ def forecast(model: nn.Module, workload: Workload | None = None, *, batch: Any =
         survey: of this model for this workload, if it was made before.
 
     Returns:
-        The fastest first. Without layerwise plans where the blocks are no chain (`nullspace.model.blocks.find_blocks`), or a target
-        lies outside of them.
+        The fastest first. Without layerwise plans where the model has no blocks (`nullspace.model.blocks.find_blocks`), or a target
+        lies behind them.
 
     Raises:
         ValueError: if a target matches nothing (`find_targets`).
@@ -143,12 +143,15 @@ def _layerwise(setting: _Setting, hidden_states: str) -> Plan:
     survey, workload = setting.survey, setting.workload
     kept = survey.hidden * workload.batches
     held, host_held = _held_between_blocks(setting, hidden_states)
-    outside = survey.weights if setting.in_place else survey.outside
+    weights, ahead = {"weights": survey.weights if setting.in_place else survey.outside}, survey.sites_of(None)
+    sums = sum(site.triangle + site.staging for site in ahead)
     phases = [
-        ({"weights": outside, "activations": survey.prologue, **held}, host_held),
+        ({**weights, "sums": sums, "activations": survey.prologue, **held}, host_held),
         (_first_batch(setting), host_held),
     ]
     count, bases = len(survey.block_weights), 0
+    for device, bases in setting.read_one_by_one(ahead, weights, held):
+        phases.append((device, {**host_held, "bases": bases}))
     for index in range(count):
         made = 0
         for device, made in _block(setting, index, held):
@@ -160,7 +163,7 @@ def _layerwise(setting: _Setting, hidden_states: str) -> Plan:
         strategy="layerwise",
         hidden_states=hidden_states,
         phases=phases,
-        forward=sum(survey.block_flops) * workload.batches,
+        forward=(survey.prologue_flops + sum(survey.block_flops)) * workload.batches,
         weight_seconds=0.0 if setting.in_place else _loading_seconds(setting),
         hidden_seconds=2 * count * kept / slow,
         disk_bytes=kept if hidden_states == "disk" else 0,

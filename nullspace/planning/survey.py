@@ -13,7 +13,7 @@ from torch import nn
 
 from nullspace.errors import InputError
 from nullspace.model.batches import evaluating, forward_options
-from nullspace.model.blocks import find_blocks
+from nullspace.model.blocks import find_blocks, is_encoder_decoder
 from nullspace.model.linear import is_linear, weight_shape
 from nullspace.model.sites import find_targets
 from nullspace.model.weights import size_in_bytes
@@ -58,12 +58,13 @@ class Survey:
         weights: all of them; `block_weights` by block, `outside` of the blocks, of the `largest_layer` and the `largest_tensor`.
         dtype: of the weights.
         activations: the peak of a forward pass, its hooks included; `block_activations` by block, without the block's own input;
-            `prologue`, before the first block.
+            `prologue`, before the first block, where towers and encoders run.
         hidden, arguments: of a block's call: the hidden states, and its other tensors (masks, rotary tables).
-        flops: of the forward pass; `block_flops` by block.
+        flops: of the forward pass; `block_flops` by block; `prologue_flops` before the first block.
         tracked: whether activations, flops and sites come from a forward pass on the meta device. If not, they are estimated from
             the shapes of the layers, with a tendency to be too high.
-        layered: whether the blocks are one chain and all sites lie in them.
+        layered: whether there are blocks (those of `nullspace.model.blocks.find_blocks` that the batch reaches), and no site lies
+            behind them.
     """
 
     def __init__(
@@ -78,25 +79,23 @@ class Survey:
     ) -> None:
         model = unwrap(model)
         chosen = find_targets(model, targets)
-        example = _example(batch, batch_size, length)
+        example = _example(model, batch, batch_size, length)
         self._device = device
-        blocks = _blocks(model)
-        self.block_weights = [size_in_bytes(block) for block in blocks]
+        blocks = _blocks(model, chosen)
         self.weights = size_in_bytes(model)
-        self.outside = max(0, self.weights - sum(self.block_weights))
         own = [[t.numel() * t.element_size() for t in m.parameters(recurse=False)] for m in model.modules()]
         self.largest_layer = max(map(sum, own), default=0)
         self.largest_tensor = max((size for sizes in own for size in sizes), default=0)
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        self._block_of = {id(part): i for i, block in enumerate(blocks) for part in block.modules()}
         try:
-            self._run(model, chosen, blocks, *example)
+            blocks = self._run(model, chosen, blocks, *example)
         except Exception:  # models that need data, to route tokens to experts for instance, and custom kernels
             self._estimate(model, chosen, blocks, batch_shape(batch) or (batch_size, length))
-        self.layered = bool(blocks) and all(site.block is not None for site in self.sites)
+        self.block_weights = [size_in_bytes(block) for block in blocks]
+        self.outside = max(0, self.weights - sum(self.block_weights))
 
-    def sites_of(self, block: int) -> list[SiteShape]:
-        """The sites of a block, by its index."""
+    def sites_of(self, block: int | None) -> list[SiteShape]:
+        """The sites of a block, by its index; those outside of the blocks for None."""
         return [site for site in self.sites if site.block == block]
 
     def _run(
@@ -106,7 +105,9 @@ class Survey:
         blocks: list[nn.Module],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> None:
+    ) -> list[nn.Module]:
+        """Returns the blocks that were called."""
+        self._index(blocks)
         with contextlib.ExitStack() as stack:
             stack.enter_context(evaluating(model))
             live, run = stack.enter_context(watch(model))
@@ -121,7 +122,7 @@ class Survey:
                     rows = x.numel() // d_in
                     live.held(_update_bytes(rows, d_in, self._device))
                     if name not in record.sites:  # a layer may be called several times
-                        record.sites[name] = self._site(name, module, d_in, rows, x.dtype)
+                        record.add(self._site(name, module, d_in, rows, x.dtype))
 
                 return hook
 
@@ -132,18 +133,27 @@ class Survey:
                 stack.callback(block.register_forward_hook(record.leave(index)).remove)
             run(*args, **{**forward_options(model, targets), **kwargs})
             record.see_peak()
-        if blocks and (not record.hidden or not all(record.block_activations)):
-            raise InputError("a block was not called")
-        self.tracked = True
+        called = [block for block, size in zip(blocks, record.block_activations, strict=True) if size]
+        if blocks and not called:
+            raise InputError("no block was called")
+        if len(called) < len(blocks):  # those that attend to images
+            return self._run(model, targets, called, args, kwargs)
+        self.tracked, self.layered = True, bool(blocks) and not record.is_behind
         self.sites = list(record.sites.values())
         self.activations, self.prologue = record.peak, record.prologue
         self.hidden, self.arguments = record.hidden, record.arguments
         self.block_activations, self.block_flops, self.flops = record.block_activations, record.block_flops, float(live.flops)
+        self.prologue_flops = record.prologue_flops
+        return blocks
+
+    def _index(self, blocks: list[nn.Module]) -> None:
+        self._block_of = {id(part): i for i, block in enumerate(blocks) for part in block.modules()}
 
     def _estimate(self, model: nn.Module, targets: dict[str, nn.Module], blocks: list[nn.Module], shape: tuple[int, int]) -> None:
         """Assumes the outputs of all linear layers of a block at once and four hidden states, and one input for layers of the same
         parent and width."""
-        self.tracked = False
+        self._index(blocks)
+        self.tracked, self.layered = False, bool(blocks)
         tokens, itemsize = math.prod(shape), self.dtype.itemsize
 
         def outputs(module: nn.Module) -> int:
@@ -164,6 +174,7 @@ class Survey:
         self.prologue, self.arguments = 2 * self.hidden, 0
         self.activations = max(self.block_activations, default=tokens * itemsize * outputs(model) + update) + self.hidden
         self.flops = products(model)
+        self.prologue_flops = self.flops - sum(self.block_flops)
 
     def _site(self, name: str, module: nn.Module, d_in: int, rows: int, dtype: torch.dtype) -> SiteShape:
         triangle = LowerTriangle(d_in, device="meta").packed.nbytes + 8 * d_in
@@ -176,9 +187,17 @@ class _Record:
     def __init__(self, live: LiveBytes, blocks: int) -> None:
         self.sites: dict[str, SiteShape] = {}
         self.peak = self.prologue = self.hidden = self.arguments = 0
+        self.prologue_flops = 0.0
+        self.is_behind = False  # whether there is a site behind the first block and in none
         self.block_activations, self.block_flops = [0] * blocks, [0.0] * blocks
         self._live, self._inputs = live, list[weakref.ref[torch.Tensor]]()
         self._entry = self._flops = 0
+        self._has_begun = False
+
+    def add(self, site: SiteShape) -> None:
+        """Add a site, in the order of the calls."""
+        self.sites[site.name] = site
+        self.is_behind |= site.block is None and self._has_begun
 
     def is_new(self, x: torch.Tensor) -> bool:
         """Whether no layer had this tensor as its input before."""
@@ -197,7 +216,8 @@ class _Record:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.see_peak()
             if index == 0:
-                self.prologue = self._live.peak
+                self._has_begun = True
+                self.prologue, self.prologue_flops = self._live.peak, float(self._live.flops)
                 self.hidden, self.arguments = _argument_bytes(args, kwargs)
             self._live.restart()
             self._entry, self._flops = self._live.live, self._live.flops
@@ -234,9 +254,9 @@ def _staging_bytes(rows: int, d: int, dtype: torch.dtype, device: str) -> int:
     return -(-STAGE_TOKENS // rows) * rows * d * dtype.itemsize if 0 < rows < STAGE_TOKENS else 0
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def _blocks(model: nn.Module, targets: Mapping[str, nn.Module]) -> list[nn.Module]:
     try:
-        return list(find_blocks(model).values())
+        return list(find_blocks(model, targets).values())
     except ValueError:
         return []
 
@@ -249,12 +269,14 @@ def _argument_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int,
     return hidden, sum(others)
 
 
-def _example(batch: Any, batch_size: int, length: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _example(model: nn.Module, batch: Any, batch_size: int, length: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batch's arguments, on the meta device."""
+    two_inputs = is_encoder_decoder(model)
     if batch is None:
-        return (), {"input_ids": torch.zeros(batch_size, length, dtype=torch.long, device="meta")}
-    if isinstance(batch, Mapping):
-        return (), {name: value for name, value in to_meta(batch).items() if name != "labels"}
+        ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
+        return (), {"input_ids": ids, "decoder_input_ids": ids} if two_inputs else {"input_ids": ids}
+    if isinstance(batch, Mapping):  # a decoder's inputs may be made of the labels
+        return (), {name: value for name, value in to_meta(batch).items() if name != "labels" or two_inputs}
     values = (batch,) if isinstance(batch, torch.Tensor) else tuple(batch)
     return tuple(to_meta(dict(enumerate(values))).values()), {}  # type: ignore[arg-type]
 

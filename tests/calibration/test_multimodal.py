@@ -1,0 +1,69 @@
+"""Models with vision and audio towers: text alone, and images and padding side by side."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from models import random_batches
+from multimodal import IMAGE, MULTIMODAL, tiny_multimodal
+from nullspace import Covariance, compute_null_spaces, stream_covariances
+from reference import relative_error
+
+
+def sums(model: nn.Module, loader: Any, strategy: str = "resident", **options: Any) -> dict[str, Covariance]:
+    """Layer name → its covariance."""
+    found = stream_covariances(model, loader, strategy=strategy, precision="fp64", progress=False, **options)
+    return {member: covariance for site, covariance in found for member in site.members}
+
+
+def assert_same(found: dict[str, Covariance], expected: dict[str, Covariance]) -> None:
+    assert found.keys() == expected.keys()
+    for name, covariance in expected.items():
+        assert found[name].tokens == covariance.tokens, name
+        assert relative_error(found[name].matrix(), covariance.matrix()) < 1e-5, name
+
+
+# ---- text alone
+
+
+@pytest.mark.parametrize("family", list(MULTIMODAL))
+def test_text_alone_leaves_out_what_it_does_not_reach(family: str) -> None:
+    model = tiny_multimodal(family)
+    batches = [{**batch, "input_ids": batch["input_ids"] % IMAGE} for batch in random_batches(2, 3, 12, padding="left")]
+    found = []
+    for strategy in ("resident", "layerwise"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(sums(model, batches, strategy))
+        (warning,) = [each for each in caught if issubclass(each.category, UserWarning)]
+        assert "was never called: these data do not reach it" in str(warning.message)
+        assert "% of the parameters in the model's matrices" in str(warning.message)
+    assert_same(found[1], found[0])
+    assert len(found[0]) == 14  # of two blocks
+    assert {each.tokens for each in found[0].values()} == {sum(int(batch["attention_mask"].sum()) for batch in batches)}
+
+
+@pytest.mark.filterwarnings("ignore:'all-linear' leaves out")
+def test_null_spaces_and_the_automatic_strategy_take_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = tiny_multimodal("mllama"), random_batches(2, 3, 12)
+    batches = [{**batch, "input_ids": batch["input_ids"] % IMAGE} for batch in batches]
+    layerwise = compute_null_spaces(model, batches, rank=4, strategy="layerwise", progress=False)
+    assert layerwise.keys() == compute_null_spaces(model, batches, rank=4, progress=False).keys()
+
+
+def test_a_tower_beside_the_text_can_be_a_target() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config={**sizes, "vocab_size": 64}, vision_config={**sizes, "image_size": 12, "patch_size": 4})
+    ).eval()
+    batches = [{"input_ids": torch.randint(3, 60, (3, 7)), "pixel_values": torch.randn(2, 3, 12, 12)} for _ in range(2)]
+    assert_same(sums(model, batches, "layerwise"), sums(model, batches))
+    only = r"vision_model\..*fc1"
+    assert_same(sums(model, batches, "layerwise", targets=only), sums(model, batches, targets=only))
