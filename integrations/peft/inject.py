@@ -28,7 +28,7 @@ from nullspace.integrations.peft.layers import (
 )
 from nullspace.integrations.peft.save import record_init
 from nullspace.integrations.peft.start import random_seed, residual_of, start_of, with_spaces
-from nullspace.integrations.peft.subtracted import subtract
+from nullspace.integrations.peft.subtracted import refuse_pair_of, subtract
 from nullspace.integrations.peft.targets import own_config
 from nullspace.integrations.peft.watch import warn_of_dropout, watch
 from nullspace.methods import METHODS, Sources, check_method, check_sources
@@ -40,7 +40,7 @@ from nullspace.model.sharded import (
     placeholder_weights,
     prepare_to_gather,
 )
-from nullspace.model.sharded_tensors import is_sharded, local_parts, whole, write
+from nullspace.model.sharded_tensors import local_parts, write
 from nullspace.model.wrappers import unwrap, unwrapped
 from nullspace.planning.memory import free_on_host
 
@@ -182,10 +182,7 @@ def _inject(
         bases = {name: layer.get_base_layer() for name, layer in layers.items()}
         check_layers(layers, bases, adapter_name, method, given, job)
         residual = check_servable(model, bases, method, residual=residual, freeze_a=freeze_a)
-        if residual == "adapter" and config.use_dora:
-            raise InputError("DoRA's magnitudes do not add up over two adapters: use_dora needs a base that can be changed")
-        if residual == "adapter" and config.trainable_token_indices:
-            raise InputError("PEFT saves no second adapter beside trainable_token_indices: they need a base that can be changed")
+        refuse_pair_of(config, residual)
         for name, layer in layers.items():
             _write_factors(name, layer, adapter_name, method, given, residual, job)
         if residual == "adapter":
@@ -273,7 +270,7 @@ def _stored(layer: Any, job: Job) -> torch.Tensor:
     """The base layer's weight as it stores it; of a sharded one it is gathered."""
     base = layer.get_base_layer()
     job.exchange(None)  # an error on any rank must be known before the others wait for it in a gather
-    return whole(weight_of(base)) if is_sharded(weight_of(base)) else stored_weight(base)
+    return stored_weight(base)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import nn
 from nullspace.artifacts import identity
 from nullspace.artifacts.identity import Weight, weights_of
 from nullspace.artifacts.locks import temporary_folder
-from nullspace.artifacts.residual import described, residual_mark
+from nullspace.artifacts.residual import RESIDUALS, described, residual_mark
 from nullspace.checks import check_one_of
 from nullspace.distributed import Job
 from nullspace.errors import InputError
@@ -26,8 +26,6 @@ from nullspace.model.sharded_tensors import is_sharded, shape_of
 from nullspace.model.weights import restore_layout, tensor_of
 
 RESIDUAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Where the initial product of an adapter is subtracted.
-RESIDUALS = ("auto", "base", "adapter")
 # The name of the second adapter, which subtracts it.
 SUBTRACTED = "{}_subtracted"
 # Beginnings of PEFT's `init_lora_weights` with which it subtracts s·BA from the base, whose residual is in no file.
@@ -140,11 +138,16 @@ def _listed(methods: list[str]) -> str:
 
 
 def stored_weight(layer: nn.Module) -> torch.Tensor:
-    """The weight as the layer stores it, (d_out, d_in) or the transpose of it (`Conv1D`); a quantised one as it computes."""
+    """The weight as the layer stores it, (d_out, d_in) or the transpose of it (`Conv1D`); a quantised one as it computes.
+
+    It is read from where accelerate keeps it. Collective if it is sharded: it is gathered.
+    """
     restore_layout(layer)
     weight: Any = weight_of(layer)
     # Not `dequantize_module_weight`, which puts a copy of an 8-bit weight on a CPU into the layer and loses the scales.
-    return dequantize_bnb_weight(weight, state=getattr(layer, "state", None)).detach() if _is_bitsandbytes(layer) else weight
+    if _is_bitsandbytes(layer):
+        return dequantize_bnb_weight(weight, state=getattr(layer, "state", None)).detach()
+    return tensor_of(layer, "weight")
 
 
 def computed_weight(name: str, layer: nn.Module) -> torch.Tensor:
@@ -158,7 +161,7 @@ def computed_weight(name: str, layer: nn.Module) -> torch.Tensor:
             f"the weight of {name!r} ({_described(layer)}) is quantised or offloaded, and its values cannot be read: name a base "
             "that is not quantised"
         )
-    stored = tensor_of(layer, "weight") if weight_of(layer).device.type == "meta" else stored_weight(layer)
+    stored = stored_weight(layer)
     return (stored.mT if is_conv1d(layer) else stored).detach()
 
 

@@ -49,14 +49,34 @@ def attach_subtracted(peft_model: PeftModel, directory: str | os.PathLike[str], 
     _activate_both(peft_model, layers, adapter_name)
 
 
-def subtract(peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, Any], adapter: str) -> None:
-    """A second adapter with −B₀ and A₀."""
+def refuse_pair_of(config: LoraConfig, residual: str) -> None:
+    """Raise `ValueError` for what PEFT does not do with a second adapter, if the residual (of `check_servable`) is one."""
+    if residual == "adapter" and config.use_dora:
+        raise InputError("DoRA's magnitudes do not add up over two adapters: use_dora needs a base that can be changed")
+    if residual == "adapter" and config.trainable_token_indices:
+        raise InputError("PEFT saves no second adapter beside trainable_token_indices: they need a base that can be changed")
+
+
+def add_second(peft_model: PeftModel, config: LoraConfig, adapter: str) -> str:
+    """Add the second adapter, with PEFT's initial values. Returns its name.
+
+    Args:
+        peft_model: with the first adapter.
+        config: of the first adapter.
+        adapter: its name.
+    """
     second = SUBTRACTED.format(adapter)
     config = copy.deepcopy(config)
     config.lora_dropout, config.bias, config.lora_bias = 0.0, "none", False
     config.modules_to_save = None
     with placeholder_weights(peft_model):
         peft_model.add_adapter(second, config)
+    return second
+
+
+def subtract(peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, Any], adapter: str) -> None:
+    """A second adapter with −B₀ and A₀."""
+    second = add_second(peft_model, config, adapter)
     for layer in layers.values():
         with torch.no_grad():
             layer.lora_A[second].weight.copy_(layer.lora_A[adapter].weight)

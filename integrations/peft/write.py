@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +28,10 @@ from nullspace.factors import DAMPING
 from nullspace.integrations.peft.base import Source, check_plan, copy_base, files_of, source_of, write_base
 from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, init_record, located, save_adapter
 from nullspace.integrations.peft.folders.cards import write_cards
-from nullspace.integrations.peft.layers import check_layers, check_servable, lora_layers
+from nullspace.integrations.peft.layers import check_layers, check_servable, lora_layers, stored_weight
 from nullspace.integrations.peft.shell import BasePlan, on_disk, plan_base, saving_here, without_weights
 from nullspace.integrations.peft.start import random_seed, residual_of, start_of, with_spaces
+from nullspace.integrations.peft.subtracted import add_second, refuse_pair_of
 from nullspace.integrations.peft.targets import own_config
 from nullspace.integrations.peft.watch import warn_of_dropout
 from nullspace.methods import METHODS, Sources, check_method, check_sources
@@ -54,6 +55,7 @@ def write_init(
     covariances: Covariances | None = None,
     preserve: Covariances | None = None,
     freeze_a: bool | None = None,
+    residual: str = "auto",
     sigma_scale: float = 1.0,
     beta: float = 0.5,
     damping: float = DAMPING,
@@ -73,6 +75,8 @@ def write_init(
       model class does not know, the division into files, the form of experts that the model has fused.
     - Of a model in memory whose checkpoint holds weights in another form (fused experts), all residuals are in memory at once.
 
+    Where the base cannot change, because it is quantised for instance, `OUT/subtracted` is the second, frozen adapter.
+
     Args:
         out: as in `save_init`: a directory that must not exist yet, or be empty.
         model: transformers' base model, on any device, or with weights that accelerate keeps on the disk
@@ -82,6 +86,7 @@ def write_init(
         config: as in `inject_adapters`.
         spaces, method, covariances, preserve, sigma_scale, beta, damping, split: as in `inject_adapters`.
         freeze_a: the same; here it is what card and record say, as an adapter's files hold no such flag.
+        residual: as in `inject_adapters`.
         tokenizer: saved beside the base, if given.
         record: JSON-able facts to keep in `nullspace.json`.
         overwrite: replace an earlier directory of ours.
@@ -100,7 +105,7 @@ def write_init(
     job = Job() if is_model_sharded(model) else Job.alone()
     with job.sharing_errors(), unwrapped(model):
         given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, split, seed=random_seed(method))
-        output = _Output(Path(out), tokenizer, freeze_a, record or {}, overwrite, max_shard_bytes)
+        output = _Output(Path(out), tokenizer, freeze_a, residual, record or {}, overwrite, max_shard_bytes)
 
         def write() -> None:
             _write(output, model, config, given, method, reporter(progress, bars=job.first), job)
@@ -109,8 +114,6 @@ def write_init(
             written_once(out, write)
         else:
             write()
-    if job.first:
-        warn_of_dropout(config, method, "base" if METHODS[method].changes_base else "none", stacklevel=2)
     return Path(out)
 
 
@@ -120,6 +123,7 @@ class _Output(NamedTuple):
     folder: Path
     tokenizer: Any
     freeze_a: bool | None
+    residual: str
     record: Mapping[str, Any]
     overwrite: bool
     max_shard_bytes: int
@@ -141,7 +145,9 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
         bases = {name: modules[name] for name in layers}
         given = with_spaces(method, given, layers, adapter)
         check_layers(layers, bases, adapter, method, given, job)
-        residual = check_servable(model, bases, method, offloaded=True)
+        frozen = METHODS[method].freezes_a(output.freeze_a)
+        residual = check_servable(model, bases, method, residual=output.residual, freeze_a=frozen, offloaded=True)
+        refuse_pair_of(config, residual)
         shell = without_weights(model)
         base: Source | BasePlan | None = None
         if residual == "base":
@@ -153,32 +159,31 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
             check_plan(model, base, layers)
         original = config.base_model_name_or_path
         config.base_model_name_or_path = os.path.abspath(output.folder / "base") if residual == "base" else located(original)
-        files = _plan_adapter(peft_model, adapter, layers, plans / "adapter")
+        files = _plan_adapters(peft_model, config, layers, plans, residual)
         if not job.first:  # the first process writes, the others take part in gathering
-            if isinstance(base, BasePlan):
-                for keys in files_of(base, output.max_shard_bytes).filename_to_tensors.values():
-                    for key in keys:
-                        _fetch(base.names[key], modules, job)
+            for name in _gathered(base, layers, residual, output.max_shard_bytes):
+                _fetch(name, modules, job)
             job.exchange(None)
             return
         with store.new_directory(resolved, overwrite=output.overwrite) as part:
             if given.spaces is not None:
                 given.spaces.write(part / "spaces")
             shutil.copytree(plans, part, dirs_exist_ok=True)
-            with records.TensorFile(part / "adapter" / ADAPTER_WEIGHTS, files.tensors, files.metadata) as file:
-                starts = _Starts(modules, layers, adapter, method, given, report, job, file, files.keys)
+            with contextlib.ExitStack() as stack:
+                written = [stack.enter_context(file.opened(part)) for file in files]
+                starts = _Starts(modules, layers, adapter, method, given, residual, report, job, written)
                 _write_weights(part / "base", base, starts, model, shell, residual, output.max_shard_bytes)
             if starts.changes:
                 largest = max(starts.changes, key=lambda change: change.ratio)
                 mark_file(part / "base" / "config.json", method, located(original), largest)
             if residual == "base" and output.tokenizer is not None:
                 output.tokenizer.save_pretrained(part / "base")
-            frozen = METHODS[method].freezes_a(output.freeze_a)
             facts = init_record(model, original, method, config, residual, frozen, given.spaces, output.record)
             write_cards(part, facts)
             records.write_manifest(part, "init", facts)
         report("adapters", len(layers), len(layers), 0)
     given.directions.warn(f"method {method!r}", stacklevel=3)
+    warn_of_dropout(config, method, residual, stacklevel=5)
     job.exchange(None)
 
 
@@ -197,23 +202,31 @@ def _write_weights(
             shell.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_bytes)
     else:
         for name in starts.layers:
-            starts.start(name, weight_of(starts.modules[name]))
+            starts.start(name, starts.stored(name))
+
+
+def _gathered(base: Source | BasePlan | None, layers: Iterable[str], residual: str, max_shard_bytes: int) -> Iterator[str]:
+    """Names of the weights that `_write_weights` gathers, in its order."""
+    if isinstance(base, BasePlan):
+        for keys in files_of(base, max_shard_bytes).filename_to_tensors.values():
+            yield from (base.names[key] for key in keys)
+    elif residual in ("adapter", "zero"):
+        yield from (f"{name}.weight" for name in layers)
 
 
 @dataclass
 class _Starts:
-    """Computes A and B one layer at a time, and writes them to the adapter's file."""
+    """Computes A and B one layer at a time, and writes them to the files of one adapter, or of two."""
 
     modules: Mapping[str, nn.Module]
     layers: Mapping[str, LoraLayer]
     adapter: str
     method: str
     given: Sources
+    residual_in: str
     report: Progress
     job: Job
-    file: records.TensorFile
-    keys: Mapping[tuple[str, str], str]
-    """(layer, "lora_A" or "lora_B") → name in the file."""
+    files: Sequence[_AdapterFile]
     changes: list[Change] = field(default_factory=list)
     """Of the weights that have become residuals."""
     done: int = 0
@@ -221,13 +234,22 @@ class _Starts:
     def start(self, name: str, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.report("adapters", self.done, len(self.layers), 0)
         a, b = start_of(name, self.layers[name], stored, self.adapter, self.method, self.given)
-        self.file.write(self.keys[name, "lora_A"], a)
-        self.file.write(self.keys[name, "lora_B"], b)
+        if self.residual_in == "zero":
+            b = torch.zeros_like(b)
+        for file in self.files:
+            file.write(name, a, b)
         self.done += 1
         return a, b
 
     def fetch(self, name: str) -> torch.Tensor:
         return _fetch(name, self.modules, self.job)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A layer's weight, dequantised; where the method does not read it, as it is."""
+        if not METHODS[self.method].changes_base:
+            return weight_of(self.modules[name])
+        self.job.exchange(None)
+        return stored_weight(self.modules[name])
 
     def residual(self, name: str) -> torch.Tensor:
         """W₀ − s·BA of a layer, in the layout and dtype of W₀."""
@@ -248,13 +270,47 @@ def _fetch(name: str, modules: Mapping[str, nn.Module], job: Job) -> torch.Tenso
 class _AdapterPlan(NamedTuple):
     """What PEFT would write."""
 
+    folder: str
+    sign: int
+    """−1 for the adapter that subtracts the product of the other one."""
     keys: dict[tuple[str, str], str]
     """(layer, "lora_A" or "lora_B") → name in the file."""
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
 
+    @contextlib.contextmanager
+    def opened(self, part: Path) -> Iterator[_AdapterFile]:
+        """Context manager: the file of weights, to be filled."""
+        with records.TensorFile(part / self.folder / ADAPTER_WEIGHTS, self.tensors, self.metadata) as file:
+            yield _AdapterFile(file, self)
 
-def _plan_adapter(peft_model: PeftModel, adapter: str, layers: Mapping[str, LoraLayer], folder: Path) -> _AdapterPlan:
+
+class _AdapterFile(NamedTuple):
+    file: records.TensorFile
+    plan: _AdapterPlan
+
+    def write(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        """A and B of a layer."""
+        self.file.write(self.plan.keys[name, "lora_A"], a)
+        self.file.write(self.plan.keys[name, "lora_B"], b if self.plan.sign > 0 else -b)
+
+
+def _plan_adapters(
+    peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, LoraLayer], plans: Path, residual: str
+) -> list[_AdapterPlan]:
+    """The adapter and, where that is what subtracts its product, the second one."""
+    adapter = peft_model.active_adapter
+    made = [_plan_adapter(peft_model, adapter, layers, plans, "adapter", 1)]
+    if residual == "adapter":
+        with torch.random.fork_rng(devices=[]):
+            second = add_second(peft_model, config, adapter)
+        made.append(_plan_adapter(peft_model, second, layers, plans, "subtracted", -1))
+    return made
+
+
+def _plan_adapter(
+    peft_model: PeftModel, adapter: str, layers: Mapping[str, LoraLayer], plans: Path, kind: str, sign: int
+) -> _AdapterPlan:
     """Let PEFT save stand-ins, to see under which names it saves what; its configuration and model card stay in the folder."""
     state = peft_model.state_dict()
     wanted: dict[str, tuple[str, str]] = {}
@@ -262,6 +318,7 @@ def _plan_adapter(peft_model: PeftModel, adapter: str, layers: Mapping[str, Lora
         for part in ("lora_A", "lora_B"):
             wanted[f"base_model.model.{name}.{part}.{adapter}.weight"] = (name, part)
     order = list(state)
+    folder = plans / kind
     save_adapter(peft_model, adapter, folder, {name: torch.tensor([index]) for index, name in enumerate(order)})
     keys: dict[tuple[str, str], str] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -276,4 +333,4 @@ def _plan_adapter(peft_model: PeftModel, adapter: str, layers: Mapping[str, Lora
                 )
             keys[wanted[origin]], tensors[key] = key, state[origin]
     path.unlink()
-    return _AdapterPlan(keys, tensors, metadata)
+    return _AdapterPlan(kind, sign, keys, tensors, metadata)

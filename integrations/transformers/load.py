@@ -21,6 +21,7 @@ from nullspace.artifacts.records import read_json
 from nullspace.checks import check_device
 from nullspace.errors import InputError, MissingFileError
 from nullspace.integrations.transformers.offload import load_offloaded, offload_map
+from nullspace.integrations.transformers.quantisation import loading_options
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
 ) -> tuple[nn.Module, Any]:
     """A model in eval mode and its tokenizer.
 
@@ -90,6 +93,9 @@ def load_model(
         trust_remote_code: run Python code that comes with the checkpoint.
         attn_implementation: `"eager"`, `"sdpa"`, `"flash_attention_2"`, …; by default transformers' choice.
         device_map: in the place of `device` and `offload`, accelerate's placement: `"auto"`, `"balanced"`, …, or module → device.
+        load_in_4bit: quantise linear layers while they are loaded, into bitsandbytes' NF4. The head stays as it is, and so do
+            experts that are one tensor.
+        load_in_8bit: the same, in 8 bits (LLM.int8).
 
     Returns:
         `(model, tokenizer)`. The class is the one that the checkpoint names; if it names none, a causal language model.
@@ -97,7 +103,9 @@ def load_model(
     Raises:
         FileNotFoundError: if there is no such model.
         ValueError: naming the model, if it cannot be loaded; if this machine has no such device; with `offload`, if the model is
-            quantised, a GGUF file, or has no blocks; for a revision of a folder, and `device_map` with `device` or `offload`.
+            quantised, a GGUF file, or has no blocks; for a revision of a folder, and `device_map` with `device` or `offload`; if a
+            model is to be quantised that is, in another way.
+        ImportError: if the package that reads the quantised weights is not installed.
     """
     source = ModelSource.of(name)
     if revision is not None or trust_remote_code:
@@ -110,6 +118,8 @@ def load_model(
         offload_folder=offload_folder,
         attn_implementation=attn_implementation,
         device_map=device_map,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
     )
     path = Path(name)
     with _naming(name):
@@ -127,6 +137,8 @@ def load_weights(
     offload_folder: str | os.PathLike[str] | None = None,
     attn_implementation: str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
 ) -> nn.Module:
     """`load_model` without a tokenizer, which the folder need not have. `name` may be a `ModelSource`."""
     path = Path(name)
@@ -143,17 +155,21 @@ def load_weights(
     if path.suffix == ".gguf":
         if offload:
             raise InputError(f"{name} is dequantised while it is loaded, so its weights cannot stay on the disk: load it whole")
+        if load_in_4bit or load_in_8bit:
+            raise InputError(f"{name} is dequantised while it is loaded: load_in_4bit and load_in_8bit need the checkpoint itself")
         model = _load_gguf(path, {**options, "dtype": torch.float32 if dtype == "auto" else dtype})
         return (model if device_map is not None else model.to(device)).eval()
     source = ModelSource.of(name)
     config = read_config(source)
     model_class = _model_class(config, source)
     options |= source.options()
+    quantised = loading_options(name, config, dtype, device, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
     if not offload:
+        options = {**quantised, **options}
         with _naming(name):
             model = model_class.from_pretrained(source.name, **options)
-            return (model if device_map is not None else model.to(device)).eval()
-    if getattr(config, "quantization_config", None) is not None:
+            return (model if "device_map" in options else model.to(device)).eval()
+    if quantised:
         raise InputError(f"{name} is quantised, and its weights are unpacked while it is loaded: load it whole")
     placed = offload_map(empty_model(source, dtype=dtype), device)
     with _naming(name):

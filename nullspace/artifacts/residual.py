@@ -21,6 +21,8 @@ from nullspace.errors import AdapterWarning
 from nullspace.model.sharded_tensors import is_sharded
 
 KEY = "nullspace"
+# Where the initial product of an adapter is subtracted.
+RESIDUALS = ("auto", "base", "adapter")
 # Entries of a weight in a mark.
 ENTRIES = 4
 

@@ -81,6 +81,13 @@ class Adapter:
         "Say in card and record that B alone is to be trained; by default for contrast.",
         None,
     )
+    residual: str = option(
+        "What subtracts the adapter's initial product: 'base' (OUT/base), 'adapter' (a second, frozen one, OUT/subtracted) or "
+        "'auto': the base where it can be changed.",
+        "auto",
+        check_choice,
+        needed("methods that change the base", lambda values: method_of(values).changes_base),
+    )
     avoid: list[Path] | None = options.AVOID
 
     def numbers(self) -> dict[str, Any]:
@@ -118,7 +125,14 @@ def init(
             calibration.open(adapter.rank, None if source.data is None else text.length)
             inputs.leave_out_others(calibration.targets)
             peft.fit_config(_peft_config(calibration, adapter), calibration.model, calibration.targets)
-            peft.check_servable(calibration.model, calibration.targets, adapter.method, offloaded=True)
+            residual = peft.check_servable(
+                calibration.model,
+                calibration.targets,
+                adapter.method,
+                residual=adapter.residual,
+                freeze_a=method.freezes_a(adapter.freeze_a),
+                offloaded=True,
+            )
             if source.data is not None:
                 calibration.read(source.data, text)
                 if "spaces" in method.needs:
@@ -139,8 +153,7 @@ def init(
         else:
             document = {**facts, "layers": len(calibration.targets)} if shown.as_json else None
         if not (shown.as_json or shown.quiet):
-            frozen = method.freezes_a(adapter.freeze_a)
-            console.print_line(_next_steps(out, out / "base" if method.changes_base else model, frozen))
+            console.print_line(_next_steps(out, calibration, residual, method.freezes_a(adapter.freeze_a)))
     return document
 
 
@@ -221,6 +234,7 @@ def _write_init(
         "use_rslora": adapter.use_rslora,
         "method": adapter.method,
         **{name: value for name, value in numbers.items() if name in method.options},
+        **{name: True for name in ("load_in_4bit", "load_in_8bit") if getattr(calibration.running, name)},
         "versions": _versions(),
     }
     peft.write_init(
@@ -232,6 +246,7 @@ def _write_init(
         covariances=None if "spaces" in method.needs else inputs.covariances,
         preserve=inputs.preserved,
         freeze_a=adapter.freeze_a,
+        residual=adapter.residual,
         **numbers,
         tokenizer=calibration.tokenizer,
         record={**record, "model": calibration.base.name},
@@ -241,13 +256,19 @@ def _write_init(
     return record
 
 
-def _next_steps(out: Path, base: Path | str, frozen: bool) -> str:
-    b_alone = "    nullspace.integrations.peft.freeze_a(model)  # train B alone\n" if frozen else ""
+def _next_steps(out: Path, calibration: Calibration, residual: str, frozen: bool) -> str:
+    base = str(out / "base") if residual == "base" else calibration.name
+    running = calibration.running
+    config = 'load_in_4bit=True, bnb_4bit_quant_type="nf4"' if running.load_in_4bit else "load_in_8bit=True"
+    quantised = f", quantization_config=BitsAndBytesConfig({config})" if running.load_in_4bit or running.load_in_8bit else ""
+    doors = "nullspace.integrations.peft"
+    second = f"    {doors}.attach_subtracted(model, {str(out / 'subtracted')!r})\n" if residual == "adapter" else ""
+    b_alone = f"    {doors}.freeze_a(model)  # train B alone\n" if frozen else ""
     return (
         f"\nWrote {out}. To train it:\n\n"
-        f"    base = AutoModelForCausalLM.from_pretrained({str(base)!r})\n"
+        f"    base = AutoModelForCausalLM.from_pretrained({base!r}{quantised})\n"
         f"    model = PeftModel.from_pretrained(base, {str(out / 'adapter')!r}, is_trainable=True)\n"
-        f"{b_alone}\n"
+        f"{second}{b_alone}\n"
         f"and afterwards, for the untouched base: nullspace export TRAINED --initial {out} --out EXPORTED"
     )
 

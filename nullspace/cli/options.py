@@ -177,12 +177,19 @@ def parsed(parse: Callable[[Any], Any]) -> Callable[[str, Any], None]:
 
 def check_choice(name: str, value: str) -> None:
     """The check of options whose values are those of another package, which imports torch."""
+    from nullspace.artifacts.residual import RESIDUALS
     from nullspace.calibration.hidden_states import PLACES
     from nullspace.calibration.run import STRATEGIES
     from nullspace.methods import METHODS
     from nullspace.moments.precision import PRECISIONS
 
-    choices = {"--hidden-states": PLACES, "--method": METHODS, "--precision": PRECISIONS, "--strategy": STRATEGIES}
+    choices = {
+        "--hidden-states": PLACES,
+        "--method": METHODS,
+        "--precision": PRECISIONS,
+        "--residual": RESIDUALS,
+        "--strategy": STRATEGIES,
+    }
     check_one_of(name, value, tuple(choices[name]))
 
 
@@ -275,6 +282,8 @@ _HUB = _needs_data("{} that is a hub data set, not a file", lambda values: _has_
 _BLOCKS = needed("a layerwise run on data (--strategy layerwise or auto)", lambda v: _has_data(v) and v["strategy"] != "resident")
 _MODEL = needed("a run with a model", lambda values: values.get("model", "") is not None)
 _SPACES = needed("null spaces that are being computed: 'lora-null' and 'b-zero', without --spaces", _computes_spaces)
+_WHOLE = needed("a run without --offload", lambda values: not values.get("offload"))
+_OTHER_BITS = needed("a run without --load-in-4bit", lambda values: not values["load_in_4bit"])
 
 # ---- options of several commands
 
@@ -303,6 +312,8 @@ PRECISION = option(
 DTYPE = option("Of the model's weights: " + ", ".join(DTYPES) + ".", "auto", one_of(*DTYPES), _MODEL)
 PLACED = needed("a run without --device-map", lambda values: values.get("device_map") is None)
 OFFLOAD = option("Leave the weights on the disk and read them block by block.", False, needs=both(_MODEL, PLACED))
+LOAD_IN_4BIT = option("Quantise the model while it is loaded: bitsandbytes' NF4.", False, needs=both(_MODEL, _WHOLE))
+LOAD_IN_8BIT = option("The same in 8 bits (LLM.int8).", False, needs=both(_MODEL, _WHOLE, _OTHER_BITS))
 DEVICE_MAP = option("Let accelerate place the weights: 'auto', 'balanced', 'sequential', ….", None, needs=_MODEL)
 REVISION = option("Branch, tag or commit of a hub model.", None, needs=_MODEL)
 TRUST_REMOTE_CODE = option("Run the Python code that comes with the checkpoint.", False, needs=_MODEL)
@@ -362,6 +373,8 @@ class Running:
     device_map: str | None = DEVICE_MAP
     attn: str | None = ATTN
     offload: bool = OFFLOAD
+    load_in_4bit: bool = LOAD_IN_4BIT
+    load_in_8bit: bool = LOAD_IN_8BIT
     strategy: str = option(
         "'resident': all layers' sums at once; 'layerwise': block by block; 'auto': what the memory asks for.",
         "auto",
@@ -376,7 +389,7 @@ class Running:
 
     def of_model(self) -> dict[str, Any]:
         """Keyword arguments of `load_model`."""
-        own = {name: getattr(self, name) for name in ("dtype", "device", "offload", "device_map")}
+        own = {name: getattr(self, name) for name in ("dtype", "device", "offload", "device_map", "load_in_4bit", "load_in_8bit")}
         return {**own, "attn_implementation": self.attn}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import statistics
@@ -15,7 +16,6 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -334,7 +334,7 @@ def test_a_quantised_weight_is_not_turned_into_a_residual(kind: str, base: Any, 
     for refused in (
         lambda: inject_adapters(model, LoraConfig(r=RANK), method="pissa", residual="base"),
         lambda: check_servable(model, find_targets(model), "pissa", offloaded=True),
-        lambda: write_init(tmp_path / "out", model, LoraConfig(r=RANK), method="lora-null", **sources(kind, "lora-null")),
+        lambda: write_init(tmp_path / "out", model, LoraConfig(r=RANK), method="pissa", residual="base"),
     ):
         with pytest.raises(ValueError, match=words):
             refused()
@@ -344,19 +344,28 @@ def test_a_quantised_weight_is_not_turned_into_a_residual(kind: str, base: Any, 
     assert list(tmp_path.iterdir()) == []
 
 
-@every_kind
-@pytest.mark.parametrize("method", UNTOUCHING)
+@pytest.mark.parametrize(
+    ("kind", "method", "frozen"),
+    [
+        *((kind, method, None) for kind in KINDS for method in UNTOUCHING),
+        *(("nf4", method, None) for method in ALTERING),
+        *(("int8", "lora-null", frozen) for frozen in (False, True)),
+    ],
+)
 def test_write_init_writes_what_injecting_and_saving_does(
-    kind: str, method: str, base: Any, sources: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, method: str, frozen: bool | None, base: Any, sources: Any, tmp_path: Path
 ) -> None:
-    model, config, given = base(kind), LoraConfig(r=RANK, lora_alpha=12), sources(kind, method)
-    before = logits(model)
-    assert check_servable(model, find_targets(model), method, offloaded=True) == "none"
+    model, config, given = base(kind), LoraConfig(r=RANK, lora_alpha=12, lora_dropout=0.1), sources(kind, method)
+    before, two = logits(model), METHODS[method].changes_base and not frozen
     torch.manual_seed(3)
-    write_init(tmp_path / "two", model, config, method=method, progress=False, **given)
+    with pytest.warns(UserWarning, match="lora_dropout") if two else contextlib.nullcontext():
+        write_init(tmp_path / "two", model, config, method=method, freeze_a=frozen, progress=False, **given)
+    assert (tmp_path / "two" / "subtracted").is_dir() == two
     assert torch.equal(logits(model), before)
     torch.manual_seed(3)
-    save_init(tmp_path / "one", inject_adapters(model, config, method=method, **given), given.get("spaces"))
+    with pytest.warns(UserWarning, match="lora_dropout") if two else contextlib.nullcontext():
+        injected = inject_adapters(model, config, method=method, freeze_a=frozen, **given)
+    save_init(tmp_path / "one", injected, given.get("spaces"))
     names = [{p.relative_to(tmp_path / out) for p in (tmp_path / out).rglob("*") if p.is_file()} for out in ("one", "two")]
     assert names[0] == names[1]
     for name in names[0]:
@@ -385,7 +394,7 @@ def test_layers_left_out_of_quantisation_take_a_second_adapter_too(base: Any, tm
     # transformers would save the base as its quantiser knows it, and lose the residual.
     for refused in (
         lambda: inject_adapters(model, config, method="pissa", residual="base"),
-        lambda: write_init(tmp_path / "out", model, config, method="pissa"),
+        lambda: write_init(tmp_path / "out", model, config, method="pissa", residual="base"),
     ):
         with pytest.raises(ValueError, match=r"o_proj' is part of a quantised model.*residual=\"adapter\""):
             refused()
@@ -536,32 +545,77 @@ def test_a_checkpoint_of_another_quantised_model_is_not_taken_for_this_ones(base
             compute(other)
 
 
+@pytest.fixture(scope="module")
+def data(prose: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "data.txt"
+    path.write_text("\n\n".join(prose[:3]))
+    return path
+
+
+def nullspace(command: str, *options: Any) -> Any:
+    return CliRunner().invoke(app, [command, *(str(each) for each in options)])
+
+
 @pytest.mark.parametrize("kind", FORMS)
-def test_the_command_line_serves_a_quantised_checkpoint(
-    kind: str, base: Any, tiny_checkpoint: Path, prose: list[str], tmp_path: Path
+@pytest.mark.parametrize("saved", [False, True], ids=["loaded so", "saved so"])
+def test_from_the_command_line_through_training_to_a_plain_adapter(
+    kind: str, saved: bool, base: Any, tiny_checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
-    folder, data, out = tmp_path / "quantised", tmp_path / "data.txt", tmp_path / "out"
-    base(kind).save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(folder)
-    data.write_text("\n\n".join(prose[:3]))
-    common = ["init", folder, "--data", data, "--out", out, "--samples", 4, "--length", 64, "--rank", 8, "-q", "--device", "cpu"]
-
-    def nullspace(*options: Any) -> Any:
-        return CliRunner().invoke(app, [str(each) for each in (*common, *options)])
-
-    refused = nullspace("--method", "lora-null")
-    assert refused.exit_code == 2
-    assert "q_proj" in refused.output
-    assert "b-zero" in refused.output
-    assert not out.exists()
-    assert not out.with_name("out.checkpoint").exists()  # before the work
-    done = nullspace("--method", "b-zero")
+    """The checkpoint is quantised while it is loaded, or was saved quantised. What is trained is loaded as PEFT's users do it."""
+    checkpoint, out = tiny_checkpoint, tmp_path / "out"
+    if saved:
+        checkpoint = tmp_path / "quantised"
+        base(kind).save_pretrained(checkpoint)
+        transformers.AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(checkpoint)
+    flag = [] if saved else ["--load-in-4bit" if kind == "nf4" else "--load-in-8bit"]
+    common = [checkpoint, *flag, "--data", data, "--out", out, "--samples", 4, "--length", 64, "--rank", 8, "--device", "cpu"]
+    done = nullspace("init", *common)
     assert done.exit_code == 0, done.output
-    assert sorted(p.name for p in out.iterdir()) == ["adapter", "nullspace.json", "spaces"]
-    model = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder), out / "adapter").eval()
-    assert torch.equal(logits(model), logits(base(kind)))
-    assert model.peft_config["default"].base_model_name_or_path == str(folder)
-    assert not any(t.any() for name, t in load_file(out / "adapter" / "adapter_model.safetensors").items() if "lora_B" in name)
-    offloaded = nullspace("--offload", "--overwrite", "--method", "b-zero")
-    assert offloaded.exit_code == 2
-    assert "quantised" in offloaded.output
+    assert sorted(p.name for p in out.iterdir()) == ["adapter", "nullspace.json", "spaces", "subtracted"]
+    assert "attach_subtracted" in done.output
+    assert ("quantization_config" in done.output) != saved
+    assert json.loads((out / "nullspace.json").read_text())["residual"] == "adapter"
+    model = PeftModel.from_pretrained(base(kind), out / "adapter", is_trainable=True)
+    attach_subtracted(model, out / "subtracted")
+    before = logits(base(kind))
+    assert close(kind, tiny_checkpoint, logits(model.eval()), before)
+    train(model)
+    trained = logits(model)
+    assert (trained - before).norm() > 1e-2 * before.norm()
+    model.save_pretrained(tmp_path / "trained", selected_adapters=["default"])
+    exported = nullspace("export", tmp_path / "trained", "--initial", out, "--out", tmp_path / "plain", "-q")
+    assert exported.exit_code == 0, exported.output
+    plain = PeftModel.from_pretrained(base(kind), tmp_path / "plain").eval()
+    assert plain.peft_config["default"].base_model_name_or_path == str(checkpoint)
+    assert close(kind, tiny_checkpoint, logits(plain), trained, 1e-5)
+
+
+def test_what_the_command_line_refuses_of_quantised_models(base: Any, tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "quantised"
+    base("nf4").save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(folder)
+    for checkpoint, options, words in (
+        (folder, ["--residual", "base"], "q_proj"),
+        (folder, ["--offload"], "quantised"),
+        (folder, ["--load-in-8bit"], "quantised already"),
+        (tiny_checkpoint, ["--load-in-8bit", "--load-in-4bit"], "without --load-in"),
+        (tiny_checkpoint, ["--load-in-8bit", "--offload"], "without --offload"),
+        (folder, ["--residual", "adapter", "--method", "b-zero"], "methods that change the base"),
+    ):
+        common = [checkpoint, "--data", data, "--out", tmp_path / "out", "--length", 64, "--rank", 8, "-q", "--device", "cpu"]
+        refused = nullspace("init", *common, *options)
+        assert refused.exit_code == 2, (options, refused.output)
+        assert words in " ".join(refused.output.split())
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["quantised"]  # before the work
+
+
+def test_a_second_adapter_is_written_for_any_base_that_is_to_stay_as_it_is(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint).eval()
+    before = logits(model)
+    write_init(tmp_path / "out", model, LoraConfig(r=RANK), method="pissa", residual="adapter", progress=False)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter", "nullspace.json", "subtracted"]
+    adapted = PeftModel.from_pretrained(model, tmp_path / "out" / "adapter")
+    attach_subtracted(adapted, tmp_path / "out" / "subtracted")
+    assert (logits(adapted.eval()) - before).abs().max() <= 2e-6 * before.abs().max()
+    with pytest.raises(ValueError, match="use_dora"):
+        write_init(tmp_path / "two", tiny("llama"), LoraConfig(r=RANK, use_dora=True), method="pissa", residual="adapter")
