@@ -22,7 +22,7 @@ INSTALLED: Any = get_command(app)
 DECLARED = {command.__name__: {name: option for name, (_, option) in declared(command).items()} for command in COMMANDS}
 OF_DATA = {"samples", "length", "batch_size", "precision", "strategy", "hidden_states", "fresh", "timeout"}
 OF_LOADING, OF_RUNNING = {"revision", "trust_remote_code"}, {"device", "device_map", "attn"}
-OF_MODEL = {"targets", "exclude", "dtype", "offload", *OF_RUNNING, *OF_LOADING}
+OF_MODEL = {"targets", "exclude", "dtype", "offload", "load_in_4bit", "load_in_8bit", *OF_RUNNING, *OF_LOADING}
 OF_ROWS, OF_HUB = {"field"}, {"split"}
 OF_TEXT = {"samples", "length", "batch_size", *OF_ROWS, *OF_HUB}
 ALL_OF_DATA = OF_DATA | OF_ROWS | OF_HUB
@@ -32,9 +32,9 @@ OF_NULL, OF_CORDA = {"sigma_scale", "factor_split"}, {"damping", "factor_split"}
 # (command, its source) → the options that have no effect there. Paths do not exist: nothing may be looked at before the options.
 SOURCES: dict[tuple[str, str], set[str]] = {
     ("init", "MODEL --data a.txt"): {*OF_ROWS, *OF_HUB, "partial", *NUMBERS - OF_NULL},
-    ("init", "MODEL --data a.md --method b-zero"): {*OF_ROWS, *OF_HUB, "partial", *NUMBERS},
+    ("init", "MODEL --data a.md --method b-zero"): {*OF_ROWS, *OF_HUB, "partial", "residual", *NUMBERS},
     ("init", "MODEL --data a.jsonl"): {*OF_HUB, "partial", *NUMBERS - OF_NULL},
-    ("init", "MODEL --data a.parquet --method eva"): {*OF_HUB, "partial", "avoid", "spectrum", *NUMBERS},
+    ("init", "MODEL --data a.parquet --method eva"): {*OF_HUB, "partial", "avoid", "spectrum", "residual", *NUMBERS},
     ("init", "MODEL --data some/set --method corda-kpm"): {"partial", "avoid", "spectrum", *NUMBERS - OF_CORDA},
     ("init", "MODEL --data set:part --strategy resident"): {"hidden_states", "partial", *NUMBERS - OF_NULL},
     ("init", "MODEL --spaces s"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - OF_NULL},
@@ -42,9 +42,9 @@ SOURCES: dict[tuple[str, str], set[str]] = {
     ("init", "MODEL --covariances c --method corda-ipm"): {*ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - OF_CORDA},
     ("init", "MODEL --covariances c --method corda-exact"): {*ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - {"factor_split"}},
     ("init", "MODEL --data a.csv --method sc-lora --preserve p"): {*OF_HUB, "avoid", "spectrum", "sigma_scale", "damping"},
-    ("init", "MODEL --covariances c --method contrast --preserve p"): {*ALL_OF_DATA, "avoid", "spectrum", *OF_NULL, "beta"},
+    ("init", "MODEL --covariances c --method contrast --preserve p"): {*ALL_OF_DATA, "avoid", "spectrum", "residual", *OF_NULL, "beta"},
     ("init", "MODEL --method pissa"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - {"factor_split"}},
-    ("init", "MODEL --method orthogonal"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS},
+    ("init", "MODEL --method orthogonal"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", "residual", *NUMBERS},
     ("compute", "MODEL --data a.json"): {*OF_HUB, "partial"},
     ("compute", "MODEL --data a.txt --strategy resident"): {*OF_ROWS, *OF_HUB, "hidden_states", "partial"},
     ("compute", "--covariances c"): {*ALL_OF_DATA, *OF_MODEL},
