@@ -27,6 +27,7 @@ OF_ROWS, OF_HUB = {"field"}, {"split"}
 OF_TEXT = {"samples", "length", "batch_size", *OF_ROWS, *OF_HUB}
 ALL_OF_DATA = OF_DATA | OF_ROWS | OF_HUB
 NUMBERS = {"sigma_scale", "beta", "damping", "factor_split", "preserve"}
+UNTOUCHED = {"avoid", "spectrum", "residual"}  # methods that leave the base alone, and compute no null space
 OF_NULL, OF_CORDA = {"sigma_scale", "factor_split"}, {"damping", "factor_split"}
 
 # (command, its source) → the options that have no effect there. Paths do not exist: nothing may be looked at before the options.
@@ -34,7 +35,7 @@ SOURCES: dict[tuple[str, str], set[str]] = {
     ("init", "MODEL --data a.txt"): {*OF_ROWS, *OF_HUB, "partial", *NUMBERS - OF_NULL},
     ("init", "MODEL --data a.md --method b-zero"): {*OF_ROWS, *OF_HUB, "partial", "residual", *NUMBERS},
     ("init", "MODEL --data a.jsonl"): {*OF_HUB, "partial", *NUMBERS - OF_NULL},
-    ("init", "MODEL --data a.parquet --method eva"): {*OF_HUB, "partial", "avoid", "spectrum", "residual", *NUMBERS},
+    ("init", "MODEL --data a.parquet --method eva"): {*OF_HUB, "partial", *UNTOUCHED, *NUMBERS},
     ("init", "MODEL --data some/set --method corda-kpm"): {"partial", "avoid", "spectrum", *NUMBERS - OF_CORDA},
     ("init", "MODEL --data set:part --strategy resident"): {"hidden_states", "partial", *NUMBERS - OF_NULL},
     ("init", "MODEL --spaces s"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - OF_NULL},
@@ -42,9 +43,9 @@ SOURCES: dict[tuple[str, str], set[str]] = {
     ("init", "MODEL --covariances c --method corda-ipm"): {*ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - OF_CORDA},
     ("init", "MODEL --covariances c --method corda-exact"): {*ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - {"factor_split"}},
     ("init", "MODEL --data a.csv --method sc-lora --preserve p"): {*OF_HUB, "avoid", "spectrum", "sigma_scale", "damping"},
-    ("init", "MODEL --covariances c --method contrast --preserve p"): {*ALL_OF_DATA, "avoid", "spectrum", "residual", *OF_NULL, "beta"},
+    ("init", "MODEL --covariances c --method contrast --preserve p"): {*ALL_OF_DATA, *UNTOUCHED, *OF_NULL, "beta"},
     ("init", "MODEL --method pissa"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - {"factor_split"}},
-    ("init", "MODEL --method orthogonal"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", "residual", *NUMBERS},
+    ("init", "MODEL --method orthogonal"): {*ALL_OF_DATA, "partial", *UNTOUCHED, *NUMBERS},
     ("compute", "MODEL --data a.json"): {*OF_HUB, "partial"},
     ("compute", "MODEL --data a.txt --strategy resident"): {*OF_ROWS, *OF_HUB, "hidden_states", "partial"},
     ("compute", "--covariances c"): {*ALL_OF_DATA, *OF_MODEL},
