@@ -257,7 +257,7 @@ def _write_init(
 
 
 def _next_steps(out: Path, calibration: Calibration, residual: str, frozen: bool) -> str:
-    base = str(out / "base") if residual == "base" else calibration.name
+    base = str(out / "base") if residual == "base" else calibration.base.name
     running = calibration.running
     config = 'load_in_4bit=True, bnb_4bit_quant_type="nf4"' if running.load_in_4bit else "load_in_8bit=True"
     quantised = f", quantization_config=BitsAndBytesConfig({config})" if running.load_in_4bit or running.load_in_8bit else ""

@@ -313,7 +313,7 @@ DTYPE = option("Of the model's weights: " + ", ".join(DTYPES) + ".", "auto", one
 PLACED = needed("a run without --device-map", lambda values: values.get("device_map") is None)
 OFFLOAD = option("Leave the weights on the disk and read them block by block.", False, needs=both(_MODEL, PLACED))
 LOAD_IN_4BIT = option("Quantise the model while it is loaded: bitsandbytes' NF4.", False, needs=both(_MODEL, _WHOLE))
-LOAD_IN_8BIT = option("The same in 8 bits (LLM.int8).", False, needs=both(_MODEL, _WHOLE, _OTHER_BITS))
+LOAD_IN_8BIT = option("The same in 8 bits (LLM.int8).", False, needs=both(_MODEL, both(_WHOLE, _OTHER_BITS)))
 DEVICE_MAP = option("Let accelerate place the weights: 'auto', 'balanced', 'sequential', ….", None, needs=_MODEL)
 REVISION = option("Branch, tag or commit of a hub model.", None, needs=_MODEL)
 TRUST_REMOTE_CODE = option("Run the Python code that comes with the checkpoint.", False, needs=_MODEL)
