@@ -124,7 +124,7 @@ def _basis(layer: Layer, given: Sources) -> torch.Tensor:
 def _moment(layer: Layer, given: Sources, source: Covariances | None, *, mode: str = "ipm") -> tuple[Covariance, torch.Tensor]:
     """A layer's covariance and its matrix, whose rank is compared with what the method needs."""
     assert source is not None
-    covariance = source[layer.name]
+    covariance = source[layer.name].completed(layer.d_in + layer.rank)
     c = covariance.matrix()
     given.directions.look_at(layer.name, covariance, layer.rank, c, spared=spared(mode, layer.d_out, layer.d_in, layer.rank))
     return covariance, c
@@ -146,13 +146,13 @@ def _corda(mode: str) -> Callable[[Layer, Sources], LowRank]:
 def _contrast(layer: Layer, given: Sources) -> LowRank:
     assert given.preserve is not None
     _, task = _moment(layer, given, given.covariances)
-    keep = given.preserve[layer.name].matrix()
+    keep = given.preserve[layer.name].completed(layer.d_in + layer.rank).matrix()
     return factors.contrast(task.to(layer.device), keep, layer.d_out, rank=layer.rank, damping=given.damping)
 
 
 def _eva(layer: Layer, given: Sources) -> LowRank:
     assert given.covariances is not None
-    covariance = given.covariances[layer.name]
+    covariance = given.covariances[layer.name].completed(layer.d_in + layer.rank)
     c, mean = covariance.matrix(), covariance.mean()
     given.directions.look_at(layer.name, covariance, layer.rank, factors.centred(c, mean, covariance.mass))
     return factors.eva(c, mean, covariance.mass, layer.d_out, rank=layer.rank)

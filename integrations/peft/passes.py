@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from nullspace.calibration.input_sums import InputSums, leave_out_uncalled, recording
+from nullspace.calibration.input_sums import InputSums, leave_out_uncalled
+from nullspace.calibration.recording import recording
 from nullspace.model.batches import evaluating
 
 

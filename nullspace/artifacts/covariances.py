@@ -19,8 +19,9 @@ from nullspace.artifacts.sitewise import Entry, Sitewise, write_sites
 from nullspace.artifacts.store import new_directory
 from nullspace.checks import Field, an_object, list_of, optional
 from nullspace.errors import InputError, OtherModelError
+from nullspace.model.experts import expert_of
 from nullspace.model.sites import Site
-from nullspace.moments.covariance import Covariance
+from nullspace.moments.covariance import Covariance, Pool
 from nullspace.moments.state import DTYPES, FIELDS
 
 
@@ -38,6 +39,7 @@ class Covariances(Sitewise[Covariance]):
     KIND, WHAT, FIELDS = "covariances", "covariance", FIELDS
     MORE_FIELDS: ClassVar[Mapping[str, Field]] = {"shards": optional(list_of(an_object()))}
     _dtype = torch.float64
+    _last_pool: tuple[str, Pool] | None = None
 
     def __init__(self, pairs: Iterable[tuple[Site, Covariance]], weights: Weights | None = None) -> None:
         super().__init__(pairs, weights)
@@ -63,6 +65,22 @@ class Covariances(Sitewise[Covariance]):
                 "as it is: partial=True, --partial"
             )
         return loaded
+
+    def __getitem__(self, name: str) -> Covariance:
+        covariance = super().__getitem__(name)
+        site, expert = self._of[name].site, expert_of(name)
+        if expert is not None and covariance.pool is None and len(site.members) == 1 and covariance.tokens < 2 * site.d_in:
+            covariance.pool = self._pool(expert.stack)
+        return covariance
+
+    def _pool(self, stack: str) -> Pool:
+        """The sum of the experts that share a parameter. The last one is held."""
+        if self._last_pool is None or self._last_pool[0] != stack:
+            own = {
+                id(e): e for n, e in self._of.items() for expert in [expert_of(n)] if expert is not None and expert.stack == stack
+            }
+            self._last_pool = stack, Pool.of([entry.value() for entry in own.values()])
+        return self._last_pool[1]
 
     def _read_more(self, manifest: Mapping[str, Any]) -> None:
         self.shards = tuple(Shards.from_json(entry) for entry in manifest.get("shards", ()))

@@ -119,6 +119,7 @@ class NullSpace:
             where = f" at {site.name!r}" if site is not None else ""
             beside = f" ({avoided} avoided)" if avoided else ""
             raise InputError(f"rank must be between 1 and {limit}{where}{beside}, not {rank}")
+        tokens, covariance = covariance.tokens, covariance.completed(covariance.d_in + rank)
         if covariance.tokens == 0:
             raise InputError("the covariance has no tokens")
         lowest, vectors, every = _eigenpairs(covariance, rank, spectrum, avoid)
@@ -135,7 +136,7 @@ class NullSpace:
             basis=vectors.cpu().contiguous(),
             eigenvalues=values.clone(),
             trace=trace,
-            tokens=covariance.tokens,
+            tokens=tokens,
             gap=(behind - float(values[rank - 1])) / behind if behind > 0 else 0.0,
             outliers=covariance.outliers,
             nullity=int((lowest <= noise_of(covariance)).sum()),

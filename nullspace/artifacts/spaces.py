@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from nullspace.checks import (
     check_integer,
 )
 from nullspace.errors import DataWarning, InputError, PrecisionWarning
+from nullspace.model.experts import expert_of
 from nullspace.model.sites import Site
 from nullspace.moments.covariance import Covariance
 from nullspace.moments.directions import Directions
@@ -71,8 +73,12 @@ class NullSpaces(Sitewise[NullSpace]):
         return result
 
     def summary(self) -> str:
-        """A table: site, layers, d_in, tokens, rank, leak, gap, outliers, precision, and the effective rank where known."""
-        return tables.text_table(self.rows())
+        """A table: site, layers, d_in, tokens, rank, leak, gap, outliers, precision, and the effective rank where known.
+
+        Below it, if there are experts, the least, the median and the largest number of their tokens, and which of them got few.
+        """
+        text = experts_text([self[site.name] for site in self.sites if is_completed(site)])
+        return "\n".join(filter(None, (tables.text_table(self.rows()), text)))
 
     def rows(self) -> list[dict[str, Any]]:
         """One dictionary a site, in the model's order, of values that JSON can hold: those of `summary`, unrounded, and more."""
@@ -198,7 +204,8 @@ def check_site_rank(site: Site, rank: int, avoid: Mapping[str, torch.Tensor]) ->
 
 def warn_of_few_directions(spaces: list[NullSpace]) -> None:
     """One warning for sites with too few tokens, and for sites whose tokens span fewer than d_in − rank directions."""
-    short = [s for s in spaces if s.tokens < s.site.d_in + s.rank]
+    routed = [s for s in spaces if is_completed(s.site)]
+    short = [s for s in spaces if s.tokens < s.site.d_in + s.rank and not is_completed(s.site)]
     directions = Directions()
     for s in spaces:
         # Only the lowest eigenvalues may be known, so there may be still fewer directions. No warning where rounding hides zeros.
@@ -215,8 +222,37 @@ def warn_of_few_directions(spaces: list[NullSpace]) -> None:
             f"most): {few_names(short)}. Part of their null space is only what these data did not show: use at least {needed} "
             "tokens.",
         )
+    texts.append(experts_text(routed, few_only=True))
     if any(texts):
         warnings.warn(" ".join(filter(None, texts)), DataWarning, stacklevel=3)
+
+
+def is_completed(site: Site) -> bool:
+    """Whether a site is one expert's, whose second moment all experts of its layer complete where its tokens are few."""
+    return len(site.members) == 1 and expert_of(site.name) is not None
+
+
+def experts_text(spaces: list[NullSpace], *, few_only: bool = False) -> str:
+    """How many tokens the experts got, and which of them got few or none.
+
+    Args:
+        spaces: of experts.
+        few_only: an empty text if all got enough.
+    """
+    few = [s for s in spaces if 0 < s.tokens < s.site.d_in + s.rank]
+    none = [s for s in spaces if s.tokens == 0]
+    if not spaces or (few_only and not few and not none):
+        return ""
+    counts = sorted(s.tokens for s in spaces)
+    text = f"Experts: {counts[0]} to {counts[-1]} tokens each, median {statistics.median(counts):g}."
+    if few:
+        text += (
+            f" {len(few)} of {len(spaces)} got fewer than d_in + rank, and all experts of the layer complete their second moments: "
+            f"{few_names(few)}."
+        )
+    if none:
+        text += f" {len(none)} got none, and have the basis of all experts of the layer: {few_names(none)}."
+    return text
 
 
 def few_names(spaces: list[NullSpace]) -> str:

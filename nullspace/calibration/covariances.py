@@ -44,6 +44,7 @@ def compute_covariances(
     shard: tuple[int, int] | None = None,
     device: torch.device | str | None = None,
     hidden_states: str = "auto",
+    experts: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: bool | Progress = True,
@@ -55,7 +56,7 @@ def compute_covariances(
     and writes its share of the sites into `out`, which all must see. See `stream_covariances`.
 
     Args:
-        model, loader, targets, exclude, strategy, device, hidden_states, progress: as in `nullspace.stream_covariances`.
+        model, loader, targets, exclude, strategy, device, hidden_states, experts, progress: as in `nullspace.stream_covariances`.
         out: must not exist yet, or be empty. 4 · d_in² bytes a site (float64).
         precision: as there. `"fp64"` by default, since later ranks or merges may need it.
         dtype: of the files: see `Covariances.save`.
@@ -94,6 +95,7 @@ def compute_covariances(
             precision=precision,
             device=device,
             hidden_states=hidden_states,
+            experts=experts,
             progress=progress,
             job=job,
         )

@@ -17,11 +17,14 @@ import torch
 from torch import nn
 
 from nullspace.artifacts.covariances import Covariances
-from nullspace.calibration.input_sums import InputSums, leave_out_uncalled, recording
+from nullspace.calibration.input_sums import InputSums, leave_out_uncalled
+from nullspace.calibration.recording import recording
 from nullspace.calibration.run import prepare
 from nullspace.distributed import Job
 from nullspace.errors import InputError
 from nullspace.model.batches import Call, calls, evaluating, forward_options, naming_batch, padded_batch
+from nullspace.model.experts import ExpertMatrix
+from nullspace.model.routing import Routed
 from nullspace.model.sharded import is_model_sharded
 from nullspace.model.sharded_tensors import version_of
 from nullspace.model.token_rows import TokenRows
@@ -76,6 +79,9 @@ def gradient_covariances(
         progress=progress,
         job=job,
     )
+    for name in [name for name, layer in run.targets.items() if isinstance(layer, ExpertMatrix)]:
+        run.targets.leave_out(name, "is an expert's matrix, whose outputs have no hooks for gradients")
+    run.targets.refuse_empty()
     batch = _Batch(TokenRows(model, functools.cache(lambda: padded_batch(model, loader))))
     sums = batch.sums = _Sums(run.targets, precision, batch, weigh=batch.weigh)
     options = forward_options(model, run.targets)
@@ -169,6 +175,9 @@ class _Batch:
         """Keep the input of a target that is about to be called."""
         each = self._inputs.setdefault(id(x), _Input(x, version_of(x)))
         self._calls[name, id(x)] = self._last[name] = each
+
+    def receive_routed(self, routed: Routed) -> None:
+        raise AssertionError("experts are left out")
 
     def check_output(self, name: str, x: Any, output: Any) -> None:
         self.sums.check_output(name, x, output)

@@ -6,22 +6,22 @@ in every batch, since one sum serves both.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from nullspace.calibration.expert_sums import ExpertSums
 from nullspace.errors import InputError
-from nullspace.model.experts import ExpertMatrix
-from nullspace.model.linear import unlike_linear, weight_of, weight_shape
+from nullspace.model.experts import expert_of
+from nullspace.model.linear import unlike_linear, weight_shape
 from nullspace.model.padding import Padding
-from nullspace.model.sharded import layer_input
-from nullspace.model.sharded_tensors import is_sharded, version_of
+from nullspace.model.routing import Routed
+from nullspace.model.sharded_tensors import version_of
 from nullspace.model.sites import Site, Targets
-from nullspace.moments.covariance import Covariance, find_nonfinite
+from nullspace.moments.covariance import Covariance, Pool, find_nonfinite
 from nullspace.moments.precision import precision_of
 from nullspace.moments.sums import TokenMask
 
@@ -34,24 +34,13 @@ class Rows(Protocol):
     def of(self, name: str, x: torch.Tensor) -> TokenMask | None: ...
 
 
-class Receiver(Protocol):
-    """What `recording` hands the inputs of targets to, as `InputSums` takes them."""
-
-    @property
-    def paused(self) -> bool: ...
-
-    def receive(self, name: str, x: torch.Tensor) -> None: ...
-
-    def check_output(self, name: str, x: Any, output: Any) -> None: ...
-
-
 class _SiteSum:
     """One site while the model runs."""
 
-    def __init__(self, name: str, covariance: Covariance) -> None:
-        self.members = [name]
+    def __init__(self, members: Iterable[str], covariance: Covariance, *, joinable: bool = True) -> None:
+        self.members = list(members)
         self.covariance = covariance
-        self.joinable = True  # during its first input only
+        self.joinable = joinable  # during its first input only
         self._input: weakref.ref[torch.Tensor] | None = None
         self._version: int | None = None
         self._received: set[str] = set()
@@ -89,7 +78,8 @@ class InputSums:
         targets: module name → linear layer.
         precision: as in `stream_covariances`.
         rows: which rows of an input count; by default all.
-        weigh: (name of the first member, input) → the tensor that is summed in its place.
+        pooled: one sum for what all experts of a layer receive (`ExpertSums`).
+        weigh: (name of the first member, input) → the tensor that is summed in its place; not of what experts receive.
 
     Attributes:
         paused: True between two batches; inputs are then ignored.
@@ -104,6 +94,7 @@ class InputSums:
         precision: str | Mapping[str, str],
         rows: Rows | None = None,
         *,
+        pooled: bool = False,
         weigh: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.paused = True
@@ -111,7 +102,8 @@ class InputSums:
         self.left_out: dict[str, str] = {}
         self._targets = targets
         self._precision = precision
-        self._weigh = weigh
+        self._pooled, self._weigh = pooled, weigh
+        self._experts: dict[str, ExpertSums] = {}
         self._sums: list[_SiteSum] = []
         self._of: dict[str, _SiteSum] = {}
         self._batch = 0
@@ -135,7 +127,7 @@ class InputSums:
         if member_of is None:
             joined = next((s for s in self._sums if s.joinable and s.is_current(x)), None)
             if joined is None:
-                joined = _SiteSum(name, self._new_covariance(name, x.device))
+                joined = _SiteSum([name], self._new_covariance(name, x.device))
                 self._begin_input(joined, name, x)
                 self._sums.append(joined)
             else:
@@ -147,6 +139,27 @@ class InputSums:
         else:  # another call of the layer in this batch, or its first one
             self._end_input(member_of)
             self._begin_input(member_of, name, x)
+
+    def receive_routed(self, routed: Routed) -> None:
+        """Add what a parameter of fused experts is about to compute with."""
+        if self.paused:
+            return
+        stack = f"{routed.experts}.{routed.parameter}"
+        if stack not in self._experts:
+            names = {e: f"{stack}[{e}]" for e in range(len(routed.counts)) if f"{stack}[{e}]" in self._targets}
+            if not names:
+                return
+            precision = precision_of(next(iter(names.values())), self._precision)
+            self._experts[stack] = ExpertSums(routed, names, pooled=self._pooled, precision=precision)
+            for site, covariance in self._experts[stack].sites:
+                each = _SiteSum(site.members, covariance, joinable=False)
+                self._sums.append(each)
+                self._of.update(dict.fromkeys(site.members, each))
+        try:
+            mask = None if self._rows is None else self._rows.of(stack, routed.hidden)
+            self._experts[stack].add(routed, mask)
+        except ValueError as error:
+            raise InputError(f"batch {self._batch}: {error}") from error
 
     def check_output(self, name: str, x: Any, output: Any) -> None:
         """Leave a target out if its output is not W x + b."""
@@ -194,12 +207,13 @@ class InputSums:
         """Yields the sites and their sums in the order of their first calls, and drops its reference to each.
 
         Raises:
-            ValueError: naming a site without tokens.
+            ValueError: naming a site without tokens; of experts, if none of a layer's has any.
         """
-        empty = next((s for s in self._sums if s.covariance.tokens == 0), None)
-        if empty is not None:
-            raise InputError(f"no tokens at {empty.members[0]!r}: {self.MASKED}")
+        refuse_empty([(s.members[0], s.covariance.tokens) for s in self._sums], self.MASKED)
+        for experts in self._experts.values():
+            experts.attach_pool()
         self._of.clear()
+        self._experts.clear()
         while self._sums:
             each = self._sums.pop(0)
             site, covariance = Site(tuple(each.members), each.covariance.d_in), each.covariance
@@ -218,6 +232,10 @@ class InputSums:
                 each.covariance.flush()
             except ValueError as error:
                 raise InputError(f"{each.members[0]}: {error}") from error
+
+    def pool(self, stack: str) -> Pool | None:
+        """The sums of all experts of one parameter; None if this process had none of its inputs."""
+        return self._experts[stack].pool() if stack in self._experts else None
 
     def take(self, site: Site, device: torch.device) -> Covariance:
         """Remove and return the sums of one site; empty sums on `device` if this process had none of its inputs."""
@@ -250,6 +268,20 @@ class InputSums:
             )
 
 
+def refuse_empty(sites: Sequence[tuple[str, int]], why: str) -> None:
+    """Raise `ValueError`, naming the site, if one has no tokens. An expert may have none, if another one of its layer has.
+
+    Args:
+        sites: name and tokens.
+        why: there may be none.
+    """
+    stacks = {expert.stack for name, tokens in sites if tokens for expert in [expert_of(name)] if expert is not None}
+    for name, tokens in sites:
+        expert = expert_of(name)
+        if tokens == 0 and (expert is None or expert.stack not in stacks):
+            raise InputError(f"no tokens at {name!r}: {why}")
+
+
 def leave_out_uncalled(uncalled: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]) -> None:
     """Remove targets that were never called from `targets`; `ValueError`, naming the first, if the caller listed them by name."""
     if not uncalled:
@@ -263,99 +295,3 @@ def leave_out_uncalled(uncalled: Mapping[str, nn.Module], targets: Mapping[str, 
         f"target {next(iter(uncalled))!r}{more} was never called: these data do not reach it. Leave it out of targets, or add "
         "data that do."
     )
-
-
-class _Hooks:
-    """The hooks of one target."""
-
-    def __init__(self, name: str, sums: Receiver, later: list[Exception] | None) -> None:
-        self._name, self._sums, self._later = name, sums, later
-        self._handed: Any = None
-        self._is_checked = False
-
-    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the call: sum the input."""
-        if not self._later:
-            with _keeping(self._later):
-                self._sums.receive(self._name, _first(args, kwargs))
-
-    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the hooks that gather a sharded weight: keep the input."""
-        self._handed = _first(args, kwargs)
-
-    def read_through(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """After those hooks: sum the input that was kept, or its conversion by them."""
-        handed, self._handed = self._handed, None
-        if not self._later:
-            with _keeping(self._later):
-                self._sums.receive(self._name, layer_input(self._name, handed, _first(args, kwargs)))
-
-    def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """After the first call in a batch that counts: check the output."""
-        if not (self._is_checked or self._sums.paused or self._later):
-            self._is_checked = True
-            with _keeping(self._later):
-                self._sums.check_output(self._name, _first(args, kwargs), output)
-
-
-@contextlib.contextmanager
-def recording(
-    model: nn.Module, targets: Mapping[str, nn.Module], sums: Receiver, *, later: list[Exception] | None = None
-) -> Iterator[None]:
-    """Context manager: adds the inputs of targets to `sums`, by hooks.
-
-    Args:
-        model: contains the targets.
-        targets: module name → linear layer.
-        sums: gets the inputs.
-        later: collects the first exception of `sums`, after which inputs are ignored; for a forward pass that must not stop half
-            way because it gathers weights by collectives (`nullspace.model.sharded`).
-
-    Raises:
-        ValueError: at the end, naming the layer, if the model has removed the hook or replaced the layer.
-    """
-
-    outputs: list[Any] = []
-    handles: list[tuple[str, nn.Module, Any]] = []
-    for name, module in list(targets.items()):
-        if isinstance(module, ExpertMatrix):
-            continue
-        hooks = _Hooks(name, sums, later)
-        sharded = is_sharded(weight_of(module))
-        if sharded:
-            handles.append((name, module, module.register_forward_pre_hook(hooks.keep, with_kwargs=True, prepend=True)))
-        read = hooks.read_through if sharded else hooks.read
-        handles.append((name, module, module.register_forward_pre_hook(read, with_kwargs=True)))
-        outputs.append(module.register_forward_hook(hooks.check, with_kwargs=True, prepend=True))
-    try:
-        yield
-        _check_standing(model, handles)
-    finally:
-        for handle in (*outputs, *(handle for _, _, handle in handles)):
-            handle.remove()
-
-
-def _check_standing(model: nn.Module, handles: list[tuple[str, nn.Module, Any]]) -> None:
-    there = {id(module) for module in model.modules()}
-    for name, module, handle in handles:
-        if handle.id not in module._forward_pre_hooks or id(module) not in there:
-            what = "was replaced" if id(module) not in there else "lost the hook that reads its inputs"
-            raise InputError(
-                f"{name!r} {what} while the model ran: not all of its inputs were summed. Something in the model's forward pass "
-                "does that: switch it off, or leave the layer out of targets."
-            )
-
-
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-@contextlib.contextmanager
-def _keeping(later: list[Exception] | None) -> Iterator[None]:
-    """Context manager: appends an exception to `later` instead of raising it, if `later` is a list."""
-    try:
-        yield
-    except Exception as error:
-        if later is None:
-            raise
-        later.append(error)

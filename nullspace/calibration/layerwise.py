@@ -23,7 +23,8 @@ from torch import nn
 
 from nullspace.calibration.chain import BlockCalls, Chain
 from nullspace.calibration.hidden_states import Arguments, Shelf, choose_place
-from nullspace.calibration.input_sums import InputSums, leave_out_uncalled, recording
+from nullspace.calibration.input_sums import InputSums, leave_out_uncalled
+from nullspace.calibration.recording import recording
 from nullspace.calibration.rehearsal import rehearse
 from nullspace.calibration.run import Run
 from nullspace.calibration.totals import Totals, uncalled_everywhere
@@ -91,7 +92,7 @@ class _Pass:
     def before_blocks(self) -> Sums:
         """Run the model up to its blocks, batch by batch, and keep their arguments; yields the sums of targets ahead of them."""
         run, chain, job = self._run, self._chain, self._run.job
-        sums = InputSums(self._outside, self._precision, self._rows)
+        sums = InputSums(self._outside, self._precision, self._rows, pooled=self._run.pooled)
         head = output_head(run.model)
         unused = (*chain.blocks, *(() if head is None or self._outside else (head,)))
         first = self._load(0)  # read while the batches are prepared
@@ -129,7 +130,7 @@ class _Pass:
             began = time.perf_counter()
             job.enters(f"the forward pass of {chain.names[index]!r}")
             own = self._inside[chain.names[index]]
-            sums = InputSums(own, self._precision, self._rows)
+            sums = InputSums(own, self._precision, self._rows, pooled=self._run.pooled)
             loaded = self._load(index)
             if index + 1 < needed:
                 self._load(index + 1)  # copied while this one computes
@@ -153,7 +154,7 @@ class _Pass:
         if not self._uncalled:
             return
         run, chain = self._run, self._chain
-        sums = InputSums(self._uncalled, self._precision, self._rows)
+        sums = InputSums(self._uncalled, self._precision, self._rows, pooled=self._run.pooled)
         around = Loaded(run.model, chain.devices[-1], skip=(*chain.blocks, *chain.skipped.values()))
         if run.is_sharded:
             run.job.exchange(None)

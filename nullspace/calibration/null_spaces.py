@@ -60,6 +60,7 @@ def compute_null_spaces(
     avoid: Mapping[str, torch.Tensor] | None = None,
     device: torch.device | str | None = None,
     hidden_states: str = "auto",
+    experts: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | Progress = True,
     job: Job | None = None,
@@ -89,6 +90,8 @@ def compute_null_spaces(
             trained before (`nullspace.integrations.peft.row_spaces`), a new one does not change their inputs (O-LoRA,
             arXiv 2310.14152). The rows of all members of a site count.
         device, hidden_states: for the layerwise strategy: see `stream_covariances`.
+        experts: `"each"`, `"pooled"` or `"auto"`: see `stream_covariances`. The basis of an expert with fewer than d_in + rank
+            tokens is that of its second moment shrunk towards all experts' of its layer (`Covariance.completed`).
         checkpoint: a directory for finished sites. An interrupted run that is called again with the same arguments continues after
             the last finished site (with `strategy="layerwise"`, in its block), and ends with the same bits. The loader must give
             the same batches every time. The caller deletes the directory. With several processes, all must see it. Each then
@@ -126,6 +129,7 @@ def compute_null_spaces(
             precision=precision,
             device=device,
             hidden_states=hidden_states,
+            experts=experts,
             progress=progress,
             job=job,
             rank=rank,

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from nullspace.calibration.input_sums import InputSums, leave_out_uncalled, recording
+from nullspace.calibration.input_sums import InputSums, leave_out_uncalled
+from nullspace.calibration.recording import recording
 from nullspace.calibration.run import Run
 from nullspace.calibration.totals import Totals, uncalled_everywhere
 from nullspace.distributed import Job
@@ -27,7 +28,8 @@ def stream_resident(
 ) -> Iterator[tuple[Site, Covariance]]:
     """One resident pass; arguments as of `nullspace.calibration.stream.one_pass`."""
     model, job = run.model, run.job
-    sums = InputSums(targets, precision, TokenRows(model, functools.cache(lambda: padded_batch(model, run.loader))))
+    rows = TokenRows(model, functools.cache(lambda: padded_batch(model, run.loader)))
+    sums = InputSums(targets, precision, rows, pooled=run.pooled)
     options = forward_options(model, targets)
     share = job.share(run.loader)
     total, tokens = share.length, 0

@@ -18,6 +18,7 @@ from torch import nn
 from nullspace.artifacts.checkpoint import Checkpoint
 from nullspace.artifacts.identity import Fingerprints, Weights, fingerprint_of_run
 from nullspace.artifacts.residual import warn_of_residual
+from nullspace.calibration.expert_sums import check_experts
 from nullspace.calibration.hidden_states import PLACES
 from nullspace.checks import check_device, check_one_of
 from nullspace.distributed import Job
@@ -25,11 +26,13 @@ from nullspace.distributed.loaders import digest_of, example_of, length
 from nullspace.errors import InputError
 from nullspace.model import sharded
 from nullspace.model.blocks import find_blocks
+from nullspace.model.experts import fused_of
 from nullspace.model.sites import Targets, find_targets
 from nullspace.model.weights import refuse_meta
 from nullspace.model.wrappers import unwrap
 from nullspace.moments.precision import PRECISIONS
 from nullspace.planning.choice import choose_strategy
+from nullspace.planning.experts import should_pool
 from nullspace.progress import Progress, reporter
 
 STRATEGIES = ("auto", "resident", "layerwise")
@@ -49,6 +52,7 @@ class Run:
         strategy: `"resident"` or `"layerwise"`.
         device: where a layerwise pass computes; None for the devices of the weights.
         hidden_states: where a layerwise pass keeps the hidden states between two blocks.
+        pooled: whether what all experts of a layer receive is summed together.
         job: the processes that work together.
         report: gets the progress.
         is_sharded: whether the weights are sharded over processes, so that reading one is a collective.
@@ -62,6 +66,7 @@ class Run:
     strategy: str
     device: torch.device | None
     hidden_states: str
+    pooled: bool
     job: Job
     report: Progress
     is_sharded: bool
@@ -96,6 +101,8 @@ class Run:
         """
         self._before_collectives()
         settings = {"precision": self.plain_precision(), "strategy": self.strategy, **settings}
+        if fused_of(self.targets.values()):
+            settings["experts"] = "pooled" if self.pooled else "each"
         identity = fingerprint_of_run(self.model, self.loader, self.targets, settings, self.job, self._fingerprints)
         self.job.check_same(**{name: fact for name, fact in identity.items() if name not in COMPARED})
         return Checkpoint(directory, identity, self.job)
@@ -118,6 +125,7 @@ def prepare(
     hidden_states: str,
     progress: bool | Progress,
     job: Job,
+    experts: str = "auto",
     rank: int | None = None,
     check: Callable[[Targets], object] | None = None,
 ) -> Run:
@@ -132,6 +140,7 @@ def prepare(
         ValueError, TypeError: as `nullspace.stream_covariances` before the forward pass.
     """
     check_options(strategy, precision, hidden_states, device)
+    check_experts(experts)
     model = unwrap(model)
     chosen = find_targets(model, targets, exclude=exclude, rank=rank)
     if check is not None:
@@ -139,6 +148,7 @@ def prepare(
     refuse_meta(model)
     warn_of_residual(model)
     is_sharded = sharded.prepare_sharded(model, chosen, job, strategy)
+    pooled = _is_pooled(experts, chosen, loader, rank, job)
     if strategy == "auto":
         strategy, hidden_states = resolve_strategy(
             model, loader, chosen, device=device, hidden_states=hidden_states, rank=rank, job=job
@@ -155,6 +165,7 @@ def prepare(
         strategy=strategy,
         device=None if device is None else torch.device(device),
         hidden_states=hidden_states,
+        pooled=pooled,
         job=job,
         report=reporter(progress, bars=job.first),
         is_sharded=is_sharded,
@@ -163,8 +174,17 @@ def prepare(
     if job.count > 1:
         weights = digest_of([{name: mark for name, (_, mark) in run.weights.items()}])
         names = {} if is_sharded else {"targets": list(chosen)}  # which `prepare_sharded` has compared
-        job.check_same(strategy=strategy, precision=run.plain_precision(), **names, weights=weights)
+        job.check_same(strategy=strategy, pooled=pooled, precision=run.plain_precision(), **names, weights=weights)
     return run
+
+
+def _is_pooled(experts: str, targets: Targets, loader: Iterable[Any], rank: int | None, job: Job) -> bool:
+    """Whether experts are pooled, the same on all processes."""
+    if experts != "auto":
+        return experts == "pooled"
+    if not fused_of(targets.values()):
+        return False
+    return any(job.exchange(should_pool(targets, example_of(loader), length(loader), rank)))
 
 
 def check_options(

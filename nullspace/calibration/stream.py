@@ -33,6 +33,7 @@ def stream_covariances(
     precision: str | Mapping[str, str] = "auto",
     device: torch.device | str | None = None,
     hidden_states: str = "auto",
+    experts: str = "auto",
     progress: bool | Progress = True,
     job: Job | None = None,
 ) -> Iterator[tuple[Site, Covariance]]:
@@ -71,6 +72,12 @@ def stream_covariances(
             block.
         hidden_states: where a layerwise pass keeps the hidden states between two blocks: `"device"`, `"host"`, `"disk"`, or
             `"auto"`, the first of these with room for them.
+        experts: routed experts that are stored as one tensor (`nullspace.model.experts`), from the tokens that are routed to them:
+            `"each"`: a sum for every expert's matrix. `"pooled"`: one sum for all that the experts of a layer receive, so that its
+            null space serves all of their `gate_up_proj`, and a sum for each `down_proj`. `"auto"`: `"each"` if an expert can
+            expect d_in + rank tokens or more and the sums take at most half of the free memory
+            (`nullspace.planning.experts.should_pool`); otherwise `"pooled"`. An expert that gets few tokens, or none, has a small
+            `Covariance.tokens` and a `Covariance.pool` (`Covariance.completed`).
         progress: True for a bar (of the first process), False for none, or a callable (`nullspace.progress.Progress`).
         job: the processes that work together; by default those of the default process group, if one is initialised. `Job.alone()`
             for this process alone in spite of its group. A job must include all processes that share a sharded weight, and only one
@@ -103,6 +110,7 @@ def stream_covariances(
             precision=precision,
             device=device,
             hidden_states=hidden_states,
+            experts=experts,
             progress=progress,
             job=job,
         )

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from nullspace.calibration.input_sums import InputSums
+from nullspace.calibration.input_sums import InputSums, refuse_empty
 from nullspace.distributed import Job
 from nullspace.distributed.job import Reduction
 from nullspace.errors import InputError
+from nullspace.model.experts import expert_of
 from nullspace.model.sites import Site
-from nullspace.moments.covariance import Covariance
+from nullspace.moments.covariance import Covariance, Pool
 
 
 class Arriving:
@@ -34,12 +35,16 @@ class Arriving:
         own: at the owner, its part of the sums, which becomes the total; None on other processes.
         vector: the compressed part; None for a root, which is complete already.
         reduction: adds the vectors up.
+
+    Attributes:
+        pool: of the experts of its layer, over all processes, if it is an expert's.
     """
 
     def __init__(
         self, site: Site, own: Covariance | None, vector: torch.Tensor | None = None, reduction: Reduction | None = None
     ) -> None:
         self.site, self.own = site, own
+        self.pool: Pool | None = None
         self._vector, self._reduction = vector, reduction
 
     def wait(self) -> None:
@@ -57,6 +62,7 @@ class Arriving:
         if self._vector is not None:
             own.expand()
             self._vector = None
+        own.pool = self.pool
         return own
 
 
@@ -139,12 +145,14 @@ class Totals:
         self._arrive()
         sums.flush()  # its errors must be raised before the first reduction
         sites = _all_sites(job.exchange([(site, c.tokens, c.device.type) for site, c in sums.partial()]))
-        empty = next((site for site, (tokens, _) in sites.items() if tokens == 0), None)
-        if empty is not None:
-            raise InputError(f"no tokens at {empty.name!r}: {sums.MASKED}")
+        refuse_empty([(site.name, tokens) for site, (tokens, _) in sites.items()], sums.MASKED)
+        pools = _pools(job, sums, {site: tokens for site, (tokens, _) in sites.items()})
         owners = self.deal([site.d_in for site in sites])
         for (site, (_, kind)), owner in zip(sites.items(), owners, strict=True):
-            self._under_way.append(begin(job, sums.take(site, torch.device(kind)), site, owner))
+            arriving = begin(job, sums.take(site, torch.device(kind)), site, owner)
+            expert = expert_of(site.name)
+            arriving.pool = None if expert is None else pools.get(expert.stack)
+            self._under_way.append(arriving)
         added = sum(site.d_in**2 for site in sites)
         self._waiting += added
         self._enough = max(self._enough, added)
@@ -174,6 +182,27 @@ class Totals:
             each.wait()
             if each.own is not None:
                 self._here.append(each)
+
+
+def _pools(job: Job, sums: InputSums, tokens: Mapping[Site, int]) -> dict[str, Pool]:
+    """Collective: parameter of fused experts → the sums of all of its experts over all processes, where one has few tokens."""
+    few: dict[str, int] = {}
+    for site, count in tokens.items():
+        expert = expert_of(site.name)
+        if expert is not None and len(site.members) == 1 and count < 2 * site.d_in:
+            few[expert.stack] = site.d_in
+    pools = {}
+    for stack, d in few.items():
+        own = sums.pool(stack)
+        vector = torch.zeros(d * d + d + 1, dtype=torch.float64)
+        if own is not None:
+            vector = torch.cat([own.matrix.flatten(), own.total, own.total.new_tensor([own.tokens])]).cpu()
+        what = f"the reduction of {stack!r}"
+        with job.naming_rank(what):
+            job.reduce(vector, 0, what).wait()
+        matrix, total, count = job.broadcast(vector, 0).split([d * d, d, 1])
+        pools[stack] = Pool(matrix.view(d, d), total, int(count))
+    return pools
 
 
 def deal(widths: Sequence[int], count: int, loads: Sequence[float] = ()) -> list[int]:

@@ -359,7 +359,7 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, int]]:
             continue
         for own, parameter in module.named_parameters(recurse=False):
             shape = shape_of(parameter)
-            if len(shape) > 1 and id(parameter) not in seen:
+            if len(shape) > 1 and id(parameter) not in seen and not own.endswith("bias"):  # experts have one bias each
                 yield f"{name}.{own}" if name else own, math.prod(shape)
             seen.add(id(parameter))
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,31 @@ from nullspace.moments.precision import PRECISIONS, new_sums
 from nullspace.moments.state import check_state
 from nullspace.moments.sums import GramSums, Sums, TokenMask, nonfinite
 from nullspace.moments.sums_qr import QrSums
+
+
+class Pool(NamedTuple):
+    """The second moment of a larger set of tokens, which completes that of a part with too few tokens.
+
+    Attributes:
+        matrix: (d, d) float64, Σ x xᵀ.
+        total: (d,) float64, Σ x.
+        tokens: their number.
+    """
+
+    matrix: torch.Tensor
+    total: torch.Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, parts: Sequence[Covariance]) -> Pool:
+        """The sum of some covariances of one width."""
+        matrix = torch.zeros(parts[0].d_in, parts[0].d_in, dtype=torch.float64, device=parts[0].device)
+        total = torch.zeros_like(matrix[0])
+        for part in parts:
+            if part.tokens:
+                matrix += part.matrix().to(matrix.device)
+                total += part.total().to(matrix.device)
+        return cls(matrix, total, sum(part.tokens for part in parts))
 
 
 class Covariance:
@@ -40,6 +65,9 @@ class Covariance:
             for it), `"mixed"` (the same without that test), `"fp64"` (every product in float64) or `"qr"` (no product
             at all: the root R of C = RᵀR by streaming QR in float64, some ten times the time of `"fp64"`).
             float64 inputs are never summed in less.
+
+    Attributes:
+        pool: the second moment of all experts of a layer, for one expert's input with few tokens; else None. See `completed`.
 
     Cost: n · d_in² flops for n tokens. Memory: 4 · d_in² bytes for the triangle; beside it, on a CPU at most 512 rows of
     input, on a GPU, until the sums are read, a buffer of min(8192, max(512, 2 · d_in)) rows.
@@ -70,6 +98,7 @@ class Covariance:
         self._tokens = 0
         self._mass = 0.0
         self._samples = _Samples(self._sums.device)
+        self.pool: Pool | None = None
 
     @torch.no_grad()
     def update(self, x: torch.Tensor, mask: torch.Tensor | TokenMask | None = None) -> None:
@@ -134,6 +163,28 @@ class Covariance:
         covariance._sums.count_rounding(matrix.dtype)
         covariance._tokens, covariance._mass = tokens, float(tokens)
         return covariance
+
+    def completed(self, needed: int) -> Covariance:
+        """The second moment to use for a basis that asks for so many tokens: C + (needed − n) / n_pool · C_pool.
+
+        An expert's input with fewer tokens than `needed` is shrunk towards the mean second moment of all experts of its layer, as
+        if that had given the tokens that are missing. Without any token, it is the pool's.
+
+        Args:
+            needed: tokens, usually d_in + rank.
+
+        Returns:
+            This object itself, if it has enough tokens or no pool; otherwise a new one, with `needed` tokens.
+        """
+        if self.pool is None or self.pool.tokens == 0 or self._tokens >= needed:
+            return self
+        share = (needed - self._tokens) / self.pool.tokens
+        there, scale = self._sums.device, self._mass / self._tokens if self._tokens else 1.0
+        result = Covariance.from_matrix(self.matrix() + (share * scale) * self.pool.matrix.to(there), tokens=needed)
+        result._sums.total.copy_(self.total() + (share * scale) * self.pool.total.to(there))
+        result._mass = needed * scale
+        result._sums.outliers = self.outliers
+        return result
 
     def scale(self, weight: float) -> None:
         """Count every token added so far `weight` times: C, Σ x and `mass` are multiplied by it, `tokens` is not.
@@ -234,6 +285,10 @@ class Covariance:
         if not isinstance(sums, QrSums):
             raise InputError(f'only precision="qr" keeps a root, not {self.precision!r}')
         return sums.root.clone()
+
+    def total(self) -> torch.Tensor:
+        """Σ x: (d_in,) float64."""
+        return self._flushed().total
 
     def mean(self) -> torch.Tensor:
         """Σ x / n: (d_in,) float64. NaN without tokens."""
