@@ -19,7 +19,8 @@ from scipy.linalg import cython_lapack
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
+from transformers.models.mixtral import modeling_mixtral
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("nullspace", "integrations", "csrc_triton")
@@ -112,6 +113,9 @@ EXISTS: dict[str, Callable[[], Any]] = {
     "_cdata": lambda: torch.empty(1).untyped_storage()._cdata,
     "_local_scalar_dense": lambda: torch.ops.aten._local_scalar_dense.default,
     "_overloadpacket": lambda: torch.ops.aten.mm.default._overloadpacket is torch.ops.aten.mm,
+    "_experts_implementation": lambda: hasattr(MixtralConfig(), "_experts_implementation"),
+    "_experts_implementation_internal": lambda: "_experts_implementation_internal" in vars(MixtralConfig()),
+    "_apply_gate": lambda: modeling_mixtral.MixtralExperts._apply_gate,
     "_version": lambda: torch.zeros(1).add_(1)._version == 1,
     "_forward_pre_hooks": lambda: isinstance(nn.Linear(1, 1)._forward_pre_hooks, dict),
     "_forward_hooks": lambda: isinstance(nn.Linear(1, 1)._forward_hooks, dict),

@@ -37,7 +37,7 @@ from nullspace.progress import Progress, reporter
 
 STRATEGIES = ("auto", "resident", "layerwise")
 # Facts of a run that `prepare` compares between processes.
-COMPARED = ("strategy", "precision", "targets")
+COMPARED = ("strategy", "precision", "targets", "experts")
 
 
 @dataclass
@@ -174,7 +174,9 @@ def prepare(
     if job.count > 1:
         weights = digest_of([{name: mark for name, (_, mark) in run.weights.items()}])
         names = {} if is_sharded else {"targets": list(chosen)}  # which `prepare_sharded` has compared
-        job.check_same(strategy=strategy, pooled=pooled, precision=run.plain_precision(), **names, weights=weights)
+        if fused_of(chosen.values()):
+            names["experts"] = ["pooled" if pooled else "each"]
+        job.check_same(strategy=strategy, precision=run.plain_precision(), **names, weights=weights)
     return run
 
 

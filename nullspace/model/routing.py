@@ -44,6 +44,8 @@ class Routed(NamedTuple):
     hidden: torch.Tensor
 
 
+BIAS = "{}_bias"
+
 Receive = Callable[[Routed], None]
 
 _RECEIVERS: MutableMapping[nn.Module, tuple[str, Receive]] = weakref.WeakKeyDictionary()
@@ -81,29 +83,29 @@ def routing(modules: Mapping[str, nn.Module], receive: Receive) -> Iterator[None
             vars(config)[_INTERNAL] = before[key]
 
 
-def forward(self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+def forward(experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """The output of fused experts, (tokens, d), as transformers' own functions compute it.
 
     Args:
-        self: the module.
+        experts: the module.
         hidden_states: (tokens, d).
         top_k_index: (tokens, k): the experts of each token. Pairs with an index of E or more belong to other processes.
         top_k_weights: (tokens, k): the weights of their outputs.
     """
-    name, receive = _RECEIVERS.get(self, ("", None))
-    first, last = stacks_of(self)
-    order, counts = _sorted(top_k_index, len(getattr(self, first)))
+    name, receive = _RECEIVERS.get(experts, ("", None))
+    first, last = stacks_of(experts)
+    order, counts = _sorted(top_k_index, len(getattr(experts, first)))
     tokens = order // top_k_index.shape[-1]
     rows = hidden_states[tokens]
     if receive is not None:
         receive(Routed(name, first, rows, counts, tokens, hidden_states))
-    rows = _product(self, first, rows, counts)
-    rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
+    rows = _product(experts, first, rows, counts)
+    rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
     if receive is not None:
         receive(Routed(name, last, rows, counts, tokens, hidden_states))
-    rows = _product(self, LAST, rows, counts)
-    if getattr(self, "has_post_expert_norm", False):
-        rows = self.post_expert_norm(rows)
+    rows = _product(experts, LAST, rows, counts)
+    if getattr(experts, "has_post_expert_norm", False):
+        rows = experts.post_expert_norm(rows)
     weighted = rows * top_k_weights.reshape(-1)[order][:, None]
     every = weighted.new_zeros(top_k_index.numel(), hidden_states.shape[-1]).index_copy(0, order, weighted)
     return every.view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
@@ -121,7 +123,7 @@ def _sorted(index: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]
 
 def _product(experts: Any, parameter: str, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """(n, d_out): each row times its expert's matrix, and its bias."""
-    stack, bias = getattr(experts, parameter), getattr(experts, f"{parameter}_bias", None) if experts.has_bias else None
+    stack, bias = getattr(experts, parameter), getattr(experts, BIAS.format(parameter)) if experts.has_bias else None
     if not is_transposed(experts):
         stack = stack.mT
     parts = []
