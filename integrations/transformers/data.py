@@ -1,60 +1,219 @@
-"""Texts and rows from files and hub data sets, and texts packed into batches of one length."""
+"""Texts, conversations and rows from files, hub data sets and Python."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, TypeGuard, overload
 
 from nullspace.checks import check_integer
-from nullspace.errors import DataWarning, InputError
+from nullspace.errors import InputError, InputTypeError
+from nullspace.integrations.transformers.chat import as_conversation, conversation, token_ids, without_nulls
+from nullspace.integrations.transformers.packing import Mixture, Text, check_weights
 from nullspace.integrations.transformers.rows import (
+    JSON,
     KNOWN_FIELDS,
     TEXTS,
+    Row,
     as_text,
     check_is_there,
     fields_of,
     paragraphs,
+    parts_of,
     rows_of,
-    text_of,
+    split_names,
 )
+
+Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+"""The name of a file or of a hub data set, or rows: a list of them, a `datasets.Dataset`."""
+
+
+@overload
+def load_texts(
+    data: str | os.PathLike[str],
+    *,
+    field: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    skip: int = 0,
+    shuffle: int | None = None,
+    as_chat: bool = False,
+) -> list[Any]: ...
+
+
+@overload
+def load_texts(
+    data: Any,
+    *,
+    weights: Sequence[float] | None = None,
+    field: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    skip: int = 0,
+    shuffle: int | None = None,
+    as_chat: bool = False,
+) -> Any: ...
 
 
 def load_texts(
-    data: str | os.PathLike[str], *, field: str | None = None, split: str = "train", limit: int | None = None
-) -> list[str]:
-    """Texts from a file or a hub data set.
+    data: Source | Sequence[Source],
+    *,
+    weights: Sequence[float] | None = None,
+    field: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    skip: int = 0,
+    shuffle: int | None = None,
+    as_chat: bool = False,
+) -> list[Text] | Mixture:
+    """Texts and conversations from a file, a hub data set or rows; of several, a mixture.
 
     Args:
-        data: `.txt` or `.md` (paragraphs, divided at blank lines), `.jsonl`, `.json`, `.parquet` or `.csv`, or the name of a hub
-            data set, with `name:configuration` for one of its configurations.
+        data: `.txt` or `.md` (paragraphs, divided at blank lines), `.jsonl`, `.json`, `.parquet` or `.csv`; the name of a hub
+            data set, with `name:configuration` for one of its configurations; rows (a list of mappings, a `datasets.Dataset`); or
+            a list of several of these.
+        weights: of several, each one's share of the tokens, up to a common factor; equal by default.
         field: the field with the text, or several, separated by commas, which line breaks join: `"question,answer"`. By default
-            `text`, or the first known pair (question/answer, instruction/input/output, prompt/completion, …). Of a list of answers
-            the first one is taken. Chat data (lists of messages) are not supported.
+            token ids (`input_ids`), a conversation, `text`, or the first known pair (question/answer, instruction/input/output,
+            prompt/completion, …). Of a list of answers the first one is taken.
         split: of a hub data set.
-        limit: read at most this many rows.
+        limit: read at most this many texts, of each.
+        skip: leave out the first rows or paragraphs, of each.
+        shuffle: the seed of a random order, into which each is brought before `limit` counts; None for the order of the rows.
+        as_chat: make conversations of texts too: a text is a user's message, a known pair a user's and an assistant's.
+
+    Returns:
+        What `PackedBatches` takes: `str` for texts, `Conversation` for chat data (`messages`, ShareGPT's `conversations`, prompt
+        and completion as messages, the `chosen` side of preferences, with tools and system column), `TokenIds` for rows with
+        `input_ids`. Blank texts and conversations without messages are left out. Of several data sets, a `Mixture`.
 
     Raises:
         FileNotFoundError: if a path with a known ending does not exist.
+        TypeError: if the data are of another kind.
         ValueError: naming the file, if its content does not fit its ending, or if it is empty; naming the row too, if it lacks the
-            field (its fields are listed), or if the field is not text: numbers are not converted.
+            field (its fields are listed), or if the field is not text: numbers are not converted. For wrong weights, and a `skip`
+            that leaves nothing.
     """
-    path = Path(data)
-    check_is_there(path)
-    texts: Iterable[str]
-    if path.suffix.lower() in TEXTS:
-        texts = paragraphs(path)
-    else:
-        texts = (text_of(row, field, f"{data}, row {number}") for number, row in enumerate(rows_of(data, split), start=1))
-    kept = list(itertools.islice((text for text in texts if text.strip()), limit))
-    if not kept:
-        raise InputError(f"{data} holds no text")
-    return kept
+    reading = Reading(field=field, split=split, limit=limit, skip=skip, shuffle=shuffle, as_chat=as_chat)
+    if not _are_several(data):
+        if weights is not None:
+            raise InputError("weights belong to several data sets, and there is one: leave them out")
+        return list(reading.texts(data))
+    mixture = reading.mixture(data, weights)
+    return Mixture({name: list(texts) for name, texts in mixture.parts.items()}, mixture.weights)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The arguments of `load_texts`, for data that are read when they are needed: a hub data set may be larger than the work."""
+
+    field: str | None = None
+    split: str = "train"
+    limit: int | None = None
+    skip: int = 0
+    shuffle: int | None = None
+    as_chat: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer("skip", self.skip, least=0)
+        if self.shuffle is not None:
+            check_integer("shuffle", self.shuffle, least=0)
+
+    def mixture(self, data: Sequence[Any], weights: Sequence[float] | None = None) -> Mixture:
+        """Several data sets as a `Mixture`, without reading them. Errors as `load_texts`."""
+        if weights is not None:
+            check_weights(weights, len(data))
+        parts: dict[str, Iterator[Text]] = {}
+        for number, each in enumerate(data, start=1):
+            name = _name(each) or f"data set {number}"
+            if name in parts:
+                raise InputError(f"{name} is given twice: leave one out, and give it a weight if it is to count more")
+            parts[name] = self.texts(each, name)
+        return Mixture(parts, weights)
+
+    def texts(self, data: Any, name: str | None = None) -> Iterator[Text]:
+        """The texts of one data set. Errors as `load_texts`; a missing file is one before the first text is asked for."""
+        if _name(data) is not None:
+            check_is_there(Path(data))
+        elif isinstance(data, bytes) or not isinstance(data, Iterable):
+            raise InputTypeError(f"data must be a file, the name of a hub data set, or rows, not {type(data).__name__}")
+        return self._texts(data, name or _name(data) or "the data")
+
+    def _texts(self, data: Any, name: str) -> Iterator[Text]:
+        counted = itertools.count()
+        read: Iterator[Text] = (text for text in self._all(data, name, counted) if not _is_blank(text))
+        if self.shuffle is not None:
+            texts = list(read)
+            random.Random(self.shuffle).shuffle(texts)
+            read = iter(texts)
+        empty = True
+        for text in itertools.islice(read, self.limit):
+            empty = False
+            yield text
+        if empty and self.limit != 0:
+            rows = next(counted)
+            if 0 < rows <= self.skip:
+                raise InputError(f"skip={self.skip} (--skip) leaves nothing of {name}, which has {rows} rows")
+            raise InputError(f"{name} holds no text")
+
+    def _all(self, data: Any, name: str, counted: Iterator[int]) -> Iterator[Text]:
+        path = _name(data)
+        if path is not None and Path(path).suffix.lower() in TEXTS:
+            for text in (each for each in paragraphs(Path(path)) if each.strip()):
+                if next(counted) >= self.skip:
+                    yield as_conversation([text], {}, name) if self.as_chat else text
+            return
+        for row in _rows(data, self.split):
+            number = next(counted)
+            if number >= self.skip:
+                yield self._text(row, f"{name}, row {number + 1}")
+
+    def _text(self, row: Any, where: str) -> Text:
+        if not isinstance(row, Mapping):
+            raise InputTypeError(f"{where} is {type(row).__name__}: rows must be mappings, field name → value")
+        names = None if self.field is None else split_names(self.field)
+        if names in (None, ("input_ids",)):
+            tokens = token_ids(row, where)
+            if tokens is not None:
+                return tokens
+        chat = conversation(row, names, where)
+        if chat is not None:
+            return chat
+        parts = parts_of(row, self.field, where)
+        return as_conversation(parts, row, where) if self.as_chat else "\n".join(part for part in parts if part)
+
+
+def _are_several(data: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether this is a list of data sets, and not one: a list of mappings holds rows."""
+    return isinstance(data, (list, tuple)) and bool(data) and not any(isinstance(each, Mapping) for each in data)
+
+
+def _name(data: Any) -> str | None:
+    """The name of a file or a hub data set; None for rows."""
+    return os.fspath(data) if isinstance(data, (str, os.PathLike)) else None
+
+
+def _rows(data: Any, split: str) -> Iterator[Row]:
+    """The rows of a data set of any kind. Objects of Arrow data have no keys without values."""
+    name = _name(data)
+    if name is not None:
+        rows = rows_of(name, split)
+        return rows if Path(name).suffix.lower() in JSON else map(without_nulls, rows)
+    if isinstance(data, Mapping):  # a `datasets.DatasetDict`
+        if split not in data:
+            raise InputError(f"the data have no split {split!r}, but {fields_of(data)}")
+        data = data[split]
+    return (without_nulls(row) if isinstance(row, Mapping) else row for row in data)
+
+
+def _is_blank(text: Text) -> bool:
+    if isinstance(text, str):
+        return not text.strip()
+    return not (text.messages if hasattr(text, "messages") else text.ids)
 
 
 def load_rows(data: str | os.PathLike[str], *, split: str = "train", limit: int | None = None) -> list[Mapping[str, Any]]:
@@ -89,106 +248,9 @@ def prompt_and_response(row: Mapping[str, Any]) -> tuple[str, str]:
         ValueError: listing the row's fields, if none of them are known or one is empty; naming the field, if it is not text.
     """
     pairs = [names for names in KNOWN_FIELDS if len(names) > 1]
-    more = [("query", "response"), ("text", "code"), ("prompt", "canonical_solution")]
+    more = [("text", "code"), ("prompt", "canonical_solution")]
     names = next((known for known in [*pairs, *more] if all(name in row for name in known)), ())
     parts = [as_text(row, name, "a row") for name in names]
     if len(parts) < 2 or not parts[0].strip() or not parts[-1].strip():
         raise InputError(f"a row has no known prompt and response; its fields are {fields_of(row)}")
     return "\n".join(part for part in parts[:-1] if part), parts[-1]
-
-
-class PackedBatches(Sequence[dict[str, torch.Tensor]]):
-    """Batches of token ids, all of one length: concatenated texts after the tokenizer's leading special tokens.
-
-    Every sample begins with the special tokens that the tokenizer puts before a text (`<bos>`, `[CLS]`; none with GPT-2's): models
-    are used with them at position 0, where many have their massive activations. Within a sample, texts are separated by what the
-    tokenizer puts after a text (`[SEP]`), or else by its end-of-text token. A last sequence that the texts do not fill is padded on
-    the right and masked.
-
-    Args:
-        texts: in this order.
-        tokenizer: transformers'.
-        samples: at most this many sequences (the paper takes 256).
-        length: tokens a sequence (the paper: 1024), special tokens included.
-        batch_size: sequences a batch.
-        special_tokens: False packs the texts with end-of-text tokens between them and no others.
-
-    Attributes:
-        tokens: in all samples, with special tokens, without padding.
-
-    Raises:
-        ValueError: if a size is smaller than 1, `length` leaves no room after the special tokens, or the texts hold no token.
-
-    Warns:
-        UserWarning: if the texts fill fewer than `samples` sequences.
-    """
-
-    def __init__(
-        self,
-        texts: Iterable[str],
-        tokenizer: Any,
-        *,
-        samples: int = 256,
-        length: int = 1024,
-        batch_size: int = 4,
-        special_tokens: bool = True,
-    ) -> None:
-        for name, value in (("samples", samples), ("length", length), ("batch_size", batch_size)):
-            check_integer(name, value)
-        start, ids = _token_stream(texts, tokenizer, samples, length, special_tokens)
-        if not ids:
-            raise InputError("the texts hold no token")
-        room = length - len(start)
-        rows = -(-len(ids) // room)
-        if rows < samples:
-            warnings.warn(f"the texts fill {rows} of {samples} samples of {length} tokens", DataWarning, stacklevel=2)
-        pad = -len(ids) % room
-        self.tokens = len(ids) + rows * len(start)
-        packed = torch.tensor(ids + [ids[-1]] * pad).reshape(rows, room)
-        self._ids = torch.cat([torch.tensor(start, dtype=packed.dtype).expand(rows, -1), packed], dim=1)
-        self._mask = torch.ones_like(self._ids)
-        if pad:
-            self._mask[-1, -pad:] = 0
-        self._batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self._ids) // self._batch_size)
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        rows = slice(index * self._batch_size, (index + 1) * self._batch_size)
-        return {"input_ids": self._ids[rows], "attention_mask": self._mask[rows]}
-
-
-def _token_stream(texts: Iterable[str], tokenizer: Any, samples: int, length: int, special: bool) -> tuple[list[int], list[int]]:
-    """The tokens that begin every sample, and those that fill the samples."""
-    ids: list[int] = []
-    start: list[int] = []
-    between = next(([i] for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), [])
-    known = not special
-    for text in texts:
-        # Texts are cut into samples, so the tokenizer's warning about texts longer than the model's window does not apply.
-        own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if not own:
-            continue
-        if not known:
-            start, end = _around(own, tokenizer(text, verbose=False)["input_ids"])
-            between, known = end or between, True
-            if len(start) >= length:
-                raise InputError(f"length must exceed the {len(start)} special tokens that begin a sample, not {length}")
-        ids += own + between
-        if len(ids) >= samples * (length - len(start)):
-            break
-    return start, ids[: samples * (length - len(start))]
-
-
-def _around(own: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
-    """The special tokens before and after a text's own tokens."""
-    for begin in range(len(whole) - len(own) + 1):
-        if whole[begin : begin + len(own)] == own:
-            return whole[:begin], whole[begin + len(own) :]
-    raise InputError(
-        "the tokenizer gives a text other tokens with special tokens than without, so it cannot be seen which are special: pack "
-        "without them (special_tokens=False)"
-    )

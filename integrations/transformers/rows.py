@@ -14,7 +14,7 @@ from nullspace.checks import shown
 from nullspace.errors import InputError, MissingFileError
 
 Row = Mapping[str, Any]
-TEXTS = (".txt", ".md")
+TEXTS, JSON = (".txt", ".md"), (".jsonl", ".json")
 # Fields that are joined into one text if `field` is not given: the first entry whose fields are all present.
 KNOWN_FIELDS = (
     ("text",),
@@ -22,12 +22,15 @@ KNOWN_FIELDS = (
     ("instruction", "input", "output"),
     ("prompt", "completion"),
     ("prompt", "response"),
+    ("prompt", "chosen"),
+    ("query", "response"),
+    ("instruction", "context", "response"),
     ("problem", "solution"),
     ("content",),
+    ("chosen",),
 )
 # Fields of chat messages, in both common forms.
 _MESSAGE_FIELDS = (("role", "content"), ("from", "value"))
-NO_CHAT = "chat messages, which are not supported yet: give a field that holds plain text (field / --field)"
 
 
 def check_is_there(path: Path) -> None:
@@ -62,26 +65,33 @@ def paragraphs(path: Path) -> Iterator[str]:
     return iter(text.replace("\r\n", "\n").split("\n\n"))
 
 
-def text_of(row: Row, field: str | None, where: str) -> str:
-    """The text of a row: one field, or several, joined by line breaks.
+def parts_of(row: Row, field: str | None, where: str) -> list[str]:
+    """The texts of a row's fields: of those that are named, or by default of the first of `KNOWN_FIELDS` that are all present.
 
     Args:
         row: its fields hold text, lists of texts (of which the first is taken), or None (no text).
-        field: names separated by commas; by default the first of `KNOWN_FIELDS` that are all present.
+        field: names separated by commas, or None.
         where: file and row number, for messages.
 
     Raises:
         ValueError: listing the fields, if one is missing; naming it, if it is not text.
     """
-    if field is not None:
-        names: tuple[str, ...] = tuple(name.strip() for name in field.split(","))
-    else:
-        names = next((known for known in KNOWN_FIELDS if all(name in row for name in known)), ())
+    names = text_fields(row) if field is None else split_names(field)
     missing = next((name for name in names if name not in row), None)
     if not names or missing is not None:
         what = f"no field {missing!r}" if missing else "no field that is known to be text"
         raise InputError(f"{where} has {what}; its fields are {fields_of(row)} (choose with field / --field)")
-    return "\n".join(part for part in (as_text(row, name, where) for name in names) if part)
+    return [as_text(row, name, where) for name in names]
+
+
+def split_names(field: str) -> tuple[str, ...]:
+    """The names in a `field` argument."""
+    return tuple(name.strip() for name in field.split(","))
+
+
+def text_fields(row: Row) -> tuple[str, ...]:
+    """The first of `KNOWN_FIELDS` that are all present; empty if none are."""
+    return next((known for known in KNOWN_FIELDS if all(name in row for name in known)), ())
 
 
 def as_text(row: Row, name: str, where: str) -> str:
@@ -91,8 +101,10 @@ def as_text(row: Row, name: str, where: str) -> str:
         ValueError: naming it, if it holds something else: numbers, objects and messages are not converted to text.
     """
     value = row[name]
-    if _is_chat(value):
-        raise InputError(f"{where}: the field {name!r} holds {NO_CHAT}")
+    if is_chat(value):
+        raise InputError(
+            f"{where}: the field {name!r} holds chat messages, and a text is needed: choose another field (field / --field)"
+        )
     first = value
     if isinstance(value, (list, tuple)):
         first = value[0] if value else ""
@@ -104,20 +116,26 @@ def as_text(row: Row, name: str, where: str) -> str:
             f"{where}: the field {name!r} holds {kind} {type(first).__name__} ({shown(value)}), which is no text: "
             "write it as a string, or choose another field (field / --field)"
         )
+    return checked_text(first, f"{where}: the field {name!r}")
+
+
+def checked_text(value: Any, what: str) -> str:
+    """`value`, if it is a text that has a UTF-8 form; `ValueError` beginning with `what` for anything else."""
+    if not isinstance(value, str):
+        raise InputError(f"{what} is {shown(value)} ({type(value).__name__}), which is no text")
     try:
-        first.encode()
+        value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: the field {name!r} is no valid Unicode: {error}") from error
-    return first
+        raise InputError(f"{what} is no valid Unicode: {error}") from error
+    return value
 
 
 def fields_of(row: Row) -> str:
-    """The names of a row's fields, and which of them holds chat messages: for error messages."""
-    chat = next((name for name, value in row.items() if _is_chat(value)), None)
-    return ", ".join(map(str, row)) + (f"; {chat!r} holds {NO_CHAT}" if chat is not None else "")
+    """The names of a row's fields, for error messages."""
+    return ", ".join(map(str, row))
 
 
-def _is_chat(value: Any) -> bool:
+def is_chat(value: Any) -> bool:
     """Whether this is a message or a list of messages: objects with role and content (or from and value)."""
     first = value[0] if isinstance(value, (list, tuple)) and value else value
     return isinstance(first, Mapping) and any(all(name in first for name in names) for names in _MESSAGE_FIELDS)

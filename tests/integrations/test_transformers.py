@@ -119,20 +119,6 @@ def test_json_that_is_no_rows_is_named(value: str, tmp_path: Path) -> None:
 
 
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello you"}]
-SHARED = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello you"}]
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
-@pytest.mark.parametrize("field", [None, "messages"])
-@pytest.mark.parametrize("messages", [MESSAGES, SHARED], ids=["role", "from"])
-def test_chat_is_refused_by_name(kind: str, field: str | None, messages: Any, tmp_path: Path) -> None:
-    path = write(tmp_path / f"a.{kind}", [{"messages": messages}])
-    with pytest.raises(
-        ValueError, match=rf"a\.{kind}, row 1.*'messages' holds chat messages, which are not supported yet.*--field"
-    ):
-        load_texts(path, field=field)
-    with pytest.raises(ValueError, match="'messages' holds chat messages"):
-        prompt_and_response({"messages": messages})
 
 
 @pytest.mark.parametrize("value", [42, 4.5, True, {"a": "b"}, [[1]], [7, 8], MESSAGES])
