@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import nn
 from nullspace.artifacts import records
 from nullspace.checks import is_plain_name
 from nullspace.errors import InputError
-from nullspace.integrations.peft.shell import BASE_WEIGHTS, BasePlan
+from nullspace.integrations.peft.shell import BASE_WEIGHTS, BasePlan, in_checkpoint
 from nullspace.model.weights import execution_device, offloaded_weights
 
 # Files of a checkpoint that are copied beside the weights: configurations, tokenizer, the model's own code.
@@ -90,26 +90,25 @@ def _weight_files(folder: Path, used: set[str]) -> tuple[list[str], list[str]] |
     return [], sorted(used)
 
 
-def copy_base(folder: Path, source: Source, targets: Mapping[str, str], residual: Callable[[str], torch.Tensor]) -> None:
+def copy_base(folder: Path, source: Source, residual: Callable[[str], torch.Tensor]) -> None:
     """Copy a checkpoint, then replace the targets and what is in memory, one tensor at a time.
 
     Args:
         folder: where to.
         source: of `source_of`.
-        targets: tensor → layer.
-        residual: layer → its residual.
+        residual: target tensor → its residual.
     """
     folder.mkdir()
     for name in source.files:
         shutil.copyfile(source.folder / name, folder / name)
     for name, (file, key) in source.locations.items():
-        value = source.in_memory[name] if name in source.in_memory else residual(targets[name])
+        value = source.in_memory[name] if name in source.in_memory else residual(name)
         records.replace_tensor(folder / file, key, value)
 
 
-def check_plan(model: nn.Module, plan: BasePlan, layers: Iterable[str]) -> None:
-    """Raise `ValueError`, naming the tensor, if a target is not among what is saved, or has no values."""
-    lost = {f"{name}.weight" for name in layers}.difference(plan.names.values())
+def check_plan(model: nn.Module, plan: BasePlan, targets: Iterable[str]) -> None:
+    """Raise `ValueError`, naming the tensor, if a target tensor is not among what is saved, or has no values."""
+    lost = set(targets).difference(plan.names.values())
     if lost:
         raise InputError(f"{min(lost)!r} is not saved with {type(model).__name__}, so it cannot become a residual")
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -127,29 +126,39 @@ def files_of(plan: BasePlan, max_shard_bytes: int) -> Any:
 def write_base(
     folder: Path,
     plan: BasePlan,
-    targets: Mapping[str, str],
+    shell: Any,
+    targets: Container[str],
     residual: Callable[[str], torch.Tensor],
     fetch: Callable[[str], torch.Tensor],
     max_shard_bytes: int,
 ) -> None:
     """Read, change and write the weights one at a time, into the files that `save_pretrained` would write.
 
+    A tensor of all experts of a layer is in memory until all its parts are written: two of them, where those of an expert come
+    together.
+
     Args:
         folder: where to.
         plan: of `plan_base`.
-        targets: tensor → layer.
-        residual: layer → its residual.
+        shell: that it was made with.
+        targets: the tensors that become residuals.
+        residual: tensor → its residual.
         fetch: tensor → its values.
         max_shard_bytes: of one file.
     """
     split = files_of(plan, max_shard_bytes)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     for filename, keys in split.filename_to_tensors.items():
         with records.TensorFile(folder / filename, {key: plan.tensors[key] for key in keys}, plan.metadata) as file:
             for key in keys:
                 name = plan.names[key]
-                value = residual(targets[name]) if name in targets else fetch(name)
-                file.write(key, value)
-                del value
+                if name not in parts:
+                    value = residual(name) if name in targets else fetch(name)
+                    parts[name] = in_checkpoint(shell, name, value) if name in plan.experts else {key: value}
+                    del value
+                file.write(key, parts[name].pop(key))
+                if not parts[name]:
+                    del parts[name]
     if split.is_sharded:
         index = {
             "metadata": {"total_parameters": plan.total_parameters, **split.metadata},

@@ -19,10 +19,12 @@ from torch import nn
 from nullspace.analysis import Course, State
 from nullspace.artifacts import records
 from nullspace.artifacts.spaces import NullSpaces
-from nullspace.checks import an_object, check_fields, finite, flag, map_of, optional, or_none, text, whole
+from nullspace.checks import an_object, check_fields, finite, flag, list_of, map_of, optional, or_none, text, whole
 from nullspace.distributed import Job
 from nullspace.errors import DamagedFileError, InputError, MissingFileError, OtherModelError
 from nullspace.factors import LowRank
+from nullspace.integrations.peft.experts.adapters import expert_adapters
+from nullspace.integrations.peft.experts.layout import Place, part_of_a, pattern_name, places
 from nullspace.model.linear import weight_of
 from nullspace.model.sharded import class_of, is_model_sharded, prepare_to_gather
 from nullspace.model.sharded_tensors import whole as gathered
@@ -38,6 +40,8 @@ _CONFIG_FIELDS = {
     "alpha_pattern": optional(or_none(map_of(finite()))),
     "use_rslora": optional(or_none(flag())),
     "use_dora": optional(or_none(flag())),
+    "target_parameters": optional(or_none(list_of(text()))),
+    "peft_version": optional(or_none(text())),
     "base_model_name_or_path": optional(or_none(text())),
 }
 # The fields of an init's record that are used here.
@@ -48,6 +52,7 @@ _LEAK_FIELDS = {"median": finite(0), "worst": finite(0), "worst_site": text()}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
+PREFIX = "base_model.model."
 A_WEIGHT, B_WEIGHT = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -72,7 +77,7 @@ def save_adapter(peft_model: PeftModel, adapter: str, directory: Path, state_dic
     # PEFT keeps names in sets, whose order differs between processes; the bytes of two runs must be equal.
     path = directory / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("target_modules", "modules_to_save", "exclude_modules"):
+    for name in ("target_modules", "target_parameters", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(name), list):
             config[name] = sorted(config[name])
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
@@ -140,10 +145,10 @@ def scaling_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
     Args:
         config: the content of the adapter's configuration file.
         layer: its name in the base model.
-        rank: rows of its A.
+        rank: rows of its A; of one expert's, for an expert's matrix.
     """
     alphas: dict[str, float] = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), layer), config["lora_alpha"])
+    alpha = alphas.get(get_pattern_key(list(alphas), pattern_name(layer)), config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -248,14 +253,17 @@ def _rows_in_model(peft_model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
     prepare_to_gather(peft_model, Job() if is_model_sharded(peft_model) else Job.alone())
     for name, layer in named_modules(peft_model.get_base_model()).items():
         if isinstance(layer, LoraLayer):
+            experts = expert_adapters(name, layer)
             for factor in layer.lora_A.values():
-                yield name, gathered(weight_of(factor)).detach()
+                rows = gathered(weight_of(factor)).detach()
+                for index, each in enumerate(experts or (name,)):
+                    yield each, part_of_a(rows, len(experts), index) if experts else rows
 
 
 def _rows_in(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    for key, rows in read_adapter(directory).tensors.items():
-        if key.endswith(A_WEIGHT):
-            yield layer_of(key), rows
+    adapter = read_adapter(directory)
+    for name, place in places_in(adapter).items():
+        yield name, place.of_a(adapter.tensors[f"{PREFIX}{place.path}{A_WEIGHT}"])
 
 
 def read_factors(directory: str | os.PathLike[str]) -> dict[str, LowRank]:
@@ -266,7 +274,8 @@ def read_factors(directory: str | os.PathLike[str]) -> dict[str, LowRank]:
 
     Returns:
         Name of the layer in the base model → `LowRank(A (r, d_in), B (d_out, r))`, float64, with PEFT's scaling (α/r, or α/√r with
-        rsLoRA; `rank_pattern` and `alpha_pattern` as they are) in B: B A is what the adapter adds to the weight.
+        rsLoRA; `rank_pattern` and `alpha_pattern` as they are) in B: B A is what the adapter adds to the weight. Experts that are
+        one tensor are layers by themselves (`….experts.gate_up_proj[17]`).
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -286,12 +295,14 @@ def factors_of(adapter: Adapter) -> dict[str, LowRank]:
         ValueError: naming the file, if an A has no B that fits, or there are no factors of a linear layer.
     """
     factors = {}
-    for key, a in adapter.tensors.items():
-        if not key.endswith(A_WEIGHT) or a.ndim != 2:
+    for name, place in places_in(adapter).items():
+        key = f"{PREFIX}{place.path}"
+        a, b = adapter.tensors[key + A_WEIGHT], adapter.tensors.get(key + B_WEIGHT)
+        if a.ndim != 2:
             continue
-        name, b = layer_of(key), adapter.tensors.get(key.removesuffix(A_WEIGHT) + B_WEIGHT)
         if b is None or b.ndim != 2 or b.shape[1] != a.shape[0]:
             raise DamagedFileError(f"{adapter.path / ADAPTER_WEIGHTS} has no B that fits the A {tuple(a.shape)} of {name!r}")
+        a, b = place.of_a(a), place.of_b(b)
         factors[name] = LowRank(a.to(torch.float64), scaling_of(adapter.config, name, len(a)) * b.to(torch.float64))
     if not factors:
         raise InputError(f"{adapter.path} has no LoRA factors of a linear layer")
@@ -344,4 +355,15 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def layer_of(key: str) -> str:
-    return key.removeprefix("base_model.model.").rpartition(".lora_")[0]
+    """The name that a tensor of an adapter's file has in front of `.lora_A` or `.lora_B`."""
+    return key.removeprefix(PREFIX).rpartition(".lora_")[0]
+
+
+def places_in(adapter: Adapter) -> dict[str, Place]:
+    """Name of the layer in the base model → where the file has its factors. Those of experts are in one tensor.
+
+    Raises:
+        ValueError: naming the module, if the experts of the file are not those of the configuration.
+    """
+    rows = {layer_of(key): len(tensor) for key, tensor in adapter.tensors.items() if key.endswith(A_WEIGHT)}
+    return places(adapter.config, rows, adapter.path)

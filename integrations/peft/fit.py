@@ -15,7 +15,11 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from nullspace.errors import InputError
+from nullspace.integrations.peft.experts.adapters import stack_of
+from nullspace.integrations.peft.experts.checks import check_experts
+from nullspace.integrations.peft.experts.layout import parameter_name, pattern_name
 from nullspace.integrations.peft.shell import without_weights
+from nullspace.model.experts import expert_of
 from nullspace.model.linear import is_linear, weight_of, weight_shape
 from nullspace.model.sites import Targets
 from nullspace.model.wrappers import unwrapped
@@ -29,6 +33,8 @@ def fit_config(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraCon
     experts, whether a list names them in full or an expression matches them. Such layers go into `target_parameters`, by the name
     of their weight: PEFT then wraps the same layer, and saves A and B under the same names. All others stay in the list.
 
+    Experts that are one tensor are named in `target_parameters` too, by that tensor.
+
     Args:
         config: not changed.
         model: the base model; its weights are neither read nor copied.
@@ -38,27 +44,29 @@ def fit_config(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraCon
         A copy; with the targets as given, if PEFT wraps exactly these layers for them.
 
     Raises:
-        ValueError: naming the layer, if PEFT cannot adapt one that was asked for, and why.
+        ValueError: naming the layer, if PEFT cannot adapt one that was asked for, and why; naming the option, if PEFT has none of
+            it for experts, and the parameter, if only some of its experts are wanted.
     """
-    listed = _exact(config, list(layers), ())
+    check_experts(config, layers)
+    listed = _exact(config, layers, ())
     matched = copy.copy(listed)  # a name in full may be the ending of another one
-    matched.target_modules = "|".join(map(re.escape, layers))
-    for as_it_is in (config, listed, matched):
+    matched.target_modules = "|".join(map(re.escape, listed.target_modules or ()))
+    for as_it_is in (config, listed, matched) if listed.target_modules else (config, listed):
         if not _difference(as_it_is, model, layers):
             return copy.deepcopy(as_it_is)
-    modules: list[str] = []
-    parameters: list[str] = []
-    for names in _by_last_part(layers):
-        problem = _difference(_exact(config, names, ()), model, names)
+    names: list[str] = []
+    by_weight: list[str] = []
+    for group in _by_last_part(layers):
+        problem = _difference(_exact(config, group, ()), model, group)
         if not problem:
-            modules += names
-        elif not _difference(_exact(config, (), names), model, names):
-            parameters += names
+            names += group
+        elif not expert_of(group[0]) and not _difference(_exact(config, (), group), model, group):
+            by_weight += group
         else:
-            for name in names:
+            for name in group:
                 layers.leave_out(name, f"gets no adapter from PEFT: {problem}")
     layers.refuse_empty()
-    exact = _exact(config, modules, parameters)
+    exact = _exact(config, names, by_weight)
     problem = _difference(exact, model, layers)
     if problem:
         raise InputError(f"PEFT does not give adapters to exactly the layers that are wanted: {problem}")
@@ -87,35 +95,39 @@ def _difference(config: LoraConfig, model: nn.Module, wanted: Iterable[str]) -> 
             adapted: Any = get_peft_model(without_weights(model), copy.deepcopy(config), low_cpu_mem_usage=True)
     except ValueError as error:
         return str(error).rstrip(".")
-    wrapped = {
-        name: module.get_base_layer() if _is_whole(module) else None
-        for name, module in adapted.get_base_model().named_modules()
-        if isinstance(module, LoraLayer)
-    }
-    wanted = set(wanted)
-    missing = sorted(name for name in wanted if wrapped.get(name) is None)
-    extra = sorted(wrapped.keys() - wanted)
+    wrapped = {}
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            expert = stack_of(name, module)
+            wrapped[name if expert is None else expert.stack] = _is_whole(module, expert is not None)
+    named = {pattern_name(name) for name in wanted}
+    missing = sorted(name for name in named if not wrapped.get(name))
+    extra = sorted(wrapped.keys() - named)
     parts = [f"it leaves out {missing[0]!r}"] if missing else []
     parts += [f"it takes {extra[0]!r}"] if extra else []
     return " and ".join(parts)
 
 
-def _is_whole(layer: Any) -> bool:
-    """Whether an adapter is one of a whole linear layer, as its base computes it."""
+def _is_whole(layer: Any, of_experts: bool) -> bool:
+    """Whether an adapter is one of a whole linear layer, or of all experts of a parameter, as the base computes it."""
+    if of_experts:
+        return bool(layer.get_param().is_floating_point())
     base = layer.get_base_layer()
     if not is_linear(base) or (layer.out_features, layer.in_features) != weight_shape(base):
         return False
     return not isinstance(layer, ParamWrapper) or weight_of(base).is_floating_point()
 
 
-def _exact(config: LoraConfig, modules: Sequence[str], parameters: Sequence[str]) -> LoraConfig:
-    """The same for layers that are named in full, some of them by their weight."""
+def _exact(config: LoraConfig, layers: Iterable[str], by_weight: Sequence[str]) -> LoraConfig:
+    """The same for layers that are named in full, some of them by their weight, and experts by the parameter that holds them."""
     exact = copy.deepcopy(config)
-    exact.target_modules, exact.target_parameters = list(modules), [f"{name}.weight" for name in parameters] or None
+    experts = dict.fromkeys(parameter_name(name) for name in layers if expert_of(name))
+    exact.target_modules = [name for name in layers if not expert_of(name)]
+    exact.target_parameters = [*(f"{name}.weight" for name in by_weight), *experts] or None
     exact.exclude_modules = exact.layers_to_transform = exact.layers_pattern = None
     for pattern in ("rank_pattern", "alpha_pattern"):
         given = getattr(config, pattern) or {}
-        keys = {name: get_pattern_key(list(given), name) for name in parameters}
+        keys = {name: get_pattern_key(list(given), name) for name in by_weight}
         # Weights first, as of the entries that match PEFT takes the first.
         setattr(exact, pattern, {**{f"{name}.weight": given[key] for name, key in keys.items() if key in given}, **given})
     return exact
@@ -124,5 +136,5 @@ def _exact(config: LoraConfig, modules: Sequence[str], parameters: Sequence[str]
 def _by_last_part(names: Iterable[str]) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(name.rpartition(".")[2], []).append(name)
+        groups.setdefault(pattern_name(name).rpartition(".")[2] + "[" * bool(expert_of(name)), []).append(name)
     return list(groups.values())

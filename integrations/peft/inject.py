@@ -18,6 +18,7 @@ from nullspace.artifacts.spaces import NullSpaces
 from nullspace.distributed import Job
 from nullspace.errors import InputError, ResourceUseWarning
 from nullspace.factors import DAMPING
+from nullspace.integrations.peft.experts.checks import refuse_sharded_experts, warn_of_two
 from nullspace.integrations.peft.layers import (
     ONE_AT_A_TIME,
     check_layers,
@@ -180,6 +181,7 @@ def _inject(
         layers = lora_layers(peft_model, adapter_name)
         given = with_spaces(method, given, layers, adapter_name)
         bases = {name: layer.get_base_layer() for name, layer in layers.items()}
+        refuse_sharded_experts(bases)
         check_layers(layers, bases, adapter_name, method, given, job)
         residual = check_servable(model, bases, method, residual=residual, freeze_a=freeze_a)
         refuse_pair_of(config, residual)
@@ -194,6 +196,8 @@ def _inject(
         if job.first:
             given.directions.warn(f"method {method!r}", stacklevel=3)
             warn_of_dropout(config, method, residual, stacklevel=3)
+            if residual == "adapter":
+                warn_of_two(bases, stacklevel=3)
         job.exchange(None)  # an error on any rank must be known while all can still restore the model
         if residual == "base":
             residual_base.mark(model, method, peft_model.nullspace_model, _subtract(layers, adapter_name, job))
@@ -289,7 +293,7 @@ def _subtract(layers: Mapping[str, Any], adapter: str, job: Job) -> Change:
             job.exchange(None)
             write(weight, residual)
         job.exchange(None)
-        return max(changes, key=lambda change: change.ratio)
+        return residual_base.clearest(changes)
     except BaseException:
         originals.put_back()
         raise

@@ -19,8 +19,11 @@ from nullspace.checks import check_one_of
 from nullspace.distributed import Job
 from nullspace.errors import InputError
 from nullspace.integrations.peft.base import source_of
+from nullspace.integrations.peft.experts.adapters import ExpertAdapter, expert_adapters
+from nullspace.integrations.peft.experts.layout import parameter_name
 from nullspace.integrations.peft.shell import on_disk, plan_base, without_weights
 from nullspace.methods import METHODS, Sources, check_rank
+from nullspace.model.experts import ExpertMatrix
 from nullspace.model.linear import is_conv1d, is_linear, weight_of, weight_shape
 from nullspace.model.sharded_tensors import is_sharded, shape_of
 from nullspace.model.weights import restore_layout, tensor_of
@@ -78,7 +81,7 @@ def check_servable(
         return "adapter"
     obstacle = _obstacle(model, layers, offloaded)
     if obstacle is None:
-        if offloaded and on_disk(model) and source_of(model, [f"{name}.weight" for name in layers]) is None:
+        if offloaded and on_disk(model) and source_of(model, [*map(parameter_name, layers)]) is None:
             with temporary_folder() as folder:
                 plan_base(without_weights(model), folder)
         return "base"
@@ -97,7 +100,7 @@ def _obstacle(model: nn.Module, layers: Mapping[str, nn.Module], offloaded: bool
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
     for name, layer in layers.items():
-        weight = weight_of(layer)
+        weight = held_weight(layer)
         at_hand = _has_values(layer) or (offloaded and weight.device.type == "meta")
         if not at_hand or weight.dtype not in RESIDUAL_DTYPES:
             return f"the weight of {name!r} ({_described(layer)}) is quantised or offloaded"
@@ -108,9 +111,14 @@ def _obstacle(model: nn.Module, layers: Mapping[str, nn.Module], offloaded: bool
     return None
 
 
+def held_weight(layer: nn.Module) -> torch.Tensor:
+    """The tensor that holds a layer's weight: its own or, of an expert's matrix, the parameter of all experts."""
+    return layer.stack if isinstance(layer, ExpertMatrix) else weight_of(layer)
+
+
 def is_readable(layer: nn.Module, offloaded: bool) -> bool:
     """Whether a weight's values can be read: plain ones, those of bitsandbytes, and with `offloaded` what accelerate keeps."""
-    weight = weight_of(layer)
+    weight = held_weight(layer)
     if _is_bitsandbytes(layer) or (offloaded and weight.device.type == "meta"):
         return True
     return _has_values(layer) and weight.dtype in RESIDUAL_DTYPES
@@ -118,18 +126,19 @@ def is_readable(layer: nn.Module, offloaded: bool) -> bool:
 
 def _has_values(layer: nn.Module) -> bool:
     """Whether a weight's values are in memory, or can be gathered."""
-    weight = weight_of(layer)
+    weight = held_weight(layer)
     if is_sharded(weight):  # quantised ones are packed
-        return weight.is_floating_point() and sorted(shape_of(weight)) == sorted(weight_shape(layer))
+        packed = not isinstance(layer, ExpertMatrix) and sorted(shape_of(weight)) != sorted(weight_shape(layer))
+        return weight.is_floating_point() and not packed
     return identity.fingerprint(weight) is not None
 
 
 def _is_bitsandbytes(layer: nn.Module) -> bool:
-    return type(weight_of(layer)).__name__ in ("Params4bit", "Int8Params")
+    return type(held_weight(layer)).__name__ in ("Params4bit", "Int8Params")
 
 
 def _described(layer: nn.Module) -> str:
-    weight = weight_of(layer)
+    weight = held_weight(layer)
     return f"{type(layer).__name__}, {weight.dtype}, {weight.device}"
 
 
@@ -143,7 +152,7 @@ def stored_weight(layer: nn.Module) -> torch.Tensor:
     It is read from where accelerate keeps it. Collective if it is sharded: it is gathered.
     """
     restore_layout(layer)
-    weight: Any = weight_of(layer)
+    weight: Any = held_weight(layer)
     # Not `dequantize_module_weight`, which puts a copy of an 8-bit weight on a CPU into the layer and loses the scales.
     if _is_bitsandbytes(layer):
         return dequantize_bnb_weight(weight, state=getattr(layer, "state", None)).detach()
@@ -165,14 +174,15 @@ def computed_weight(name: str, layer: nn.Module) -> torch.Tensor:
     return (stored.mT if is_conv1d(layer) else stored).detach()
 
 
-def lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
-    """Name in the base model → LoRA layer."""
+def lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer | ExpertAdapter]:
+    """Name in the base model → LoRA layer; for experts that are one tensor, one for each expert's matrix (`ExpertAdapter`)."""
     base: Any = peft_model.base_model.model
-    return {
-        name: module
-        for name, module in base.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in (*module.lora_A, *module.lora_embedding_A)
-    }
+    layers: dict[str, LoraLayer | ExpertAdapter] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in (*module.lora_A, *module.lora_embedding_A):
+            experts = expert_adapters(name, module)
+            layers |= experts if experts else {name: module}
+    return layers
 
 
 def check_layers(
@@ -195,12 +205,12 @@ def _check_layer(
     check_rank(method, given, name, base, layer.r[adapter_name])
 
 
-def is_a_frozen(layers: Mapping[str, LoraLayer], adapter: str) -> bool:
+def is_a_frozen(layers: Mapping[str, LoraLayer | ExpertAdapter], adapter: str) -> bool:
     """Whether `freeze_layers` has frozen the A of all of these layers."""
     return all("lora_A" in layer.frozen_peft_weight_names.get(adapter, ()) for layer in layers.values())
 
 
-def freeze_layers(layers: Mapping[str, LoraLayer], adapter: str, names: tuple[str, ...] = ("lora_A",)) -> None:
+def freeze_layers(layers: Mapping[str, LoraLayer | ExpertAdapter], adapter: str, names: tuple[str, ...] = ("lora_A",)) -> None:
     for layer in layers.values():
         # PEFT's own record of what set_adapter must not switch on again; a new dictionary, since the default is the class's.
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: names}

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from nullspace.errors import InputError, InputTypeError
+from nullspace.model.experts import expert_matrices
 from nullspace.model.sharded import without_fsdp_classes
 from nullspace.model.sharded_tensors import is_sharded, shape_of
 from nullspace.model.weights import own_tensors
@@ -32,6 +34,12 @@ class BasePlan(NamedTuple):
     """Name in the checkpoint → tensor on the meta device."""
     metadata: dict[str, str]
     total_parameters: int
+    experts: frozenset[str] = frozenset()
+    """Tensors in the model that hold all experts of a layer: `in_checkpoint` says what the checkpoint has in their place."""
+
+    def owners(self, keys: Iterable[str]) -> list[str]:
+        """The tensors in the model that these of the checkpoint are made of, in the order in which they are first needed."""
+        return list(dict.fromkeys(self.names[key] for key in keys))
 
 
 def on_disk(model: nn.Module) -> bool:
@@ -80,7 +88,8 @@ def plan_base(shell: Any, folder: Path, *, strict: bool = True) -> BasePlan | No
 
     This covers all that it does to a state dict: tied weights, other names in the checkpoint than in the model, tensors that it
     leaves out. A stand-in has two entries along every axis, all different, so that joined, divided or transposed tensors are
-    detected. The other files of `save_pretrained` (the configurations) stay in the folder.
+    detected. The other files of `save_pretrained` (the configurations) stay in the folder. Experts that are one tensor are divided
+    by transformers' own conversion, each parameter by itself.
 
     Returns:
         None if weights are not saved one by one as they are, unless `strict`.
@@ -92,7 +101,10 @@ def plan_base(shell: Any, folder: Path, *, strict: bool = True) -> BasePlan | No
     if not hasattr(shell, "save_pretrained"):
         raise InputTypeError(f"{type(shell).__name__} is not a transformers model: it has no save_pretrained")
     known = dict((*shell.named_parameters(remove_duplicate=False), *shell.named_buffers(remove_duplicate=False)))
-    names = {name: known[name] for name in shell.state_dict() if name in known}
+    state = shell.state_dict()
+    stacks = {f"{matrix.experts_name}.{matrix.parameter}" for matrix in expert_matrices(shell).values()}
+    experts = {name: known[name] for name in state if name in stacks}
+    names = {name: known[name] for name in state if name in known and name not in experts}
     stand_ins: dict[str, torch.Tensor] = {}
     of: dict[int, torch.Tensor] = {}  # tied weights have one stand-in
     owners: dict[int, str] = {}  # by the first entry
@@ -107,6 +119,7 @@ def plan_base(shell: Any, folder: Path, *, strict: bool = True) -> BasePlan | No
         with without_bars(), saving_here(shell):
             shell.save_pretrained(folder, state_dict=dict(stand_ins), max_shard_size=1)
         plan = _read_plan(folder, stand_ins, owners, names)
+        plan = _with_experts(plan, shell, experts) if experts else plan
         problem: Exception | None = None
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # of a conversion that fails on stand-ins
         problem = error
@@ -134,6 +147,29 @@ def _read_plan(
                     raise InputError(f"{key!r} is made of several, or of a part of one")
                 names[key] = owner
     return BasePlan(names, {key: known[name] for key, name in names.items()}, metadata, 0)
+
+
+def _with_experts(plan: BasePlan, shell: Any, experts: Mapping[str, torch.Tensor]) -> BasePlan:
+    """The plan, and the tensors that the checkpoint has in the place of those of experts, in the checkpoint's order."""
+    names, tensors = dict(plan.names), dict(plan.tensors)
+    for name, stack in experts.items():
+        pieces = in_checkpoint(shell, name, stack)
+        if sum(piece.numel() for piece in pieces.values()) != stack.numel() or not names.keys().isdisjoint(pieces):
+            raise InputError(f"{name!r} is not divided into parts of its own")
+        names.update(dict.fromkeys(pieces, name))
+        tensors.update(pieces)
+    whole = {name: torch.empty(shape_of(t), dtype=t.dtype, device="meta") for name, t in shell.state_dict().items()}
+    order = {key: index for index, key in enumerate(revert_weight_conversion(shell, whole))}
+    keys = sorted(names, key=lambda key: order.get(key, len(order)))
+    return plan._replace(
+        names={key: names[key] for key in keys}, tensors={key: tensors[key] for key in keys}, experts=frozenset(experts)
+    )
+
+
+def in_checkpoint(shell: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a checkpoint of transformers has in the place of one tensor of the model: name → tensor. On the meta device too."""
+    converted: dict[str, torch.Tensor] = revert_weight_conversion(shell, {name: tensor})
+    return converted
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.errors import InputError
@@ -23,7 +22,7 @@ def random_seed(method: str) -> int:
     return int(torch.randint(2**62, ())) if draws else 0
 
 
-def with_spaces(method: str, given: Sources, layers: Mapping[str, LoraLayer], adapter: str) -> Sources:
+def with_spaces(method: str, given: Sources, layers: Mapping[str, Any], adapter: str) -> Sources:
     """The same with null spaces, computed from the covariances if the method needs them and they are not given."""
     if "spaces" not in METHODS[method].needs or given.spaces is not None:
         return given

@@ -19,8 +19,10 @@ from nullspace.artifacts.sitewise import Sitewise
 from nullspace.checks import check_integer, check_real
 from nullspace.distributed import Job
 from nullspace.errors import AdapterWarning, InputError, InputTypeError, OtherModelError
+from nullspace.integrations.peft.experts.layout import layers_by_parameter, parameter_name, pattern_name
 from nullspace.integrations.peft.fit import fit_config
 from nullspace.methods import Sources
+from nullspace.model.experts import ExpertMatrix, expert_of, named_layers
 from nullspace.model.linear import is_conv1d, is_linear, unlike_linear, weight_of, weight_shape
 from nullspace.model.sharded_tensors import is_sharded, shape_of
 from nullspace.model.sites import Targets, find_targets
@@ -43,18 +45,18 @@ def own_config(config: LoraConfig, model: nn.Module, given: Sources, job: Job) -
         raise InputTypeError("the model already is a PeftModel: merge its adapters first, or start from the base model again")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise InputTypeError("the model already has adapters: merge them first, or start from the base model again")
-    for name in ("target_parameters", "layer_replication", "use_qalora", "megatron_config"):
+    for name in ("layer_replication", "use_qalora", "megatron_config"):
         if getattr(config, name, None):
             raise InputError(f"LoraConfig.{name} is not supported: factors belong to whole linear layers")
     check_scaling(config)
     config = copy.deepcopy(config)
     config.init_lora_weights = True
     sources = list(given.of_model())
-    named = config.target_modules is not None and not _is_all_linear(config)
+    named = not _is_all_linear(config) and (config.target_modules is not None or bool(config.target_parameters))
     if named:
         layers = chosen_layers(model, config)
     elif config.target_modules is None and sources:
-        layers = _known_layers(model, sources[0])
+        layers = _without_excluded(_known_layers(model, sources[0]), config)
     else:
         layers = chosen_layers(model, config if _is_all_linear(config) else replace(config, target_modules="all-linear"))
         for name in [name for name in layers if not all(name in each for each in sources)]:
@@ -63,7 +65,9 @@ def own_config(config: LoraConfig, model: nn.Module, given: Sources, job: Job) -
             _leave_out_odd(layers)
     layers.refuse_empty()
     if not named:
-        config.target_modules = list(layers)
+        config.target_modules, config.target_parameters = list(layers), None
+    elif not isinstance(config.target_modules, str):
+        _move_experts(config)
     fitted = fit_config(config, model, layers)
     if layers.left_out or not (named or sources):
         layers.settle(model, warn=job.first, stacklevel=5)
@@ -72,13 +76,22 @@ def own_config(config: LoraConfig, model: nn.Module, given: Sources, job: Job) -
     return fitted
 
 
+def _move_experts(config: LoraConfig) -> None:
+    """Name experts that `target_modules` lists by their parameters in `target_parameters`."""
+    experts = [name for name in config.target_modules or () if expert_of(name)]
+    if experts:
+        parameters = dict.fromkeys((*(config.target_parameters or ()), *map(parameter_name, experts)))
+        config.target_modules = [name for name in config.target_modules or () if name not in experts]
+        config.target_parameters = list(parameters)
+
+
 def _is_all_linear(config: LoraConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
 def _known_layers(model: nn.Module, known: Sitewise[Any]) -> Targets:
     """The layers of null spaces or covariances."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = named_layers(model)
     strange = next((name for name in known if name not in modules or not is_linear(modules[name])), None)
     if strange is not None:
         raise OtherModelError(f"{strange!r} is no linear layer of {type(model).__name__}: the {known.WHAT}s are of another model")
@@ -88,6 +101,8 @@ def _known_layers(model: nn.Module, known: Sitewise[Any]) -> Targets:
 def _leave_out_odd(layers: Targets) -> None:
     """Leave out layers whose own `forward` does not return W x + b, for methods without a calibration, which would check that."""
     for name, layer in list(layers.items()):
+        if isinstance(layer, ExpertMatrix):
+            continue
         weight = weight_of(layer)
         plain = type(layer).forward is nn.Linear.forward or is_conv1d(layer)
         if plain or is_sharded(weight) or not weight.is_floating_point() or weight.device.type == "meta":
@@ -110,15 +125,15 @@ def _check_named(config: LoraConfig, model: nn.Module, layers: Targets, *, warn:
         nothing = next((e for e in sorted(entries) if not any(n == e or n.endswith(f".{e}") for n in layers)), None)
         if nothing is not None:
             raise InputError(
-                f"target_modules: {nothing!r} matches no linear layer of {type(model).__name__}, and the parameters of its experts "
-                "are not supported"
+                f"target_modules: {nothing!r} matches no linear layer of {type(model).__name__}; experts that are one tensor are "
+                "named in target_parameters"
             )
-        if entries == set(layers):
+        if entries == {name for name in layers if not expert_of(name)}:
             return
     if warn:
         warnings.warn(
-            f"PEFT takes target_modules={config.target_modules!r} of {type(model).__name__} for parameters of its experts too, "
-            f"which are not supported: only the {len(layers)} linear layers of these names get adapters.",
+            f"PEFT takes target_modules={config.target_modules!r} of {type(model).__name__} for parameters of its experts too: "
+            "only the linear layers of these names get adapters. Name experts in target_parameters.",
             AdapterWarning,
             stacklevel=5,
         )
@@ -138,33 +153,81 @@ def _entries(name: str, patterns: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 
 
 def chosen_layers(model: nn.Module, config: LoraConfig) -> Targets:
-    """The linear layers that a configuration means: name → layer, in the model's order.
+    """The linear layers and experts' matrices that a configuration means: name → layer, in the model's order.
 
-    `"all-linear"` is that of `find_targets`, for `config.r`, without `exclude_modules`.
+    `"all-linear"` is that of `find_targets`, for `config.r`, without `exclude_modules`; with `target_parameters` it has no other
+    experts than those. A list may also name experts' matrices in full.
 
     Raises:
-        ValueError: if there are none, or something is named that is not a linear layer.
+        ValueError: if there are none, or something is named that is neither.
     """
     own: Any = copy.deepcopy(config)
-    if own.target_modules is None:
+    modules = named_layers(model)
+    named = _of_parameters(model, modules, config)
+    if own.target_modules is None and not named:
         own.target_modules = LoraModel.target_module_mapping.get(getattr(getattr(model, "config", None), "model_type", ""))
-    if own.target_modules is None:
-        raise InputError("the configuration names no target_modules, and PEFT knows none for this kind of model")
+        if own.target_modules is None:
+            raise InputError("the configuration names no target_modules, and PEFT knows none for this kind of model")
     if _is_all_linear(own):
         every = find_targets(model, rank=own.r)
-        own.target_modules = list(every)
-        kept = {name: module for name, module in every.items() if check_target_module_exists(own, name)}
-        excluded = [name for name in every if name not in kept]
-        return Targets(kept, optional=True, excluded=excluded, left_out=every.left_out)
+        if named:
+            every = every.only(name for name, layer in every.items() if not isinstance(layer, ExpertMatrix) or name in named)
+        return _without_excluded(every, own)
+    if not isinstance(own.target_modules, str):
+        named |= {name: modules[name] for name in own.target_modules or () if isinstance(modules.get(name), ExpertMatrix)}
+        own.target_modules = [name for name in own.target_modules or () if not expert_of(name)]
     with unwrapped(model):
-        matched = {name: module for name, module in model.named_modules() if name and check_target_module_exists(own, name)}
+        matched = {name: module for name, module in model.named_modules() if name and _is_match(own, name)}
     linear = {name: module for name, module in matched.items() if is_linear(module)}
-    if not linear:
+    if not linear and not named:
         raise InputError(f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}")
     other = next((n for n, m in matched.items() if n not in linear and _has_matrix(m) and not _is_inside(n, linear)), None)
     if other is not None:
         raise InputError(f"target {other!r} is {type(matched[other]).__name__}, not a linear layer")
-    return Targets(linear)
+    chosen = linear | named
+    return Targets({name: layer for name, layer in modules.items() if name in chosen})
+
+
+def _is_match(config: Any, name: str) -> bool:
+    return bool(config.target_modules) and bool(check_target_module_exists(config, name))
+
+
+def _of_parameters(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
+    """The layers whose weights `target_parameters` names, as PEFT matches it.
+
+    Raises:
+        ValueError: if an entry matches nothing, or the parameter of something else.
+    """
+    holders = {parameter_name(name): name for name, layer in reversed([*modules.items()]) if is_linear(layer)}
+    stacks = layers_by_parameter(name for name, layer in modules.items() if isinstance(layer, ExpertMatrix))
+    chosen: dict[str, nn.Module] = {}
+    with unwrapped(model):
+        parameters = [name for name, _ in model.named_parameters()]
+    for target in config.target_parameters or ():
+        matched = [name for name in parameters if name == target or name.endswith(f".{target}")]
+        if not matched:
+            raise InputError(f"target_parameters: {target!r} matches no parameter of {type(model).__name__}")
+        for name in matched:
+            if name not in holders:
+                raise InputError(f"target_parameters: {name!r} is no weight of a linear layer or of experts")
+            chosen |= {layer: modules[layer] for layer in stacks.get(name, [holders[name]])}
+    return chosen
+
+
+def _without_excluded(layers: Targets, config: LoraConfig) -> Targets:
+    """Targets of `"all-linear"` without those that `exclude_modules` takes away; of experts it may name module and parameter."""
+    if not config.exclude_modules:
+        return layers
+    own: Any = copy.deepcopy(config)
+
+    def is_kept(name: str) -> bool:
+        expert = expert_of(name)
+        own.target_modules = [name] if expert is None else [expert.experts, expert.stack]
+        return all(check_target_module_exists(own, each) for each in own.target_modules)
+
+    kept = {name: layer for name, layer in layers.items() if is_kept(name)}
+    excluded = [name for name in layers if name not in kept]
+    return Targets(kept, optional=True, excluded=excluded, left_out=layers.left_out)
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -178,4 +241,4 @@ def _is_inside(name: str, layers: Mapping[str, nn.Module]) -> bool:
 def rank_of(name: str, config: LoraConfig) -> int:
     """Of a layer's adapter: `rank_pattern`, or r."""
     patterns: Any = config.rank_pattern or {}
-    return check_integer(f"the rank of {name!r}", patterns.get(get_pattern_key(patterns.keys(), name), config.r))
+    return check_integer(f"the rank of {name!r}", patterns.get(get_pattern_key(patterns.keys(), pattern_name(name)), config.r))

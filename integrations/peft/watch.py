@@ -13,6 +13,7 @@ from torch import nn
 
 from nullspace.artifacts.residual import unmark
 from nullspace.errors import AdapterWarning
+from nullspace.integrations.peft.experts.adapters import adapted_by
 from nullspace.integrations.peft.layers import SUBTRACTED, lora_layers
 
 INSTEAD = (
@@ -51,7 +52,7 @@ def watch(peft_model: PeftModel, adapter: str, residual: str) -> None:
         adapter: its name.
         residual: of `check_servable`.
     """
-    layer: Any = next(iter(lora_layers(peft_model, adapter).values()), None)
+    layer: Any = adapted_by(next(iter(lora_layers(peft_model, adapter).values()), None))
     if layer is None or residual not in ("base", "adapter") or any(_is_ours(hook) for hook in layer._forward_hooks.values()):
         return
     # One layer is enough, as PEFT sets all layers alike. Its own hooks, which choose adapters by row, run before forward hooks.

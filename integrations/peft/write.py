@@ -12,30 +12,32 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
 
 from nullspace.artifacts import records, store
 from nullspace.artifacts.covariances import Covariances
 from nullspace.artifacts.locks import temporary_folder
-from nullspace.artifacts.residual import Change, change_of, mark_file
+from nullspace.artifacts.residual import Change, change_of, clearest, mark_file
 from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.distributed import Job
 from nullspace.errors import InputError
 from nullspace.factors import DAMPING
 from nullspace.integrations.peft.base import Source, check_plan, copy_base, files_of, source_of, write_base
+from nullspace.integrations.peft.experts.adapters import ExpertAdapter
+from nullspace.integrations.peft.experts.checks import warn_of_two
+from nullspace.integrations.peft.experts.layout import layers_by_parameter, stacked
 from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, init_record, located, save_adapter
 from nullspace.integrations.peft.folders.cards import write_cards
-from nullspace.integrations.peft.layers import check_layers, check_servable, lora_layers, stored_weight
+from nullspace.integrations.peft.layers import check_layers, check_servable, held_weight, lora_layers, stored_weight
 from nullspace.integrations.peft.shell import BasePlan, on_disk, plan_base, saving_here, without_weights
 from nullspace.integrations.peft.start import random_seed, residual_of, start_of, with_spaces
 from nullspace.integrations.peft.subtracted import add_second, refuse_pair_of
 from nullspace.integrations.peft.targets import own_config
 from nullspace.integrations.peft.watch import warn_of_dropout
 from nullspace.methods import METHODS, Sources, check_method, check_sources
-from nullspace.model.linear import weight_of
+from nullspace.model.experts import ExpertMatrix, named_layers
 from nullspace.model.sharded import is_model_sharded, prepare_to_gather
 from nullspace.model.weights import tensor_of
 from nullspace.model.wrappers import unwrap, unwrapped
@@ -73,7 +75,9 @@ def write_init(
     - If accelerate reads the weights from a safetensors checkpoint in its own dtype, `OUT/base` is a copy of that checkpoint
       (weights, configurations, tokenizer, code) in which the targets alone are replaced. All else stays as it is: tensors that the
       model class does not know, the division into files, the form of experts that the model has fused.
-    - Of a model in memory whose checkpoint holds weights in another form (fused experts), all residuals are in memory at once.
+    - Experts that are one tensor in the model are read, changed and written a tensor at a time, in the form that the checkpoint has
+      for them (one tensor for each expert in most families).
+    - Of a model in memory whose checkpoint joins several weights into one, all residuals are in memory at once.
 
     Where the base cannot change, because it is quantised for instance, `OUT/subtracted` is the second, frozen adapter.
 
@@ -96,7 +100,7 @@ def write_init(
     Raises:
         ValueError: as `inject_adapters`, before anything is written; if the configuration makes PEFT save more than A and B (use
             `inject_adapters` and `save_init`); and naming the tensor, if the model is offloaded, its checkpoint cannot be copied
-            (it is not safetensors, or of another dtype) and holds weights in another form (fused experts): load it whole.
+            (it is not safetensors, or of another dtype) and joins several weights into one: load it whole.
         TypeError: as `inject_adapters`; and if the model has no `save_pretrained`.
         FileExistsError: if `out` is in the way, or another run is writing to it.
         OSError: if it cannot be written; then nothing is left behind.
@@ -141,8 +145,9 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
             peft_model = get_peft_model(without_weights(model), config)
         adapter = peft_model.active_adapter
         layers = lora_layers(peft_model, adapter)
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = named_layers(model)
         bases = {name: modules[name] for name in layers}
+        targets = layers_by_parameter(layers)
         given = with_spaces(method, given, layers, adapter)
         check_layers(layers, bases, adapter, method, given, job)
         frozen = METHODS[method].freezes_a(output.freeze_a)
@@ -151,17 +156,17 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
         shell = without_weights(model)
         base: Source | BasePlan | None = None
         if residual == "base":
-            base = source_of(model, [f"{name}.weight" for name in layers])
+            base = source_of(model, list(targets))
             if base is None and job.first:  # transformers saves nothing in the other processes
                 base = plan_base(shell, plans / "base", strict=sharded or on_disk(model))
             base = job.exchange(base)[0]
         if isinstance(base, BasePlan):
-            check_plan(model, base, layers)
+            check_plan(model, base, targets)
         original = config.base_model_name_or_path
         config.base_model_name_or_path = os.path.abspath(output.folder / "base") if residual == "base" else located(original)
         files = _plan_adapters(peft_model, config, layers, plans, residual)
         if not job.first:  # the first process writes, the others take part in gathering
-            for name in _gathered(base, layers, residual, output.max_shard_bytes):
+            for name in _gathered(base, targets, residual, output.max_shard_bytes):
                 _fetch(name, modules, job)
             job.exchange(None)
             return
@@ -171,11 +176,10 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
             shutil.copytree(plans, part, dirs_exist_ok=True)
             with contextlib.ExitStack() as stack:
                 written = [stack.enter_context(file.opened(part)) for file in files]
-                starts = _Starts(modules, layers, adapter, method, given, residual, report, job, written)
+                starts = _Starts(modules, layers, targets, adapter, method, given, residual, report, job, written)
                 _write_weights(part / "base", base, starts, model, shell, residual, output.max_shard_bytes)
             if starts.changes:
-                largest = max(starts.changes, key=lambda change: change.ratio)
-                mark_file(part / "base" / "config.json", method, located(original), largest)
+                mark_file(part / "base" / "config.json", method, located(original), clearest(starts.changes))
             if residual == "base" and output.tokenizer is not None:
                 output.tokenizer.save_pretrained(part / "base")
             facts = init_record(model, original, method, config, residual, frozen, given.spaces, output.record)
@@ -184,6 +188,8 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
         report("adapters", len(layers), len(layers), 0)
     given.directions.warn(f"method {method!r}", stacklevel=3)
     warn_of_dropout(config, method, residual, stacklevel=5)
+    if residual == "adapter":
+        warn_of_two(bases, stacklevel=5)
     job.exchange(None)
 
 
@@ -191,27 +197,26 @@ def _write_weights(
     folder: Path, base: Source | BasePlan | None, starts: _Starts, model: nn.Module, shell: Any, residual: str, max_shard_bytes: int
 ) -> None:
     """All A and B, and the base's weights if they become residuals."""
-    targets = {f"{name}.weight": name for name in starts.layers}
     if isinstance(base, Source):
-        copy_base(folder, base, targets, starts.residual)
+        copy_base(folder, base, starts.residual)
     elif isinstance(base, BasePlan):
-        write_base(folder, base, targets, starts.residual, starts.fetch, max_shard_bytes)
+        write_base(folder, base, shell, starts.targets, starts.residual, starts.fetch, max_shard_bytes)
     elif residual == "base":
-        state = {**model.state_dict(), **{tensor: starts.residual(name) for tensor, name in targets.items()}}
+        state = {**model.state_dict(), **{tensor: starts.residual(tensor) for tensor in starts.targets}}
         with saving_here(shell):
             shell.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_bytes)
     else:
-        for name in starts.layers:
-            starts.start(name, starts.stored(name))
+        for tensor in starts.targets:
+            starts.start(tensor, starts.stored(tensor))
 
 
-def _gathered(base: Source | BasePlan | None, layers: Iterable[str], residual: str, max_shard_bytes: int) -> Iterator[str]:
-    """Names of the weights that `_write_weights` gathers, in its order."""
+def _gathered(base: Source | BasePlan | None, targets: Iterable[str], residual: str, max_shard_bytes: int) -> Iterator[str]:
+    """Names of the tensors that `_write_weights` gathers, in its order."""
     if isinstance(base, BasePlan):
-        for keys in files_of(base, max_shard_bytes).filename_to_tensors.values():
-            yield from (base.names[key] for key in keys)
+        files = files_of(base, max_shard_bytes).filename_to_tensors.values()
+        yield from base.owners(key for keys in files for key in keys)
     elif residual in ("adapter", "zero"):
-        yield from (f"{name}.weight" for name in layers)
+        yield from targets
 
 
 @dataclass
@@ -219,7 +224,9 @@ class _Starts:
     """Computes A and B one layer at a time, and writes them to the files of one adapter, or of two."""
 
     modules: Mapping[str, nn.Module]
-    layers: Mapping[str, LoraLayer]
+    layers: Mapping[str, Any]
+    targets: Mapping[str, list[str]]
+    """Tensor → the layers whose weights it holds: one, or all experts."""
     adapter: str
     method: str
     given: Sources
@@ -231,32 +238,61 @@ class _Starts:
     """Of the weights that have become residuals."""
     done: int = 0
 
-    def start(self, name: str, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.report("adapters", self.done, len(self.layers), 0)
-        a, b = start_of(name, self.layers[name], stored, self.adapter, self.method, self.given)
-        if self.residual_in == "zero":
-            b = torch.zeros_like(b)
+    def start(self, tensor: str, stored: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Compute and write A and B of the layers whose weights a tensor holds.
+
+        Args:
+            tensor: of `targets`.
+            stored: its values; for a method that does not read them, the tensor as it is.
+
+        Returns:
+            Layer → A (r, d_in) and B (d_out, r).
+        """
+        made = {}
+        for name in self.targets[tensor]:
+            self.report("adapters", self.done, len(self.layers), 0)
+            a, b = start_of(name, self.layers[name], self._part(name, stored), self.adapter, self.method, self.given)
+            made[name] = a, torch.zeros_like(b) if self.residual_in == "zero" else b
+            self.done += 1
+        first = self.layers[self.targets[tensor][0]]
+        path, (a, b) = (first.path, stacked([*made.values()])) if isinstance(first, ExpertAdapter) else (name, made[name])
         for file in self.files:
-            file.write(name, a, b)
-        self.done += 1
-        return a, b
+            file.write(path, a, b)
+        return made
 
-    def fetch(self, name: str) -> torch.Tensor:
-        return _fetch(name, self.modules, self.job)
+    def _part(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """A layer's weight in the tensor that holds it; the tensor itself where the method does not read the weight."""
+        module = self.modules[name]
+        if isinstance(module, ExpertMatrix) and METHODS[self.method].changes_base:
+            return module.of_stack(stored)
+        return stored
 
-    def stored(self, name: str) -> torch.Tensor:
-        """A layer's weight, dequantised; where the method does not read it, as it is."""
+    def fetch(self, tensor: str) -> torch.Tensor:
+        return _fetch(tensor, self.modules, self.job)
+
+    def stored(self, tensor: str) -> torch.Tensor:
+        """The values of a tensor of `targets`, dequantised; where the method does not read it, the tensor as it is."""
+        module = self.modules[self.targets[tensor][0]]
         if not METHODS[self.method].changes_base:
-            return weight_of(self.modules[name])
+            return held_weight(module)
+        if isinstance(module, ExpertMatrix):
+            return self.fetch(tensor)
         self.job.exchange(None)
-        return stored_weight(self.modules[name])
+        return stored_weight(module)
 
-    def residual(self, name: str) -> torch.Tensor:
-        """W₀ − s·BA of a layer, in the layout and dtype of W₀."""
-        stored = self.fetch(f"{name}.weight")
-        a, b = self.start(name, stored)
-        rest = residual_of(name, self.layers[name], stored, self.adapter, a, b)
-        self.changes.append(change_of(name, stored, rest))
+    def residual(self, tensor: str) -> torch.Tensor:
+        """W₀ − s·BA of the layers whose weights a tensor holds, in the layout and dtype of the tensor."""
+        stored = self.fetch(tensor)
+        rest: torch.Tensor | None = None
+        for name, (a, b) in self.start(tensor, stored).items():
+            module, before = self.modules[name], self._part(name, stored)
+            after = residual_of(name, self.layers[name], before, self.adapter, a, b)
+            self.changes.append(change_of(name, before, after))
+            if not isinstance(module, ExpertMatrix):
+                return after
+            rest = torch.empty_like(stored) if rest is None else rest
+            module.of_stack(rest).copy_(after)
+        assert rest is not None
         return rest
 
 
@@ -274,7 +310,7 @@ class _AdapterPlan(NamedTuple):
     sign: int
     """−1 for the adapter that subtracts the product of the other one."""
     keys: dict[tuple[str, str], str]
-    """(layer, "lora_A" or "lora_B") → name in the file."""
+    """(name of PEFT's layer, "lora_A" or "lora_B") → name in the file."""
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
 
@@ -296,7 +332,7 @@ class _AdapterFile(NamedTuple):
 
 
 def _plan_adapters(
-    peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, LoraLayer], plans: Path, residual: str
+    peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, Any], plans: Path, residual: str
 ) -> list[_AdapterPlan]:
     """The adapter and, where that is what subtracts its product, the second one."""
     adapter = peft_model.active_adapter
@@ -309,12 +345,12 @@ def _plan_adapters(
 
 
 def _plan_adapter(
-    peft_model: PeftModel, adapter: str, layers: Mapping[str, LoraLayer], plans: Path, kind: str, sign: int
+    peft_model: PeftModel, adapter: str, layers: Mapping[str, Any], plans: Path, kind: str, sign: int
 ) -> _AdapterPlan:
     """Let PEFT save stand-ins, to see under which names it saves what; its configuration and model card stay in the folder."""
     state = peft_model.state_dict()
     wanted: dict[str, tuple[str, str]] = {}
-    for name in layers:
+    for name in {layer.path if isinstance(layer, ExpertAdapter) else name for name, layer in layers.items()}:
         for part in ("lora_A", "lora_B"):
             wanted[f"base_model.model.{name}.{part}.{adapter}.weight"] = (name, part)
     order = list(state)

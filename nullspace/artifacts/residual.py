@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from nullspace.artifacts import identity
 from nullspace.errors import AdapterWarning
+from nullspace.model.experts import expert_matrices, expert_of
 from nullspace.model.sharded_tensors import is_sharded
 
 KEY = "nullspace"
@@ -46,6 +48,12 @@ def change_of(layer: str, before: torch.Tensor, after: torch.Tensor) -> Change:
     ratios = (now - was).abs() / (identity.FINGERPRINT_TOLERANCE * was.abs() + 1e-6)
     chosen = ratios.topk(min(ENTRIES, len(at))).indices.sort().values
     return Change(layer, float(ratios.max()), at[chosen].tolist(), now[chosen].tolist())
+
+
+def clearest(changes: Sequence[Change]) -> Change:
+    """The change that a mark is to show: the largest one, of a layer with a weight of its own if there is one."""
+    own = [change for change in changes if expert_of(change.layer) is None]
+    return max(own or changes, key=lambda change: change.ratio)
 
 
 def entry(method: str, model: str | None, change: Change) -> dict[str, Any]:
@@ -89,7 +97,7 @@ def residual_mark(model: nn.Module) -> dict[str, Any] | None:
     at, values = mark.get("at"), mark.get("values")
     if at is None or values is None or not _are(int, at) or not _are((int, float), values) or len(at) != len(values):
         return None
-    module = dict(model.named_modules()).get(mark["layer"])
+    module = _layer(model, mark["layer"])
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or is_sharded(weight) or identity.fingerprint(weight) is None:
         return mark
@@ -97,6 +105,13 @@ def residual_mark(model: nn.Module) -> dict[str, Any] | None:
         return None
     now = weight.detach().reshape(-1)[torch.tensor(at, device=weight.device)].to("cpu", torch.float32)
     return mark if identity.same_fingerprint(torch.tensor(values, dtype=torch.float32), now) else None
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module | None:
+    """The layer of this name, also in a model with adapters of PEFT's."""
+    if expert_of(name) is None:
+        return dict(model.named_modules()).get(name)
+    return {each.replace(".base_layer", ""): matrix for each, matrix in expert_matrices(model).items()}.get(name)
 
 
 def warn_of_residual(model: nn.Module) -> None:

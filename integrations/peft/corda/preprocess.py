@@ -26,6 +26,7 @@ from nullspace.calibration.input_sums import InputSums
 from nullspace.errors import InputError
 from nullspace.factors import CORDA_MODES, DAMPING, ZERO
 from nullspace.integrations.peft.corda.files import CordaEigens, is_filled, path_of, read_covariances, read_eigens, save
+from nullspace.integrations.peft.experts.checks import leave_out_experts
 from nullspace.integrations.peft.fit import refuse_other_layers
 from nullspace.integrations.peft.layers import RESIDUAL_DTYPES
 from nullspace.integrations.peft.passes import summing
@@ -94,6 +95,8 @@ def preprocess_corda(
         raise InputError("lora_config.corda_config is None: give LoraConfig(corda_config=CordaConfig(corda_method='kpm'))")
     check_scaling(lora_config)
     targets = chosen_layers(model, lora_config)
+    leave_out_experts(targets, "is an expert's matrix in a tensor of all experts, for which PEFT has no CorDA: use inject_adapters")
+    targets.refuse_empty()
     ranks = {name: rank_of(name, lora_config) for name in targets}
     for name, layer in targets.items():
         _check_layer(name, layer, ranks[name])

@@ -26,6 +26,7 @@ from nullspace.distributed.loaders import length
 from nullspace.errors import InputError, OtherModelError
 from nullspace.integrations.peft.eva.components import Settled, components_of_layers, distribute, factor, in_order
 from nullspace.integrations.peft.eva.inputs import PreparedRows, PrepareLayerInputs, Tokens
+from nullspace.integrations.peft.experts.checks import leave_out_experts
 from nullspace.integrations.peft.passes import summing
 from nullspace.integrations.peft.targets import check_scaling, chosen_layers, rank_of
 from nullspace.model.linear import is_linear
@@ -255,7 +256,9 @@ def _layers_of(model: nn.Module, config: LoraConfig, adapter_name: str) -> Targe
     targets = [module for name, module in model.named_modules() if check_target_module_exists(config, name)]
     if targets and all(isinstance(module, NOT_STARTED) for module in targets):
         return Targets({})
-    return chosen_layers(model, config)
+    chosen = chosen_layers(model, config)
+    leave_out_experts(chosen, "is an expert's matrix in a tensor of all experts, for which PEFT has no EVA: use inject_adapters")
+    return chosen
 
 
 def _check_same_everywhere(sites: list[Site]) -> None:

@@ -18,13 +18,14 @@ from nullspace.artifacts.identity import Weight, weights_of
 from nullspace.checks import NOT_NEGATIVE, check_real
 from nullspace.errors import AdapterWarning, InputError, InputTypeError
 from nullspace.factors import RIDGE, Filter, LowRank
-from nullspace.integrations.peft.files import A_WEIGHT, init_around
+from nullspace.integrations.peft.experts.layout import layout_of
+from nullspace.integrations.peft.files import A_WEIGHT, PREFIX, init_around
 from nullspace.integrations.peft.filtering.changes import Changes, InModel, Stored, changes_in, read_changes
 from nullspace.integrations.peft.filtering.drift import Base, base_modules, check_base, drifts_of, name_of, named_base, weights_in
 from nullspace.integrations.peft.filtering.moments import Moments, Pair, loaded, place_of
 from nullspace.integrations.peft.filtering.paths import STRENGTHS, Budget, FilterPath, Step, choose, forecast
 from nullspace.integrations.peft.folders.checkpoints import local_folder
-from nullspace.integrations.peft.folders.export import PREFIX, described, other_tensors, plain_adapter, write_plain
+from nullspace.integrations.peft.folders.export import described, other_tensors, plain_adapter, write_plain
 from nullspace.integrations.peft.layers import is_readable
 from nullspace.model.wrappers import unwrap, unwrapped
 from nullspace.progress import Progress, reporter
@@ -313,11 +314,11 @@ def _write(stored: Stored, made: Mapping[str, torch.Tensor], facts: Mapping[str,
     if stored.start is None:
         same = {"base_model_name_or_path": stored.base, "init_lora_weights": True, "inference_mode": True}
         config, tensors = {**now.config, **same}, dict(now.tensors)
-        for name, rows in made.items():
-            key = f"{PREFIX}{name}{A_WEIGHT}"
+        for path, names in layout_of(made).items():
+            key, rows = f"{PREFIX}{path}{A_WEIGHT}", torch.cat([made[name] for name in names])
             tensors[key] = rows.to(fitting([rows], tensors[key].dtype))
             if not bool(tensors[key].isfinite().all()):
-                raise InputError(f"{now.path}: the filtered A of {name!r} is beyond the range of {tensors[key].dtype}")
+                raise InputError(f"{now.path}: the filtered A of {names[0]!r} is beyond the range of {tensors[key].dtype}")
     else:
         factors = {name: LowRank(rows, stored.changes.factors[name].B) for name, rows in made.items()}
         dtype = fitting((factor for pair in factors.values() for factor in pair), first)

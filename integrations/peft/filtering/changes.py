@@ -15,14 +15,13 @@ from nullspace import analysis
 from nullspace.errors import InputError, OtherModelError
 from nullspace.factors import LowRank
 from nullspace.integrations.peft.files import (
-    A_WEIGHT,
     ADAPTER_CONFIG,
     Adapter,
     adapter_in,
     factors_of,
     init_around,
-    layer_of,
     located,
+    places_in,
     read_adapter,
 )
 from nullspace.integrations.peft.folders.cards import says_two
@@ -83,7 +82,7 @@ def read_changes(
     now = read_adapter(_place(Path(directory), adapter_name))
     start = _start_of(now) if initial is None else _given(now, Path(initial))
     factors = factors_of(now)
-    odd = next((layer_of(key) for key in now.tensors if key.endswith(A_WEIGHT) and layer_of(key) not in factors), None)
+    odd = next((name for name in places_in(now) if name not in factors), None)
     if odd is not None:
         raise InputError(f"{now.path}: {odd!r} is no linear layer: its adapter cannot be filtered; leave it out of target_modules")
     original = now.config.get("base_model_name_or_path")
@@ -198,7 +197,7 @@ def changes_in(peft_model: PeftModel, adapter_name: str | None = None) -> InMode
         ValueError: if there is no such adapter, its base is a residual, it is merged or spread over several ranks; naming the
             layer, for NaN or Inf, and for a layer that is not linear.
     """
-    layers = adapted_layers(peft_model, adapter_name, dora=True)
+    layers = adapted_layers(peft_model, adapter_name, dora=True, experts=True)
     name = layers[0].adapter
     if is_model_sharded(peft_model):
         raise InputError(

@@ -15,11 +15,13 @@ from nullspace.artifacts.identity import Weight
 from nullspace.checks import NOT_NEGATIVE, POSITIVE, check_integer, check_real
 from nullspace.errors import AdapterWarning, InputError, OtherModelError
 from nullspace.factors import RIDGE, LowRank, combined
+from nullspace.integrations.peft.experts.layout import parameter_name
 from nullspace.integrations.peft.files import A_WEIGHT
 from nullspace.integrations.peft.filtering.adapters import check_early, fitting
 from nullspace.integrations.peft.filtering.changes import Stored, read_changes
 from nullspace.integrations.peft.filtering.moments import NAMES, Moments, check, loaded, naming, place_of
 from nullspace.integrations.peft.folders.export import described, plain_adapter, write_plain
+from nullspace.model.experts import expert_of
 from nullspace.progress import Progress, reporter
 
 
@@ -103,7 +105,10 @@ def combine_adapters(
     first = stored[0].now.tensors[next(key for key in stored[0].now.tensors if key.endswith(A_WEIGHT))].dtype
     dtype = fitting((factor for pair in factors.values() for factor in pair), first)
     config, tensors = plain_adapter(stored[0].now, factors, dtype, named)
-    config |= {"target_modules": sorted(factors), "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    parameters = sorted({each for one in stored for each in one.now.config.get("target_parameters") or ()})
+    modules = sorted(name for name in factors if parameter_name(name) not in parameters and not expert_of(name))
+    config |= {"target_modules": modules, "target_parameters": parameters or None}
+    config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     facts = {
         "strength": strength,
         "ridge": ridge,

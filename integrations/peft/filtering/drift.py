@@ -19,6 +19,7 @@ from nullspace.artifacts import residual
 from nullspace.artifacts.covariances import Covariances
 from nullspace.artifacts.identity import weights_of
 from nullspace.errors import AdapterWarning, InputError, InputTypeError
+from nullspace.integrations.peft.experts.layout import INNER
 from nullspace.integrations.peft.filtering.changes import Changes, Stored, read_changes
 from nullspace.integrations.peft.filtering.moments import Moments, check, loaded
 from nullspace.integrations.peft.filtering.paths import Change
@@ -26,8 +27,9 @@ from nullspace.integrations.peft.folders.export import described
 from nullspace.integrations.peft.guard.gauge import Drift, drift_of
 from nullspace.integrations.peft.layers import computed_weight
 from nullspace.integrations.transformers.load import ModelSource, load_weights, read_config
+from nullspace.model.experts import expert_of, named_layers
 from nullspace.model.linear import is_linear, weight_shape
-from nullspace.model.wrappers import named_modules, unwrap
+from nullspace.model.wrappers import unwrap
 from nullspace.progress import Progress, reporter
 
 Base = nn.Module | str | os.PathLike[str]
@@ -112,7 +114,7 @@ def base_modules(base: Base) -> dict[str, nn.Module]:
     mark = residual.residual_mark(model)
     if mark is not None:
         raise InputError(f"{type(model).__name__} {residual.described(mark)}: name the untouched model (base=, --base)")
-    modules = named_modules(model)
+    modules = {name if expert_of(name) is None else name.replace(INNER, ""): each for name, each in named_layers(model).items()}
     layers = {name: each.get_base_layer() if isinstance(each, LoraLayer) else each for name, each in modules.items()}
     return {name: each for name, each in layers.items() if is_linear(each)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from nullspace.artifacts import identity, records
 from nullspace.errors import DamagedFileError
 from nullspace.integrations.peft.files import init_around
 from nullspace.integrations.transformers.load import ModelSource
+from nullspace.model.experts import expert_of
 
 
 def what_differs(residual: Path, base: str | os.PathLike[str], *, adapted: Collection[str], saved: Collection[str]) -> list[str]:
@@ -46,14 +48,25 @@ def what_differs(residual: Path, base: str | os.PathLike[str], *, adapted: Colle
     for name, shape in ours.items():
         if name in theirs and shape != theirs[name]:
             differences.append(f"{name!r} has shape {list(theirs[name])} there and {list(shape)} in {residual}")
+    experts = {_block_of(name) for name in adapted if expert_of(name)}
     same = [
         name
         for name, shape in ours.items()
-        if theirs.get(name) == shape and name not in saved and name.removesuffix(".weight") not in adapted
+        if theirs.get(name) == shape
+        and name not in saved
+        and name.removesuffix(".weight") not in adapted
+        # A checkpoint may have other names for experts than the model, but not for the block.
+        and not ("experts" in name.split(".") and _block_of(name) in experts)
     ]
     mine, other = _fingerprints(residual, same), _fingerprints(folder, same)
     differences += [f"{name!r} is another one in {residual}" for name in same if not _alike(mine[name], other[name])]
     return differences
+
+
+def _block_of(name: str) -> str:
+    """A name up to the first number in it."""
+    match = re.match(r".*?\.\d+(?=\.)", name)
+    return match[0] if match else ""
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path | None:

@@ -11,19 +11,21 @@ from typing import Any, NamedTuple
 from nullspace.artifacts import checkpoint, records, store
 from nullspace.errors import InputError, MissingFileError
 from nullspace.integrations.peft.files import (
+    A_WEIGHT,
     ADAPTER_CONFIG,
+    PREFIX,
     Adapter,
     adapter_in,
     init_around,
-    layer_of,
     located,
+    places_in,
     read_adapter,
     read_init,
     scaling_of,
 )
 from nullspace.integrations.peft.folders import cards
 from nullspace.integrations.peft.folders.checkpoints import is_residual, mark_of
-from nullspace.integrations.peft.folders.export import A_WEIGHT, PLAIN, contents, described, vllm_rank
+from nullspace.integrations.peft.folders.export import PLAIN, contents, described, vllm_rank
 
 MODEL_CONFIG = "config.json"
 # Fields of an init record about the method.
@@ -163,7 +165,8 @@ def _folder(name: str | None) -> Path | None:
 def _adapter(directory: Path) -> dict[str, Any]:
     adapter = read_adapter(directory)
     base = base_of(adapter)
-    ranks = {layer_of(key): len(t) for key, t in adapter.tensors.items() if key.endswith(A_WEIGHT)}
+    layers = places_in(adapter)
+    ranks = {name: len(adapter.tensors[f"{PREFIX}{place.path}{A_WEIGHT}"]) // place.experts for name, place in layers.items()}
     scalings = {scaling_of(adapter.config, layer, rank) for layer, rank in ranks.items()}
     rank, holds = max(ranks.values(), default=None), contents(adapter.tensors)
     init = base.init or {}

@@ -17,16 +17,19 @@ from nullspace.artifacts.locks import temporary_folder
 from nullspace.artifacts.shared_writes import written_once
 from nullspace.errors import AdapterWarning, InputError, OtherModelError
 from nullspace.factors import LowRank
+from nullspace.integrations.peft.experts.layout import Place, layout_of, places, stacked
 from nullspace.integrations.peft.files import (
     A_WEIGHT,
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     B_WEIGHT,
+    PREFIX,
     Adapter,
     adapter_in,
     init_around,
     layer_of,
     located,
+    places_in,
     read_adapter,
     save_adapter,
     scaling_of,
@@ -92,8 +95,8 @@ def export_lora(
             return export_lora(folder, initial, out, base=base, overwrite=overwrite)
     now, start = read_adapter(Path(trained)), read_adapter(adapter_in(Path(initial)))
     check_pair(now, start)
-    layers = [layer_of(key) for key in now.tensors if key.endswith(A_WEIGHT)]
-    untouched = all(is_zero(*_factors(start, layer)) for layer in layers)
+    layers = places_in(now)
+    untouched = all(is_zero(*_factors(start, place)) for place in layers.values())
     if now.config.get("use_dora") and not untouched:
         raise InputError(
             f"{now.path} uses DoRA on a residual base: its magnitudes scale the sum of both, which no LoRA on the untouched base "
@@ -103,8 +106,8 @@ def export_lora(
     revision = now.config.get("revision") if base is None or base == init.get("model") else None
     base = located(base) or original_base(start, untouched)
     _check_base(ModelSource.in_revision(base, revision), start, now)
-    factors = {layer: _plain_factors(now, start, layer) for layer in layers}
-    dtype = now.tensors[f"{PREFIX}{layers[0]}{A_WEIGHT}"].dtype
+    factors = {layer: _plain_factors(now, start, layer, place) for layer, place in layers.items()}
+    dtype = now.tensors[f"{PREFIX}{next(iter(layers.values())).path}{A_WEIGHT}"].dtype
     if not all(torch.equal(factor.to(dtype).double(), factor) for pair in factors.values() for factor in pair):
         dtype = torch.promote_types(dtype, torch.float32)
     facts = {name: init[name] for name in ("architecture", "method", "data") if init.get(name) is not None}
@@ -120,7 +123,6 @@ def export_lora(
 
 
 B_BIAS = ".lora_B.bias"
-PREFIX = "base_model.model."
 NOT_SERVED = "PEFT loads them, servers such as vLLM and llama.cpp do not"
 WHOLE = "whole tensors"
 # Part of a tensor's name → what it is.
@@ -155,15 +157,15 @@ def vllm_rank(rank: int) -> int | None:
     return next((limit for limit in VLLM_RANKS if limit >= rank), None)
 
 
-def _factors(adapter: Adapter, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _factors(adapter: Adapter, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
     """A (r, d_in) and B (d_out, r), float64, as they are in the file."""
-    a, b = (adapter.tensors[f"{PREFIX}{layer}{part}"].double() for part in (A_WEIGHT, B_WEIGHT))
-    return a, b
+    a, b = (adapter.tensors[f"{PREFIX}{place.path}{part}"] for part in (A_WEIGHT, B_WEIGHT))
+    return place.of_a(a).double(), place.of_b(b).double()
 
 
-def _plain_factors(now: Adapter, start: Adapter, layer: str) -> LowRank:
+def _plain_factors(now: Adapter, start: Adapter, layer: str, place: Place) -> LowRank:
     """A and B in float64 whose product is to be added to the untouched weight."""
-    (a, b), (a0, b0) = _factors(now, layer), _factors(start, layer)
+    (a, b), (a0, b0) = _factors(now, place), _factors(start, place)
     scaling = scaling_of(now.config, layer, len(a))
     if torch.equal(a, a0):
         return LowRank(a, scaling * (b - b0))
@@ -179,7 +181,8 @@ def plain_adapter(
 
     Args:
         like: an adapter, whose other settings are kept.
-        factors: layer → A and B, whose product is added to the weight. They are padded with zeros to the largest rank.
+        factors: layer → A and B, whose product is added to the weight. They are padded with zeros to the largest rank. Those of
+            all experts of a parameter are put into one A and one B, as PEFT has them.
         dtype: of the tensors.
         base: name of the base.
 
@@ -199,13 +202,15 @@ def plain_adapter(
         alpha_pattern={},
     )
     tensors = {}
-    for layer, pair in factors.items():
-        a, b = (factor.to(dtype) for factor in pair)
-        if not bool(a.isfinite().all() and b.isfinite().all()):
-            raise InputError(f"{like.path}: B of {layer!r} times its scaling is beyond the range of {dtype}")
-        missing = rank - len(a)
-        tensors[f"{PREFIX}{layer}{A_WEIGHT}"] = torch.nn.functional.pad(a, (0, 0, 0, missing))
-        tensors[f"{PREFIX}{layer}{B_WEIGHT}"] = torch.nn.functional.pad(b, (0, missing))
+    for path, layers in layout_of(factors).items():
+        parts = []
+        for layer in layers:
+            a, b = (factor.to(dtype) for factor in factors[layer])
+            if not bool(a.isfinite().all() and b.isfinite().all()):
+                raise InputError(f"{like.path}: B of {layer!r} times its scaling is beyond the range of {dtype}")
+            missing = rank - len(a)
+            parts.append((torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))))
+        tensors[f"{PREFIX}{path}{A_WEIGHT}"], tensors[f"{PREFIX}{path}{B_WEIGHT}"] = stacked(parts)
     return config, tensors
 
 
@@ -244,7 +249,7 @@ def write_plain(
     Raises:
         FileExistsError, OSError: of `new_directory`.
     """
-    rank, base = max(len(t) for key, t in tensors.items() if key.endswith(A_WEIGHT)), config["base_model_name_or_path"]
+    rank, base = _largest_rank(config, tensors), config["base_model_name_or_path"]
     alpha = config["lora_alpha"]
     own = {"model": base, "rank": rank, "alpha": alpha, "max_lora_rank": vllm_rank(rank), "holds": contents(tensors)}
     facts = {**facts, **own}
@@ -258,6 +263,11 @@ def write_plain(
 
     written_once(out, write)
     return facts
+
+
+def _largest_rank(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> int:
+    rows = {layer_of(key): len(t) for key, t in tensors.items() if key.endswith(A_WEIGHT)}
+    return max(rows[place.path] // place.experts for place in places(config, rows, "the adapter").values())
 
 
 def is_zero(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -290,8 +300,7 @@ def _check_base(base: ModelSource, start: Adapter, now: Adapter) -> None:
     residual = start.path.parent / "base"
     if init_around(start.path) is None or not residual.is_dir():
         return
-    adapted = {layer_of(key) for key in start.tensors if key.endswith(A_WEIGHT)}
-    differences = what_differs(residual, base, adapted=adapted, saved=contents(now.tensors).get(WHOLE, []))
+    differences = what_differs(residual, base, adapted=places_in(start), saved=contents(now.tensors).get(WHOLE, []))
     if differences:
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise OtherModelError(

@@ -15,6 +15,7 @@ from nullspace.artifacts.residual import residual_mark
 from nullspace.artifacts.sitewise import Sitewise
 from nullspace.errors import InputError, InputTypeError, OtherModelError
 from nullspace.factors import LowRank
+from nullspace.integrations.peft.experts.adapters import ExpertAdapter, adapted_by
 from nullspace.integrations.peft.files import adapter_in, init_around, located, read_factors
 from nullspace.integrations.peft.layers import PEFT_RESIDUALS, SUBTRACTED, lora_layers, stored_weight
 from nullspace.model.linear import is_linear, weight_of, weight_shape
@@ -54,11 +55,18 @@ class Adapted(NamedTuple):
         """Whether A does not train (`freeze_a`), also where the adapter is not active at the moment."""
         if "lora_A" in self.layer.frozen_peft_weight_names.get(self.adapter, ()):
             return True
-        return self.adapter in self.layer.active_adapters and not self.a.requires_grad
+        # A view of the stacked A of experts needs no gradient under no_grad.
+        weight = adapted_by(self.layer).lora_A[self.adapter].weight
+        return self.adapter in self.layer.active_adapters and not weight.requires_grad
 
 
-def adapted_layers(peft_model: PeftModel, adapter_name: str | None, *, dora: bool = False) -> tuple[Adapted, ...]:
+def adapted_layers(
+    peft_model: PeftModel, adapter_name: str | None, *, dora: bool = False, experts: bool = False
+) -> tuple[Adapted, ...]:
     """The layers of the named adapter, or of the active one; with `dora`, those of DoRA's directions too.
+
+    Of experts that are one tensor, A and B are views of PEFT's parameters: with `experts`, for what reads or writes them and keeps
+    no track of parameters by their identity.
 
     Raises:
         TypeError: if this is no `PeftModel`.
@@ -74,6 +82,11 @@ def adapted_layers(peft_model: PeftModel, adapter_name: str | None, *, dora: boo
         raise InputError(f"the model has no LoRA adapter named {name!r}; it has {', '.join(map(repr, model.peft_config))}")
     for each in layers:
         base = each.layer.get_base_layer()
+        if isinstance(each.layer, ExpertAdapter) and not experts:
+            raise InputError(
+                f"adapter {name!r} is on {each.name!r}, one of several experts in one parameter: such a parameter can be measured "
+                "(Gauge, penalty) and filtered, but not confined or decayed. Freeze A (freeze_a), or leave the experts out"
+            )
         if not is_linear(base) or name not in each.layer.lora_A or type(each.layer).__name__ == "ParamWrapper":
             raise InputError(
                 f"adapter {name!r} is on {each.name!r}, a {type(base).__name__}: only those of linear layers can be held"

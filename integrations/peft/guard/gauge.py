@@ -89,7 +89,7 @@ class Gauge:
     ) -> None:
         self._model = unwrap(peft_model)
         _reshard(self._model)
-        layers = adapted_layers(self._model, adapter_name)
+        layers = adapted_layers(self._model, adapter_name, experts=True)
         self.start = start_of(self._model, layers, initial)
         groups, report = check_known(covariances, layers, self.start), reporter(progress)
         self._sites: list[_Site] = []

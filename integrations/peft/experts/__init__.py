@@ -1,0 +1,1 @@
+"""Adapters of experts that are stored as one tensor."""
