@@ -22,7 +22,7 @@ from models import FAMILIES, random_batches, tiny
 from nullspace import NullSpaces, compute_null_spaces
 from nullspace.artifacts import records, store
 from nullspace.integrations import peft as integration
-from nullspace.integrations.peft import inject_adapters, save_init, write, write_init
+from nullspace.integrations.peft import inject_adapters, save_init, shell, write, write_init
 from nullspace.integrations.transformers import load_model, offload_map
 
 BATCH = random_batches(1, 2, 32, seed=7)[0]
@@ -235,7 +235,17 @@ def test_fused_experts_are_saved_from_memory_and_copied_from_the_disk(
     if method != "lora-null":
         return
     model = offloaded(folder, monkeypatch, torch.float64)  # not the checkpoint's dtype: its files cannot be copied
+    write_init(tmp_path / "double", model, LoraConfig(r=RANK), method=method, **sources)
+    double, single = (load_file(tmp_path / name / "base" / "model.safetensors") for name in ("double", "three"))
+    assert double.keys() == single.keys()
+    assert {name: double[name].dtype for name in double} == dict.fromkeys(double, torch.float64)
+    assert all(torch.allclose(double[name].float(), single[name], atol=1e-6) for name in double)
     layers = {name: m for name, m in model.named_modules() if name in spaces_for("mixtral")}
+
+    def fails(*_: Any) -> Any:
+        raise ValueError("two into one")
+
+    monkeypatch.setattr(shell, "revert_weight_conversion", fails)  # of a checkpoint that joins weights
     for refused in (
         lambda: integration.check_servable(model, layers, method, offloaded=True),  # the command line asks before the work
         lambda: write_init(tmp_path / "four", model, LoraConfig(r=RANK), method=method, **sources),

@@ -86,8 +86,8 @@ def warn_of_two(layers: Mapping[str, nn.Module], *, stacklevel: int) -> None:
         size = gigabytes(held[name].numel() * held[name].element_size())
         warnings.warn(
             "two adapters are active on experts, so that PEFT computes the changes of all experts of a parameter at every call "
-            f"({size} for {name!r}, and once more in the backward pass), which it does not with one adapter. export_lora makes one of "
-            "both; residual='base' and methods that leave the base alone need only one.",
+            f"({size} for {name!r}, and once more in the backward pass), which it does not with one adapter. export_lora makes "
+            "one of both; residual='base' and methods that leave the base alone need only one.",
             ResourceUseWarning,
             stacklevel=stacklevel + 1,
         )

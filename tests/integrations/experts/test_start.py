@@ -72,7 +72,7 @@ def test_every_method_starts_experts_and_leaves_the_outputs(method: str, family:
         # PEFT's own product, in the layout of the parameter.
         delta = wrapper.get_delta_weight("default")
         torch.testing.assert_close(wrapper.get_param() + delta, weights[name], rtol=0, atol=1e-6)
-        assert bool(delta.abs().amax(dim=(1, 2)).all()) == METHODS[method].changes_base
+        assert bool((delta.abs().amax(dim=(1, 2)) > 1e-5).all()) == METHODS[method].changes_base
         each = layers[f"{name}[2]"]
         product = each.scaling["default"] * each.lora_B["default"].weight @ each.lora_A["default"].weight
         torch.testing.assert_close(product, delta[2].mT if family == "gpt_oss" else delta[2], rtol=0, atol=1e-6)
@@ -178,7 +178,7 @@ def test_the_users_own_configuration_decides() -> None:
         assert _adapted(config(target_modules="all-linear", target_parameters=ours))[0] == dense | downs
     names, model = _adapted(config(target_modules=["q_proj"], target_parameters=ours))
     assert names == attention | downs
-    assert model.peft_config["default"].target_parameters == ours  # as it is, so that PEFT takes other adapters beside it
+    assert list(model.peft_config["default"].target_parameters) == ours  # as it is, so that PEFT takes other adapters beside it
     assert _adapted(config(target_parameters=["experts.gate_up_proj", *ours]), spaces=spaces_for("mixtral"))[0] == experts
     assert _adapted(config(target_modules=list(spaces_for("mixtral"))), spaces=spaces_for("mixtral"))[0] == dense | experts
     assert _adapted(config(target_modules=["self_attn.o_proj"], target_parameters=["q_proj.weight"]))[0] == {
