@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 
-from nullspace.checks import check_one_of
 from nullspace.errors import InputError
 from nullspace.model.experts import LAST
 from nullspace.model.routing import Routed
@@ -14,14 +13,6 @@ from nullspace.model.sites import Site
 from nullspace.moments.covariance import Covariance, Pool
 from nullspace.moments.grouped import GroupedCovariance
 from nullspace.moments.sums import TokenMask
-
-EXPERTS = ("auto", "each", "pooled")
-"""How experts are summed: see `nullspace.stream_covariances`."""
-
-
-def check_experts(experts: str) -> None:
-    """Raise `ValueError` for an unknown way to sum experts."""
-    check_one_of("experts", experts, EXPERTS)
 
 
 class ExpertSums:

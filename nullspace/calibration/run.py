@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from torch import nn
 from nullspace.artifacts.checkpoint import Checkpoint
 from nullspace.artifacts.identity import Fingerprints, Weights, fingerprint_of_run
 from nullspace.artifacts.residual import warn_of_residual
-from nullspace.calibration.expert_sums import check_experts
 from nullspace.calibration.hidden_states import PLACES
 from nullspace.checks import check_device, check_one_of
 from nullspace.distributed import Job
@@ -26,13 +26,17 @@ from nullspace.distributed.loaders import digest_of, example_of, length
 from nullspace.errors import InputError
 from nullspace.model import sharded
 from nullspace.model.blocks import find_blocks
-from nullspace.model.experts import fused_of
+from nullspace.model.experts import ExpertMatrix, fused_of
+from nullspace.model.sharded_tensors import device_of
 from nullspace.model.sites import Targets, find_targets
 from nullspace.model.weights import refuse_meta
 from nullspace.model.wrappers import unwrap
 from nullspace.moments.precision import PRECISIONS
 from nullspace.planning.choice import choose_strategy
 from nullspace.planning.experts import should_pool
+from nullspace.planning.memory import free_on_device, free_on_host
+from nullspace.planning.plan import EXPERTS, Rates
+from nullspace.planning.survey import batch_shape
 from nullspace.progress import Progress, reporter
 
 STRATEGIES = ("auto", "resident", "layerwise")
@@ -140,7 +144,7 @@ def prepare(
         ValueError, TypeError: as `nullspace.stream_covariances` before the forward pass.
     """
     check_options(strategy, precision, hidden_states, device)
-    check_experts(experts)
+    check_one_of("experts", experts, EXPERTS)
     model = unwrap(model)
     chosen = find_targets(model, targets, exclude=exclude, rank=rank)
     if check is not None:
@@ -148,7 +152,7 @@ def prepare(
     refuse_meta(model)
     warn_of_residual(model)
     is_sharded = sharded.prepare_sharded(model, chosen, job, strategy)
-    pooled = _is_pooled(experts, chosen, loader, rank, job)
+    pooled = _is_pooled(experts, chosen, loader, rank, job, device, resident=strategy == "resident")
     if strategy == "auto":
         strategy, hidden_states = resolve_strategy(
             model, loader, chosen, device=device, hidden_states=hidden_states, rank=rank, job=job
@@ -180,13 +184,32 @@ def prepare(
     return run
 
 
-def _is_pooled(experts: str, targets: Targets, loader: Iterable[Any], rank: int | None, job: Job) -> bool:
+def _is_pooled(
+    experts: str,
+    targets: Targets,
+    loader: Iterable[Any],
+    rank: int | None,
+    job: Job,
+    device: torch.device | str | None,
+    *,
+    resident: bool,
+) -> bool:
     """Whether experts are pooled, the same on all processes."""
-    if experts != "auto":
+    matrix = next((layer for layer in targets.values() if isinstance(layer, ExpertMatrix)), None)
+    if matrix is None or experts != "auto":
         return experts == "pooled"
-    if not fused_of(targets.values()):
-        return False
-    return any(job.exchange(should_pool(targets, example_of(loader), length(loader), rank)))
+    batches, shape = length(loader), batch_shape(example_of(loader))
+    there = torch.device(device) if device is not None else device_of(matrix.stack)
+    pooled = should_pool(
+        targets,
+        tokens=None if batches is None or shape is None else float(batches * math.prod(shape)),
+        rank=rank,
+        device=there.type,
+        rates=Rates.of(there.type, matrix.stack.dtype),
+        free=free_on_device(there) if there.type == "cuda" else free_on_host(),
+        resident=resident,
+    )
+    return any(job.exchange(pooled))
 
 
 def check_options(

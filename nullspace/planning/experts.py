@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
-import torch
 from torch import nn
 
-from nullspace.model.experts import LAST, ExpertMatrix, fused_of, stacks_of
+from nullspace.model.experts import LAST, ExpertMatrix, stacks_of
 from nullspace.model.linear import weight_shape
-from nullspace.model.sharded_tensors import device_of, shape_of
-from nullspace.planning.memory import free_on_device, free_on_host
-from nullspace.planning.survey import batch_shape
+from nullspace.model.sharded_tensors import shape_of
+from nullspace.planning.plan import Rates
+from nullspace.solvers import decomposition_cost
 
 _ROUTED = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "top_k_experts",
-    "moe_topk",
-    "moe_k",
-    "moe_top_k",
-    "top_k",
-    "num_selected_experts",
+    *("num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "top_k_experts", "experts_per_token"),
+    *("moe_topk", "moe_k", "moe_top_k", "top_k"),
 )
 """Names that configurations have for the number of experts of a token."""
 ROOM = 0.5
 """Part of the free memory that sums for every expert may take."""
+PATIENCE = 1800.0
+"""Seconds that the eigenproblems of experts may take, by estimate, before they are pooled."""
 
 
 def experts_a_token(experts: nn.Module) -> int:
@@ -41,29 +34,42 @@ def tokens_an_expert(experts: nn.Module, tokens: float) -> float:
     return tokens * experts_a_token(experts) / shape_of(getattr(experts, stacks_of(experts)[0]))[0]
 
 
-def should_pool(targets: Mapping[str, nn.Module], batch: Any, batches: int | None, rank: int | None) -> bool:
-    """Whether one sum for all experts of a layer is the better choice.
+def should_pool(
+    targets: Mapping[str, nn.Module],
+    *,
+    tokens: float | None,
+    rank: int | None,
+    device: str,
+    rates: Rates,
+    free: float | None = None,
+    resident: bool = False,
+) -> bool:
+    """Whether one sum for what all experts of a layer receive is a better choice than a sum for each.
 
-    That is so if an expert can expect fewer than d_in + rank tokens, which are too few for a null space of its own and would cost
-    more in its eigenproblem than in its sum; or if the sums of all experts would take more than half of the free memory. If the
-    number of tokens is unknown, only the memory counts.
+    That is so for any of three reasons: an expert can expect fewer than d_in + rank tokens, too few for a null space of its own;
+    the sums of all experts (of one layer; of all, in a resident run) would take more than half of the free memory; or their
+    eigenproblems would take over half an hour.
 
     Args:
         targets: name → layer.
-        batch: the first one of the data.
-        batches: how many there are; None if that is unknown.
+        tokens: of all data; None if that is unknown.
         rank: of the bases; None if there are none.
+        device: `"cuda"` or `"cpu"`.
+        rates: of the machine.
+        free: bytes that the sums could have; None if that is unknown.
+        resident: whether all layers' sums are in memory at once.
     """
-    shape = batch_shape(batch)
-    tokens = None if batches is None or shape is None else float(batches * math.prod(shape))
-    first = [m for m in targets.values() if isinstance(m, ExpertMatrix) and m.parameter != LAST]
-    for matrix in {id(m.experts): m for m in first}.values():
-        if tokens is not None and tokens_an_expert(matrix.experts, tokens) < weight_shape(matrix)[1] + (rank or 0):
+    layers: dict[int, list[ExpertMatrix]] = {}
+    for layer in targets.values():
+        if isinstance(layer, ExpertMatrix) and layer.parameter != LAST:
+            layers.setdefault(id(layer.experts), []).append(layer)
+    sizes, seconds = [0], 0.0
+    for matrices in layers.values():
+        d = weight_shape(matrices[0])[1]
+        if tokens is not None and tokens_an_expert(matrices[0].experts, tokens) < d + (rank or 0):
             return True
-    free = _free(next(iter(fused_of(targets.values()).values())))
-    return free is not None and sum(4 * weight_shape(m)[1] ** 2 for m in first) > ROOM * free
-
-
-def _free(experts: nn.Module) -> int | None:
-    device = device_of(getattr(experts, stacks_of(experts)[0]))
-    return free_on_device(torch.device(device)) if device.type == "cuda" else free_on_host()
+        sizes.append(4 * d * d * len(matrices))
+        if rank is not None:
+            seconds += len(matrices) * decomposition_cost(d, rank, device)[2] / rates.decomposition
+    needed = sum(sizes) if resident else max(sizes)
+    return seconds > PATIENCE or (free is not None and needed > ROOM * free)

@@ -11,12 +11,14 @@ with their defaults, which are estimates, it ranks plans and predicts no run tim
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from nullspace.model.experts import ExpertMatrix
 from nullspace.model.sites import find_targets
+from nullspace.planning.experts import should_pool
 from nullspace.planning.plan import PLACES, Plan, Rates, Workload
 from nullspace.planning.survey import SiteShape, Survey
 from nullspace.solvers import decomposition_cost
@@ -48,9 +50,11 @@ def forecast(model: nn.Module, workload: Workload | None = None, *, batch: Any =
         ValueError: if a target matches nothing (`find_targets`).
     """
     workload = workload or Workload()
+    targets = find_targets(model, workload.targets, exclude=workload.exclude)
     survey = survey or Survey(
         model,
-        targets=find_targets(model, workload.targets, exclude=workload.exclude),
+        targets=targets,
+        pooled=is_pooled(targets, workload),
         batch_size=workload.batch_size,
         length=workload.length,
         device=workload.device,
@@ -65,6 +69,22 @@ def forecast(model: nn.Module, workload: Workload | None = None, *, batch: Any =
     if survey.layered:
         plans += [_layerwise(setting, hidden) for setting in settings for hidden in between]
     return sorted(plans, key=lambda plan: plan.total_seconds)
+
+
+def is_pooled(targets: Mapping[str, nn.Module], workload: Workload, free: float | None = None) -> bool:
+    """Whether experts are pooled in a forecast.
+
+    Args:
+        targets: name → layer.
+        workload: the data and the device.
+        free: bytes that the sums could have; None if that is unknown.
+    """
+    matrix = next((layer for layer in targets.values() if isinstance(layer, ExpertMatrix)), None)
+    if matrix is None or workload.experts != "auto":
+        return workload.experts == "pooled"
+    rates = workload.rates or Rates.of(workload.device, matrix.stack.dtype)
+    tokens = float(workload.samples * workload.length)
+    return should_pool(targets, tokens=tokens, rank=workload.rank, device=workload.device, rates=rates, free=free)
 
 
 class _Setting(NamedTuple):
@@ -108,7 +128,7 @@ class _Setting(NamedTuple):
         return 8 * site.d_in * min(self.workload.rank, site.d_in - 1)
 
     def sum_flops(self, sites: Iterable[SiteShape]) -> float:
-        return float(sum(site.d_in**2 for site in sites)) * self.workload.samples * self.workload.length
+        return float(sum(site.share * site.d_in**2 for site in sites)) * self.workload.samples * self.workload.length
 
     def read_one_by_one(self, sites: list[SiteShape], weights: Parts, held: Parts) -> Iterator[tuple[Parts, int]]:
         """The device's memory while each site in turn is decomposed, and the bytes of the bases until then."""

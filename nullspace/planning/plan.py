@@ -16,6 +16,8 @@ from nullspace.checks import check_integer, check_one_of
 from nullspace.planning.units import duration, gigabytes
 
 PLACES = ("device", "host", "disk")
+EXPERTS = ("auto", "each", "pooled")
+"""How experts are summed: see `nullspace.stream_covariances`."""
 # What a plan may take of the memory there is. The rest is for fragments that the allocator cannot use, and on a GPU for the CUDA
 # context (some 0.5 GB), which PyTorch's figures leave out.
 MARGIN = 0.92
@@ -74,6 +76,7 @@ class Workload:
         batch_size: sequences a batch.
         rank: columns of a basis.
         targets, exclude: as for `nullspace.model.sites.find_targets`.
+        experts: `"each"`, `"pooled"` or `"auto"`: as for `nullspace.stream_covariances`. `"auto"` goes by tokens and time.
         device: `"cuda"` or `"cpu"`. On a CPU everything is in the host's memory.
         weights: where they are before the run: `"device"`, `"host"`, `"disk"`; None for a forecast of each.
         rates: throughputs; `Rates.of(device, dtype)` by default.
@@ -88,10 +91,12 @@ class Workload:
     weights: str | None = None
     rates: Rates | None = None
     exclude: str | Iterable[str] | None = None
+    experts: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("samples", "length", "batch_size", "rank"):
             check_integer(name, getattr(self, name))
+        check_one_of("experts", self.experts, EXPERTS)
         check_one_of("device", self.device, ("cuda", "cpu"))
         if self.weights is not None:
             check_one_of("weights", self.weights, PLACES)

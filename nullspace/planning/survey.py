@@ -14,10 +14,12 @@ from torch import nn
 from nullspace.errors import InputError
 from nullspace.model.batches import evaluating, forward_options
 from nullspace.model.blocks import find_blocks, is_encoder_decoder
+from nullspace.model.experts import LAST, ExpertMatrix, is_fused
 from nullspace.model.linear import is_linear, weight_shape
+from nullspace.model.routing import Routed, routing
 from nullspace.model.sites import find_targets
 from nullspace.model.weights import size_in_bytes
-from nullspace.model.wrappers import unwrap
+from nullspace.model.wrappers import named_modules, unwrap
 from nullspace.moments.sums import STAGE_TOKENS
 from nullspace.moments.sums_torch import CHAIN_TOKENS
 from nullspace.moments.sums_triton import LAUNCH_TOKENS
@@ -34,6 +36,7 @@ class SiteShape(NamedTuple):
         block: index of the block that it lies in; None outside of the blocks.
         triangle: bytes of its sums.
         staging: bytes that the sums keep beside the triangle until they are read.
+        share: rows in its input for each token of a batch: 1, but of an expert's input.
     """
 
     name: str
@@ -41,6 +44,7 @@ class SiteShape(NamedTuple):
     block: int | None
     triangle: int
     staging: int
+    share: float = 1.0
 
 
 class Survey:
@@ -51,6 +55,7 @@ class Survey:
         targets: as for `nullspace.model.sites.find_targets`.
         batch_size, length: sequences a batch, and tokens a sequence.
         device: `"cuda"` or `"cpu"`: the one that will compute.
+        pooled: whether what all experts of a layer receive is summed together. Tokens are taken to be routed evenly.
         batch: an example, for models that take something else than `input_ids`; then its size counts.
 
     Attributes:
@@ -75,12 +80,13 @@ class Survey:
         batch_size: int = 4,
         length: int = 1024,
         device: str = "cuda",
+        pooled: bool = False,
         batch: Any = None,
     ) -> None:
         model = unwrap(model)
         chosen = find_targets(model, targets)
         example = _example(model, batch, batch_size, length)
-        self._device = device
+        self._device, self._pooled = device, pooled
         blocks = _blocks(model, chosen)
         self.weights = size_in_bytes(model)
         own = [[t.numel() * t.element_size() for t in m.parameters(recurse=False)] for m in model.modules()]
@@ -126,6 +132,14 @@ class Survey:
 
                 return hook
 
+            def look_at_experts(routed: Routed) -> None:
+                for site in self._sites_of_experts(routed, targets):
+                    record.add(site)
+                live.held(_update_bytes(max(routed.counts), routed.rows.shape[-1], self._device))
+
+            # Those that are no targets too: their own code would ask for values.
+            fused = {name: module for name, module in named_modules(model).items() if is_fused(module)}
+            stack.enter_context(routing(fused, look_at_experts))
             for name, module in targets.items():
                 stack.callback(module.register_forward_pre_hook(look(name, module), with_kwargs=True).remove)
             for index, block in enumerate(blocks):
@@ -176,9 +190,19 @@ class Survey:
         self.flops = products(model)
         self.prologue_flops = self.flops - sum(self.block_flops)
 
+    def _sites_of_experts(self, routed: Routed, targets: Mapping[str, nn.Module]) -> list[SiteShape]:
+        """The sites of what a parameter of fused experts receives."""
+        stack = f"{routed.experts}.{routed.parameter}"
+        names = [(f"{stack}[{number}]", count) for number, count in enumerate(routed.counts) if f"{stack}[{number}]" in targets]
+        tokens, d_in, dtype = len(routed.hidden), routed.rows.shape[-1], routed.rows.dtype
+        if self._pooled and routed.parameter != LAST:
+            names = [(name, tokens) for name, _ in names[:1]]
+        return [self._site(name, targets[name], d_in, rows, dtype)._replace(share=rows / tokens) for name, rows in names]
+
     def _site(self, name: str, module: nn.Module, d_in: int, rows: int, dtype: torch.dtype) -> SiteShape:
         triangle = LowerTriangle(d_in, device="meta").packed.nbytes + 8 * d_in
-        return SiteShape(name, d_in, self._block_of.get(id(module)), triangle, _staging_bytes(rows, d_in, dtype, self._device))
+        block = self._block_of.get(id(module.experts if isinstance(module, ExpertMatrix) else module))
+        return SiteShape(name, d_in, block, triangle, _staging_bytes(rows, d_in, dtype, self._device))
 
 
 class _Record:
