@@ -294,6 +294,7 @@ class _Bases:
             batches=length(run.loader),
             device=run.device,
             rank=self._rank,
+            experts="pooled" if run.pooled else "each",
         )
 
 

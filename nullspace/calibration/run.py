@@ -155,7 +155,14 @@ def prepare(
     pooled = _is_pooled(experts, chosen, loader, rank, job, device, resident=strategy == "resident")
     if strategy == "auto":
         strategy, hidden_states = resolve_strategy(
-            model, loader, chosen, device=device, hidden_states=hidden_states, rank=rank, job=job
+            model,
+            loader,
+            chosen,
+            device=device,
+            hidden_states=hidden_states,
+            rank=rank,
+            experts="pooled" if pooled else "each",
+            job=job,
         )
         if strategy == "resident":
             device, hidden_states = None, "auto"
@@ -232,6 +239,7 @@ def resolve_strategy(
     device: torch.device | str | None = None,
     hidden_states: str = "auto",
     rank: int | None = None,
+    experts: str = "auto",
     job: Job | None = None,
 ) -> tuple[str, str]:
     """The strategy and the place of hidden states for `strategy="auto"`, given the model's devices and the free memory.
@@ -249,6 +257,7 @@ def resolve_strategy(
         batches=length(loader),
         device=device,
         hidden_states=hidden_states,
+        experts=experts,
         **({} if rank is None else {"rank": rank}),
     )
     chosen = (job or Job.alone()).exchange(choice.strategy)

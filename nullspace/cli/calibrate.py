@@ -225,6 +225,7 @@ class Calibration:
             "strategy": self.running.strategy,
             "hidden_states": self.running.hidden_states,
             "precision": self.layers.precision,
+            "experts": self.layers.experts,
             "checkpoint": self.checkpoint,
             "progress": self.progress,
         }

@@ -182,8 +182,10 @@ def check_choice(name: str, value: str) -> None:
     from nullspace.calibration.run import STRATEGIES
     from nullspace.methods import METHODS
     from nullspace.moments.precision import PRECISIONS
+    from nullspace.planning.plan import EXPERTS as WAYS
 
     choices = {
+        "--experts": WAYS,
         "--hidden-states": PLACES,
         "--method": METHODS,
         "--precision": PRECISIONS,
@@ -297,7 +299,7 @@ BATCH_SIZE = option("Sequences a batch.", 4, check_integer, _DATA)
 RANK = option("Directions a layer: the adapter's rank.", 128, check_integer)
 AVOID = option("Directory of an earlier adapter whose A the new ones are not to read; may be repeated.", None, needs=_SPACES)
 TARGETS = option(
-    "'all-linear', name endings ('q_proj,v_proj'), or a regular expression ('re:.*_proj').",
+    "'all-linear', 'attention', 'mlp', 'experts', name endings ('q_proj,v_proj'), or a regular expression ('re:.*_proj').",
     "all-linear",
     parsed(_compile(parse_targets)),
     _MODEL,
@@ -305,6 +307,12 @@ TARGETS = option(
 EXCLUDE = option("Layers to take away from --targets, in the same form.", None, parsed(_compile(parse_exclude)), _MODEL)
 PRECISION = option(
     "'auto', 'mixed' for float32 chains throughout, 'fp64' for float64 products, 'qr' for no products (slow).",
+    "auto",
+    check_choice,
+    _DATA,
+)
+EXPERTS = option(
+    "Routed experts: a sum for 'each', one for all of a layer ('pooled'), or 'auto', by tokens, memory and time.",
     "auto",
     check_choice,
     _DATA,
@@ -360,6 +368,7 @@ class Layers:
     targets: str = TARGETS
     exclude: str | None = EXCLUDE
     precision: str = PRECISION
+    experts: str = EXPERTS
 
 
 @dataclass(frozen=True)

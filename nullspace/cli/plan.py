@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nullspace.cli import console, options
@@ -26,6 +26,7 @@ class Work:
     rank: int = options.RANK
     targets: str = options.TARGETS
     exclude: str | None = options.EXCLUDE
+    experts: str = options.EXPERTS._replace(needs=None)
     dtype: str = options.DTYPE
     attn: str | None = options.ATTN
 
@@ -61,9 +62,10 @@ def plan(
     import torch
 
     from nullspace.integrations.transformers import empty_model
-    from nullspace.model.sites import find_targets
+    from nullspace.model.experts import fused_of
+    from nullspace.model.sites import covered_share, find_targets
     from nullspace.planning.choice import fit
-    from nullspace.planning.forecast import forecast
+    from nullspace.planning.forecast import forecast, is_pooled
     from nullspace.planning.plan import Workload, cells, describe
 
     empty = empty_model(loading.of(model), dtype=work.dtype, attn_implementation=work.attn)
@@ -80,16 +82,27 @@ def plan(
         targets=targets,
         device=machine.device or ("cuda" if machine.device_memory or torch.cuda.is_available() else "cpu"),
         weights=machine.weights,
+        experts=work.experts,
     )
+    has_experts = bool(fused_of(targets.values()))
+    workload = replace(workload, experts="pooled" if is_pooled(targets, workload, limits[0]) else "each")
     plans = forecast(empty, workload)
     chosen, lack = None, None
     try:
-        chosen = fit(empty, workload, device_memory=limits[0], host_memory=limits[1])
+        chosen = fit(empty, workload, device_memory=limits[0], host_memory=limits[1], plans=plans)
     except MemoryError as error:
         lack = str(error)
     if as_json:
-        facts = {"model": model, "device_memory": limits[0], "host_memory": limits[1], "plans": [p.as_dict() for p in plans]}
+        facts: dict[str, Any] = {"covered_share": covered_share(empty, targets)}
+        if has_experts:
+            facts["experts"] = workload.experts
+        facts |= {"model": model, "device_memory": limits[0], "host_memory": limits[1], "plans": [p.as_dict() for p in plans]}
         return {**facts, "choice": chosen.as_dict() if chosen else None, "missing": lack}
+    console.print_line(
+        f"{covered_share(empty, targets):.1%} of the parameters in the model's matrices are in {len(targets)} targets."
+    )
+    if has_experts:
+        console.print_line("Experts: " + ("one sum for all of a layer." if workload.experts == "pooled" else "a sum for each."))
     console.print_table([cells(p, fits=not p.missing(*limits)) for p in plans])
     console.print_line(f"\nThe fastest that fits: {describe(chosen)}" if chosen else f"\n{lack}")
     if plans[0].estimated_rates:

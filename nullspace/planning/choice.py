@@ -74,25 +74,27 @@ def fit(
     device_memory: float | None = None,
     host_memory: float | None = None,
     batch: Any = None,
+    plans: list[Plan] | None = None,
 ) -> Plan:
     """The fastest plan that fits with the batch size of the workload, or else with the first half of it that fits.
 
     Args:
         model, workload, batch: as for `forecast`; with a `batch` its own size counts, and no smaller one is tried.
         device_memory, host_memory: as for `choose`.
+        plans: of `forecast` for this workload, if they were made before.
 
     Raises:
         MemoryError: as `choose`, for batches of one sequence.
     """
     workload = workload or Workload()
     while True:
-        plans = forecast(model, workload, batch=batch)
+        plans = plans or forecast(model, workload, batch=batch)
         try:
             return choose(plans, device_memory, host_memory)
         except MemoryError:
             if workload.batch_size == 1 or batch is not None:
                 raise
-        workload = replace(workload, batch_size=workload.batch_size // 2)
+        workload, plans = replace(workload, batch_size=workload.batch_size // 2), None
 
 
 def choose_strategy(
@@ -104,6 +106,7 @@ def choose_strategy(
     device: torch.device | str | None = None,
     hidden_states: str = "auto",
     rank: int = 128,
+    experts: str = "auto",
     device_memory: float | None = None,
     host_memory: float | None = None,
 ) -> Choice:
@@ -120,6 +123,7 @@ def choose_strategy(
         device: the one that computes; by default where the weights are, or where accelerate would bring them.
         hidden_states: `"auto"`, or a place.
         rank: columns of a basis.
+        experts: as for `stream_covariances`.
         device_memory, host_memory: bytes that a run may fill, the model's own included; by default those that are free now and
             the model's own.
 
@@ -130,7 +134,7 @@ def choose_strategy(
         UserWarning: if no plan fits.
     """
     model = unwrap(model)
-    workload, *limits = _as_loaded(model, targets, batch, batches, device, rank, device_memory, host_memory)
+    workload, *limits = _as_loaded(model, targets, batch, batches, device, rank, experts, device_memory, host_memory)
     cpu, weights = workload.device == "cpu", workload.weights
     memory = limits[1] if cpu else limits[0]
     in_place = weights in ("device", "host" if cpu else "device")
@@ -164,13 +168,14 @@ def advice(
     batches: int | None = None,
     device: torch.device | str | None = None,
     rank: int = 128,
+    experts: str = "auto",
 ) -> str:
     """The end of an out-of-memory error: what the run takes by the forecast, and the fastest setting that fits.
 
     Args: as of `choose_strategy`, and
         strategy: the one that failed.
     """
-    workload, *limits = _as_loaded(unwrap(model), targets, batch, batches, device, rank)
+    workload, *limits = _as_loaded(unwrap(model), targets, batch, batches, device, rank, experts)
     cpu, sentences = workload.device == "cpu", []
     failed = [plan for plan in forecast(model, workload) if plan.strategy == strategy]
     if failed:
@@ -199,6 +204,7 @@ def _as_loaded(
     batches: int | None,
     device: torch.device | str | None,
     rank: int,
+    experts: str,
     device_memory: float | None = None,
     host_memory: float | None = None,
 ) -> tuple[Workload, float | None, float | None]:
@@ -212,7 +218,7 @@ def _as_loaded(
         host_memory = free + on_host
     size, length = batch_shape(batch) or (4, 1024)
     samples = size * (batches or 64)
-    workload = Workload(samples=samples, length=length, batch_size=size, rank=rank, targets=targets, device=kind, weights=weights)
+    workload = Workload(samples, length, size, rank, targets, kind, weights, experts=experts)
     return workload, device_memory, host_memory
 
 

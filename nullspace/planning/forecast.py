@@ -50,16 +50,7 @@ def forecast(model: nn.Module, workload: Workload | None = None, *, batch: Any =
         ValueError: if a target matches nothing (`find_targets`).
     """
     workload = workload or Workload()
-    targets = find_targets(model, workload.targets, exclude=workload.exclude)
-    survey = survey or Survey(
-        model,
-        targets=targets,
-        pooled=is_pooled(targets, workload),
-        batch_size=workload.batch_size,
-        length=workload.length,
-        device=workload.device,
-        batch=batch,
-    )
+    survey = survey or survey_of(model, workload, batch=batch)
     places, between = [workload.weights] if workload.weights else list(PLACES), list(PLACES)
     if workload.device == "cpu":  # its own memory is the host's
         places = list(dict.fromkeys("host" if place == "device" else place for place in places))
@@ -69,6 +60,20 @@ def forecast(model: nn.Module, workload: Workload | None = None, *, batch: Any =
     if survey.layered:
         plans += [_layerwise(setting, hidden) for setting in settings for hidden in between]
     return sorted(plans, key=lambda plan: plan.total_seconds)
+
+
+def survey_of(model: nn.Module, workload: Workload, *, batch: Any = None) -> Survey:
+    """The survey of a model that a forecast for this workload needs; arguments as of `forecast`."""
+    targets = find_targets(model, workload.targets, exclude=workload.exclude)
+    return Survey(
+        model,
+        targets=targets,
+        pooled=is_pooled(targets, workload),
+        batch_size=workload.batch_size,
+        length=workload.length,
+        device=workload.device,
+        batch=batch,
+    )
 
 
 def is_pooled(targets: Mapping[str, nn.Module], workload: Workload, free: float | None = None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import weakref
 from collections.abc import Iterable, Mapping
@@ -60,6 +61,7 @@ class Survey:
 
     Attributes:
         sites: in the order in which they are called.
+        reached: names of the targets that such a batch reaches; all of them if that is not known.
         weights: all of them; `block_weights` by block, `outside` of the blocks, of the `largest_layer` and the `largest_tensor`.
         dtype: of the weights.
         activations: the peak of a forward pass, its hooks included; `block_activations` by block, without the block's own input;
@@ -85,6 +87,7 @@ class Survey:
     ) -> None:
         model = unwrap(model)
         chosen = find_targets(model, targets)
+        self.reached = set(chosen)
         example = _example(model, batch, batch_size, length)
         self._device, self._pooled = device, pooled
         blocks = _blocks(model, chosen)
@@ -122,6 +125,7 @@ class Survey:
             def look(name: str, module: nn.Module) -> Any:
                 def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                     x: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+                    record.reached.add(name)
                     if not record.is_new(x):
                         return
                     d_in = weight_shape(module)[1]
@@ -133,6 +137,8 @@ class Survey:
                 return hook
 
             def look_at_experts(routed: Routed) -> None:
+                stack = f"{routed.experts}.{routed.parameter}"
+                record.reached.update(name for e in range(len(routed.counts)) if (name := f"{stack}[{e}]") in targets)
                 for site in self._sites_of_experts(routed, targets):
                     record.add(site)
                 live.held(_update_bytes(max(routed.counts), routed.rows.shape[-1], self._device))
@@ -153,7 +159,7 @@ class Survey:
         if len(called) < len(blocks):  # those that attend to images
             return self._run(model, targets, called, args, kwargs)
         self.tracked, self.layered = True, bool(blocks) and not record.is_behind
-        self.sites = list(record.sites.values())
+        self.sites, self.reached = list(record.sites.values()), record.reached
         self.activations, self.prologue = record.peak, record.prologue
         self.hidden, self.arguments = record.hidden, record.arguments
         self.block_activations, self.block_flops, self.flops = record.block_activations, record.block_flops, float(live.flops)
@@ -200,9 +206,8 @@ class Survey:
         return [self._site(name, targets[name], d_in, rows, dtype)._replace(share=rows / tokens) for name, rows in names]
 
     def _site(self, name: str, module: nn.Module, d_in: int, rows: int, dtype: torch.dtype) -> SiteShape:
-        triangle = LowerTriangle(d_in, device="meta").packed.nbytes + 8 * d_in
         block = self._block_of.get(id(module.experts if isinstance(module, ExpertMatrix) else module))
-        return SiteShape(name, d_in, block, triangle, _staging_bytes(rows, d_in, dtype, self._device))
+        return SiteShape(name, d_in, block, _triangle_bytes(d_in), _staging_bytes(rows, d_in, dtype, self._device))
 
 
 class _Record:
@@ -210,6 +215,7 @@ class _Record:
 
     def __init__(self, live: LiveBytes, blocks: int) -> None:
         self.sites: dict[str, SiteShape] = {}
+        self.reached: set[str] = set()
         self.peak = self.prologue = self.hidden = self.arguments = 0
         self.prologue_flops = 0.0
         self.is_behind = False  # whether there is a site behind the first block and in none
@@ -257,6 +263,12 @@ class _Record:
             self.block_flops[index] += self._live.flops - self._flops
 
         return hook
+
+
+@functools.cache
+def _triangle_bytes(d: int) -> int:
+    """Memory of Σ x xᵀ and Σ x."""
+    return LowerTriangle(d, device="meta").packed.nbytes + 8 * d
 
 
 def _update_bytes(rows: int, d: int, device: str) -> int:

@@ -20,7 +20,7 @@ from nullspace.integrations.transformers import positions
 
 INSTALLED: Any = get_command(app)
 DECLARED = {command.__name__: {name: option for name, (_, option) in declared(command).items()} for command in COMMANDS}
-OF_DATA = {"samples", "length", "batch_size", "precision", "strategy", "hidden_states", "fresh", "timeout"}
+OF_DATA = {"samples", "length", "batch_size", "precision", "experts", "strategy", "hidden_states", "fresh", "timeout"}
 OF_LOADING, OF_RUNNING = {"revision", "trust_remote_code"}, {"device", "device_map", "attn"}
 OF_MODEL = {"targets", "exclude", "dtype", "offload", "load_in_4bit", "load_in_8bit", *OF_RUNNING, *OF_LOADING}
 OF_ROWS, OF_HUB = {"field"}, {"split"}
