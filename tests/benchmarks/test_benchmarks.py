@@ -10,7 +10,7 @@ import torch
 import transformers
 
 pytest.importorskip("benchmarks.shapes", reason="needs the repository's root on the path: python -m pytest")
-from benchmarks import gpu_experts, gpu_models, shapes
+from benchmarks import gpu_models, shapes
 
 DRY = argparse.Namespace(
     model="tiny", blocks=2, samples=4, length=64, batch_size=2, rank=8, device="cpu", corda_blocks=1, corda_samples=2
@@ -87,6 +87,8 @@ def test_summary_marks_what_is_extrapolated() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nothing is interpreted")
 def test_the_ways_to_sum_experts_agree_within_what_they_promise() -> None:
     pytest.importorskip("triton")
+    from benchmarks import gpu_experts
+
     routed = gpu_experts.route(24, 40)
     assert torch.equal(routed.x, routed.unsorted[routed.rows])
     assert int(routed.offsets[-1]) == len(routed.x) == 24 * gpu_experts.BLOCK.chosen
