@@ -34,9 +34,9 @@ def optimal_leak(x_nd: torch.Tensor, rank: int) -> float:
     return float(sigma.sort().values[:rank].norm() / sigma.norm())
 
 
-def excess_leak(basis_dr: torch.Tensor, x_nd: torch.Tensor) -> float:
-    """leak / optimum − 1: how much louder the basis is than the quietest one there is."""
-    return leak(basis_dr, x_nd) / optimal_leak(x_nd, basis_dr.shape[1]) - 1
+def excess_leak(basis_dr: torch.Tensor, x_nd: torch.Tensor, optimum: float | None = None) -> float:
+    """leak / optimum − 1: how much more the basis leaks than the best one. `optimum`: `optimal_leak`, if it is known."""
+    return leak(basis_dr, x_nd) / (optimal_leak(x_nd, basis_dr.shape[1]) if optimum is None else optimum) - 1
 
 
 def excess_over(basis_dr: torch.Tensor, expected_dr: torch.Tensor, c_dd: torch.Tensor) -> float:

@@ -444,11 +444,11 @@ config = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
 write_init("out", model, config, NullSpaces.load({str(spaces)!r}), progress=False)
 """
     written = []
-    for seed in "123":  # of the order of sets
+    for seed in "12":  # of the order of sets
         folder = tmp_path / seed
         folder.mkdir()
         environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
         out = folder / "out"
         written.append(contents(out, out))
-    assert written[0] == written[1] == written[2]
+    assert written[0] == written[1]
