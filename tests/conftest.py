@@ -151,6 +151,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain_peft(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A process without nullspace (`plain_peft.PlainPeft`), which all tests of one process of pytest share."""
+    from plain_peft import PlainPeft
+
+    fresh = PlainPeft(tmp_path_factory.mktemp("plain"))
+    with fresh.process:
+        yield fresh
+        fresh.process.stdin.close()
+
+
+@pytest.fixture(scope="session")
 def prose() -> list[str]:
     """Real English that every CPython carries."""
     from nullspace.cli.demo import python_prose

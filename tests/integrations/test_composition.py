@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,11 +19,11 @@ import transformers
 from calibrated import RANK, sources_for
 from peft import LoraConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
+from plain_peft import PlainPeft
 from safetensors.torch import load_file
 from torch import nn
 
 from models import VOCABULARY, random_batches, tiny
-from nullspace.artifacts import records
 from nullspace.integrations import peft as integration
 from nullspace.integrations.peft import export_lora, freeze_a, inject_adapters, save_init
 from nullspace.methods import METHODS
@@ -158,80 +155,6 @@ def close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
 # The same weights through the same code: only the order of sums may differ, with where in memory the weights happen to lie.
 SAME = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
-PLAIN_PEFT = """
-import json, sys, traceback
-sys.modules["nullspace"] = None
-import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-
-def loaded(order):
-    if order["adapters"] is None:
-        return AutoModelForCausalLM.from_pretrained(order["base"], dtype="auto")
-    (name, adapter), *more = order["adapters"].items()
-    if order["base"] is None:
-        model = AutoPeftModelForCausalLM.from_pretrained(adapter, adapter_name=name, dtype="auto")
-    else:
-        base = AutoModelForCausalLM.from_pretrained(order["base"], dtype="auto")
-        model = PeftModel.from_pretrained(base, adapter, adapter_name=name)
-    for other, adapter in more:
-        model.load_adapter(adapter, other)
-    model.base_model.set_adapter(order["active"] or [name])
-    return model
-
-for line in sys.stdin:
-    order = json.loads(line)
-    try:
-        model = loaded(order).eval()
-        with torch.no_grad():
-            save_file({"logits": model(**load_file(order["batch"])).logits.float()}, order["logits"])
-        answer = None
-    except Exception:
-        answer = traceback.format_exc()
-    print(json.dumps(answer), flush=True)
-"""
-
-
-class PlainPeft:
-    """A process that has never heard of us. It loads what a test has saved, and nothing else."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        records.write_tensors(folder / "batch.safetensors", BATCH)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PLAIN_PEFT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
-        )
-
-    def logits(
-        self, adapters: Path | dict[str, Path] | None, base: Path | None = None, active: list[str] | None = None
-    ) -> torch.Tensor:
-        """Of the adapters on a base, which is the one that the adapter names unless given; None for the base itself."""
-        if isinstance(adapters, Path):
-            adapters = {"default": adapters}
-        order = {
-            "adapters": None if adapters is None else {name: str(path) for name, path in adapters.items()},
-            "base": None if base is None else str(base),
-            "active": active,
-            "batch": str(self.folder / "batch.safetensors"),
-            "logits": str(self.folder / "logits.safetensors"),
-        }
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        assert answer == "null\n", json.loads(answer) if answer else "the process has died"
-        return load_file(self.folder / "logits.safetensors")["logits"]
-
-
-@pytest.fixture(scope="module")
-def plain_peft(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlainPeft]:
-    fresh = PlainPeft(tmp_path_factory.mktemp("plain"))
-    with fresh.process:
-        yield fresh
-        fresh.process.stdin.close()
-
 
 def check_base(base: Path, original: Path, adapted: PeftModel) -> None:
     """The residual checkpoint has the original's tensors, all the same to the bit but W - s B A where there are adapters."""
@@ -277,18 +200,18 @@ def test_starts_as_the_base_and_what_is_saved_is_what_was_trained(
     adapted.save_pretrained(tmp_path / "trained")
     wanted = logits(adapted)
     assert not close(wanted, before, 100 * SAME[torch.float32])  # or else the rest would say nothing
-    assert close(plain_peft.logits(tmp_path / "trained"), wanted, SAME[it.dtype])
+    assert close(plain_peft.logits(tmp_path / "trained", BATCH), wanted, SAME[it.dtype])
 
     # Two 16-bit models, each as far from the exact one as rounding once more takes it.
     noise = 1e-5 * wanted.abs().max() if it.dtype == torch.float32 else 4 * (before - exact).abs().max()
     if not (it.config.get("use_dora") and METHODS[method].changes_base):
         export_lora(adapted, tmp_path / "init" / "adapter", tmp_path / "exported", base=str(original))
-        assert (plain_peft.logits(tmp_path / "exported") - wanted).abs().max() <= noise
+        assert (plain_peft.logits(tmp_path / "exported", BATCH) - wanted).abs().max() <= noise
     if not it.config.get("lora_bias"):  # the model's layers have none to merge it into
         merged = adapted.merge_and_unload()
         assert (logits(merged) - wanted).abs().max() <= noise
         merged.save_pretrained(tmp_path / "merged")
-        assert (plain_peft.logits(None, tmp_path / "merged") - wanted).abs().max() <= noise
+        assert (plain_peft.logits(None, BATCH, tmp_path / "merged") - wanted).abs().max() <= noise
 
 
 def small(folder: Path, method: str = "lora-null", **options: Any) -> tuple[PeftModel, torch.Tensor]:
@@ -356,11 +279,11 @@ def test_a_second_adapter_beside_ours(method: str, tmp_path: Path, plain_peft: P
 
     adapted.save_pretrained(tmp_path / "trained")
     adapters = {"default": tmp_path / "trained", "second": tmp_path / "trained" / "second"}
-    assert close(plain_peft.logits(adapters), one, SAME[torch.float32])
-    assert close(plain_peft.logits(adapters, active=["default", "second"]), both, SAME[torch.float32])
+    assert close(plain_peft.logits(adapters, BATCH), one, SAME[torch.float32])
+    assert close(plain_peft.logits(adapters, BATCH, active=["default", "second"]), both, SAME[torch.float32])
     if METHODS[method].changes_base:
         again = tmp_path / "again" / "base"
-        assert close(plain_peft.logits(adapters["default"], base=again), one, SAME[torch.float32])
+        assert close(plain_peft.logits(adapters["default"], BATCH, base=again), one, SAME[torch.float32])
 
 
 @pytest.mark.processes
@@ -386,9 +309,9 @@ def test_the_second_adapter_that_takes_the_product_away_adds_nothing_else(
     wanted = logits(adapted)
     adapted.save_pretrained(tmp_path / "trained")
     pair = {"default": tmp_path / "trained", "default_subtracted": tmp_path / "init" / "subtracted"}
-    assert close(plain_peft.logits(pair, active=list(pair)), wanted, SAME[torch.float32])
+    assert close(plain_peft.logits(pair, BATCH, active=list(pair)), wanted, SAME[torch.float32])
     export_lora(adapted, tmp_path / "init" / "adapter", tmp_path / "exported", base=str(tmp_path / "original"))
-    assert close(plain_peft.logits(tmp_path / "exported"), wanted, 1e-5)
+    assert close(plain_peft.logits(tmp_path / "exported", BATCH), wanted, 1e-5)
 
 
 def test_tokens_are_refused_where_a_second_adapter_would_have_to_be_saved() -> None:
@@ -498,7 +421,7 @@ def test_transformers_trainer_trains_saves_and_resumes(method: str, frozen: bool
 
     trainer(adapted, "straight").train()
     check_trained(adapted, before, frozen)
-    assert close(plain_peft.logits(tmp_path / "straight" / "checkpoint-4"), logits(adapted), SAME[torch.float32])
+    assert close(plain_peft.logits(tmp_path / "straight" / "checkpoint-4", BATCH), logits(adapted), SAME[torch.float32])
 
     # In another process, which has but the files.
     base = loaded(tmp_path / ("init/base" if METHODS[method].changes_base else "original"))
@@ -525,7 +448,7 @@ def test_trl_sft_trainer(method: str, frozen: bool, tmp_path: Path, plain_peft: 
     )
     trainer.train()
     check_trained(adapted, before, frozen)
-    assert close(plain_peft.logits(tmp_path / "sft" / "checkpoint-4"), logits(adapted), SAME[torch.float32])
+    assert close(plain_peft.logits(tmp_path / "sft" / "checkpoint-4", BATCH), logits(adapted), SAME[torch.float32])
 
 
 @pytest.mark.slow

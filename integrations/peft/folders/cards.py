@@ -32,6 +32,14 @@ TITLES = {
     "model": "Model, filtered to forget less",
 }
 
+# What servers do with adapters of experts that are one tensor.
+EXPERTS_SERVED = (
+    "{count} of its layers are experts' matrices, in the form of PEFT's target_parameters. PEFT reads that from 0.19 on; vLLM does "
+    "where its model class has is_3d_moe_weight (GPT-OSS, Qwen3.5-MoE), elsewhere with --enable-mixed-moe-lora-format; SGLang "
+    "leaves them out with a warning, or stops with --lora-strict-loading. Compare a server's outputs with PEFT's, or merge "
+    "(merge_and_unload)."
+)
+
 FILTERED = {
     "filtered": "## What was done\n\nThe change of every weight, ΔW, became ΔW T (T + μ C)⁻¹: of all changes the one that answers "
     "the task's inputs (second moment T) as ΔW does, and is small on the inputs that are to be kept (second moment C), weighed by "
@@ -207,6 +215,7 @@ def _sections(kind: str, facts: Mapping[str, Any], base: str | None) -> list[str
         "α is the rank and all layers have one rank, so that the scaling is 1 wherever it is read.",
         f"vLLM: `--max-lora-rank {limit}`." if limit else "vLLM serves no rank as large as this.",
         "PEFT loads what it also holds; servers such as vLLM and llama.cpp do not." if facts.get("holds") else "",
+        EXPERTS_SERVED.format(count=facts["experts"]) if facts.get("experts") else "",
     ]
     return [example, "## Serve\n\n" + " ".join(serve).strip()]
 

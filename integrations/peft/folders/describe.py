@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from nullspace.artifacts import checkpoint, records, store
 from nullspace.errors import InputError, MissingFileError
+from nullspace.integrations.peft.experts.layout import Place
 from nullspace.integrations.peft.files import (
     A_WEIGHT,
     ADAPTER_CONFIG,
@@ -56,7 +57,7 @@ def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
         `kind` (`"init"`, `"adapter"`, `"export"`, `"filtered"`, `"combined"`, `"residual base"`, `"model"` or `"checkpoint"`),
         `notes` (sentences on what to do and what to avoid), and of adapters, as far as known: `base` (as in their configuration),
         `base_kind` (`"residual"`, `"untouched"` or `"unknown"`), `base_found` (its folder here), `rank`, `alpha`, `scaling`,
-        `layers`, `method`, `model`, `data`, `leak`, ….
+        `layers`, `experts` (the layers among them that are experts' matrices in one tensor), `method`, `model`, `data`, `leak`, ….
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -178,13 +179,14 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "base_found": None if base.folder is None else str(base.folder),
         **{name: init.get(name) for name in METHOD_FACTS},
         "layers": len(ranks),
+        "experts": sum(place.number is not None for place in layers.values()),
         "rank": rank,
         "alpha": adapter.config.get("lora_alpha"),
         "scaling": scalings.pop() if len(scalings) == 1 else sorted(scalings),
         "use_rslora": bool(adapter.config.get("use_rslora")),
         "use_dora": bool(adapter.config.get("use_dora")),
         "holds": holds,
-        "notes": [*_base_notes(adapter, base), *_serving_notes(adapter, base, ranks, holds)],
+        "notes": [*_base_notes(adapter, base), *_serving_notes(adapter, base, layers, max(ranks.values(), default=0), holds)],
     }
 
 
@@ -218,7 +220,7 @@ def _base_notes(adapter: Adapter, base: Base) -> list[str]:
     return notes
 
 
-def _serving_notes(adapter: Adapter, base: Base, ranks: Mapping[str, int], holds: dict[str, list[str]]) -> list[str]:
+def _serving_notes(adapter: Adapter, base: Base, layers: Mapping[str, Place], rank: int, holds: dict[str, list[str]]) -> list[str]:
     notes = []
     odd = [name for name in ("use_rslora", "rank_pattern", "alpha_pattern") if adapter.config.get(name)]
     if odd:
@@ -227,9 +229,12 @@ def _serving_notes(adapter: Adapter, base: Base, ranks: Mapping[str, int], holds
         )
     if holds:
         notes.append(f"It also holds {described(holds)}: PEFT loads them, servers such as vLLM and llama.cpp do not.")
-    if base.residual is False and ranks and not odd:
-        limit = vllm_rank(max(ranks.values()))
+    if base.residual is False and rank and not odd:
+        limit = vllm_rank(rank)
         notes.append(f"vLLM needs --max-lora-rank {limit}." if limit else "vLLM serves no rank as large as this.")
+    experts = sum(place.number is not None for place in layers.values())
+    if experts and base.residual is False:
+        notes.append(cards.EXPERTS_SERVED.format(count=experts))
     return notes
 
 

@@ -244,14 +244,17 @@ def write_plain(
         overwrite: replace an earlier directory of ours.
 
     Returns:
-        The facts with those of the adapter: `model`, `rank`, `alpha`, `max_lora_rank` and `holds`.
+        The facts with those of the adapter: `model`, `rank`, `alpha`, `max_lora_rank`, `holds` and `experts`.
 
     Raises:
         FileExistsError, OSError: of `new_directory`.
     """
-    rank, base = _largest_rank(config, tensors), config["base_model_name_or_path"]
-    alpha = config["lora_alpha"]
+    base, alpha = config["base_model_name_or_path"], config["lora_alpha"]
+    rows = {layer_of(key): len(t) for key, t in tensors.items() if key.endswith(A_WEIGHT)}
+    layers = places(config, rows, "the adapter")
+    rank = max(rows[place.path] // place.experts for place in layers.values())
     own = {"model": base, "rank": rank, "alpha": alpha, "max_lora_rank": vllm_rank(rank), "holds": contents(tensors)}
+    own["experts"] = sum(place.number is not None for place in layers.values())
     facts = {**facts, **own}
 
     def write() -> None:
@@ -263,11 +266,6 @@ def write_plain(
 
     written_once(out, write)
     return facts
-
-
-def _largest_rank(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> int:
-    rows = {layer_of(key): len(t) for key, t in tensors.items() if key.endswith(A_WEIGHT)}
-    return max(rows[place.path] // place.experts for place in places(config, rows, "the adapter").values())
 
 
 def is_zero(a: torch.Tensor, b: torch.Tensor) -> bool:
