@@ -60,6 +60,11 @@ WEIGHTS = option(
 )
 
 
+SAMPLES = option("Sequences to calibrate on.", 256, check_integer, RUN_ON_DATA)
+LENGTH = option("Tokens a sequence.", 1024, check_integer, RUN_ON_DATA)
+BATCH_SIZE = option("Sequences a batch.", 4, check_integer, RUN_ON_DATA)
+
+
 @dataclass(frozen=True)
 class Text:
     """How data are read and cut into batches."""
@@ -75,9 +80,9 @@ class Text:
         "Chat template in the place of the tokenizer's own: a Jinja file.", None, _check_template, RUN_ON_DATA
     )
     system: str | None = option("System message of conversations that have none.", None, needs=RUN_ON_DATA)
-    samples: int = options.SAMPLES
-    length: int = options.LENGTH
-    batch_size: int = options.BATCH_SIZE
+    samples: int = SAMPLES
+    length: int = LENGTH
+    batch_size: int = BATCH_SIZE
 
     def mixture(self, data: list[str], weights: str | None = None) -> Mixture:
         """The data, which are read when batches are made of them. Missing files and wrong weights are errors now."""

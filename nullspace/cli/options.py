@@ -287,9 +287,6 @@ _OTHER_BITS = needed("a run without --load-in-4bit", lambda values: not values["
 MODEL = option("Hub name, folder, or .gguf file.", typed=())
 COVARIANCES = option("Use what `nullspace covariances` or `merge` wrote instead of --data.", None)
 PARTIAL = option("Take covariances though shards of their data are missing.", False, needs=_kept)
-SAMPLES = option("Sequences to calibrate on.", 256, check_integer, RUN_ON_DATA)
-LENGTH = option("Tokens a sequence.", 1024, check_integer, RUN_ON_DATA)
-BATCH_SIZE = option("Sequences a batch.", 4, check_integer, RUN_ON_DATA)
 RANK = option("Directions a layer: the adapter's rank.", 128, check_integer)
 AVOID = option("Directory of an earlier adapter whose A the new ones are not to read; may be repeated.", None, needs=_SPACES)
 TARGETS = option(
@@ -309,7 +306,7 @@ EXPERTS = option(
     "Routed experts: a sum for 'each', one for all of a layer ('pooled'), or 'auto', by tokens, memory and time.",
     "auto",
     check_choice,
-    _DATA,
+    RUN_ON_DATA,
 )
 DTYPE = option("Of the model's weights: " + ", ".join(DTYPES) + ".", "auto", one_of(*DTYPES), _MODEL)
 PLACED = needed("a run without --device-map", lambda values: values.get("device_map") is None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nullspace.cli import console, options
+from nullspace.cli import console, data, options
 from nullspace.cli.calibrate import check_length
 from nullspace.cli.options import Loading, needed, one_of, option, parsed
 
@@ -20,9 +20,9 @@ def _parse_size(text: str) -> int:
 class Work:
     """The calibration."""
 
-    samples: int = options.SAMPLES
-    length: int = options.LENGTH
-    batch_size: int = options.BATCH_SIZE
+    samples: int = data.SAMPLES
+    length: int = data.LENGTH
+    batch_size: int = data.BATCH_SIZE
     rank: int = options.RANK
     targets: str = options.TARGETS
     exclude: str | None = options.EXCLUDE
