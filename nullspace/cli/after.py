@@ -264,7 +264,7 @@ def _opened(
         source, targets = of_adapter["base"] or loading.over(named_base(stored)), ",".join(stored.changes.factors)
     given = {"device": sources.device, "device_map": sources.device_map, "attn": sources.attn}
     running = Running(**{**options.defaults(Running), **given})
-    layers = Layers(targets=targets, exclude=None, precision="fp64")
+    layers = Layers(**{**options.defaults(Layers), "targets": targets, "precision": "fp64"})
     calibration = Calibration(source, layers, running, folder / "checkpoint", progress)
     calibration.open(None, text.length)
     return calibration
