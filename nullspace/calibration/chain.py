@@ -23,6 +23,7 @@ from nullspace.calibration.comparison import PLAIN, is_close, is_inexact, nan_li
 from nullspace.calibration.hidden_states import Arguments
 from nullspace.model.batches import Call, naming_batch
 from nullspace.model.blocks import refuse_chain
+from nullspace.model.linear import output_head
 from nullspace.model.sharded_tensors import version_of
 from nullspace.model.weights import execution_device
 
@@ -184,6 +185,8 @@ class Chain:
         stand_in: StandIn,
         target: Callable[[str, torch.Tensor], None] | None = None,
         needed: int | None = None,
+        *,
+        to_head: bool = False,
     ) -> BlockCalls:
         """One forward pass of the model.
 
@@ -193,6 +196,7 @@ class Chain:
             stand_in: replaces the blocks.
             target: called with the name and input of every target behind the blocks.
             needed: ends the pass behind so many blocks, if all targets outside of blocks were called by then; None: runs on.
+            to_head: ends the pass where the output head is called.
         """
         made, ahead = BlockCalls(), set[str]()
         self._is_behind = False
@@ -227,7 +231,13 @@ class Chain:
 
             return before
 
+        def stop(*_: Any) -> None:
+            raise _Stop
+
         with contextlib.ExitStack() as stack:
+            head = output_head(self.model) if to_head else None
+            if head is not None:
+                stack.callback(head.register_forward_pre_hook(stop).remove)
             for name, module in self._outside.items():
                 stack.callback(module.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
             stack.enter_context(_replacing(self.blocks, [replaced(index) for index in range(len(self.blocks))]))

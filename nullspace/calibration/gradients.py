@@ -23,18 +23,16 @@ from nullspace.calibration.run import prepare
 from nullspace.distributed import Job
 from nullspace.errors import InputError
 from nullspace.model.batches import Call, calls, evaluating, forward_options, naming_batch, padded_batch
+from nullspace.model.blocks import is_encoder_decoder
 from nullspace.model.experts import ExpertMatrix
+from nullspace.model.padding import IGNORED
 from nullspace.model.routing import Routed
 from nullspace.model.sharded import is_model_sharded
 from nullspace.model.sharded_tensors import version_of
-from nullspace.model.sites import matrix_parameters
 from nullspace.model.token_rows import TokenRows
 from nullspace.model.wrappers import unwrap
 from nullspace.moments.sums import TokenMask
 from nullspace.progress import Progress
-
-# transformers' label of a token that does not count.
-IGNORED = -100
 
 
 def gradient_covariances(
@@ -83,7 +81,7 @@ def gradient_covariances(
     for name in [name for name, layer in run.targets.items() if isinstance(layer, ExpertMatrix)]:
         run.targets.leave_out(name, "is an expert's matrix, whose outputs have no hooks for gradients")
     run.targets.refuse_empty()
-    batch = _Batch(TokenRows(model, functools.cache(lambda: padded_batch(model, loader))))
+    batch = _Batch(TokenRows(model, functools.cache(functools.partial(padded_batch, model, loader))))
     sums = batch.sums = _Sums(run.targets, precision, batch, weigh=batch.weigh)
     options = forward_options(model, run.targets)
     options.pop("logits_to_keep", None)
@@ -99,25 +97,25 @@ def gradient_covariances(
         for call in calls(model, share, labels=True):
             sums.begin_batch(call.number, call.padding)
             with naming_batch(call):
-                _loss(call, model(*call.args, **{**options, **call.kwargs})).backward()
+                _loss(call, model(*call.args, **{**options, **call.kwargs}), shifted=not is_encoder_decoder(model)).backward()
             batch.add()
             run.report("forward and backward", share.read, share.length, call.padding.tokens)
     job.check_share(share)
     leave_out_uncalled(sums.uncalled, run.targets)
     weights = {name: run.weights[name] for name in run.targets}
-    result = Covariances(sums.release(), weights, matrix_parameters=matrix_parameters(model))
+    result = Covariances(sums.release(), weights)
     run.targets.settle(model)
     return result
 
 
-def _loss(call: Call, output: Any) -> torch.Tensor:
-    """The sum over the labels; transformers' models return the mean."""
+def _loss(call: Call, output: Any, *, shifted: bool) -> torch.Tensor:
+    """The sum over the labels; transformers' models return the mean, without the first label where they shift them."""
     loss, labels = getattr(output, "loss", None), call.kwargs.get("labels")
     if loss is None or labels is None:
         raise InputError(f"batch {call.number}: the model returns no loss. Give batches with 'labels'")
     if not loss.requires_grad:
         raise InputError(f"batch {call.number}: its loss does not depend on any target")
-    count = int((labels[..., 1:] != IGNORED).sum())
+    count = int((labels[..., int(shifted) :] != IGNORED).sum())
     if not count:
         raise InputError(f"batch {call.number}: all of its labels are {IGNORED}, so there is no loss. Leave it out")
     return loss * count
@@ -208,6 +206,9 @@ class _Batch:
         self.sums.end_batch()
         for kept in (self._inputs, self._calls, self._last):
             kept.clear()
+
+    def reading_masks(self) -> contextlib.AbstractContextManager[None]:
+        return self._rows.reading_masks()
 
     def begin(self, batch: int, padding: Any) -> None:
         self._rows.begin(batch, padding)

@@ -6,6 +6,7 @@ in every batch, since one sum serves both.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -32,6 +33,8 @@ class Rows(Protocol):
     def begin(self, batch: int, padding: Padding) -> None: ...
 
     def of(self, name: str, x: torch.Tensor) -> TokenMask | None: ...
+
+    def reading_masks(self) -> contextlib.AbstractContextManager[None]: ...
 
 
 class _SiteSum:
@@ -112,6 +115,10 @@ class InputSums:
     def uncalled(self) -> dict[str, nn.Module]:
         """The targets that have not been called."""
         return {name: m for name, m in self._targets.items() if name not in self._of and name not in self.left_out}
+
+    def reading_masks(self) -> contextlib.AbstractContextManager[None]:
+        """Context manager: the masks that the model hands to its parts are read while it runs."""
+        return contextlib.nullcontext() if self._rows is None else self._rows.reading_masks()
 
     def begin_batch(self, batch: int, padding: Padding) -> None:
         """Begin a batch with this padding."""

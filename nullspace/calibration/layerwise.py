@@ -79,8 +79,10 @@ class _Pass:
         self._outside = targets.only(targets.keys() - {name for own in self._inside.values() for name in own})
         self._chain = Chain(run.model, blocks, self._outside, run.device)
         self._paddings: dict[int, Padding] = {}
-        later = functools.cache(lambda: padded_batch(run.model, run.loader))
-        self._rows = TokenRows(run.model, lambda: next((n for n, each in self._paddings.items() if each.hides), None) or later())
+        later = functools.cache(functools.partial(padded_batch, run.model, run.loader))
+        self._rows = TokenRows(
+            run.model, lambda part: next((n for n, each in self._paddings.items() if each.hides(part)), None) or later(part)
+        )
         self._options = forward_options(run.model, dict(targets))
         self._shelf: Shelf | None = None
         self._arguments: Arguments | None = None  # None if this process has no batch

@@ -30,6 +30,8 @@ class Receiver(Protocol):
 
     def check_output(self, name: str, x: Any, output: Any) -> None: ...
 
+    def reading_masks(self) -> contextlib.AbstractContextManager[None]: ...
+
 
 class _Hooks:
     """The hooks of one target."""
@@ -95,7 +97,7 @@ def recording(
         outputs.append(module.register_forward_hook(hooks.check, with_kwargs=True, prepend=True))
     experts = fused_of(targets.values())
     try:
-        with routing(experts, functools.partial(_hand_over, sums, later)):
+        with sums.reading_masks(), routing(experts, functools.partial(_hand_over, sums, later)):
             yield
         _check_standing(model, handles)
     finally:

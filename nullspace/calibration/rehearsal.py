@@ -46,27 +46,30 @@ def rehearse(
         ValueError: naming the block, if the blocks are not a chain.
     """
     chain.may_skip = not is_model_sharded(chain.model)
-    rehearsal, skipped = _first_pass(chain, call, options, load, needed)
+    rehearsal, made = _first_pass(chain, call, options, load, needed)
     chain.may_skip = False
+    reached = made.indices[-1] + 1 if made.stopped else len(chain.names)
+    skipped = [name for index, name in enumerate(chain.names[:reached]) if index not in made.indices]
     if skipped:
         chain.leave_out(skipped)
-        rehearsal, _ = _first_pass(chain, call, options, load, needed)
+        rehearsal, made = _first_pass(chain, call, options, load, needed)
+    # Behind its last block a model may call the first one again, or another chain.
+    on = made.stopped and len(made.indices) == len(chain.names)
     with _same_random_numbers(chain.devices):
-        chain.run(call, options, rehearsal.stand_in, rehearsal.compare_target, needed())
+        chain.run(call, options, rehearsal.stand_in, rehearsal.compare_target, None if on else needed(), to_head=on)
     chain.rehearsed = call.number
 
 
 def _first_pass(
     chain: Chain, call: Call, options: Mapping[str, Any], load: Callable[[int], Loaded], needed: Callable[[], int]
-) -> tuple[_Rehearsal, list[str]]:
-    """The first pass; returns also the names of the blocks that it does not reach."""
+) -> tuple[_Rehearsal, BlockCalls]:
+    """The first pass, and its calls; `ValueError` if there are none."""
     rehearsal = _Rehearsal(chain, load(0))
     with _same_random_numbers(chain.devices):
         made = chain.run(call, options, rehearsal.real, rehearsal.record_target, needed())
     if not made.indices:
         raise refuse_chain(chain.model, f"calls none of its blocks {chain.names[0]!r} … {chain.names[-1]!r} in batch {call.number}")
-    reached = made.indices[-1] + 1 if made.stopped else len(chain.names)
-    return rehearsal, [name for index, name in enumerate(chain.names[:reached]) if index not in made.indices]
+    return rehearsal, made
 
 
 class _Rehearsal:

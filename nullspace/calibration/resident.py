@@ -28,7 +28,7 @@ def stream_resident(
 ) -> Iterator[tuple[Site, Covariance]]:
     """One resident pass; arguments as of `nullspace.calibration.stream.one_pass`."""
     model, job = run.model, run.job
-    rows = TokenRows(model, functools.cache(lambda: padded_batch(model, run.loader)))
+    rows = TokenRows(model, functools.cache(functools.partial(padded_batch, model, run.loader)))
     sums = InputSums(targets, precision, rows, pooled=run.pooled)
     options = forward_options(model, targets)
     share = job.share(run.loader)

@@ -13,7 +13,7 @@ from torch import nn
 from nullspace.errors import InputError, InputTypeError
 from nullspace.model.blocks import is_encoder_decoder
 from nullspace.model.linear import output_head
-from nullspace.model.padding import Padding, PaddingReader, looks_like_mask
+from nullspace.model.padding import Padding, PaddingReader, Part, looks_like_mask
 from nullspace.model.sharded_tensors import device_of
 from nullspace.model.wrappers import unwrapped
 
@@ -129,12 +129,13 @@ def forward_options(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str
     return options
 
 
-def padded_batch(model: nn.Module, loader: Iterable[Any]) -> int | None:
-    """The number of the first batch with padding of a loader that is a sequence; None if there is none, or it is another loader."""
+def padded_batch(model: nn.Module, loader: Iterable[Any], part: Part) -> int | None:
+    """The number of the first batch with padding in a part, of a loader that is a sequence; None if there is none, or it is another
+    loader."""
     if not isinstance(loader, Sequence):
         return None
     reader = PaddingReader(model)
-    return next((n for n, batch in enumerate(loader, 1) if reader.padding_of(_named(batch, n, model)[0]).hides), None)
+    return next((n for n, batch in enumerate(loader, 1) if reader.padding_of(_named(batch, n, model)[0]).hides(part)), None)
 
 
 def _arguments(

@@ -41,7 +41,7 @@ def find_blocks(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str,
         blocks = marked_blocks(model) or _equal_lists(model)
     if not blocks:
         raise InputError(_refusal(model, "has no list of blocks"))
-    beside = {} if is_encoder_decoder(model) else beside_text(model, blocks)
+    beside = {} if is_encoder_decoder(model) else split_towers(model, blocks)[1]
     sizes: dict[str, int] = {}
     for name in blocks:
         inside = (math.prod(weight_shape(m)) for n, m in targets.items() if n == name or n.startswith(f"{name}."))
@@ -53,18 +53,24 @@ def find_blocks(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str,
     return {name: block for name, block in blocks.items() if name.rpartition(".")[0] == chosen}
 
 
-def beside_text(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The blocks of towers beside the text's part of the model, which holds the token embeddings: block → name of its tower."""
+def split_towers(model: nn.Module, blocks: Mapping[str, nn.Module]) -> tuple[str, dict[str, str]]:
+    """The text's part of a model, and the towers beside it, such as a vision model's.
+
+    The text's blocks lie in a list beside the token embeddings, or share the most of their path with them.
+
+    Returns:
+        The name of the part that the token embeddings and their blocks share ("" for the model itself), and the other blocks:
+        block → name of its tower.
+    """
     embedding = _embedding_name(model)
-    shared = {name: _common(tuple(name.split(".")), embedding) for name in blocks}
+    paths = {name: tuple(name.split(".")) for name in blocks}
+    shared = {name: _common(path, embedding) for name, path in paths.items()}
     depth = max(shared.values(), default=0)
-    return {name: ".".join(name.split(".")[: common + 1]) for name, common in shared.items() if common < depth}
-
-
-def text_root(model: nn.Module, blocks: Mapping[str, nn.Module]) -> str:
-    """The name of the part of the model that the token embeddings and their blocks share; "" for the model itself."""
-    embedding = _embedding_name(model)
-    return ".".join(embedding[: max((_common(tuple(name.split(".")), embedding) for name in blocks), default=0)])
+    text = {name for name, path in paths.items() if path[:-2] == embedding[:-1]} or {
+        name for name, common in shared.items() if common == depth
+    }
+    beside = {name: ".".join(path[: shared[name] + 1]) for name, path in paths.items() if name not in text}
+    return ".".join(embedding[:depth]), beside
 
 
 def marked_blocks(model: nn.Module) -> dict[str, nn.Module]:

@@ -6,7 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -17,8 +17,18 @@ from nullspace.model.sharded_tensors import is_sharded
 
 # Of additive masks: an entry below this hides a token whatever its score is; one between it and zero is a bias.
 HIDDEN_BELOW = -1e3
+# transformers' label of a token that does not count.
+IGNORED = -100
 # Words in the names of masks that say something else than what is padding.
 OTHER_MASKS = ("special", "loss", "label", "assistant", "global")
+# Where configurations name the tokens in whose places other modalities' vectors are put.
+PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
+# Masks of the text's tokens.
+TEXT_MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+Part = Literal["tokens", "decoder"]
+"""A model's tokens (of an encoder–decoder model, its encoder's), or a decoder's."""
 
 
 class Padding(NamedTuple):
@@ -30,6 +40,9 @@ class Padding(NamedTuple):
         tokens: how many count.
         obstacle: why padding cannot be located in this batch, or None.
         mixed: whether the batch holds inputs of another modality beside its tokens.
+        beside: the name of a mask that hides parts of these inputs, or None.
+        placeholders: how many tokens stand for inputs of another modality: of each kind, and of all.
+        decoder: of the tokens of an encoder–decoder model's decoder; the rest is then of its encoder's.
     """
 
     shape: tuple[int, int] | None = None
@@ -37,14 +50,19 @@ class Padding(NamedTuple):
     tokens: int = 0
     obstacle: str | None = None
     mixed: bool = False
+    beside: str | None = None
+    placeholders: frozenset[int] = frozenset()
+    decoder: Padding | None = None
 
-    @property
-    def hides(self) -> bool:
-        """Whether some tokens do not count, or may not."""
-        return self.mask is not None or self.obstacle is not None
+    def hides(self, part: Part) -> bool:
+        """Whether some tokens of a part do not count, or may not."""
+        own = self.decoder if part == "decoder" else self
+        return own is not None and (own.mask is not None or own.obstacle is not None)
 
     def keep(self, counts: torch.Tensor) -> Padding:
-        """The same with fewer tokens: those that `counts`, (sequences, tokens) bool, keeps too."""
+        """The same with fewer tokens: those that `counts`, (sequences, tokens) bool, keeps too; of the decoder, if there is one."""
+        if self.decoder is not None:
+            return self._replace(decoder=self.decoder.keep(counts))
         counts = counts if self.mask is None else counts & self.mask.to(counts.device)
         return self._replace(mask=None if bool(counts.all()) else counts, tokens=int(counts.sum()))
 
@@ -62,6 +80,7 @@ class PaddingReader:
         of_text = getattr(config, "get_text_config", None)
         pad = getattr(of_text() if callable(of_text) else config, "pad_token_id", None)
         self._pad = pad if isinstance(pad, int) else None
+        self._placeholders = {i for name in PLACEHOLDERS if isinstance(i := getattr(config, name, None), int)}
         self._has_warned = self._has_tried = False
 
     def read(self, number: int, inputs: Mapping[str, Any]) -> Padding:
@@ -81,7 +100,7 @@ class PaddingReader:
             padding = self.padding_of(inputs)
         except ValueError as error:
             raise InputError(f"batch {number}: {error}") from error
-        if not self._has_warned and all(inputs.get(name) is None for name in ("attention_mask", "decoder_attention_mask")):
+        if not self._has_warned and all(inputs.get(name) is None for name in TEXT_MASKS):
             suspicion = _suspicion(inputs, self._pad)
             if suspicion is not None:
                 self._has_warned = True
@@ -117,40 +136,96 @@ class PaddingReader:
 
     def padding_of(self, inputs: Mapping[str, Any]) -> Padding:
         """As `read`, without a warning."""
+        tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
+        if self._encoder_decoder:
+            # An encoder of sounds or images hands its blocks masks of their own.
+            encoder = Padding() if tokens is None else _padding(inputs.get("attention_mask"), _token_shape(tokens))
+            padding = encoder._replace(decoder=_of_decoder(inputs, encoder))
+        else:
+            first = next(iter(inputs.values()), None) if tokens is None else tokens
+            padding = _padding(inputs.get("attention_mask"), _token_shape(first))
         ids = inputs.get("input_ids")
-        shape = _token_shape(inputs)
-        mask, obstacle = _token_mask(inputs.get("attention_mask"), shape)
-        tokens = math.prod(shape or (0,)) if mask is None else int(mask.sum())
-        if mask is not None:
-            shape = tuple(mask.shape)
-            mask = None if tokens == mask.numel() else mask
-        if mask is None and self._encoder_decoder:
-            mask = _decoder_mask(inputs)
-        mixed = isinstance(ids, torch.Tensor) and any(
+        if not isinstance(ids, torch.Tensor):
+            return padding
+        mixed = any(
             isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
             for name, value in inputs.items()
-            if name not in ("attention_mask", "labels")
+            if name not in (*TEXT_MASKS, "labels")
         )
-        sizes = None if shape is None or len(shape) < 2 else (math.prod(shape[:-1]), shape[-1])
-        return Padding(sizes, mask, tokens, obstacle, mixed)
+        if not mixed:
+            return padding
+        counts = [int((ids == each).sum()) for each in self._placeholders]
+        return padding._replace(mixed=True, beside=_hiding_mask(inputs, ids), placeholders=frozenset({*counts, sum(counts)} - {0}))
 
 
-def _token_shape(inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The shape of a batch's tokens: of its ids, or of its vectors without their width."""
-    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    if tokens is None:
-        tokens = next(iter(inputs.values()), None)
+def _padding(given: Any, shape: tuple[int, ...] | None) -> Padding:
+    """The padding of tokens of a shape, by their `attention_mask`."""
+    mask, obstacle = token_mask(given, shape)
+    tokens = math.prod(shape or (0,)) if mask is None else int(mask.sum())
+    if mask is not None:
+        shape = tuple(mask.shape)
+        mask = None if tokens == mask.numel() else mask
+    sizes = None if shape is None or len(shape) < 2 else (math.prod(shape[:-1]), shape[-1])
+    return Padding(sizes, mask, tokens, obstacle)
+
+
+def _of_decoder(inputs: Mapping[str, Any], encoder: Padding) -> Padding:
+    """The padding of a decoder's tokens: by their mask, or by the labels that they are made of, or as the encoder's.
+
+    From labels, models make the decoder's inputs by a shift to the right by one place: a text of n labels has n tokens. Without
+    labels, some make them of the encoder's tokens.
+    """
+    given = {name: inputs.get(f"decoder_{name}") for name in ("input_ids", "inputs_embeds", "attention_mask")}
+    own = next((value for value in given.values() if isinstance(value, torch.Tensor)), None)
+    labels = inputs.get("labels")
+    labels = labels if isinstance(labels, torch.Tensor) and labels.ndim == 2 else None
+    shape = _token_shape(own if labels is None else labels)
+    if given["attention_mask"] is not None:
+        return _padding(given["attention_mask"], _token_shape(own))
+    if labels is not None:
+        unlabelled = labels == IGNORED
+        behind = unlabelled.flip(1).cumprod(1).flip(1) > 0
+        padding = _padding(~behind, shape)
+        if own is None and bool((unlabelled & ~behind)[:, 0].any()):
+            return padding._replace(obstacle=f"labels that begin with {IGNORED}")
+        return padding
+    if own is not None:
+        return _padding(None, shape)
+    if encoder.mask is not None and bool((encoder.mask[:, 1:] & ~encoder.mask[:, :-1]).any()):
+        return encoder._replace(obstacle="inputs of the decoder that are made of tokens with padding on the left")
+    return encoder
+
+
+def _hiding_mask(inputs: Mapping[str, Any], ids: torch.Tensor) -> str | None:
+    """The name of a mask that hides a part of an image or a sound: zeros in it, beside ones. None if there is none.
+
+    A mask of zeros alone belongs to what is not there: as many images as in another row. One with an entry for each token says
+    which tokens attend to which image.
+    """
+    for name, value in inputs.items():
+        if name in TEXT_MASKS or "mask" not in name or any(word in name for word in OTHER_MASKS):
+            continue
+        if not isinstance(value, torch.Tensor) or value.ndim < 2 or value.shape[:2] == ids.shape:
+            continue
+        seen = (value != 0).reshape(-1, value[0].numel() if value.ndim < 4 else math.prod(value.shape[-2:]))
+        if bool((seen.any(dim=1) & ~seen.all(dim=1)).any()):
+            return name
+    return None
+
+
+def _token_shape(tokens: Any) -> tuple[int, ...] | None:
+    """The shape of tokens: of their ids, or of their vectors without the width."""
     if not isinstance(tokens, torch.Tensor):
         return None
     return tuple(tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape)
 
 
-def _token_mask(given: Any, shape: tuple[int, ...] | None) -> tuple[torch.Tensor | None, str | None]:
+def token_mask(given: Any, shape: tuple[int, ...] | None) -> tuple[torch.Tensor | None, str | None]:
     """Which tokens an `attention_mask` keeps, (sequences, tokens) bool or None for all; and why it cannot be read, or None."""
     if given is None:
         return None, None
     if isinstance(given, Mapping):
-        return _agreed([_token_mask(each, shape) for each in given.values()])
+        return _agreed([token_mask(each, shape) for each in given.values()])
     if not isinstance(given, torch.Tensor):
         raise InputError(f"attention_mask is {type(given).__name__}, not a tensor (batch, tokens)")
     if given.ndim == 2 or tuple(given.shape) == shape:
@@ -166,6 +241,24 @@ def _token_mask(given: Any, shape: tuple[int, ...] | None) -> tuple[torch.Tensor
         allowed = allowed.any(dim=1)
     counts = _seen_tokens(allowed.expand(shape[0], -1, -1))
     return counts, obstacle if counts is None else None
+
+
+def seen_rows(mask: torch.Tensor, *, of_source: bool) -> torch.Tensor | None:
+    """Of a mask that a part of a model was handed, the rows that count, (sequences, rows) bool; None if that would be a guess.
+
+    Args:
+        mask: (sequences, rows), (images, height, width), (sequences, heads, queries, keys).
+        of_source: whether the keys are the output of another part of the model.
+    """
+    if mask.ndim == 4 and (of_source or mask.shape[-2] != mask.shape[-1]):
+        allowed = _allowed_pairs(mask)
+        return None if allowed is None else allowed.any(dim=2).any(dim=1)
+    if mask.ndim == 4:
+        return token_mask(mask, (mask.shape[0], mask.shape[-1]))[0]
+    if mask.ndim not in (2, 3):
+        return None
+    is_added = mask.is_floating_point() and (bool((mask < HIDDEN_BELOW).any()) or not bool((mask != 0).any()))
+    return (mask > HIDDEN_BELOW if is_added else mask != 0).reshape(len(mask), -1)
 
 
 def _allowed_pairs(mask: torch.Tensor) -> torch.Tensor | None:
@@ -208,13 +301,6 @@ def _agreed(answers: Sequence[tuple[torch.Tensor | None, str | None]]) -> tuple[
     return (None, obstacle) if obstacle is not None else (first, None)
 
 
-def _decoder_mask(inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """The mask of a decoder's tokens, if some of them are padding: its inputs may come from the labels."""
-    mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
-    masks = (mask, labels != -100 if isinstance(labels, torch.Tensor) else None)
-    return next((m != 0 for m in masks if isinstance(m, torch.Tensor) and not bool((m != 0).all())), None)
-
-
 def looks_like_mask(value: Any, ids: torch.Tensor) -> bool:
     """Whether a tensor has an entry for every one of the ids, zeros and ones, and not only zeros."""
     if not isinstance(value, torch.Tensor) or value.shape != ids.shape:
@@ -233,7 +319,9 @@ def _suspicion(inputs: Mapping[str, Any], pad: int | None) -> str | None:
             zeros = int((value == 0).sum())
             return f"{name!r} has {zeros} zeros and {ids.numel() - zeros} ones, and only 'attention_mask' is taken for padding"
     count = _padding_at_ends(ids, pad, inputs.get("labels"))
-    what = "equal ones with labels of -100 at the ends of rows" if pad is None else f"pad_token_id = {pad} at the ends of rows"
+    what = (
+        f"equal ones with labels of {IGNORED} at the ends of rows" if pad is None else f"pad_token_id = {pad} at the ends of rows"
+    )
     return f"{count} of {ids.numel()} tokens look like padding ({what}), and there is no 'attention_mask'" if count else None
 
 
@@ -243,7 +331,7 @@ def _padding_at_ends(ids: torch.Tensor, pad: int | None, labels: Any) -> int:
     Runs of two or more padding tokens, as a single one may be an end-of-text token; a single one, if its label is -100. If there is
     no padding token, runs of two or more equal tokens whose labels are -100.
     """
-    ignored = labels == -100 if isinstance(labels, torch.Tensor) and labels.shape == ids.shape else torch.zeros_like(ids) > 0
+    ignored = labels == IGNORED if isinstance(labels, torch.Tensor) and labels.shape == ids.shape else torch.zeros_like(ids) > 0
     padding = torch.zeros_like(ignored)
     for turn in (lambda t: t, lambda t: t.flip(1)):
         row, unlabelled = turn(ids), turn(ignored)
@@ -264,7 +352,7 @@ def _positions_move(model: nn.Module, inputs: Mapping[str, Any], mask: torch.Ten
         mask: (sequences, tokens) bool, with padding on the left in at least one sequence.
     """
     ids, kinds = inputs.get("input_ids"), inputs.get("token_type_ids")
-    others = set(inputs) - {"input_ids", "attention_mask", "token_type_ids", "labels"}
+    others = set(inputs) - {"input_ids", *TEXT_MASKS, "token_type_ids", "labels", "decoder_input_ids"}
     if not isinstance(ids, torch.Tensor) or ids.shape != mask.shape or others or any(map(is_sharded, model.parameters())):
         return False
     row = int(((~mask[:, 0]) & mask.any(dim=1)).to(torch.int8).argmax())

@@ -8,17 +8,24 @@ A mask has one entry a token; the inputs of layers come in many shapes. With B s
     (B, …, T, d), (B, T, …, d)  several rows a token, as of heads     masked, if only one axis has T entries
     (B, d)                      one row a sequence, if it is a view   a row counts if its sequence has a token
                                 of (B, T, d) or outside all blocks
-    any, in a tower beside      patches, frames of audio              all rows count
-    the text's
     (n, d), in a list of        the rows that a router chose          unclear, also for n = B and n = B·T
     modules inside a block
     anything else               windows, merged tokens                unclear
 
 All rows of an unclear input count as long as no batch has padding. If one has, the layer is refused by name.
+
+An encoder–decoder model has two texts, each with its mask. The layers of the encoder, and those of the decoder that receive the
+encoder's output, are masked by the encoder's.
+
+In a tower beside the text's (patches of images, frames of sounds) all rows count but those that the tower's own masks hide, as its
+blocks receive them (`nullspace.model.towers`). If the batch has a mask that hides a part of an image or a sound, and the tower's
+masks do not show where, the layer is refused by name. Between such a tower and the text, the rows that count are as many as the
+tokens that stand for them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,9 +34,8 @@ import torch
 from torch import nn
 
 from nullspace.errors import InputError
-from nullspace.model.blocks import beside_text, is_encoder_decoder, marked_blocks, text_root
-from nullspace.model.padding import Padding
-from nullspace.model.wrappers import named_modules
+from nullspace.model.padding import Padding, Part
+from nullspace.model.towers import TEXT, HandedMasks, Regions
 from nullspace.moments.sums import TokenMask
 
 
@@ -38,16 +44,16 @@ class TokenRows:
 
     Args:
         model: layers' names are those of its `named_modules`.
-        padded: returns the number of a batch that has padding, or None, as far as it is known before the batches are read. It is
-            called where an input is unclear, so that a layer is refused early and not in the last batch.
+        padded: returns the number of a batch that has padding in a part, or None, as far as it is known before the batches are
+            read. It is called where an input is unclear, so that a layer is refused early and not in the last batch.
     """
 
-    def __init__(self, model: nn.Module, padded: Callable[[], int | None] = lambda: None) -> None:
-        self._regions = _Regions(model)
-        self._encoder_decoder = is_encoder_decoder(model)
+    def __init__(self, model: nn.Module, padded: Callable[[Part], int | None] = lambda part: None) -> None:
+        self._regions = Regions(model)
+        self._handed = HandedMasks(model, self._regions)
         self._padded = padded
         self._batch, self._padding = 0, Padding()
-        self._masks: dict[tuple[Any, ...], TokenMask] = {}  # made once a batch, not once a layer
+        self._masks: dict[tuple[Any, ...], TokenMask | None] = {}  # made once a batch, not once a layer
         self._square: set[str] = set()  # layers whose input was masked where either axis could have been the batch
         self._tokens_first = False
 
@@ -55,6 +61,11 @@ class TokenRows:
         """The inputs that follow are those of this batch."""
         self._batch, self._padding = batch, padding
         self._masks.clear()
+        self._handed.clear()
+
+    def reading_masks(self) -> contextlib.AbstractContextManager[None]:
+        """Context manager: the masks that the model hands to its parts are read while it runs."""
+        return self._handed.reading()
 
     def of(self, name: str, x: torch.Tensor) -> TokenMask | None:
         """The rows of an input (…, d_in) that count; None if all do.
@@ -62,31 +73,88 @@ class TokenRows:
         Raises:
             ValueError: naming the layer and a batch that has padding, if it is unclear which rows these are.
         """
-        padding, rows = self._padding, tuple(x.shape[:-1])
-        if padding.mixed and self._regions.is_beside_text(name):
+        padding, regions = self._padding, self._regions
+        tower, is_source = regions.tower(name), self._handed.is_source(x)
+        if tower is not None or is_source:
+            if padding.decoder is not None and padding.shape is not None:
+                return self._of_tokens(name, x, padding, "tokens")
+            if padding.decoder is not None or padding.mixed:
+                return self._of_source(name, x) if tower is None else self._of_tower(name, x, tower)
+        if padding.mixed and not regions.is_text(name):
+            return self._of_projection(name, x)
+        if padding.decoder is not None:
+            return self._of_tokens(name, x, padding.decoder, "decoder")
+        return self._of_tokens(name, x, padding, "tokens")
+
+    def _of_tokens(self, name: str, x: torch.Tensor, padding: Padding, part: Part) -> TokenMask | None:
+        """The rows of an input with rows of tokens."""
+        mask_name = "decoder_attention_mask" if part == "decoder" else "attention_mask"
+        if padding.obstacle is not None:
+            self._refuse(
+                name, part, f"cannot tell padding from tokens with {padding.obstacle}: give {mask_name} as (batch, tokens)"
+            )
+        if padding.shape is None:
             return None
-        if self._encoder_decoder:
-            self._refuse(name, "cannot tell padding from tokens with an encoder–decoder model: give batches without padding")
-        elif padding.obstacle is not None:
-            self._refuse(name, f"cannot tell padding from tokens with {padding.obstacle}: give attention_mask as (batch, tokens)")
-        if padding.shape is None or self._encoder_decoder:
-            return None
+        rows = tuple(x.shape[:-1])
         kind = self._kind(name, x, *padding.shape)
-        # Layers that get another modality: in the text's part of the model they attend to it, elsewhere they project it.
-        elsewhere = padding.mixed and not self._regions.is_routed(name) and (len(rows) > 1 or not self._regions.is_text(name))
-        if kind is None and not elsewhere:
+        if kind is None:  # a model may pad its input itself, to a multiple of its window
+            for mask in self._handed.of_tower(self._regions.tower(name) or TEXT):
+                if (kind := self._kind(name, x, *mask.shape)) is not None:
+                    return self._mask(kind, mask, x)
+        # Layers of the text's part that get another modality attend to it.
+        if kind is None and not (self._padding.mixed and len(rows) > 1 and not self._regions.is_routed(name)):
             self._refuse(
                 name,
-                f"its input {tuple(x.shape)} cannot be lined up with the attention_mask {padding.shape}, which has padding: give "
+                part,
+                f"its input {tuple(x.shape)} cannot be lined up with the {mask_name} {padding.shape}, which has padding: give "
                 "batches without padding (packed, or one sample each)",
             )
         if kind is None or padding.mask is None:
             return None
-        key = (kind, *rows)
-        if key not in self._masks:
-            self._masks[key] = TokenMask(_spread(padding.mask, kind, rows))
         if kind == "tokens" and rows == padding.shape == padding.shape[::-1]:
             self._square.add(name)
+        return self._mask(kind, padding.mask, x)
+
+    def _of_tower(self, name: str, x: torch.Tensor, tower: str) -> TokenMask | None:
+        """The rows of an input in another tower than the text's, by the masks that this tower's modules received."""
+        own = self._handed.of_tower(tower)
+        for mask in (*own, *self._handed.around_tower(tower)):
+            if (kind := self._kind(name, x, *mask.shape)) is not None:
+                return self._mask(kind, mask, x)
+        self._refuse_hidden(name, x, own)
+        return None
+
+    def _of_source(self, name: str, x: torch.Tensor) -> TokenMask | None:
+        """The rows of another tower's output where the text's blocks attend to it, by the mask that came with it."""
+        masks = [mask for mask in self._handed.of_source(x) if not bool(mask.all())]
+        for mask in masks:
+            if (kind := self._kind(name, x, *mask.shape)) is not None:
+                return self._mask(kind, mask, x)
+        self._refuse_hidden(name, x, masks)
+        return None
+
+    def _of_projection(self, name: str, x: torch.Tensor) -> TokenMask | None:
+        """The rows of an input between a tower and the text: as many count as there are tokens that stand for them."""
+        rows, padding = tuple(x.shape[:-1]), self._padding
+        masks = [mask for mask in self._handed.of_all_towers() if not bool(mask.all())]
+        if math.prod(rows) in padding.placeholders or not (padding.beside or masks):
+            return None
+        for mask in masks:
+            merged = mask.numel() // max(math.prod(rows), 1)
+            if len(rows) > 1 and rows[0] == len(mask) and merged * math.prod(rows) == mask.numel():
+                groups = mask.reshape(len(mask), -1, merged)
+                for counts in (groups.all(dim=-1), groups.any(dim=-1)):
+                    if merged == 1 or int(counts.sum()) in padding.placeholders:  # or these rows will be resampled
+                        return TokenMask(counts.reshape(rows))
+        self._refuse_hidden(name, x, masks)
+        return None
+
+    def _mask(self, kind: str, mask: torch.Tensor, x: torch.Tensor) -> TokenMask | None:
+        """Which rows of an input a mask (sequences, tokens) keeps, given how they lie; None if it keeps all."""
+        rows = tuple(x.shape[:-1])
+        key = (id(mask), kind, *rows)
+        if key not in self._masks:
+            self._masks[key] = None if bool(mask.all()) else TokenMask(_spread(mask, kind, rows))
         return self._masks[key]
 
     def _kind(self, name: str, x: torch.Tensor, batch: int, tokens: int) -> str | None:
@@ -109,10 +177,20 @@ class TokenRows:
             return "sequences" if sliced or self._regions.is_outside_blocks(name) else None
         return None if _axes(rows, batch, tokens) is None else "tokens"
 
-    def _refuse(self, name: str, why: str) -> None:
-        number = self._batch if self._padding.hides else self._padded()
+    def _refuse(self, name: str, part: Part, why: str) -> None:
+        number = self._batch if self._padding.hides(part) else self._padded(part)
         if number is not None:
             raise InputError(f"{name}, batch {number}: {why}")
+
+    def _refuse_hidden(self, name: str, x: torch.Tensor, masks: list[torch.Tensor]) -> None:
+        """Refuse a layer whose input holds rows of images or sounds, if some are hidden and it is unclear which."""
+        if self._padding.beside is None and all(bool(mask.all()) for mask in masks):
+            return
+        hidden = "the masks of these images or sounds" if self._padding.beside is None else repr(self._padding.beside)
+        raise InputError(
+            f"{name}, batch {self._batch}: its input {tuple(x.shape)} cannot be lined up with {hidden}, by which a part of it is "
+            "padding: give batches in which nothing of the kind is padded, or leave the layer out of targets"
+        )
 
 
 def _axes(rows: tuple[int, ...], batch: int, tokens: int) -> list[int] | None:
@@ -147,37 +225,3 @@ def _spread(mask: torch.Tensor, kind: str, rows: tuple[int, ...]) -> torch.Tenso
     view = _axes(rows, *mask.shape)
     assert view is not None
     return mask.reshape(view).expand(rows)
-
-
-class _Regions:
-    """Where in a model a layer is, by its name: in another tower than the text's, in a list of experts, outside of all blocks."""
-
-    def __init__(self, model: nn.Module) -> None:
-        blocks = marked_blocks(model)
-        self._blocks = [tuple(name.split(".")) for name in blocks]
-        self._text = text_root(model, blocks)
-        self._beside = set(beside_text(model, blocks).values())
-        self._lists = {
-            tuple(name.split("."))
-            for name, module in named_modules(model).items()
-            if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1
-        }
-
-    def is_text(self, name: str) -> bool:
-        """Whether a layer is in the part of the model that the token embeddings and their blocks share."""
-        return not self._text or name.startswith(f"{self._text}.")
-
-    def is_beside_text(self, name: str) -> bool:
-        """Whether a layer is in another tower than the text's: one with blocks of its own."""
-        return any(name == tower or name.startswith(f"{tower}.") for tower in self._beside)
-
-    def is_outside_blocks(self, name: str) -> bool:
-        """Whether a model has blocks, and a layer is in none of them."""
-        path = tuple(name.split("."))
-        return bool(self._blocks) and not any(path[: len(block)] == block for block in self._blocks)
-
-    def is_routed(self, name: str) -> bool:
-        """Whether a layer may be one of several of which each gets some of the rows: it is in a list of modules below its block."""
-        path = tuple(name.split("."))
-        block = next((block for block in self._blocks if path[: len(block)] == block), ())
-        return any(path[:end] in self._lists for end in range(len(block) + 1, len(path)))

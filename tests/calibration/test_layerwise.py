@@ -156,6 +156,8 @@ class Chain(nn.Module):
             return first(second(third(x)))
         if self.how == "not all":
             return second(first(x))
+        if self.how == "around":
+            return third(second(first(third(second(first(x))))))
         if self.how == "back":
             return third(first(second(first(x))))
         raise AssertionError(self.how)
@@ -192,6 +194,7 @@ def test_blocks_that_the_first_batch_does_not_reach_must_not_be_called_later() -
         ("out of order", r"'blocks\.1' out of order"),
         ("none", r"calls none of its blocks 'blocks\.0' … 'blocks\.2' in batch 1"),
         ("back", r"'blocks\.0' more than once"),
+        ("around", r"'blocks\.0' more than once"),
     ],
 )
 def test_blocks_that_are_not_a_chain_are_refused_by_name(how: str, says: str) -> None:

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from models import random_batches
-from multimodal import IMAGE, MULTIMODAL, tiny_multimodal
+from multimodal import IMAGE, MULTIMODAL, collated, samples, tiny_multimodal
 from nullspace import Covariance, compute_null_spaces, stream_covariances
 from reference import relative_error
 
@@ -67,3 +67,32 @@ def test_a_tower_beside_the_text_can_be_a_target() -> None:
     assert_same(sums(model, batches, "layerwise"), sums(model, batches))
     only = r"vision_model\..*fc1"
     assert_same(sums(model, batches, "layerwise", targets=only), sums(model, batches, targets=only))
+
+
+# ---- images and padding
+
+
+@pytest.mark.filterwarnings("ignore:'all-linear' leaves out")
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", list(MULTIMODAL))
+def test_images_in_some_rows_and_padding_in_others(family: str, side: str) -> None:
+    model, alone = tiny_multimodal(family), samples(family)
+    expected = sums(model, alone)
+    assert len(expected) > 20  # towers and projections too
+    batch = collated(family, alone, side)
+    assert not batch["attention_mask"].all()
+    for strategy in ("resident", "layerwise"):
+        assert_same(sums(model, [batch], strategy), expected)
+
+
+def test_padding_inside_images_that_cannot_be_located_is_refused_by_name() -> None:
+    model, alone = tiny_multimodal("mllama"), samples("mllama")
+    batch = collated("mllama", alone, "left")
+    batch["aspect_ratio_mask"][1, 0, 1] = 0  # its tower does not hide the second tile of this image from the first one
+    batch["aspect_ratio_ids"][1] = 1
+    for strategy in ("resident", "layerwise"):
+        with pytest.raises(ValueError, match=r"^model\.vision_model\..*, batch 1: .* cannot be lined up with 'aspect_ratio_mask'"):
+            sums(model, [batch], strategy)
+    with pytest.raises(ValueError, match=r"^model\.language_model\.layers\.1\.cross_attn\.k_proj, batch 1: .*'aspect_ratio_mask'"):
+        sums(model, [batch], targets=r".*cross_attn.*")
+    assert len(sums(model, [batch], targets=r".*language_model\.layers\.[02]\.(self_attn|mlp).*")) == 14

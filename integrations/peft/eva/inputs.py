@@ -38,9 +38,10 @@ class Tokens(InputSums):
         labels = inputs.get("labels") if self._eva.use_label_mask else None
         if labels is not None:
             labelled = labels != self._eva.label_mask_value
-            if padding.shape != labelled.shape:
+            shape = (padding.decoder or padding).shape
+            if shape != labelled.shape:
                 raise InputError(
-                    f"batch {number}: labels {tuple(labelled.shape)} cannot be lined up with the tokens {padding.shape}: use "
+                    f"batch {number}: labels {tuple(labelled.shape)} cannot be lined up with the tokens {shape}: use "
                     "EvaConfig(use_label_mask=False)"
                 )
             padding = padding.keep(labelled)
