@@ -23,6 +23,10 @@ from nullspace.errors import InputError, MissingFileError
 from nullspace.integrations.transformers.offload import load_offloaded, offload_map
 from nullspace.integrations.transformers.quantisation import loading_options
 
+# transformers' automatic classes of generating models, and those for models with an encoder and a decoder.
+AUTO_CLASSES = ("AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
+TWO_INPUTS = ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq")
+
 
 @dataclass(frozen=True)
 class ModelSource(os.PathLike[str]):
@@ -226,15 +230,22 @@ def empty_model(
 
 
 def _model_class(config: Any, source: ModelSource) -> Any:
-    """The class of a checkpoint's model; with `trust_remote_code`, the Auto class that loads the checkpoint's own."""
+    """The class of a checkpoint's model; with `trust_remote_code`, the Auto class that loads the checkpoint's own.
+
+    If the checkpoint names none: one with an encoder and a decoder, or with vision and audio towers, if there is one.
+    """
+    names = [*TWO_INPUTS, *AUTO_CLASSES] if getattr(config, "is_encoder_decoder", False) else AUTO_CLASSES
+    automatic = [getattr(transformers, name) for name in names]
     own = getattr(config, "auto_map", None) or {}
-    if source.trust_remote_code and ("AutoModelForCausalLM" in own or "AutoModel" in own):
-        return AutoModelForCausalLM if "AutoModelForCausalLM" in own else AutoModel
-    names = getattr(config, "architectures", None) or []
-    named = getattr(transformers, names[0], None) if names else None
+    if source.trust_remote_code:
+        for each in automatic:
+            if each.__name__ in own:
+                return each
+    architectures = getattr(config, "architectures", None) or []
+    named = getattr(transformers, architectures[0], None) if architectures else None
     if named is not None:
         return named
-    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+    return next((each for each in automatic if type(config) in each._model_mapping), AutoModel)
 
 
 def read_config(name: str | os.PathLike[str]) -> Any:

@@ -22,7 +22,10 @@ IGNORED = -100
 # Words in the names of masks that say something else than what is padding.
 OTHER_MASKS = ("special", "loss", "label", "assistant", "global")
 # Where configurations name the tokens in whose places other modalities' vectors are put.
-PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
+PLACEHOLDERS = (
+    *("image_token_id", "video_token_id", "audio_token_id"),
+    *("image_token_index", "video_token_index", "audio_token_index"),
+)
 # Masks of the text's tokens.
 TEXT_MASKS = ("attention_mask", "decoder_attention_mask")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import transformers
 from peft import AutoPeftModelForCausalLM
 from typer.testing import CliRunner
 
+from multimodal import tiny_multimodal
 from nullspace.cli import app
 from nullspace.integrations.peft import adapter_drift
 from nullspace.integrations.transformers import ModelSource, empty_model, load_model, read_config
@@ -72,6 +74,24 @@ def with_code(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     (folder / "config.json").write_text(json.dumps({**config, **changed}))
     (folder / "code.py").write_text(CODE)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (tiny_multimodal("llava").config, "LlavaForConditionalGeneration"),
+        (tiny_multimodal("qwen2_audio").config, "Qwen2AudioForConditionalGeneration"),
+        (transformers.T5Config(d_model=8, d_ff=8, num_layers=1), "T5ForConditionalGeneration"),
+        (transformers.WhisperConfig(d_model=48, encoder_layers=1, decoder_layers=1), "WhisperForConditionalGeneration"),
+        (transformers.Wav2Vec2Config(num_hidden_layers=1), "Wav2Vec2Model"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_checkpoint_that_names_no_class_has_that_of_its_inputs(config: Any, expected: str, tmp_path: Path) -> None:
+    config = copy.deepcopy(config)
+    config.architectures = None
+    config.save_pretrained(tmp_path)
+    assert type(empty_model(tmp_path)).__name__ == expected
 
 
 def first_weight(model: Any) -> torch.Tensor:
