@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+
+# Of the rows of experts that share a parameter: the worst value is shown, or their sum.
+_TOGETHER: dict[str, Callable[[Iterable[Any]], Any]] = {
+    "leak": max,
+    "gap": min,
+    "outliers": sum,
+    "excess_estimate": max,
+    "trace": sum,
+}
+
+
+def experts_together(rows: Sequence[Row]) -> list[Row]:
+    """The rows of sites, those of experts that share a parameter as one: their largest leak and rounding and their smallest gap,
+    the sum of their outliers and traces, and tokens from the least to the largest number."""
+    stacks: dict[str, list[Row]] = {}
+    for row in rows:
+        match = _EXPERT.fullmatch(row["site"]) if len(row["members"]) == 1 else None
+        stacks.setdefault(match[1] if match else row["site"], []).append(row)
+    return [own[0] if len(own) == 1 else _as_one(stack, own) for stack, own in stacks.items()]
+
+
+_EXPERT = re.compile(r"(.+\.\w+)\[\d+\]")
+
+
+def _as_one(stack: str, rows: Sequence[Row]) -> Row:
+    worst = {name: merge(row[name] for row in rows) for name, merge in _TOGETHER.items() if name in rows[0]}
+    ranks = [row["effective_rank"] for row in rows if row.get("effective_rank") is not None]
+    counts = [row["tokens"] for row in rows]
+    return {
+        **rows[0],
+        **worst,
+        "site": f"{stack}[{len(rows)} experts]",
+        "tokens": min(counts),
+        "most_tokens": max(counts),
+        "precision": "+".join(dict.fromkeys(row["precision"] for row in rows)),
+        **({"effective_rank": sum(ranks) / len(ranks) if ranks else None} if "effective_rank" in rows[0] else {}),
+    }
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -31,7 +69,9 @@ def covariance_cells(row: Row) -> dict[str, str]:
 def _site(row: Row) -> dict[str, str]:
     others = len(row["members"]) - 1
     name = _printable(row["site"]) + (f" +{others}" if others > 0 else "")
-    return {"site": name, "d_in": str(row["d_in"]), "tokens": f"{row['tokens']:,}"}
+    most = row.get("most_tokens", row["tokens"])
+    tokens = f"{row['tokens']:,}" + (f" … {most:,}" if most != row["tokens"] else "")
+    return {"site": name, "d_in": str(row["d_in"]), "tokens": tokens}
 
 
 def _sums(row: Row) -> dict[str, str]:
@@ -44,8 +84,8 @@ def _printable(name: str) -> str:
 
 
 def text_table(table_rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of `NullSpaces.rows` as aligned plain text: the first column to the left, the others to the right."""
-    shown = [cells(dict(row)) for row in table_rows]
+    """Rows of `NullSpaces.rows` as aligned plain text: the first column to the left, the others to the right. Experts together."""
+    shown = [cells(row) for row in experts_together([dict(row) for row in table_rows])]
     if not shown:
         return "(no sites)"
     titles = max(shown, key=len)

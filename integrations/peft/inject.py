@@ -88,7 +88,10 @@ def inject_adapters(
             weights are gathered one at a time, and A and B are the same on all. These are ordinary parameters, not sharded,
             and their gradients are not averaged (`fully_shard` their layers; or call `write_init`, and shard the loaded model).
         config: PEFT's. `target_modules` may be None: then every layer of `spaces` or `covariances` gets an adapter, or every linear
-            one but the output head. `init_lora_weights` is ignored and saved as True, so that the adapter loads anywhere.
+            one but the output head. `init_lora_weights` is ignored and saved as True, so that the adapter loads anywhere. Experts
+            that are one tensor are layers by themselves (`….experts.gate_up_proj[17]`); all experts of a parameter get an adapter,
+            or none. `target_parameters` names such parameters, and is filled in where `target_modules` is None or `"all-linear"`,
+            from which `exclude_modules` takes away.
         spaces: null spaces of this very model, with bases of at least r columns.
         method: one of the above.
         covariances: second moments of this very model's inputs (`nullspace.compute_covariances`).
@@ -100,7 +103,8 @@ def inject_adapters(
             beside the first; `attach_subtracted` loads it again, `export_lora` makes one plain adapter of both. `"auto"`:
             the base where it can be changed; otherwise the second adapter, or with `freeze_a` neither: B then starts at zero,
             which trains the same. (Do not merge two adapters into a quantised base, where PEFT rounds the sum to the base's grid
-            after each: merge what `export_lora` makes, into a base that is not quantised.)
+            after each: merge what `export_lora` makes, into a base that is not quantised. With two active adapters of experts, PEFT
+            computes the changes of all experts of a parameter at every call.)
         sigma_scale: see `nullspace.factors.lora_null`; only for `"lora-null"`.
         beta: see `nullspace.factors.sc_lora`; only for `"sc-lora"`.
         damping: see `nullspace.factors.corda` and `nullspace.factors.contrast`; only for `"corda-kpm"`, `"corda-ipm"` (≥ 0) and
@@ -115,10 +119,11 @@ def inject_adapters(
         the original model.
 
     Raises:
-        ValueError: naming the layer, for a target that the spaces or covariances do not have, those of another model, a rank that
-            is too large, a weight that cannot be read or changed (with the method or `residual` to use) or holds NaN or Inf, or
-            inputs from which the method cannot start. An error on one process is raised on all. For a model that is split by
-            tensor parallelism, or in a DeepSpeed engine.
+        ValueError: naming the option, for what PEFT has not for experts (`lora_dropout`, DoRA, `lora_bias`, …), and the parameter,
+            if only some of its experts are wanted; naming the layer, for a target that the spaces or covariances do not have,
+            those of another model, a rank that is too large, a weight that cannot be read or changed (with the method or
+            `residual` to use) or holds NaN or Inf, or inputs from which the method cannot start. An error on one process is raised
+            on all. For a model that is split by tensor parallelism, or in a DeepSpeed engine.
         TypeError: if the config is not a `LoraConfig`, or the model already is a `PeftModel`.
         RuntimeError, MemoryError: naming the layer, if memory runs out.
 

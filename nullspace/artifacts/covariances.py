@@ -31,18 +31,26 @@ class Covariances(Sitewise[Covariance]):
     Args:
         pairs: what `stream_covariances` yields.
         weights: module name → (d_out, d_in) and fingerprint of its weight, which identify the model.
+        matrix_parameters: parameters in the model's matrices, embeddings and output head aside (`matrix_parameters` of
+            `nullspace.model.sites`); None if that is unknown.
 
     Attributes:
         shards: the shards in the sum, if the data were split (`compute_covariances(shard=…)`); else empty.
     """
 
     KIND, WHAT, FIELDS = "covariances", "covariance", FIELDS
-    MORE_FIELDS: ClassVar[Mapping[str, Field]] = {"shards": optional(list_of(an_object()))}
+    MORE_FIELDS: ClassVar[Mapping[str, Field]] = {**Sitewise.MORE_FIELDS, "shards": optional(list_of(an_object()))}
     _dtype = torch.float64
     _last_pool: tuple[str, Pool] | None = None
 
-    def __init__(self, pairs: Iterable[tuple[Site, Covariance]], weights: Weights | None = None) -> None:
-        super().__init__(pairs, weights)
+    def __init__(
+        self,
+        pairs: Iterable[tuple[Site, Covariance]],
+        weights: Weights | None = None,
+        *,
+        matrix_parameters: int | None = None,
+    ) -> None:
+        super().__init__(pairs, weights, matrix_parameters=matrix_parameters)
         self.shards: tuple[Shards, ...] = ()
 
     @classmethod
@@ -83,6 +91,7 @@ class Covariances(Sitewise[Covariance]):
         return self._last_pool[1]
 
     def _read_more(self, manifest: Mapping[str, Any]) -> None:
+        super()._read_more(manifest)
         self.shards = tuple(Shards.from_json(entry) for entry in manifest.get("shards", ()))
 
     @staticmethod
@@ -114,7 +123,7 @@ class Covariances(Sitewise[Covariance]):
         def write() -> None:
             with new_directory(directory, overwrite=overwrite) as part:
                 sites = ((each.site, *each.value().state(dtype), each.weights()) for each in self._entries)
-                write_sites(part, self.KIND, sites, content=account(self.shards))
+                write_sites(part, self.KIND, sites, content={**self._content(), **account(self.shards)})
 
         written_once(directory, write)
 
@@ -160,7 +169,7 @@ class Covariances(Sitewise[Covariance]):
         if unequal and lacking is not None:
             raise InputError(f"run {lacking} is a part of its data: merge its shards first, and weigh or normalise the sum of them")
         merged = cls(())
-        merged.shards = shards
+        merged.shards, merged.matrix_parameters = shards, first.matrix_parameters
         merged._set_entries(
             _Sum(entry.site, [run._of[entry.site.name] for run in runs], weights, normalise) for entry in first._entries
         )

@@ -7,6 +7,7 @@ the model.
 from __future__ import annotations
 
 import abc
+import math
 import os
 import re
 import weakref
@@ -21,7 +22,7 @@ from torch import nn
 from nullspace.artifacts import identity, records, store
 from nullspace.artifacts.identity import Weight, Weights, weights_of
 from nullspace.artifacts.shared_writes import written_once
-from nullspace.checks import Field, an_object, check_fields, check_tensor, file_name, list_of, map_of, text, whole
+from nullspace.checks import Field, an_object, check_fields, check_tensor, file_name, list_of, map_of, optional, text, whole
 from nullspace.distributed import Job
 from nullspace.errors import DamagedFileError, InputError, OtherModelError
 from nullspace.model.sites import Site
@@ -144,10 +145,16 @@ class Sitewise(Mapping[str, T], Generic[T]):
     """Name of a value in messages: "there is no … for this layer"."""
     FIELDS: ClassVar[Mapping[str, Field]]
     """Fields of a value's facts in the manifest."""
-    MORE_FIELDS: ClassVar[Mapping[str, Field]] = {}
+    MORE_FIELDS: ClassVar[Mapping[str, Field]] = {"matrix_parameters": optional(whole())}
     """Fields of the manifest, beside the sites."""
 
-    def __init__(self, values: Iterable[tuple[Site, T]], weights: Weights | None = None) -> None:
+    matrix_parameters: int | None = None
+    """Parameters in the matrices of the model that was calibrated, embeddings and output head aside; None if that is unknown."""
+
+    def __init__(
+        self, values: Iterable[tuple[Site, T]], weights: Weights | None = None, *, matrix_parameters: int | None = None
+    ) -> None:
+        self.matrix_parameters = matrix_parameters
         self._set_entries(_InMemory(site, value, weights or {}) for site, value in values)
 
     def _set_entries(self, entries: Iterable[Entry[T]]) -> None:
@@ -186,6 +193,21 @@ class Sitewise(Mapping[str, T], Generic[T]):
     def sites(self) -> tuple[Site, ...]:
         """The sites, in the order of the run that computed them."""
         return tuple(entry.site for entry in self._entries)
+
+    @property
+    def covered_share(self) -> float | None:
+        """The share of the parameters in the model's matrices (embeddings and output head aside) that these layers have."""
+        if not self.matrix_parameters:
+            return None
+        shapes = (shape for entry in self._entries for shape, _ in entry.weights().values())
+        return sum(map(math.prod, shapes)) / self.matrix_parameters
+
+    def notes(self) -> list[str]:
+        """Sentences below a table of the sites."""
+        share = self.covered_share
+        if share is None:
+            return []
+        return [f"{share:.1%} of the parameters in the model's matrices (embeddings and output head aside) are in these layers."]
 
     def weight(self, name: str) -> Weight | None:
         """Shape and fingerprint of a layer's weight at calibration, as far as they are known."""
@@ -243,7 +265,12 @@ class Sitewise(Mapping[str, T], Generic[T]):
 
     def write(self, directory: Path) -> None:
         """Write the files of `save` into a directory that the caller creates and renames."""
-        write_sites(directory, self.KIND, ((each.site, *self._pack(each.value()), each.weights()) for each in self._entries))
+        sites = ((each.site, *self._pack(each.value()), each.weights()) for each in self._entries)
+        write_sites(directory, self.KIND, sites, content=self._content())
+
+    def _content(self) -> dict[str, Any]:
+        """The fields of the manifest beside the sites."""
+        return {} if self.matrix_parameters is None else {"matrix_parameters": self.matrix_parameters}
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Self:
@@ -272,7 +299,8 @@ class Sitewise(Mapping[str, T], Generic[T]):
         return loaded
 
     def _read_more(self, manifest: Mapping[str, Any]) -> None:
-        """Read a subclass's fields of the manifest, beside the sites; `ValueError` for a wrong value."""
+        """Read the fields of the manifest beside the sites; `ValueError` for a wrong value."""
+        self.matrix_parameters = manifest.get("matrix_parameters")
 
 
 def _check_sites(manifest: Mapping[str, Any], fields: Mapping[str, Field], path: Path) -> None:

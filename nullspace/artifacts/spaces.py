@@ -43,12 +43,15 @@ class NullSpaces(Sitewise[NullSpace]):
         spaces: one a site.
         weights: module name → (d_out, d_in) and fingerprint (`nullspace.artifacts.identity.fingerprint`) of its weight, which
             identify the model.
+        matrix_parameters: parameters in the model's matrices, embeddings and output head aside; None if that is unknown.
     """
 
     KIND, WHAT, FIELDS = "spaces", "null space", FIELDS
 
-    def __init__(self, spaces: Iterable[NullSpace], weights: Weights | None = None) -> None:
-        super().__init__(((space.site, space) for space in spaces), weights)
+    def __init__(
+        self, spaces: Iterable[NullSpace], weights: Weights | None = None, *, matrix_parameters: int | None = None
+    ) -> None:
+        super().__init__(((space.site, space) for space in spaces), weights, matrix_parameters=matrix_parameters)
 
     @staticmethod
     def _pack(value: NullSpace) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -59,14 +62,14 @@ class NullSpaces(Sitewise[NullSpace]):
         return NullSpace.from_facts(facts, tensors)
 
     @classmethod
-    def _of_files(cls, spaces: Iterable[NullSpace], kept: Checkpoint, weights: Weights) -> NullSpaces:
+    def _of_files(cls, spaces: Iterable[NullSpace], kept: Checkpoint, weights: Weights, matrix_parameters: int) -> NullSpaces:
         """Spaces whose tensors are read from a checkpoint when needed."""
 
         def make(space: NullSpace) -> NullSpace:
             read = kept.reader(space.site.name)()
             return replace(space, basis=read["basis"], eigenvalues=read["eigenvalues"])
 
-        result = cls(())
+        result = cls((), matrix_parameters=matrix_parameters)
         # Without the bases: those that are in memory are freed.
         lean = [replace(space, basis=space.basis.to("meta")) for space in spaces]
         result._set_entries(Fetched(space.site, functools.partial(make, space), weights) for space in lean)
@@ -75,10 +78,15 @@ class NullSpaces(Sitewise[NullSpace]):
     def summary(self) -> str:
         """A table: site, layers, d_in, tokens, rank, leak, gap, outliers, precision, and the effective rank where known.
 
-        Below it, if there are experts, the least, the median and the largest number of their tokens, and which of them got few.
+        The experts of a layer are one row. Below the table: the least, the median and the largest number of their tokens, which of
+        them got few, and the share of the model's parameters that the layers have.
         """
+        return "\n".join((tables.text_table(self.rows()), *self.notes()))
+
+    def notes(self) -> list[str]:
+        """Sentences below a table of the sites: about experts, and the share of the parameters."""
         text = experts_text([self[site.name] for site in self.sites if is_completed(site)])
-        return "\n".join(filter(None, (tables.text_table(self.rows()), text)))
+        return [*filter(None, [text]), *super().notes()]
 
     def rows(self) -> list[dict[str, Any]]:
         """One dictionary a site, in the model's order, of values that JSON can hold: those of `summary`, unrounded, and more."""
@@ -156,7 +164,8 @@ class NullSpaces(Sitewise[NullSpace]):
                 stacklevel=2,
             )
         warn_of_few_directions(spaces)
-        return cls(spaces, {name: weight for entry in covariances._entries for name, weight in entry.weights().items()})
+        weights = {name: weight for entry in covariances._entries for name, weight in entry.weights().items()}
+        return cls(spaces, weights, matrix_parameters=covariances.matrix_parameters)
 
 
 def check_avoid(avoid: Mapping[str, torch.Tensor] | None, names: Iterable[str]) -> dict[str, torch.Tensor]:

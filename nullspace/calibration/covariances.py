@@ -23,7 +23,7 @@ from nullspace.calibration.stream import one_pass
 from nullspace.distributed import Job
 from nullspace.distributed.loaders import part_of
 from nullspace.errors import InputError
-from nullspace.model.sites import Site
+from nullspace.model.sites import Site, matrix_parameters
 from nullspace.moments.state import check_state
 from nullspace.progress import Progress
 
@@ -107,7 +107,8 @@ def compute_covariances(
         order = list(run.targets)
         with torch.inference_mode(False), new_shared_directory(out, job, overwrite=overwrite) as folder:
             sites = _sites(run, kept, dtype)
-            write_sites(Path(folder), Covariances.KIND, sites, content=account(shards), job=job, order=order)
+            content = {"matrix_parameters": matrix_parameters(run.model), **account(shards)}
+            write_sites(Path(folder), Covariances.KIND, sites, content=content, job=job, order=order)
         return Covariances._open(out, check=job.first)
 
 

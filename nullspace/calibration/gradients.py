@@ -29,6 +29,7 @@ from nullspace.model.padding import IGNORED
 from nullspace.model.routing import Routed
 from nullspace.model.sharded import is_model_sharded
 from nullspace.model.sharded_tensors import version_of
+from nullspace.model.sites import matrix_parameters
 from nullspace.model.token_rows import TokenRows
 from nullspace.model.wrappers import unwrap
 from nullspace.moments.sums import TokenMask
@@ -103,7 +104,7 @@ def gradient_covariances(
     job.check_share(share)
     leave_out_uncalled(sums.uncalled, run.targets)
     weights = {name: run.weights[name] for name in run.targets}
-    result = Covariances(sums.release(), weights)
+    result = Covariances(sums.release(), weights, matrix_parameters=matrix_parameters(model))
     run.targets.settle(model)
     return result
 

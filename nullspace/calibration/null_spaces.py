@@ -34,7 +34,7 @@ from nullspace.distributed import Job
 from nullspace.distributed.loaders import example_of, length
 from nullspace.errors import InputError, InsufficientMemoryError, PrecisionWarning
 from nullspace.model.linear import weight_shape
-from nullspace.model.sites import Site
+from nullspace.model.sites import Site, matrix_parameters
 from nullspace.moments.precision import precision_of
 from nullspace.planning.choice import advice
 from nullspace.progress import Progress
@@ -231,12 +231,14 @@ class _Bases:
         weights = {name: run.weights[name] for name in run.targets}
         position = {name: index for index, name in enumerate(run.targets)}  # one process does not see the order of all calls
         self.spaces.sort(key=lambda s: min(position[member] for member in s.site.members))
+        size = matrix_parameters(run.model)
         if job.count == 1:
-            return NullSpaces(self.spaces, weights)
+            return NullSpaces(self.spaces, weights, matrix_parameters=size)
         run.report("null spaces", len(run.targets), len(run.targets), 0)
         if self._kept is not None:
-            return NullSpaces._of_files(self.spaces, self._kept, weights)
-        return NullSpaces([replace(s, basis=job.broadcast(s.basis, self._owners[s.site])) for s in self.spaces], weights)
+            return NullSpaces._of_files(self.spaces, self._kept, weights, size)
+        spaces = [replace(s, basis=job.broadcast(s.basis, self._owners[s.site])) for s in self.spaces]
+        return NullSpaces(spaces, weights, matrix_parameters=size)
 
     def _measure(self, names: Iterable[str], precision: str | Mapping[str, str], forward: str, before: int) -> list[NullSpace]:
         """One pass over some targets.

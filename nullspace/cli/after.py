@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from nullspace.checks import FRACTION, NOT_NEGATIVE, check_device, check_real
 from nullspace.cli import console, options
 from nullspace.cli.calibrate import Calibration
+from nullspace.cli.data import Text, check_file
 from nullspace.cli.failures import Unmet
-from nullspace.cli.options import Layers, Loading, Running, Shown, Text, needed, option
+from nullspace.cli.options import Layers, Loading, Running, Shown, needed, option
 from nullspace.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ class Sources:
 
     task: Path | None = option(TASK, None)
     keep: Path | None = option(KEEP, None)
-    task_data: str | None = option("The task's data, for --task: run through the base model first.", None, options.check_file)
-    keep_data: str | None = option("Data of what must be kept, for --keep: the same.", None, options.check_file)
+    task_data: str | None = option("The task's data, for --task: run through the base model first.", None, check_file)
+    keep_data: str | None = option("Data of what must be kept, for --keep: the same.", None, check_file)
     device: str | None = option(
         "Where the base model runs on data; CUDA if there is one by default.",
         None,
@@ -232,14 +233,14 @@ def _moments(
     if sources.task is not None and sources.keep is not None:
         yield sources.task, sources.keep
         return
+    given = {name: getattr(sources, f"{name}_data") for name in made}
+    mixtures = {name: text.mixture([data]) for name, data in given.items() if data is not None}
     with temporary_folder() as folder:
         calibration = _opened(what, sources, text, of_adapter, loading, folder, progress)
-        for name in ("task", "keep"):
-            data = getattr(sources, f"{name}_data")
-            if data is not None:
-                calibration.checkpoint = folder / f"{name}.checkpoint"
-                calibration.read(data, text)
-                made[name] = calibration.covariances(folder / name, overwrite=False)
+        for name, mixture in mixtures.items():
+            calibration.checkpoint = folder / f"{name}.checkpoint"
+            calibration.read(mixture, text)
+            made[name] = calibration.covariances(folder / name, overwrite=False)
         calibration.model = None
         yield made["task"], made["keep"]
 
@@ -263,7 +264,7 @@ def _opened(
         source, targets = of_adapter["base"] or loading.over(named_base(stored)), ",".join(stored.changes.factors)
     given = {"device": sources.device, "device_map": sources.device_map, "attn": sources.attn}
     running = Running(**{**options.defaults(Running), **given})
-    layers = Layers(targets=targets, exclude=None, precision="fp64")
+    layers = Layers(**{**options.defaults(Layers), "targets": targets, "precision": "fp64"})
     calibration = Calibration(source, layers, running, folder / "checkpoint", progress)
     calibration.open(None, text.length)
     return calibration

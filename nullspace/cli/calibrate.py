@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nullspace.cli import console, options, together
+from nullspace.cli.data import ALONE, DATA, WEIGHTS, Text, described
 from nullspace.cli.interrupts import Terminated
-from nullspace.cli.options import Layers, Loading, Running, RunningForSpaces, Shown, Text, option
+from nullspace.cli.options import Layers, Loading, Running, RunningForSpaces, Shown, option
 from nullspace.errors import InputError
 from nullspace.progress import Progress
 
 if TYPE_CHECKING:
     from nullspace.artifacts.covariances import Covariances
     from nullspace.artifacts.spaces import NullSpaces
-    from nullspace.integrations.transformers import ModelSource
+    from nullspace.integrations.transformers import Mixture, ModelSource
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
@@ -32,7 +33,8 @@ def _parse_shard(text: str) -> tuple[int, int]:
 class Source:
     """Where `compute` gets its covariances from."""
 
-    data: str | None = options.DATA
+    data: list[str] | None = DATA
+    weights: str | None = WEIGHTS
     covariances: Path | None = options.COVARIANCES
     partial: bool = options.PARTIAL
 
@@ -80,14 +82,15 @@ def compute(
                 sums = Covariances.load(source.covariances, partial=source.partial)
                 spaces = NullSpaces.from_covariances(sums, rank=rank, spectrum=running.spectrum, avoid=avoided, progress=progress)
             else:
+                mixture = text.mixture(source.data or [], source.weights)
                 calibration = Calibration(loading.of(str(model)), layers, running, checkpoint, progress)
                 calibration.open(rank, text.length)
-                calibration.read(str(source.data), text)
+                calibration.read(mixture, text)
                 spaces = calibration.spaces(rank, avoided, running.spectrum)
         if not together.is_first():
             return None
         spaces.save(out, overwrite=shown.overwrite)
-        data = source.data if source.covariances is None else str(source.covariances)
+        data = described(source.data, source.weights) if source.data else str(source.covariances)
         facts = {"out": str(out), "model": model, "data": data, "seconds": time.perf_counter() - began}
         return console.show_spaces(spaces, facts, as_json=shown.as_json, quiet=shown.quiet)
 
@@ -95,7 +98,8 @@ def compute(
 def covariances(
     *,
     model: str = options.MODEL,
-    data: str = option("A file or a hub data set.", check=options.check_file),
+    data: list[str] = ALONE,
+    weights: str | None = WEIGHTS,
     out: Path = option("Directory for the second moments; must not exist yet."),
     text: Text,
     layers: LayersToKeep,
@@ -108,13 +112,14 @@ def covariances(
     with reserved(out, shown, running, calibrates=True) as checkpoint:
         part = None if layers.shard is None else _parse_shard(layers.shard)
         with console.Bars(shown.quiet) as progress:
+            mixture = text.mixture(data, weights)
             calibration = Calibration(loading.of(model), layers, running, checkpoint, progress)
             calibration.open(None, text.length)
-            calibration.read(data, text)
+            calibration.read(mixture, text)
             sums = calibration.covariances(out, keep=layers.keep, shard=part, overwrite=shown.overwrite)
         if not together.is_first():
             return None
-        facts = {"out": str(out), "model": model, "data": data, "seconds": time.perf_counter() - began}
+        facts = {"out": str(out), "model": model, "data": described(data, weights), "seconds": time.perf_counter() - began}
         return console.show_covariances(sums, facts, as_json=shown.as_json, quiet=shown.quiet)
 
 
@@ -184,13 +189,10 @@ class Calibration:
         targets, exclude = options.parse_targets(self.layers.targets), options.parse_exclude(self.layers.exclude)
         self.targets = find_targets(self.model, targets, exclude=exclude, rank=rank)
 
-    def read(self, data: str, text: Text) -> None:
+    def read(self, data: Mixture, text: Text) -> None:
         """Read the data and cut them into batches."""
-        from nullspace.integrations.transformers import PackedBatches, load_texts
-
         self.progress("data", 0, 1, 0)
-        texts = load_texts(data, field=text.field, split=text.split)
-        self.batches = PackedBatches(texts, self.tokenizer, samples=text.samples, length=text.length, batch_size=text.batch_size)
+        self.batches = text.batches(data, self.tokenizer)
         self.progress("data", 1, 1, 0)
 
     def spaces(self, rank: int, avoided: dict[str, Any] | None, spectrum: bool) -> NullSpaces:

@@ -119,8 +119,10 @@ def show_spaces(spaces: NullSpaces, facts: Mapping[str, Any], *, as_json: bool, 
 
     rows = spaces.rows()
     if not (as_json or quiet):
-        print_table([tables.cells(row) for row in rows])
-    return {**facts, "sites": rows} if as_json else None
+        print_table([tables.cells(row) for row in tables.experts_together(rows)])
+        for line in spaces.notes():
+            print_line(f"\n{line}")
+    return {**facts, "covered_share": spaces.covered_share, "sites": rows} if as_json else None
 
 
 def show_covariances(
@@ -132,9 +134,12 @@ def show_covariances(
 
     rows = covariances.rows()
     if as_json:
+        facts = {**facts, "covered_share": covariances.covered_share}
         return {**facts, "shards": [part.as_json() for part in covariances.shards], "sites": rows}
     if not quiet:
-        print_table([tables.covariance_cells(row) for row in rows])
+        print_table([tables.covariance_cells(row) for row in tables.experts_together(rows)])
+        for line in covariances.notes():
+            print_line(f"\n{line}")
         missing = what_is_missing(covariances.shards)
         if missing:
             print_line(f"\nThe sums of a part of the data: {missing} missing.")

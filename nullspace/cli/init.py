@@ -14,12 +14,12 @@ import nullspace
 from nullspace.checks import FRACTION, NOT_NEGATIVE, check_real
 from nullspace.cli import console, options, together
 from nullspace.cli.calibrate import Calibration, reserved, row_spaces
+from nullspace.cli.data import DATA, WEIGHTS, Text, described
 from nullspace.cli.options import (
     Layers,
     Loading,
     RunningForSpaces,
     Shown,
-    Text,
     check_choice,
     method_of,
     needed,
@@ -40,7 +40,8 @@ _check_not_negative = functools.partial(check_real, allowed=NOT_NEGATIVE)
 class Source:
     """What `init` starts from."""
 
-    data: str | None = options.DATA
+    data: list[str] | None = DATA
+    weights: str | None = WEIGHTS
     spaces: Path | None = option("Use these null spaces (of `nullspace compute`) instead of --data.", None)
     covariances: Path | None = options.COVARIANCES
     partial: bool = options.PARTIAL
@@ -121,8 +122,9 @@ def init(
     with reserved(out, shown, running, calibrates=source.data is not None) as checkpoint:
         inputs = _Inputs.load(source, adapter)
         with console.Bars(shown.quiet) as progress:
+            mixture = None if source.data is None else text.mixture(source.data, source.weights)
             calibration = Calibration(loading.of(model), layers, running, checkpoint, progress)
-            calibration.open(adapter.rank, None if source.data is None else text.length)
+            calibration.open(adapter.rank, None if mixture is None else text.length)
             inputs.leave_out_others(calibration.targets)
             peft.fit_config(_peft_config(calibration, adapter), calibration.model, calibration.targets)
             residual = peft.check_servable(
@@ -133,8 +135,8 @@ def init(
                 freeze_a=method.freezes_a(adapter.freeze_a),
                 offloaded=True,
             )
-            if source.data is not None:
-                calibration.read(source.data, text)
+            if mixture is not None:
+                calibration.read(mixture, text)
                 if "spaces" in method.needs:
                     inputs.spaces = calibration.spaces(adapter.rank, inputs.avoided, running.spectrum)
                 else:
@@ -146,7 +148,7 @@ def init(
                     how: dict[str, Any] = {"rank": adapter.rank, "spectrum": running.spectrum, "avoid": inputs.avoided}
                     inputs.spaces = NullSpaces.from_covariances(inputs.covariances, **how, progress=progress)
                 calibration.targets.settle(calibration.model)
-            record = _write_init(out, calibration, source, adapter, inputs, shown)
+            record = _write_init(out, calibration, _origin(source, text), adapter, inputs, shown)
         facts = {"out": str(out), **record, "model": model, "seconds": time.perf_counter() - began}
         if inputs.spaces is not None:
             document = console.show_spaces(inputs.spaces, facts, as_json=shown.as_json, quiet=shown.quiet)
@@ -217,7 +219,7 @@ class _Inputs:
 
 
 def _write_init(
-    out: Path, calibration: Calibration, source: Source, adapter: Adapter, inputs: _Inputs, shown: Shown
+    out: Path, calibration: Calibration, origin: dict[str, Any], adapter: Adapter, inputs: _Inputs, shown: Shown
 ) -> dict[str, Any]:
     """Write adapter, base and null spaces. Returns the record of how they were made."""
     from nullspace.integrations import peft
@@ -228,7 +230,7 @@ def _write_init(
     method = METHODS[adapter.method]
     record = {
         "revision": calibration.base.revision,
-        "data": source.data or (str(source.covariances) if source.covariances else None),
+        **origin,
         "rank": adapter.rank,
         "alpha": config.lora_alpha,
         "use_rslora": adapter.use_rslora,
@@ -254,6 +256,13 @@ def _write_init(
         progress=calibration.progress,
     )
     return record
+
+
+def _origin(source: Source, text: Text) -> dict[str, Any]:
+    """What the record says of the data."""
+    if source.data is None:
+        return {"data": None if source.covariances is None else str(source.covariances)}
+    return {"data": described(source.data, source.weights), **text.record()}
 
 
 def _next_steps(out: Path, calibration: Calibration, residual: str, frozen: bool) -> str:

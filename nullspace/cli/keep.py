@@ -7,25 +7,13 @@ from typing import Any
 
 from nullspace.cli import console, options
 from nullspace.cli.options import Shown, option
-from nullspace.errors import InputError
-
-
-def _parse_weights(text: str) -> list[float]:
-    """The `--weights` option of `merge`: "2,1" → [2.0, 1.0]."""
-    from nullspace.checks import check_real
-
-    try:
-        factors = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"--weights must be numbers with commas between them, not {text!r}") from None
-    return [check_real("--weights", factor) for factor in factors]
 
 
 def merge(
     *,
     runs: list[Path] = option("What `nullspace covariances` wrote, of one model.", typed=()),
     out: Path = option("Directory for the sums; must not exist yet."),
-    weights: str | None = option("A factor a run: '2,1'; 1 by default.", None, options.parsed(_parse_weights)),
+    weights: str | None = option("A factor a run: '2,1'; 1 by default.", None, options.parsed(options.parse_weights)),
     normalise: bool = option("Divide each run by its trace first: several tasks that are to count alike.", False),
     partial: bool = option("Shards may be missing: a merge on the way, to be merged with others.", False),
     keep: str = options.KEEP,
@@ -38,7 +26,7 @@ def merge(
     from nullspace.artifacts import store
 
     with store.reserved(out, overwrite=shown.overwrite):
-        factors = None if weights is None else _parse_weights(weights)
+        factors = None if weights is None else options.parse_weights(weights)
         loaded = [Covariances.load(run, partial=True) for run in runs]
         merged = Covariances.merge(loaded, weights=factors, normalise=normalise, partial=partial)
         merged.save(out, overwrite=shown.overwrite, dtype=getattr(torch, keep))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from nullspace.checks import check_device, check_integer, check_one_of, check_real
-from nullspace.errors import InputError, MissingFileError
+from nullspace.errors import InputError
 
 if TYPE_CHECKING:
     from nullspace.integrations.transformers import ModelSource
@@ -34,8 +34,6 @@ Command = Callable[..., dict[str, Any] | None]
 """A command's function. It returns the document that `--json` prints."""
 
 REQUIRED: Any = inspect.Parameter.empty
-TEXT_ENDINGS = (".txt", ".md")
-FILE_ENDINGS = (*TEXT_ENDINGS, ".jsonl", ".json", ".parquet", ".csv")
 WORDS = ("all-linear", "attention", "mlp", "experts")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -209,11 +207,13 @@ def _compile(parse: Callable[[str], str | list[str] | None]) -> Callable[[str], 
     return compiled
 
 
-def check_file(name: str, data: str) -> None:
-    """The check of --data and its like: a name that ends as a file's is one that exists."""
-    path = Path(data)
-    if path.suffix.lower() in FILE_ENDINGS and not path.is_file():
-        raise MissingFileError(f"{name}: {data} is not a file")
+def parse_weights(text: str) -> list[float]:
+    """The `--weights` options: "2,1" → [2.0, 1.0]."""
+    try:
+        factors = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--weights must be numbers with commas between them, not {text!r}") from None
+    return [check_real("--weights", factor) for factor in factors]
 
 
 # ---- conditions
@@ -229,25 +229,22 @@ def both(first: Condition, second: Condition) -> Condition:
     return lambda values: first(values) or second(values)
 
 
-def _data(values: Values) -> tuple[list[str], list[str]]:
+def data_of(values: Values) -> tuple[list[str], list[str]]:
     """The options of a command that name data, and what they name."""
     names = [name for name in ("data", "task_data", "keep_data") if name in values]
-    return [f"--{name.replace('_', '-')}" for name in names], [values[name] for name in names if values[name] is not None]
+    given = [values[name] for name in names if values[name] is not None]
+    named = [name for each in given for name in ([each] if isinstance(each, str) else each)]
+    return [f"--{name.replace('_', '-')}" for name in names], named
 
 
 def _has_data(values: Values) -> bool:
-    names, given = _data(values)
+    names, given = data_of(values)
     return bool(given) or not names  # `plan` has no --data
 
 
-def _has_kind(values: Values, others: tuple[str, ...]) -> bool:
-    """Whether some of the data are of another kind than files with these endings."""
-    return any(Path(each).suffix.lower() not in others for each in _data(values)[1])
-
-
-def _needs_data(what: str, holds: Callable[[Values], bool]) -> Condition:
+def needs_data(what: str, holds: Callable[[Values], bool]) -> Condition:
     """The condition with these words, in which {} stands for the options that name data."""
-    return lambda values: None if holds(values) else what.format(" or ".join(_data(values)[0]) or "--data")
+    return lambda values: None if holds(values) else what.format(" or ".join(data_of(values)[0]) or "--data")
 
 
 def method_of(values: Values) -> Any:
@@ -278,9 +275,7 @@ def _kept(values: Values) -> str | None:
     return "--covariances and --preserve" if "preserve" in values else "--covariances"
 
 
-_DATA = _needs_data("a run on data ({})", _has_data)
-_ROWS = _needs_data("{} with fields (JSON, CSV, Parquet, a hub data set)", lambda values: _has_kind(values, TEXT_ENDINGS))
-_HUB = _needs_data("{} that is a hub data set, not a file", lambda values: _has_kind(values, FILE_ENDINGS))
+RUN_ON_DATA = needs_data("a run on data ({})", _has_data)
 _BLOCKS = needed("a layerwise run on data (--strategy layerwise or auto)", lambda v: _has_data(v) and v["strategy"] != "resident")
 _MODEL = needed("a run with a model", lambda values: values.get("model", "") is not None)
 _SPACES = needed("null spaces that are being computed: 'lora-null' and 'b-zero', without --spaces", _computes_spaces)
@@ -290,12 +285,8 @@ _OTHER_BITS = needed("a run without --load-in-4bit", lambda values: not values["
 # ---- options of several commands
 
 MODEL = option("Hub name, folder, or .gguf file.", typed=())
-DATA = option("What must not be forgotten: a text, JSON Lines, JSON, CSV or Parquet file, or a hub data set.", None, check_file)
 COVARIANCES = option("Use what `nullspace covariances` or `merge` wrote instead of --data.", None)
 PARTIAL = option("Take covariances though shards of their data are missing.", False, needs=_kept)
-SAMPLES = option("Sequences to calibrate on.", 256, check_integer, _DATA)
-LENGTH = option("Tokens a sequence.", 1024, check_integer, _DATA)
-BATCH_SIZE = option("Sequences a batch.", 4, check_integer, _DATA)
 RANK = option("Directions a layer: the adapter's rank.", 128, check_integer)
 AVOID = option("Directory of an earlier adapter whose A the new ones are not to read; may be repeated.", None, needs=_SPACES)
 TARGETS = option(
@@ -309,13 +300,13 @@ PRECISION = option(
     "'auto', 'mixed' for float32 chains throughout, 'fp64' for float64 products, 'qr' for no products (slow).",
     "auto",
     check_choice,
-    _DATA,
+    RUN_ON_DATA,
 )
 EXPERTS = option(
     "Routed experts: a sum for 'each', one for all of a layer ('pooled'), or 'auto', by tokens, memory and time.",
     "auto",
     check_choice,
-    _DATA,
+    RUN_ON_DATA,
 )
 DTYPE = option("Of the model's weights: " + ", ".join(DTYPES) + ".", "auto", one_of(*DTYPES), _MODEL)
 PLACED = needed("a run without --device-map", lambda values: values.get("device_map") is None)
@@ -330,17 +321,6 @@ KEEP = option("float64, or float32 for half the space and 7 digits.", "float64",
 OVERWRITE = option("Replace an earlier result of ours.", False)
 JSON = option("One JSON document on standard output instead of tables.", False, typed=("--json",))
 QUIET = option("No progress bars and no tables.", False, typed=("--quiet", "-q"))
-
-
-@dataclass(frozen=True)
-class Text:
-    """How a data set is read and cut into batches."""
-
-    field: str | None = option("Field(s) that hold the text, joined if several: 'question,answer'.", None, needs=_ROWS)
-    split: str = option("Split of a hub data set.", "train", needs=_HUB)
-    samples: int = SAMPLES
-    length: int = LENGTH
-    batch_size: int = BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -388,13 +368,15 @@ class Running:
         "'resident': all layers' sums at once; 'layerwise': block by block; 'auto': what the memory asks for.",
         "auto",
         check_choice,
-        _DATA,
+        RUN_ON_DATA,
     )
     hidden_states: str = option(
         "Where a layerwise run keeps what lies between two blocks: device, host, disk, or auto.", "auto", check_choice, _BLOCKS
     )
-    fresh: bool = option("Begin anew, whatever an interrupted run left in OUT.checkpoint.", False, needs=_DATA)
-    timeout: float = option("Under torchrun: minutes that one process waits for the others.", 30.0, check_real, _DATA, least=0.05)
+    fresh: bool = option("Begin anew, whatever an interrupted run left in OUT.checkpoint.", False, needs=RUN_ON_DATA)
+    timeout: float = option(
+        "Under torchrun: minutes that one process waits for the others.", 30.0, check_real, RUN_ON_DATA, least=0.05
+    )
 
     def of_model(self) -> dict[str, Any]:
         """Keyword arguments of `load_model`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nullspace.cli import console, options
+from nullspace.cli import console, data, options
 from nullspace.cli.calibrate import check_length
 from nullspace.cli.options import Loading, needed, one_of, option, parsed
 
@@ -20,9 +20,9 @@ def _parse_size(text: str) -> int:
 class Work:
     """The calibration."""
 
-    samples: int = options.SAMPLES
-    length: int = options.LENGTH
-    batch_size: int = options.BATCH_SIZE
+    samples: int = data.SAMPLES
+    length: int = data.LENGTH
+    batch_size: int = data.BATCH_SIZE
     rank: int = options.RANK
     targets: str = options.TARGETS
     exclude: str | None = options.EXCLUDE
@@ -65,7 +65,7 @@ def plan(
     from nullspace.model.experts import fused_of
     from nullspace.model.sites import covered_share, find_targets
     from nullspace.planning.choice import fit
-    from nullspace.planning.forecast import forecast, is_pooled
+    from nullspace.planning.forecast import forecast, is_pooled, survey_of
     from nullspace.planning.plan import Workload, cells, describe
 
     empty = empty_model(loading.of(model), dtype=work.dtype, attn_implementation=work.attn)
@@ -86,21 +86,20 @@ def plan(
     )
     has_experts = bool(fused_of(targets.values()))
     workload = replace(workload, experts="pooled" if is_pooled(targets, workload, limits[0]) else "each")
-    plans = forecast(empty, workload)
+    survey = survey_of(empty, workload)
+    plans, share = forecast(empty, workload, survey=survey), covered_share(empty, survey.reached)
     chosen, lack = None, None
     try:
         chosen = fit(empty, workload, device_memory=limits[0], host_memory=limits[1], plans=plans)
     except MemoryError as error:
         lack = str(error)
     if as_json:
-        facts: dict[str, Any] = {"covered_share": covered_share(empty, targets)}
+        facts: dict[str, Any] = {"covered_share": share}
         if has_experts:
             facts["experts"] = workload.experts
         facts |= {"model": model, "device_memory": limits[0], "host_memory": limits[1], "plans": [p.as_dict() for p in plans]}
         return {**facts, "choice": chosen.as_dict() if chosen else None, "missing": lack}
-    console.print_line(
-        f"{covered_share(empty, targets):.1%} of the parameters in the model's matrices are in {len(targets)} targets."
-    )
+    console.print_line(f"Texts reach {len(survey.reached)} targets, with {share:.1%} of the parameters in the model's matrices.")
     if has_experts:
         console.print_line("Experts: " + ("one sum for all of a layer." if workload.experts == "pooled" else "a sum for each."))
     console.print_table([cells(p, fits=not p.missing(*limits)) for p in plans])

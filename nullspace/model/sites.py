@@ -210,6 +210,11 @@ def ends_with(name: str, ending: str) -> bool:
     return any(each == ending or each.endswith(f".{ending}") for each in (name, name.partition("[")[0]))
 
 
+def matrix_parameters(model: nn.Module) -> int:
+    """The number of parameters in the model's matrices, embeddings and output head aside."""
+    return sum(size for _, size in matrices(model))
+
+
 def covered_share(model: nn.Module, names: Iterable[str]) -> float:
     """The share of the parameters in the model's matrices (embeddings and output head aside) that these layers have."""
     sizes, wanted = dict(matrices(model)), set(names)

@@ -260,7 +260,8 @@ def test_rows_are_json_and_say_what_the_spaces_say() -> None:
 @pytest.mark.parametrize("spectrum", [False, True])
 def test_the_summary_is_an_aligned_table_with_a_line_a_site(spectrum: bool) -> None:
     spaces = calibrated("llama", spectrum=spectrum)
-    title, *lines = spaces.summary().splitlines()
+    title, *lines, share = spaces.summary().splitlines()
+    assert share == "100.0% of the parameters in the model's matrices (embeddings and output head aside) are in these layers."
     assert ("effective rank" in title) == spectrum
     assert len(lines) == len(spaces.sites)
     assert len({len(line) for line in (title, *lines)}) == 1

@@ -20,11 +20,12 @@ from nullspace.integrations.transformers import positions
 
 INSTALLED: Any = get_command(app)
 DECLARED = {command.__name__: {name: option for name, (_, option) in declared(command).items()} for command in COMMANDS}
-OF_DATA = {"samples", "length", "batch_size", "precision", "experts", "strategy", "hidden_states", "fresh", "timeout"}
+OF_FORM = {"skip", "shuffle", "as_chat", "template", "system"}
+OF_DATA = {*OF_FORM, "samples", "length", "batch_size", "precision", "experts", "strategy", "hidden_states", "fresh", "timeout"}
 OF_LOADING, OF_RUNNING = {"revision", "trust_remote_code"}, {"device", "device_map", "attn"}
 OF_MODEL = {"targets", "exclude", "dtype", "offload", "load_in_4bit", "load_in_8bit", *OF_RUNNING, *OF_LOADING}
 OF_ROWS, OF_HUB = {"field"}, {"split"}
-OF_TEXT = {"samples", "length", "batch_size", *OF_ROWS, *OF_HUB}
+OF_TEXT = {*OF_FORM, "samples", "length", "batch_size", *OF_ROWS, *OF_HUB}
 ALL_OF_DATA = OF_DATA | OF_ROWS | OF_HUB
 NUMBERS = {"sigma_scale", "beta", "damping", "factor_split", "preserve"}
 UNTOUCHED = {"avoid", "spectrum", "residual"}  # methods that leave the base alone, and compute no null space
@@ -51,6 +52,7 @@ SOURCES: dict[tuple[str, str], set[str]] = {
     ("compute", "--covariances c"): {*ALL_OF_DATA, *OF_MODEL},
     ("covariances", "MODEL --data a.txt"): {*OF_ROWS, *OF_HUB},
     ("covariances", "MODEL --data some/set"): set(),
+    ("covariances", "MODEL --data a.txt --data a.jsonl"): {*OF_HUB},
     ("covariances", "MODEL --data a.txt --device-map auto"): {*OF_ROWS, *OF_HUB, "device", "offload"},
     ("merge", "c d"): set(),
     ("inspect", "d"): set(),
@@ -71,6 +73,7 @@ SOURCES: dict[tuple[str, str], set[str]] = {
 }  # fmt: skip
 # What is given for an option that wants a value, where the default's own text is none that could be typed.
 VALUES = {
+    "skip": "1", "shuffle": "1", "template": "{{ messages }}", "system": "s",
     "revision": "main", "device_map": "auto", "attn": "eager",
     "device": "cpu", "field": "text", "alpha": "4", "preserve": "p", "avoid": "a", "spaces": "s", "covariances": "c", "study": "s",
     "data": "a.txt", "shard": "1/2", "weights": "1,1", "model": "m", "adapter": "x=a", "initial": "i", "base": "b", "out": "o",
@@ -141,7 +144,7 @@ def test_every_option_has_an_effect_or_is_refused(
         ran.clear()
         code = exit_code(command, *given, *option, *out)
         said = capsys.readouterr().err
-        if name in SOURCES[command, source]:
+        if name in SOURCES[command, source] or (name == "weights" and "data" in DECLARED[command] and source.count("--data") < 2):
             assert code == 2, (option, said)
             assert f"error: {flag(command, name)} belongs to " in said
             assert not ran
@@ -176,6 +179,14 @@ def test_every_option_has_an_effect_or_is_refused(
         ("plan m --weights moon", "--weights must be one of 'device', 'host', 'disk'"),
         ("init m --method banana", "--method must be one of 'lora-null', 'b-zero'"),
         ("init m --data none.jsonl", "--data: none.jsonl is not a file"),
+        ("init m --data a.txt --data none.jsonl", "--data: none.jsonl is not a file"),
+        *((f"init m --data a.txt --data b --weights {v}", "--weights must be a positive number") for v in ("1,0", "1,-1", "nan,1")),
+        ("init m --data a.txt --data b --weights half", "--weights must be numbers with commas between them, not 'half'"),
+        ("init m --data a.txt --data b --weights 1,2,3", "weights must be one a data set: 3 for 2"),
+        ("init m --data a.txt --data a.txt", "a.txt is given twice"),
+        ("init m --data a.txt --template none.jinja", "template 'none.jinja' is neither a file nor a Jinja template"),
+        ("init m --data a.txt --skip -1", "--skip must be at least 0"),
+        ("init m --data a.txt --shuffle -1", "--shuffle must be at least 0"),
         ("demo --rank 0", "--rank must be at least 1"),
     ],
 )

@@ -31,6 +31,7 @@ from nullspace.integrations.peft import lora_layers
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MIXTURE = "Qwen/Qwen3-30B-A3B"
 RUN, LOOKED_UP, SHOWN = ("python", "console"), ("sh",), ("text", "json")
 # Page → the reasons for blocks that are not run.
 NOT_RUN = {
@@ -74,12 +75,23 @@ def folder(tiny_checkpoint: Path, trained: Path, prose: list[str], tmp_path: Pat
     """A working directory with the files that pages name."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_checkpoint, HUB_NAME)
+    write_mixture(Path(MIXTURE), tiny_checkpoint)
     shutil.copytree(trained, ".", dirs_exist_ok=True)
     for file, texts in (("facts.jsonl", prose[:4]), ("more.jsonl", prose[4:8])):
         Path(file).write_text("\n".join(json.dumps({"question": "What is this?", "answer": [text]}) for text in texts))
     rows = [{"prompt": "What is this?\n", "completion": text[:64]} for text in prose[8:16]]
     Path("task.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
+
+
+def write_mixture(folder: Path, like: Path) -> None:
+    """A checkpoint of a random Qwen3-MoE with the tokenizer of another one."""
+    shutil.copytree(like, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    vocabulary = transformers.AutoConfig.from_pretrained(like).vocab_size
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 32, "head_dim": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    config = transformers.Qwen3MoeConfig(vocab_size=vocabulary, **sizes, **heads, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,10 @@ TITLES = {
 
 # What servers do with adapters of experts that are one tensor.
 EXPERTS_SERVED = (
-    "{count} of its layers are experts' matrices, in the form of PEFT's target_parameters. PEFT reads that from 0.19 on; vLLM does "
-    "where its model class has is_3d_moe_weight (GPT-OSS, Qwen3.5-MoE), elsewhere with --enable-mixed-moe-lora-format; SGLang "
-    "leaves them out with a warning, or stops with --lora-strict-loading. Compare a server's outputs with PEFT's, or merge "
-    "(merge_and_unload)."
+    "{count} of its layers are experts' matrices, in the form of PEFT's target_parameters (PEFT 0.19 and later). vLLM reads it for "
+    "GPT-OSS, Qwen3.5-MoE and Qwen3-VL-MoE, and with --enable-mixed-moe-lora-format for Qwen3-MoE and DeepSeek-V3; for Mixtral and "
+    "Gemma 4 it drops the experts without a message, and SGLang drops them with a warning. Compare a server's outputs with PEFT's, "
+    "or merge (merge_and_unload)."
 )
 
 FILTERED = {

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import ParamWrapper
 from plain_peft import PlainPeft
 from safetensors.torch import load_file
+from servers import changes_in_vllm, left_out_by_sglang
 from torch import nn
 
 from models import random_batches
@@ -111,8 +112,33 @@ def test_from_start_to_a_plain_lora_for_the_untouched_base(family: str, tmp_path
     config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2 * RANK, 2 * RANK, str(tmp_path / "model"))
     tensors = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    check_servers(tmp_path / "plain", family)
     inner, outer = (f"base_model.model.model.layers.1.mlp.experts.{part}lora_A.weight" for part in ("base_layer.", ""))
     assert (tensors[inner].shape, tensors[outer].shape) == ((4 * 2 * RANK, 32), (4 * 2 * RANK, 24))
+
+
+def check_servers(adapter: Path, family: str) -> None:
+    """What docs/peft-and-trl.md says of servers, key by key."""
+    expert = {key for key in load_file(adapter / "adapter_model.safetensors") if "mlp.experts." in key}
+    assert len(expert) == (4 if family == "deepseek_v3" else 8)
+    assert left_out_by_sglang(adapter) & expert == expert
+    factors = read_factors(adapter)
+    wanted = {part: torch.stack([b @ a for a, b in (factors[f"{name}[{e}]"] for e in range(4))]) for part, name in PARTS.items()}
+    if family == "mixtral":  # whose modules have other names there
+        assert changes_in_vllm(adapter, family, mixed=False) == changes_in_vllm(adapter, family, mixed=True) == {}
+        return
+    if family != "gpt_oss":
+        with pytest.raises(ValueError, match="one tensor for each expert"):
+            changes_in_vllm(adapter, family, mixed=False)
+    for mixed in (True, False) if family == "gpt_oss" else (True,):
+        made = changes_in_vllm(adapter, family, mixed=mixed)
+        torch.testing.assert_close(made["down"], wanted["down"], rtol=0, atol=1e-9)
+        rows = [made["gate"], made["up"]]
+        both = torch.stack(rows, dim=2).flatten(1, 2) if family == "gpt_oss" else torch.cat(rows, dim=1)
+        torch.testing.assert_close(both, wanted["gate_up"], rtol=0, atol=1e-9)
+
+
+PARTS = {"gate_up": GATE_UP, "down": DOWN}
 
 
 def keys(folder: Path) -> set[str]:
