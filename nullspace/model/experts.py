@@ -22,6 +22,8 @@ FIRST = ("gate_up_proj", "up_proj")
 LAST = "down_proj"
 """The parameter that receives the activation between."""
 
+_SAME_FORM = ("Step3p7Experts",)
+"""Classes that are not decorated, and that compute the same from the same arguments and parameters."""
 _NAME = re.compile(r"(.+)\.(\w+)\[(\d+)\]")
 
 
@@ -102,8 +104,18 @@ class ExpertMatrix(nn.Module):
 
 def is_fused(module: nn.Module) -> bool:
     """Whether a module holds routed experts in the form that transformers' `use_experts_implementation` gives them."""
-    marks = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
-    return all(hasattr(module, mark) for mark in marks) and bool(stacks_of(module))
+    return (is_decorated(module) or type(module).__name__ in _SAME_FORM) and bool(stacks_of(module))
+
+
+def is_decorated(module: nn.Module) -> bool:
+    """Whether transformers lets another function compute a module of experts (`use_experts_implementation`)."""
+    return all(hasattr(module, mark) for mark in ("has_gate", "has_bias", "is_transposed", "num_experts", "config"))
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module seems to hold experts: parameters of three axes, or by the name of its class."""
+    own = [parameter for parameter in module.parameters(recurse=False) if len(shape_of(parameter)) == 3]
+    return len(own) > 1 or "Expert" in type(module).__name__
 
 
 def is_transposed(experts: nn.Module) -> bool:

@@ -2,12 +2,14 @@
 
 transformers lets a function take the place of the forward pass of every class of fused experts (`ALL_EXPERTS_FUNCTIONS`, chosen by
 `config._experts_implementation`). The one registered here computes what transformers' `grouped_mm_experts_forward` computes, expert
-by expert, and hands over the rows that go into each parameter, sorted by expert.
+by expert, and hands over the rows that go into each parameter, sorted by expert. Modules of the few other classes that compute the
+same get it as their `forward`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 
 from nullspace.errors import InputError
-from nullspace.model.experts import LAST, is_transposed, stacks_of
+from nullspace.model.experts import LAST, is_decorated, is_transposed, stacks_of
 
 NAME = "nullspace"
 """Of the function among transformers' implementations of experts."""
@@ -62,23 +64,28 @@ def routing(modules: Mapping[str, nn.Module], receive: Receive) -> Iterator[None
     Raises:
         ValueError: naming the module, if its class takes no other implementation.
     """
-    configs: dict[int, Any] = {id(module.config): module.config for module in modules.values()}
+    configs: dict[int, Any] = {id(m.config): m.config for m in modules.values() if is_decorated(m)}
+    replaced = [m for m in modules.values() if not is_decorated(m)]
     before = {key: vars(config).get(_INTERNAL) for key, config in configs.items()}
-    if modules:
+    if configs:
         sys.modules["transformers.integrations.moe"].ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
     try:
         for key, config in configs.items():
             # Not by the property, whose setter writes to the configurations of other parts of the model too.
             vars(config)[_INTERNAL] = NAME
             if getattr(config, "_experts_implementation", None) != NAME:
-                name, module = next((name, m) for name, m in modules.items() if id(m.config) == key)
+                name, module = next((name, m) for name, m in modules.items() if id(getattr(m, "config", None)) == key)
                 raise InputError(f"{name!r} ({type(module).__name__}) takes no other implementation of experts: exclude='experts'")
+        for module in replaced:
+            module.__dict__["forward"] = functools.partial(forward, module)
         for name, module in modules.items():
             _RECEIVERS[module] = name, receive
         yield
     finally:
         for module in modules.values():
             _RECEIVERS.pop(module, None)
+        for module in replaced:
+            module.__dict__.pop("forward", None)
         for key, config in configs.items():
             vars(config)[_INTERNAL] = before[key]
 
@@ -100,7 +107,7 @@ def forward(experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor
     if receive is not None:
         receive(Routed(name, first, rows, counts, tokens, hidden_states))
     rows = _product(experts, first, rows, counts)
-    rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
+    rows = experts._apply_gate(rows) if getattr(experts, "has_gate", True) else experts.act_fn(rows)
     if receive is not None:
         receive(Routed(name, last, rows, counts, tokens, hidden_states))
     rows = _product(experts, LAST, rows, counts)
@@ -123,7 +130,10 @@ def _sorted(index: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]
 
 def _product(experts: Any, parameter: str, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """(n, d_out): each row times its expert's matrix, and its bias."""
-    stack, bias = getattr(experts, parameter), getattr(experts, BIAS.format(parameter)) if experts.has_bias else None
+    stack, bias = (
+        getattr(experts, parameter),
+        getattr(experts, BIAS.format(parameter)) if getattr(experts, "has_bias", False) else None,
+    )
     if not is_transposed(experts):
         stack = stack.mT
     if rows.device.type == "meta":  # one product is as large as all

@@ -18,7 +18,7 @@ from torch import nn
 
 from nullspace.checks import check_integer
 from nullspace.errors import InputError, InputTypeError, TargetWarning
-from nullspace.model.experts import ExpertMatrix, expert_of, is_fused, named_layers, stacks_of
+from nullspace.model.experts import ExpertMatrix, expert_of, holds_experts, is_fused, named_layers, stacks_of
 from nullspace.model.layer_names import is_attention, is_mlp
 from nullspace.model.linear import is_linear, is_of_class, output_head, weight_shape
 from nullspace.model.sharded_tensors import shape_of
@@ -121,8 +121,7 @@ class Targets(dict[str, nn.Module]):
         others = {name: size for name, size in sorted(sizes.items(), key=lambda each: -each[1]) if name not in modules}
         total = sum(sizes.values())
         if sum(others.values()) >= NOTEWORTHY * total:
-            holders = {name: type(modules[name.rpartition(".")[0]]).__name__ for name in others}
-            reasons.update({name: f"is a parameter of {holder}, not a linear layer" for name, holder in holders.items()})
+            reasons.update({name: _no_layer(modules[name.rpartition(".")[0]]) for name in others})
         if reasons:
             missed = sum(size for name, size in sizes.items() if name in reasons or name in others) / max(total, 1)
             warnings.warn(
@@ -131,6 +130,14 @@ class Targets(dict[str, nn.Module]):
                 TargetWarning,
                 stacklevel=stacklevel,
             )
+
+
+def _no_layer(holder: nn.Module) -> str:
+    """Why a parameter of a module is no target."""
+    kind = type(holder).__name__
+    if holds_experts(holder):
+        return f"is a parameter of {kind}, a class of experts whose forward pass cannot be replaced, so that they cannot be summed"
+    return f"is a parameter of {kind}, not a linear layer"
 
 
 # Matrices that are no linear layers cause a warning from this share of the parameters on.
@@ -181,7 +188,9 @@ def find_targets(
     elif isinstance(targets, str) and targets in KINDS:
         layers = {name: m for name, m in modules.items() if name and is_linear(m) and KINDS[targets](name)}
         if not layers:
-            raise InputError(f"targets={targets!r}: {type(model).__name__} has no such layer. {_names(modules)}")
+            kinds = {type(m).__name__: _no_layer(m) for m in modules.values() if holds_experts(m)} if targets == "experts" else {}
+            why = "".join(f" What it holds {reason}." for reason in kinds.values())
+            raise InputError(f"targets={targets!r}: {type(model).__name__} has no such layer.{why} {_names(modules)}")
     elif isinstance(targets, str):
         layers = _match_expression(modules, targets)
     else:

@@ -25,7 +25,7 @@ PATIENCE = 1800.0
 
 def experts_a_token(experts: nn.Module) -> int:
     """To how many experts a token is routed, by the configuration of a module of fused experts; 1 if it does not say."""
-    values = (getattr(experts.config, name, None) for name in _ROUTED)
+    values = (getattr(getattr(experts, "config", None), name, None) for name in _ROUTED)
     return next((value for value in values if isinstance(value, int) and value > 0), 1)
 
 

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import transformers
 from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
+from families import build
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
@@ -121,6 +122,22 @@ def one_iterator_each_is_enough(rank: int, count: int, folder: Path) -> None:
     model, batches = tiny("llama"), random_batches(count + 1, 2, 40)
     for strategy in STRATEGIES:
         assert_as_good(compute(model, iter(batches), strategy=strategy, precision="fp64"), model, batches, precision="fp64")
+
+
+@check(2, 3)
+def experts_are_summed_and_completed_over_all_processes(rank: int, count: int, folder: Path) -> None:
+    model = build("qwen3_moe", "Qwen3MoeForCausalLM")
+    generator = torch.Generator().manual_seed(7)
+    batches = [{"input_ids": torch.randint(5, 200, (1, 12), generator=generator)} for _ in range(count)]  # few tokens an expert
+    for options in ({"strategy": "resident"}, {"strategy": "layerwise"}, {"precision": "qr"}, {"experts": "pooled"}):
+        options = {"experts": "each", "precision": "fp64", **options}
+        totals, expected = stream(model, batches, **options), stream(model, batches, **options, job=Job.alone())
+        assert any(total.pool is not None for total in totals.values()) or options["experts"] == "pooled"
+        for site, total in totals.items():
+            assert total.tokens == expected[site].tokens
+            assert relative_error(total.completed(40).matrix(), expected[site].completed(40).matrix()) < ROUNDING
+        names = [name for names in Job().exchange([site.name for site in totals]) for name in names]
+        assert sorted(names) == sorted(site.name for site in expected)
 
 
 @check(2, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -321,3 +322,53 @@ def test_gradient_covariances_leave_experts_out(qwen: nn.Module) -> None:
     assert all(expert_of(name) is None for name in found)
     with pytest.raises(ValueError, match="is an expert's matrix"):
         gradient_covariances(qwen, data, targets=["experts.down_proj"], progress=False)
+
+
+def test_a_class_that_computes_the_same_without_being_decorated() -> None:
+    modeling = pytest.importorskip("transformers.models.step3p7.modeling_step3p7")
+    config = SimpleNamespace(num_local_experts=4, hidden_size=16, moe_intermediate_size=8, hidden_act="silu")
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = modeling.Step3p7Experts(config, swiglu_limit=0.5)
+            for parameter in self.experts.parameters():
+                nn.init.normal_(parameter)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weights, index = x[:, :4].topk(2)
+            return self.experts(x, index, weights)
+
+    torch.manual_seed(0)
+    model, data = Block().double(), [torch.randn(50, 16, dtype=torch.float64) for _ in range(2)]
+    expected: dict[int, list[torch.Tensor]] = {}
+    for x in data:
+        index = x[:, :4].topk(2).indices
+        for e in range(4):
+            expected.setdefault(e, []).append(x[(index == e).any(1)])
+    outputs: list[torch.Tensor] = []
+    with torch.no_grad():
+        before = [model(x) for x in data]
+    handle = model.register_forward_hook(lambda _, args, output: outputs.append(output))
+    found = dict(stream_covariances(model, data, experts="each", precision="fp64", progress=False))
+    handle.remove()
+    for site, covariance in found.items():
+        expert = expert_of(site.name)
+        assert expert is not None
+        if expert.parameter == "gate_up_proj":
+            rows = torch.cat(expected[expert.number])
+            assert relative(covariance.matrix(), rows.T @ rows) < 1e-12
+    assert len(found) == 8
+    assert all(relative(after, own) < 1e-12 for after, own in zip(outputs, before, strict=True))
+    assert "forward" not in vars(model.experts)
+
+
+def test_experts_that_cannot_be_summed_are_named() -> None:
+    model = model_of("llama4_text")
+    why = "is a parameter of Llama4TextExperts, a class of experts whose forward pass cannot be replaced"
+    with pytest.warns(UserWarning, match=rf"experts\.gate_up_proj' \(and 2 more like it\) {why}"):
+        spaces = compute_null_spaces(model, batches(), rank=RANK, progress=False)
+    assert spaces.covered_share == pytest.approx(covered_share(model, spaces))
+    assert "% of the parameters" in spaces.summary()
+    with pytest.raises(ValueError, match=rf"has no such layer. What it holds {why}"):
+        find_targets(model, "experts")
