@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,56 @@ def run_together(module: str, count: int, arguments: list[str], *, timeout: floa
             out.seek(0)
             outputs.append(json.loads(out.read().splitlines()[-1]))
     return outputs
+
+
+def forked(
+    module: str, function: str, arguments: Sequence[str], *, at_once: int, timeout: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`module.function(argument)` of each argument, in a process of its own that is forked from one which has imported the module.
+
+    Args:
+        module: imported once.
+        function: name of a function of it that takes a string and returns a dictionary.
+        arguments: one call each.
+        at_once: calls at the same time, of one thread each.
+        timeout: seconds a call.
+
+    Yields:
+        (argument, result), in the order in which the calls end; `{"failed": why}` if one ends its process or takes too long.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    left, running = list(reversed(arguments)), list[tuple[str, Any, Any, float]]()
+    while left or running:
+        while left and len(running) < at_once:
+            argument, (here, there) = left.pop(), context.Pipe(duplex=False)
+            process = context.Process(target=_call, args=(module, function, argument, there), daemon=True)
+            process.start()
+            there.close()
+            running.append((argument, process, here, time.monotonic() + timeout))
+        multiprocessing.connection.wait([here for _, _, here, _ in running], timeout=1.0)
+        for each in list(running):
+            argument, process, here, until = each
+            late = time.monotonic() > until
+            if not here.poll() and not late:
+                continue
+            running.remove(each)
+            try:
+                result = here.recv() if here.poll() else {"failed": f"not done in {timeout:.0f} s"}
+            except EOFError:
+                process.join()
+                result = {"failed": f"the process ended with {process.exitcode}"}
+            process.kill()
+            process.join()
+            yield argument, result
+
+
+def _call(module: str, function: str, argument: str, there: Any) -> None:
+    """In the child: nothing is printed."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+        there.send(getattr(importlib.import_module(module), function)(argument))
 
 
 def take_turns(module: str, variants: Sequence[str], rounds: int, arguments: Sequence[str]) -> list[dict[str, Any]]:
