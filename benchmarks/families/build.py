@@ -114,13 +114,23 @@ def _run(architecture: Architecture, left_out: tuple[str, ...]) -> Built:
         model = as_built(_made(architecture, copy.deepcopy(config)).to(dtype))
         try:
             with torch.no_grad():
-                model(**batches(architecture, model)[0])
+                outputs = [scores_of(model(**batch)) for batch in batches(architecture, model)]
         except Exception:
             if dtype is torch.float32:
                 raise
         else:
-            break
+            # Masks of float64 are -inf where attention computes in float32, and a padded query without keys then NaN.
+            if all(output.isfinite().all() for output in outputs):
+                break
     return Built(model, dtype)
+
+
+def scores_of(output: Any) -> torch.Tensor:
+    """Logits, or the first tensor of a model without a head."""
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, torch.Tensor):
+        return logits
+    return next(value for value in output.values() if isinstance(value, torch.Tensor) and value.dim() >= 2)
 
 
 def _made(architecture: Architecture, config: Any) -> Any:

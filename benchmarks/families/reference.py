@@ -50,6 +50,7 @@ def input_sums(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> 
 
 def _unpadded(x: torch.Tensor, masks: list[torch.Tensor]) -> torch.Tensor:
     """(rows, d): of an input that has a row for every token of a mask, those of unpadded tokens; all of another one."""
+    x = x.reshape(*(n for n in x.shape[:-1] if n != 1), x.shape[-1])
     rows = tuple(x.shape[:-1])
     for mask in masks:
         if rows in (tuple(mask.shape), (mask.numel(),)):

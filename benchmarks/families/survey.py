@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from benchmarks.families.build import Architecture, Batch, architectures, as_built, at_default_sizes, batches, build
+from benchmarks.families.build import Architecture, Batch, architectures, as_built, at_default_sizes, batches, build, scores_of
 from benchmarks.families.reference import Sums, input_sums
 from nullspace import NullSpaces, compute_null_spaces, stream_covariances
 from nullspace.errors import NullspaceError
@@ -134,16 +134,17 @@ class _Survey:
         model.train()
         for _ in range(2):
             optimizer.zero_grad()
-            scores = _scores(model(**self.loader[0]))
+            scores = scores_of(model(**self.loader[0]))
             targets = torch.arange(scores.shape[:-1].numel()) % scores.shape[-1]
             loss = nn.functional.cross_entropy(scores.flatten(0, -2), targets)
             loss.backward()
             if not loss.isfinite():
                 raise FloatingPointError(f"the loss is {float(loss)}")
-            without = [name for name, p in trained.items() if p.grad is None]
-            if without:
-                raise ArithmeticError(f"{len(without)} of {len(trained)} factors have no gradient, such as {without[0]}")
+            without = sorted({re.sub(r"\d+", "#", name) for name, p in trained.items() if p.grad is None})
+            if len(without) == len(trained):
+                raise ArithmeticError("no factor has a gradient")
             optimizer.step()
+        self.row["without_gradient"] = without
         model.eval()
         model.save_pretrained(self.folder / "trained")
         self.expected = output_of(model, self.loader[-1])
@@ -204,14 +205,7 @@ def output_of(model: Any, batch: Batch) -> torch.Tensor:
     """The scores, in eval mode."""
     model.eval()
     with torch.no_grad():
-        return _scores(model(**batch)).double()
-
-
-def _scores(output: Any) -> torch.Tensor:
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, torch.Tensor):
-        return logits
-    return next(value for value in output.values() if isinstance(value, torch.Tensor) and value.dim() >= 2)
+        return scores_of(model(**batch)).double()
 
 
 def _change(before: torch.Tensor, after: torch.Tensor) -> float:

@@ -172,6 +172,13 @@ def in_checkpoint(shell: Any, name: str, tensor: torch.Tensor) -> dict[str, torc
     return converted
 
 
+def parts_in_checkpoint(shell: Any, layers: Iterable[str]) -> set[str]:
+    """Names of the tensors that a checkpoint of transformers has in the place of these layers' weights."""
+    state = shell.state_dict()
+    weights = {f"{name}.weight": state[f"{name}.weight"] for name in layers if f"{name}.weight" in state}
+    return set(revert_weight_conversion(shell, weights))
+
+
 @contextlib.contextmanager
 def saving_here(model: nn.Module) -> Iterator[None]:
     """Context manager: `save_pretrained` writes weights in this process. In a process group, transformers has only rank 0 do so."""

@@ -12,7 +12,6 @@ from torch import nn
 
 from nullspace.errors import InputError, InputTypeError
 from nullspace.model.blocks import is_encoder_decoder
-from nullspace.model.linear import output_head
 from nullspace.model.padding import Padding, PaddingReader, Part, looks_like_mask
 from nullspace.model.sharded_tensors import device_of
 from nullspace.model.wrappers import unwrapped
@@ -112,19 +111,21 @@ def _configurations(model: nn.Module) -> list[Any]:
 
 
 def forward_options(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, Any]:
-    """Arguments that leave out work on which no site depends: the key-value cache, and the logits of all tokens but the last."""
+    """Arguments that leave out work on which no site depends: the key-value cache, and the logits of all tokens but the last.
+
+    The latter only if all targets are in the base model (BERT's layer before the output head would get the last token alone), and if
+    no part of it takes that argument too (Gemma 4's would send the last token alone through its last blocks).
+    """
     takes = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {}
     if "use_cache" in takes:
         options["use_cache"] = False
-    head = output_head(model)
+    base = getattr(model, "base_model_prefix", "")
     # With an encoder–decoder model's labels, from which it makes its decoder's inputs, it computes a loss of all logits.
-    if (
-        "logits_to_keep" in takes
-        and not is_encoder_decoder(model)
-        and head is not None
-        and all(m is not head for m in targets.values())
-    ):
+    if "logits_to_keep" in takes and not is_encoder_decoder(model) and base and all(name.startswith(f"{base}.") for name in targets):
+        inner = {type(module): module for module in model.modules() if module is not model}
+        if any("logits_to_keep" in inspect.signature(module.forward).parameters for module in inner.values()):
+            return options
         options["logits_to_keep"] = 1
     return options
 

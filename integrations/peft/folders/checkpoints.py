@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from nullspace.artifacts import identity, records
 from nullspace.errors import DamagedFileError
 from nullspace.integrations.peft.files import init_around
-from nullspace.integrations.transformers.load import ModelSource
+from nullspace.integrations.peft.shell import parts_in_checkpoint
+from nullspace.integrations.transformers.load import ModelSource, empty_model
 from nullspace.model.experts import expert_of
 
 
@@ -59,8 +60,19 @@ def what_differs(residual: Path, base: str | os.PathLike[str], *, adapted: Colle
         and not ("experts" in name.split(".") and _block_of(name) in experts)
     ]
     mine, other = _fingerprints(residual, same), _fingerprints(folder, same)
-    differences += [f"{name!r} is another one in {residual}" for name in same if not _alike(mine[name], other[name])]
-    return differences
+    others = [name for name in same if not _alike(mine[name], other[name])]
+    if others:  # adapted layers, if they have other names in the checkpoint
+        renamed = _in_checkpoint(residual, adapted)
+        others = [name for name in others if name not in renamed]
+    return differences + [f"{name!r} is another one in {residual}" for name in others]
+
+
+def _in_checkpoint(folder: Path, layers: Collection[str]) -> set[str]:
+    """What a checkpoint calls the weights of some layers of its model; empty if transformers cannot tell."""
+    try:
+        return parts_in_checkpoint(empty_model(folder), layers)
+    except Exception:  # of any type, from the model's class or from a conversion
+        return set()
 
 
 def _block_of(name: str) -> str:
