@@ -122,7 +122,12 @@ def forward_options(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str
         options["use_cache"] = False
     base = getattr(model, "base_model_prefix", "")
     # With an encoder–decoder model's labels, from which it makes its decoder's inputs, it computes a loss of all logits.
-    if "logits_to_keep" in takes and not is_encoder_decoder(model) and base and all(name.startswith(f"{base}.") for name in targets):
+    if (
+        "logits_to_keep" in takes
+        and not is_encoder_decoder(model)
+        and base
+        and all(name.startswith(f"{base}.") for name in targets)
+    ):
         inner = {type(module): module for module in model.modules() if module is not model}
         if any("logits_to_keep" in inspect.signature(module.forward).parameters for module in inner.values()):
             return options
