@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.families.records import Row
+from benchmarks.families.records import SAME_OUTPUTS, SAME_SUMS, STEPS, Row
 
-STEPS = ("resident", "layerwise", "start", "train", "reload", "export")
 TITLES = {
     "language model": "Language models",
     "encoder": "Encoders (masked language models)",
@@ -19,9 +18,10 @@ TITLES = {
 }
 INTRODUCTION = """# Families
 
-What nullspace does with each architecture of transformers. `python -m benchmarks.families --page docs/families.md` builds a tiny model of every
-class that transformers' automatic classes know, from its configuration class with random weights, and takes it from the calibration to
-an exported adapter. This page is made of [its rows](https://github.com/nullspace-lora/nullspace/blob/main/benchmarks/results/families.jsonl), which have every figure and message.
+What nullspace does with each architecture of transformers. `python -m benchmarks.families --page docs/families.md` builds a tiny model
+of every class that transformers' automatic classes know, from its configuration class with random weights, and takes it from the
+calibration to an exported adapter. This page is made of the rows in `benchmarks/results/families.jsonl`, which have every figure and
+message.
 
 {environment}
 
@@ -30,26 +30,28 @@ an exported adapter. This page is made of [its rows](https://github.com/nullspac
 | column | what it says |
 |---|---|
 | matrices | parameters in matrices at the default sizes of the configuration class, embeddings and output head aside |
-| covered | the share of them that `targets="all-linear"` gives an adapter to, of those that the data reach |
-| reached | the share that text reaches, where it is not all: other towers get no text |
-| resident, layerwise | the sums of `stream_covariances` by both strategies: against X Xᵀ of plain hooks in float64, and against each other (≤ {sums:.0e}). The batches are padded: on the right, for decoders also on the left, and not at all |
-| start | `lora-null` by `inject_adapters`, rank 4: the largest change of the scores, relative to the largest score (≤ {outputs:.0e}) |
+| covered | the share of them that `targets="all-linear"` gives an adapter, of those in modules that the data reach |
+| reached | the share in modules that the data, which are text, reach, where that is not all: other towers get no text |
+| resident | the sums of `stream_covariances`, against X Xᵀ of plain hooks in float64 (≤ {sums}) |
+| layerwise | the sums of a pass block by block, against those of resident (≤ {sums}) |
+| start | `lora-null` by `inject_adapters`, rank 4: the change of the scores, relative to the largest (≤ {outputs}) |
 | train | two steps of AdamW on A and B: the loss is finite, gradients reach the factors, the scores change |
-| reload | `save_init`, and the trained adapter loaded by plain PEFT on the saved base: the same scores |
-| export | `export_lora`, and the result loaded by plain PEFT on the untouched model: the same scores |
+| reload | `save_init`; the trained adapter, loaded by plain PEFT on the saved base: the same scores (≤ {outputs}) |
+| export | `export_lora`; its result, loaded by plain PEFT on the untouched model: the same scores (≤ {outputs}) |
 
-`✓` is within the limit. `refused` means that nullspace said before the work, by an error that names the layer or the class, that it does not do
-this: the notes below the table have the message. `wrong` and `failed` would be errors of nullspace's or of a library below it; an empty cell is a step that
-was not reached. A layer that the text does not reach, or that is no matrix product, is left out of `"all-linear"` with one warning, which names it.
+The batches have padding on the right and, for decoders, on the left; one has none. `✓` is within the limit. `refused` means that nullspace has
+said, by an error that names the layer or the class, that it does not do this; the message is below the table. `wrong` and `failed` are errors
+of nullspace or of a library below it. An empty cell is a step that was not reached. What the text does not reach, and what is no
+matrix product, is left out of `"all-linear"` with one warning that names it. Names of layers have `#` for all numbers.
 """
 
 
-def page_of(rows: Iterable[Row], sums: float = 1e-9, outputs: float = 3e-5) -> str:
+def page_of(rows: Iterable[Row]) -> str:
     """Markdown: an introduction, a table for each kind with its notes, and the classes that could not be built."""
     rows = list(rows)
     built = [row for row in rows if row.get("built")]
     parts = [
-        INTRODUCTION.format(environment=_environment(rows), sums=sums, outputs=outputs),
+        INTRODUCTION.format(environment=_environment(rows), sums=_limit(SAME_SUMS), outputs=_limit(SAME_OUTPUTS)),
         _summary(built),
     ]
     for kind, title in TITLES.items():
@@ -58,6 +60,11 @@ def page_of(rows: Iterable[Row], sums: float = 1e-9, outputs: float = 3e-5) -> s
             parts.append(_section(title, own))
     parts.append(_unbuilt([row for row in rows if not row.get("built")]))
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _limit(value: float) -> str:
+    digits, power = f"{value:.0e}".split("e")
+    return f"{digits} · 10^{int(power)}" if digits != "1" else f"10^{int(power)}"
 
 
 def _environment(rows: Sequence[Row]) -> str:

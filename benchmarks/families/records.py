@@ -9,6 +9,11 @@ from typing import Any
 
 Row = dict[str, Any]
 
+STEPS = ("resident", "layerwise", "start", "train", "reload", "export")
+# Largest relative difference: of sums of products in float64; of outputs, in float32.
+SAME_SUMS = 1e-9
+SAME_OUTPUTS = 3e-5
+
 
 def read(path: Path) -> list[Row]:
     """The rows, in the file's order."""

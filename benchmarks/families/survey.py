@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import tempfile
 import time
@@ -16,6 +15,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from benchmarks.families.build import Architecture, Batch, architectures, as_built, at_default_sizes, batches, build, scores_of
+from benchmarks.families.records import SAME_OUTPUTS, SAME_SUMS
 from benchmarks.families.reference import Sums, input_sums
 from nullspace import NullSpaces, compute_null_spaces, stream_covariances
 from nullspace.errors import NullspaceError
@@ -23,10 +23,6 @@ from nullspace.integrations.peft import attach_subtracted, export_lora, inject_a
 from nullspace.model.sites import matrices
 
 RANK = 4
-STEPS = ("resident", "layerwise", "start", "train", "reload", "export")
-# Largest relative difference: of sums of float64 products; of outputs, in float32.
-SAME_SUMS = 1e-9
-SAME_OUTPUTS = 3e-5
 
 
 def survey(name: str) -> dict[str, Any]:
@@ -103,22 +99,17 @@ class _Survey:
     def _sums(self, strategy: str) -> Sums:
         torch.manual_seed(3)
         sums: Sums = {}
-        stream = stream_covariances(
-            self.model, self.loader, strategy=strategy, precision="fp64", progress=False, **self._experts(stream_covariances)
-        )
+        stream = stream_covariances(self.model, self.loader, strategy=strategy, precision="fp64", progress=False, experts="each")
         for site, covariance in stream:
             sums.update(dict.fromkeys(site.members, covariance.matrix()))
         return sums
-
-    def _experts(self, function: Callable[..., Any]) -> dict[str, str]:
-        return {"experts": "each"} if "experts" in inspect.signature(function).parameters else {}
 
     def _start(self) -> float:
         before = output_of(self.model, self.loader[-1])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             spaces: NullSpaces = compute_null_spaces(
-                self.model, self.loader, rank=RANK, strategy="resident", progress=False, **self._experts(compute_null_spaces)
+                self.model, self.loader, rank=RANK, strategy="resident", experts="each", progress=False
             )
         self.row["warnings"] = sorted({described(Warning(str(each.message)), 600).removeprefix("Warning: ") for each in caught})
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK)
@@ -134,7 +125,7 @@ class _Survey:
         model.train()
         for _ in range(2):
             optimizer.zero_grad()
-            scores = scores_of(model(**self.loader[0]))
+            scores = scores_of(model(**self.loader[-1]))
             targets = torch.arange(scores.shape[:-1].numel()) % scores.shape[-1]
             loss = nn.functional.cross_entropy(scores.flatten(0, -2), targets)
             loss.backward()
@@ -177,12 +168,13 @@ def shares(architecture: Architecture, model: nn.Module, covered: set[str], call
     reached = {re.sub(r"\d+", "#", name) for name in called}
     try:
         real = at_default_sizes(architecture)
+        sizes = {name: size for name, size in matrices(real) if isinstance(size, int)}
     except Exception:  # some default sizes are no model
-        real = model
+        real, sizes = model, dict(matrices(model))
     modules = dict(real.named_modules())
     total = known = served = 0
     left: dict[str, int] = {}
-    for name, size in matrices(real):
+    for name, size in sizes.items():
         pattern = re.sub(r"\d+", "#", name)
         owner = re.sub(r"\d+", "#", name if name in modules else name.rpartition(".")[0])
         total += size
