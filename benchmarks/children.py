@@ -70,14 +70,12 @@ def run_together(module: str, count: int, arguments: list[str], *, timeout: floa
     return outputs
 
 
-def forked(
-    module: str, function: str, arguments: Sequence[str], *, at_once: int, timeout: float
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`module.function(argument)` of each argument, in a process of its own that is forked from one which has imported the module.
+def forked(module: str, function: str, arguments: Sequence[Any], *, at_once: int, timeout: float) -> Iterator[tuple[Any, Any]]:
+    """`module.function(argument)` of each argument, in a process of its own, forked from one that has imported the module.
 
     Args:
         module: imported once.
-        function: name of a function of it that takes a string and returns a dictionary.
+        function: name of a function of it that takes one argument; its result is pickled.
         arguments: one call each.
         at_once: calls at the same time, of one thread each.
         timeout: seconds a call.
@@ -87,7 +85,7 @@ def forked(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
-    left, running = list(reversed(arguments)), list[tuple[str, Any, Any, float]]()
+    left, running = list(reversed(arguments)), list[tuple[Any, Any, Any, float]]()
     while left or running:
         while left and len(running) < at_once:
             argument, (here, there) = left.pop(), context.Pipe(duplex=False)
@@ -103,7 +101,7 @@ def forked(
                 continue
             running.remove(each)
             try:
-                result = here.recv() if here.poll() else {"failed": f"not done in {timeout:.0f} s"}
+                result = here.recv() if here.poll() else {"failed": f"not done in {timeout:g} s"}
             except EOFError:
                 process.join()
                 result = {"failed": f"the process ended with {process.exitcode}"}
@@ -112,7 +110,7 @@ def forked(
             yield argument, result
 
 
-def _call(module: str, function: str, argument: str, there: Any) -> None:
+def _call(module: str, function: str, argument: Any, there: Any) -> None:
     """In the child: nothing is printed."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)

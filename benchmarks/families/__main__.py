@@ -23,16 +23,16 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=2, help="architectures at the same time, one thread each")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds an architecture")
     given = parser.parse_args()
-    rows = {row["class"]: row for row in read(given.out)} if given.out.exists() else {}
+    rows = {row["class"]: row for row in read(given.out)[1]} if given.out.exists() else {}
     names = [name for name in chosen(given.only) if given.again or name not in rows]
     made_by = environment()
     os.environ["OMP_NUM_THREADS"] = "1"
     for name, row in forked("benchmarks.families.survey", "survey", names, at_once=given.at_once, timeout=given.limit):
-        rows[name] = {"class": name, **row, "environment": made_by}
-        write(given.out, (rows[known] for known in architectures() if known in rows))
+        rows[name] = {"class": name, **row, "commit": made_by["commit"]}
+        write(given.out, made_by, (rows[known] for known in architectures() if known in rows))
         print(f"{name}: {in_short(row)}", flush=True)
     if given.page is not None:
-        given.page.write_text(page_of(read(given.out)), encoding="utf-8")
+        given.page.write_text(page_of(*read(given.out)), encoding="utf-8")
 
 
 def chosen(only: Collection[str]) -> list[str]:

@@ -27,6 +27,8 @@ MORE: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "fun_asr_nano_adaptor": {"intermediate_size": 16},
     "glm5_next_text": {"num_key_value_heads": 4},
+    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_unified_text": {"global_head_dim": 16},
     "glm4v_text": {"rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0}},
     "glm46v_text": {"rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0}},
     "glm_ocr_text": {"rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0}},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.families.records import SAME_OUTPUTS, SAME_SUMS, STEPS, Row
@@ -18,10 +18,10 @@ TITLES = {
 }
 INTRODUCTION = """# Families
 
-What nullspace does with each architecture of transformers. `python -m benchmarks.families --page docs/families.md` builds a tiny model
-of every class that transformers' automatic classes know, from its configuration class with random weights, and takes it from the
-calibration to an exported adapter. This page is made of the rows in `benchmarks/results/families.jsonl`, which have every figure and
-message.
+What nullspace does with each architecture of transformers. `python -m benchmarks.families --page docs/families.md` builds a tiny
+model of every class that transformers' automatic classes know, from its configuration class with random weights, and takes it from
+the calibration to an exported adapter. This page is made of the rows in `benchmarks/results/families.jsonl`, which have every figure
+and message.
 
 {environment}
 
@@ -46,12 +46,11 @@ matrix product, is left out of `"all-linear"` with one warning that names it. Na
 """
 
 
-def page_of(rows: Iterable[Row]) -> str:
+def page_of(environment: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Markdown: an introduction, a table for each kind with its notes, and the classes that could not be built."""
-    rows = list(rows)
     built = [row for row in rows if row.get("built")]
     parts = [
-        INTRODUCTION.format(environment=_environment(rows), sums=_limit(SAME_SUMS), outputs=_limit(SAME_OUTPUTS)),
+        INTRODUCTION.format(environment=_environment(environment, rows), sums=_limit(SAME_SUMS), outputs=_limit(SAME_OUTPUTS)),
         _summary(built),
     ]
     for kind, title in TITLES.items():
@@ -64,18 +63,18 @@ def page_of(rows: Iterable[Row]) -> str:
 
 def _limit(value: float) -> str:
     digits, power = f"{value:.0e}".split("e")
-    return f"{digits} · 10^{int(power)}" if digits != "1" else f"10^{int(power)}"
+    raised = f"10{str(int(power)).translate(SUPERSCRIPTS)}"
+    return raised if digits == "1" else f"{digits} · {raised}"
 
 
-def _environment(rows: Sequence[Row]) -> str:
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _environment(environment: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Versions and machine, in a sentence."""
-    known = [row["environment"] for row in rows if "environment" in row]
-    if not known:
-        return ""
-    versions = known[-1]["versions"]
-    named = ", ".join(f"{name} {versions[name]}" for name in ("transformers", "peft", "torch"))
-    commits = sorted({each["commit"][:7] for each in known})
-    return f"{named}; {known[-1]['cpu']}, {known[-1]['cores']} cores; nullspace at {', '.join(commits)}."
+    named = ", ".join(f"{name} {environment['versions'][name]}" for name in ("transformers", "peft", "torch"))
+    commits = ", ".join(sorted({row["commit"][:7] for row in rows}))
+    return f"{named}; {environment['cpu']}, {environment['cores']} cores; nullspace at {commits}."
 
 
 def _summary(built: Sequence[Row]) -> str:

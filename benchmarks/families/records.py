@@ -1,4 +1,4 @@
-"""The file of results: JSON Lines, a row an architecture, with the environment that made it."""
+"""The file of results: JSON Lines, the environment first, then a row an architecture with the commit that made it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ SAME_SUMS = 1e-9
 SAME_OUTPUTS = 3e-5
 
 
-def read(path: Path) -> list[Row]:
-    """The rows, in the file's order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """The environment of the last run, and the rows in the file's order."""
+    first, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return first["environment"], rows
 
 
-def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """All rows, whole or not at all."""
+def write(path: Path, environment: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Everything, whole or not at all."""
     part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = [{"environment": environment}, *rows]
+    part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     part.replace(path)
