@@ -20,8 +20,8 @@ INTRODUCTION = """# Families
 
 What nullspace does with each architecture of transformers. `python -m benchmarks.families --page docs/families.md` builds a tiny
 model of every class that transformers' automatic classes know, from its configuration class with random weights, and takes it from
-the calibration to an exported adapter. This page is made of the rows in `benchmarks/results/families.jsonl`, which have every figure
-and message.
+the calibration to an exported adapter. This page is made of the rows in `benchmarks/results/families.jsonl`, which have every
+figure and message.
 
 {environment}
 
