@@ -39,10 +39,11 @@ figure and message.
 | reload | `save_init`; the trained adapter, loaded by plain PEFT on the saved base: the same scores (≤ {outputs}) |
 | export | `export_lora`; its result, loaded by plain PEFT on the untouched model: the same scores (≤ {outputs}) |
 
-The batches have padding on the right and, for decoders, on the left; one has none. `✓` is within the limit. `refused` means that nullspace has
-said, by an error that names the layer or the class, that it does not do this; the message is below the table. `wrong` and `failed` are errors
-of nullspace or of a library below it. An empty cell is a step that was not reached. What the text does not reach, and what is no
-matrix product, is left out of `"all-linear"` with one warning that names it. Names of layers have `#` for all numbers.
+The batches have padding on the right and, for decoders, on the left; one has none. `✓` is within the limit. `refused` means that
+nullspace has said, by an error that names the layer or the class, that it does not do this; the message is below the table. `wrong`
+and `failed` are errors of nullspace or of a library below it. An empty cell is a step that was not reached. What the text does not
+reach, and what is no matrix product, is left out of `"all-linear"` with one warning that names it. Names of layers have `#` for all
+numbers.
 """
 
 

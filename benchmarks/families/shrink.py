@@ -116,7 +116,7 @@ def shrunk(
     given: dict[str, Any] = {}
     special = iter(range(VOCABULARY - 1, TEXT_TOKENS.stop, -1))
     for name, value in vars(plain).items():
-        if name.startswith("_") or name in left_out and name not in more:
+        if name.startswith("_") or (name in left_out and name not in more):
             continue
         if re.fullmatch(KEY_VALUE_HEADS, name) and isinstance(value, int):
             given[name] = HEADS if value in (getattr(plain, heads, None) for heads in ALL_HEADS) else HEADS // 2

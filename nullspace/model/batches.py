@@ -113,8 +113,8 @@ def _configurations(model: nn.Module) -> list[Any]:
 def forward_options(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, Any]:
     """Arguments that leave out work on which no site depends: the key-value cache, and the logits of all tokens but the last.
 
-    The latter only if all targets are in the base model (BERT's layer before the output head would get the last token alone), and if
-    no part of it takes that argument too (Gemma 4's would send the last token alone through its last blocks).
+    The latter only if all targets are in the base model (BERT's layer before the output head would get the last token alone), and
+    if no part of it takes that argument too (Gemma 4's would send the last token alone through its last blocks).
     """
     takes = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {}

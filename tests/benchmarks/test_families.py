@@ -18,7 +18,6 @@ from benchmarks.families.page import page_of
 from benchmarks.families.records import STEPS, read, write
 from benchmarks.families.shrink import shrunk, size_of
 from benchmarks.families.survey import step, survey
-
 from nullspace.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,6 @@ from torch import nn
 
 pytest.importorskip("benchmarks.families", reason="needs the repository's root on the path: python -m pytest")
 from benchmarks.families.build import architectures, build
-
 from nullspace import stream_covariances
 from nullspace.model.batches import evaluating
 from nullspace.model.linear import is_linear
