@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from nullspace.errors import InputError, InputTypeError
+from nullspace.errors import DataWarning, InputError, InputTypeError
 from nullspace.model.blocks import is_encoder_decoder
 from nullspace.model.padding import Padding, PaddingReader, Part, looks_like_mask
 from nullspace.model.sharded_tensors import device_of
@@ -47,15 +48,18 @@ def calls(model: nn.Module, share: Share, device: torch.device | None = None, *,
 
     Raises:
         TypeError: for a batch that is none of these.
-        ValueError: for a tuple that holds a mask which the model's `forward` does not name; at the end, if there were fewer
-            batches than the loader announced.
+        ValueError: for a tuple that holds a mask which the model's `forward` does not name; for sequences under names of TRL's
+            preferences; at the end, if there were fewer batches than the loader announced.
 
     Warns:
-        UserWarning: once, for tokens that look like padding and are counted, and for padding that moves the tokens behind it.
+        UserWarning: once, for tokens that look like padding and are counted, for padding that moves the tokens behind it, and for
+            pairs of preferences, whose rejected answers are counted.
     """
-    reader = PaddingReader(model)
+    reader, pairs = PaddingReader(model), False
     for number, batch in share:
         named, by_name = _named(batch, number, model)
+        if by_name:
+            pairs = _check_preferences(named, number, model, warned=pairs)
         padding = reader.read(number, named)
         args, kwargs = _arguments(named, by_name, device or input_device(model), model, labels)
         if by_name:
@@ -163,7 +167,9 @@ def _named(batch: Any, number: int, model: nn.Module) -> tuple[dict[str, Any], b
         return {str(key): value for key, value in batch.items()}, True
     values = (batch,) if isinstance(batch, torch.Tensor) else batch
     if not isinstance(values, (tuple, list)) or not values or not all(isinstance(value, torch.Tensor) for value in values):
-        raise InputTypeError(f"batch {number} is {type(batch).__name__}; expected a mapping, a tensor or a tuple of tensors")
+        rows = isinstance(values, (tuple, list)) and values and isinstance(values[0], Mapping)
+        what = ". Rows become batches by PackedBatches(load_texts(rows), tokenizer)" if rows else ""
+        raise InputTypeError(f"batch {number} is {type(batch).__name__}; expected a mapping, a tensor or a tuple of tensors{what}")
     names, own = parameter_names(model, len(values))
     if len(names) < len(values):
         if any(looks_like_mask(value, values[0]) for value in values[max(1, len(names)) :]):
@@ -173,6 +179,31 @@ def _named(batch: Any, number: int, model: nn.Module) -> tuple[dict[str, Any], b
             )
         names += [f"argument {index}" for index in range(len(names), len(values))]
     return dict(zip(names, values, strict=False)), own and "attention_mask" in names and isinstance(batch, (tuple, list))
+
+
+def _check_preferences(named: Mapping[str, Any], number: int, model: nn.Module, *, warned: bool) -> bool:
+    """Whether a batch, or one before, is of pairs of preferences (TRL's DPO, KTO), about which there is a warning.
+
+    Raises:
+        ValueError: if its sequences have names such as `chosen_input_ids`, which the model does not take.
+    """
+    takes = inspect.signature(model.forward).parameters
+    others = [name for name in named if name.endswith("_input_ids") and name not in takes]
+    if others and "input_ids" in takes and not {"input_ids", "inputs_embeds"} & named.keys():
+        raise InputError(
+            f"batch {number} has no 'input_ids', but {', '.join(map(repr, others))}: give mappings of what the model takes "
+            f"({{'input_ids': batch[{others[0]!r}], 'attention_mask': …}}), or the data themselves: "
+            "PackedBatches(load_texts(rows), tokenizer) takes the chosen side"
+        )
+    if warned or "completion_mask" not in named or "labels" in named:
+        return warned
+    warnings.warn(
+        f"batch {number} has a 'completion_mask' and no labels, as TRL's batches of preferences have: rejected answers are counted "
+        "like chosen ones. PackedBatches(load_texts(rows), tokenizer) takes the chosen side of pairs alone",
+        DataWarning,
+        stacklevel=2,
+    )
+    return True
 
 
 def parameter_names(model: nn.Module, count: int) -> tuple[list[str], bool]:

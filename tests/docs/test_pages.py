@@ -75,10 +75,15 @@ def folder(tiny_checkpoint: Path, trained: Path, prose: list[str], tmp_path: Pat
     """A working directory with the files that pages name."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_checkpoint, HUB_NAME)
+    Path(HUB_NAME, "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    )
     write_mixture(Path(MIXTURE), tiny_checkpoint)
     shutil.copytree(trained, ".", dirs_exist_ok=True)
     for file, texts in (("facts.jsonl", prose[:4]), ("more.jsonl", prose[4:8])):
         Path(file).write_text("\n".join(json.dumps({"question": "What is this?", "answer": [text]}) for text in texts))
+    chats = [[{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": text}] for text in prose[:4]]
+    Path("chat.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
     rows = [{"prompt": "What is this?\n", "completion": text[:64]} for text in prose[8:16]]
     Path("task.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path

@@ -13,8 +13,9 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from nullspace import compute_covariances
 from nullspace.integrations.transformers import Conversation, Mixture, PackedBatches, TokenIds, load_texts
 
 USER, ASSISTANT = {"role": "user", "content": "What is é + 2?"}, {"role": "assistant", "content": "It is\n4."}
@@ -135,6 +136,38 @@ def test_the_tokens_are_those_that_trl_trains_on(tiny_checkpoint: Path, tokenize
         prepared = [ids for row in trainer.train_dataset for ids in row["input_ids"]]
         assert stream(load_texts(rows), tokenizer) == prepared
         assert stream(load_texts(trainer.train_dataset), tokenizer) == prepared  # input_ids
+
+
+def small(place: Path) -> Any:
+    """A model in a folder, of which TRL loads its reference."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=300, **sizes)).save_pretrained(place)
+    return transformers.AutoModelForCausalLM.from_pretrained(place)
+
+
+def counted(model: Any, loader: Any, out: Path) -> int:
+    sums = compute_covariances(model, loader, out, targets=["q_proj"], progress=False)
+    return next(iter(sums.values())).tokens
+
+
+def test_loaders_of_trl(tmp_path: Path) -> None:
+    model, tokenizer = small(tmp_path / "base"), make_tokenizer()
+    how: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "bf16": False}
+    chats = datasets.Dataset.from_list([{"messages": TURNS}, {"messages": [SYSTEM, *TURNS]}])
+    tokens = sum(len(by_hand(tokenizer, row)) for row in (TURNS, [SYSTEM, *TURNS]))
+    for number, packing in enumerate(({}, {"packing": True, "max_length": 64}, {"packing": True, "packing_strategy": "wrapped"})):
+        trainer = SFTTrainer(model, SFTConfig(**how, **packing), train_dataset=chats, processing_class=tokenizer)
+        assert counted(model, trainer.get_train_dataloader(), tmp_path / f"sft{number}") == tokens
+    rows = [{"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "No."}]}]
+    dpo = DPOTrainer(model, args=DPOConfig(**how), train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    with pytest.warns(UserWarning, match="batch 1 has a 'completion_mask' and no labels.*rejected answers are counted") as warned:
+        assert counted(model, dpo.get_train_dataloader(), tmp_path / "dpo") > len(by_hand(tokenizer, TURNS))
+    assert sum("completion_mask" in str(each.message) for each in warned) == 1
+    batch = {"prompt_input_ids": torch.ones(1, 4).long(), "chosen_input_ids": torch.ones(1, 4).long()}
+    with pytest.raises(ValueError, match="batch 1 has no 'input_ids', but 'prompt_input_ids', 'chosen_input_ids': give mappings"):
+        counted(model, [batch], tmp_path / "old")
+    with pytest.raises(TypeError, match=r"batch 1 is list; expected a mapping.*Rows become batches by PackedBatches"):
+        counted(model, [rows], tmp_path / "rows")
 
 
 def test_a_real_template_and_real_rows(smollm2: Path, shared_data: Path) -> None:
