@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
 from nullspace.artifacts import identity
@@ -25,6 +24,7 @@ from nullspace.integrations.peft.shell import on_disk, plan_base, without_weight
 from nullspace.methods import METHODS, Sources, check_rank
 from nullspace.model.experts import ExpertMatrix
 from nullspace.model.linear import is_conv1d, is_linear, weight_of, weight_shape
+from nullspace.model.quantised import dequantised, is_dequantisable
 from nullspace.model.sharded_tensors import is_sharded, shape_of
 from nullspace.model.weights import restore_layout, tensor_of
 
@@ -117,24 +117,20 @@ def held_weight(layer: nn.Module) -> torch.Tensor:
 
 
 def is_readable(layer: nn.Module, offloaded: bool) -> bool:
-    """Whether a weight's values can be read: plain ones, those of bitsandbytes, and with `offloaded` what accelerate keeps."""
+    """Whether a weight's values can be read: plain ones, quantised ones that `dequantised` serves, and with `offloaded` what
+    accelerate keeps."""
     weight = held_weight(layer)
-    if _is_bitsandbytes(layer) or (offloaded and weight.device.type == "meta"):
+    if _has_values(layer) and weight.dtype in RESIDUAL_DTYPES:
         return True
-    return _has_values(layer) and weight.dtype in RESIDUAL_DTYPES
+    return (offloaded and weight.device.type == "meta") or is_dequantisable(layer, weight)
 
 
 def _has_values(layer: nn.Module) -> bool:
     """Whether a weight's values are in memory, or can be gathered."""
     weight = held_weight(layer)
-    if is_sharded(weight):  # quantised ones are packed
-        packed = not isinstance(layer, ExpertMatrix) and sorted(shape_of(weight)) != sorted(weight_shape(layer))
-        return weight.is_floating_point() and not packed
-    return identity.fingerprint(weight) is not None
-
-
-def _is_bitsandbytes(layer: nn.Module) -> bool:
-    return type(held_weight(layer)).__name__ in ("Params4bit", "Int8Params")
+    if not isinstance(layer, ExpertMatrix) and sorted(shape_of(weight)) != sorted(weight_shape(layer)):  # packed
+        return False
+    return weight.is_floating_point() if is_sharded(weight) else identity.fingerprint(weight) is not None
 
 
 def _described(layer: nn.Module) -> str:
@@ -152,11 +148,8 @@ def stored_weight(layer: nn.Module) -> torch.Tensor:
     It is read from where accelerate keeps it. Collective if it is sharded: it is gathered.
     """
     restore_layout(layer)
-    weight: Any = held_weight(layer)
-    # Not `dequantize_module_weight`, which puts a copy of an 8-bit weight on a CPU into the layer and loses the scales.
-    if _is_bitsandbytes(layer):
-        return dequantize_bnb_weight(weight, state=getattr(layer, "state", None)).detach()
-    return tensor_of(layer, "weight")
+    weight = held_weight(layer)
+    return dequantised(layer, weight) if is_dequantisable(layer, weight) else tensor_of(layer, "weight")
 
 
 def computed_weight(name: str, layer: nn.Module) -> torch.Tensor:

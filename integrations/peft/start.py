@@ -92,12 +92,17 @@ def residual_of(name: str, layer: Any, stored: torch.Tensor, adapter: str, a: to
         rest = weight.addmm_(b.to(weight), a.to(weight), alpha=-layer.scaling[adapter]).to(stored.dtype)
         if not bool(rest.isfinite().all()):
             raise InputError(f"W₀ − s·BA is beyond the range of {stored.dtype}: load the model in another dtype")
-        return rest.T if layer.fan_in_fan_out else rest
+        return rest.T if _is_transposed(layer) else rest
 
 
 def _exact(layer: Any, stored: torch.Tensor) -> torch.Tensor:
     """(d_out, d_in) float64, a copy."""
-    return (stored.T if layer.fan_in_fan_out else stored).to(torch.float64, copy=True)
+    return (stored.T if _is_transposed(layer) else stored).to(torch.float64, copy=True)
+
+
+def _is_transposed(layer: Any) -> bool:
+    """Whether a LoRA layer's base stores its weight as (d_in, d_out). PEFT's layers of GPTQ and AWQ do not say."""
+    return bool(getattr(layer, "fan_in_fan_out", False))
 
 
 @contextlib.contextmanager

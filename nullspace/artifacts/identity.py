@@ -95,17 +95,17 @@ class Fingerprints:
                 value = own if is_sharded(own) else tensor_of(module, key)
                 digest.update(f"{name}.{key} {tuple(shape_of(value))} {value.dtype}".encode())
                 sample = self._of(own, value)
-                packed = not value.is_floating_point() or hasattr(value, "quant_state")  # bitsandbytes, which may pack into floats
-                if sample is None and packed and value.device.type != "meta":
-                    sample = some_entries(value).cpu().view(torch.uint8)
-                if sample is not None:
-                    digest.update(sample.numpy().tobytes())
+                samples = _codes(value) if sample is None else [sample]
+                for each in samples:
+                    digest.update(each.numpy().tobytes())
         return _short(digest)
 
     def _of_layer(self, module: nn.Module) -> torch.Tensor | None:
         if isinstance(module, ExpertMatrix):
             return self._of_expert(module)
         own = weight_of(module)
+        if own is not getattr(module, "weight", None):  # packed under another name
+            return None
         if id(own) in self._taken:
             return self._taken[id(own)][1]
         try:
@@ -131,6 +131,15 @@ class Fingerprints:
         if id(own) not in self._taken:
             self._taken[id(own)] = own, fingerprint(value)
         return self._taken[id(own)][1]
+
+
+def _codes(value: torch.Tensor) -> list[torch.Tensor]:
+    """Some bytes of a quantised tensor, of each of the tensors that it consists of; of integers too."""
+    if is_sharded(value) or value.device.type == "meta":
+        return []
+    if hasattr(value, "__tensor_flatten__"):
+        return [sample for name in value.__tensor_flatten__()[0] for sample in _codes(getattr(value, name))]
+    return [some_entries(value).cpu().reshape(-1).view(torch.uint8)]
 
 
 def weights_of(modules: Mapping[str, nn.Module]) -> Weights:

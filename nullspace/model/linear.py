@@ -1,4 +1,5 @@
-"""Linear layers of torch and transformers, experts' matrices too: their weights and shapes, and whether their output is W x + b."""
+"""Linear layers of torch, transformers and quantisation libraries, experts' matrices too: weights, shapes, and whether they return
+W x + b."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ import torch
 from torch import nn
 
 from nullspace.model.experts import ExpertMatrix
+from nullspace.model.quantised import is_quantised_layer, quantised_shape
 from nullspace.model.sharded_tensors import is_sharded, shape_of
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module computes y = W x (+ b): `nn.Linear`, transformers' `Conv1D` or a subclass, or is one expert's matrix."""
-    return isinstance(module, (nn.Linear, ExpertMatrix)) or is_conv1d(module)
+    """Whether the module computes y = W x (+ b): `nn.Linear`, transformers' `Conv1D` or a subclass, a quantisation library's layer
+    (`nullspace.model.quantised`), or one expert's matrix."""
+    return isinstance(module, (nn.Linear, ExpertMatrix)) or is_conv1d(module) or is_quantised_layer(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -30,6 +33,8 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a linear layer, whatever the layout of its storage (quantised layers included)."""
     if isinstance(module, (nn.Linear, ExpertMatrix)):
         return module.out_features, module.in_features
+    if is_quantised_layer(module):
+        return quantised_shape(module)
     d_in, d_out = shape_of(weight_of(module))
     return d_out, d_in
 
@@ -37,11 +42,15 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 def weight_of(module: nn.Module) -> torch.Tensor:
     """The weight as the layer stores it: (d_out, d_in), or (d_in, d_out) for `Conv1D`; packed if it is quantised.
 
-    Of an expert's matrix, a new view of the experts' parameter, (d_out, d_in).
+    Of an expert's matrix, a new view of the experts' parameter, (d_out, d_in). Of a layer that packs its weight under another name,
+    the largest of its tensors.
     """
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and not is_quantised_layer(module):
+        return weight
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    assert own, f"{type(module).__name__} holds no tensor"
+    return max(own, key=lambda t: t.nbytes)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -20,7 +20,8 @@ from nullspace.checks import check_integer
 from nullspace.errors import InputError, InputTypeError, TargetWarning
 from nullspace.model.experts import ExpertMatrix, expert_of, holds_experts, is_fused, named_layers, stacks_of
 from nullspace.model.layer_names import is_attention, is_mlp
-from nullspace.model.linear import is_linear, is_of_class, output_head, weight_shape
+from nullspace.model.linear import is_linear, is_of_class, output_head, weight_of, weight_shape
+from nullspace.model.quantised import packed_experts
 from nullspace.model.sharded_tensors import shape_of
 from nullspace.model.wrappers import unwrap
 
@@ -151,7 +152,7 @@ def find_targets(
     exclude: str | Iterable[str] | None = None,
     rank: int | None = None,
 ) -> Targets:
-    """The linear layers (`nn.Linear` and its subclasses, transformers' `Conv1D`, experts' matrices) that `targets` names.
+    """The linear layers (`nn.Linear`, transformers' `Conv1D`, those of quantisation libraries, experts' matrices) of `targets`.
 
     Args:
         model: any module; wrappers are removed, from it and from its parts (`nullspace.model.wrappers`).
@@ -367,15 +368,26 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, int]]:
             continue
         if is_linear(module):
             linear.append(name)
-            if id(module.weight) not in seen:
+            weight = weight_of(module)
+            if id(weight) not in seen:
                 yield name, math.prod(weight_shape(module))
-            seen.add(id(module.weight))
+            seen.add(id(weight))
             continue
+        packed = packed_experts(module)
+        yield from ((f"{name}.{own}", size) for own, size in packed.items())
+        seen.update(id(p) for p in (module.parameters(recurse=False) if packed else ()))
         for own, parameter in module.named_parameters(recurse=False):
             shape = shape_of(parameter)
             if len(shape) > 1 and id(parameter) not in seen and not own.endswith("bias"):  # experts have one bias each
                 yield f"{name}.{own}" if name else own, math.prod(shape)
             seen.add(id(parameter))
+
+
+def _no_layer(holder: nn.Module) -> str:
+    kind = type(holder).__name__
+    if packed_experts(holder):
+        return f"is quantised in {kind}: load the model dequantised (dequantize=True in its quantization_config) for its experts"
+    return f"is a parameter of {kind}, not a linear layer"
 
 
 def _listed_by_kind(reasons: Mapping[str, str], most: int = 6) -> str:

@@ -74,7 +74,14 @@ def execution_device(module: nn.Module) -> torch.device | None:
 def size_in_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers, wherever they are; shared ones count once, sharded ones whole."""
     every = {id(t): t for _, _, t in _tensors(module)}.values()
-    return sum(shape_of(t).numel() * t.element_size() for t in every)
+    return sum(map(_size, every))
+
+
+def _size(tensor: torch.Tensor) -> int:
+    """Of a quantised tensor that consists of several, their bytes."""
+    if not is_sharded(tensor) and hasattr(tensor, "__tensor_flatten__"):
+        return sum(_size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return shape_of(tensor).numel() * tensor.element_size()
 
 
 def is_loaded(module: nn.Module) -> bool:

@@ -17,11 +17,10 @@ from nullspace.errors import InputError, InputTypeError, OtherModelError
 from nullspace.factors import LowRank
 from nullspace.integrations.peft.experts.adapters import ExpertAdapter, adapted_by
 from nullspace.integrations.peft.files import adapter_in, init_around, located, read_factors
-from nullspace.integrations.peft.layers import PEFT_RESIDUALS, SUBTRACTED, lora_layers, stored_weight
-from nullspace.model.linear import is_linear, weight_of, weight_shape
-from nullspace.model.sharded_tensors import is_sharded, whole
+from nullspace.integrations.peft.layers import PEFT_RESIDUALS, SUBTRACTED, computed_weight, lora_layers
+from nullspace.model.linear import is_linear, weight_shape
+from nullspace.model.sharded_tensors import whole
 from nullspace.model.sites import Site
-from nullspace.model.weights import tensor_of
 from nullspace.model.wrappers import unwrap
 
 
@@ -209,14 +208,6 @@ def original_weight(each: Adapted, start: Start) -> torch.Tensor:
         ValueError: naming the layer, if its values cannot be read.
     """
     base = each.layer.get_base_layer()
-    stored = stored_weight(base)
-    if is_sharded(stored) or stored.device.type == "meta":
-        stored = tensor_of(base, "weight")
-    if not stored.is_floating_point() or sorted(stored.shape) != sorted(weight_shape(base)):
-        raise InputError(
-            f"the weight of {each.name!r} ({type(base).__name__}, {weight_of(base).dtype}) is quantised, and "
-            "its values cannot be read"
-        )
-    weight = (stored.T if each.layer.fan_in_fan_out else stored).detach().to(each.a.device, torch.float32)
+    weight = computed_weight(each.name, base).to(each.a.device, torch.float32)
     factors = start.of(each) if start.residual else None
     return weight if factors is None else weight + each.scaling * (factors.B @ factors.A)
