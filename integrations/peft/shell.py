@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from nullspace.errors import InputError, InputTypeError
 from nullspace.model.experts import expert_matrices
+from nullspace.model.quantised import is_quantised_layer
 from nullspace.model.sharded import without_fsdp_classes
 from nullspace.model.sharded_tensors import is_sharded, shape_of
 from nullspace.model.weights import own_tensors
@@ -61,6 +62,8 @@ def without_weights(model: nn.Module) -> Any:
                 memo[id(value)] = None
             if type(value).__module__.startswith("bitsandbytes."):  # a layer's scales, and its weight once more
                 memo[id(value)] = value
+            if isinstance(value, dict) and is_quantised_layer(module):  # HQQ's scales
+                memo.update((id(t), t) for t in value.values() if isinstance(t, torch.Tensor))
         for t in own_tensors(module).values():
             if not (type(t) in (nn.Parameter, torch.Tensor) or is_sharded(t)) or not t.is_floating_point():
                 memo[id(t)] = t

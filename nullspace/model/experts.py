@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from nullspace.model.quantised import packed_experts
 from nullspace.model.sharded_tensors import shape_of
 from nullspace.model.wrappers import named_modules
 
@@ -103,8 +104,9 @@ class ExpertMatrix(nn.Module):
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module holds routed experts in the form that transformers' `use_experts_implementation` gives them."""
-    return (is_decorated(module) or type(module).__name__ in _SAME_FORM) and bool(stacks_of(module))
+    """Whether a module holds routed experts in the form that transformers' `use_experts_implementation` gives them, unpacked."""
+    ours = is_decorated(module) or type(module).__name__ in _SAME_FORM
+    return ours and bool(stacks_of(module)) and not packed_experts(module)
 
 
 def is_decorated(module: nn.Module) -> bool:

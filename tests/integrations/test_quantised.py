@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from steps import IDS, logits, train
 from torch import nn
 from typer.testing import CliRunner
 
@@ -47,7 +48,6 @@ from reference import recorded_inputs, second_moment
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 RANK = 8
-IDS = torch.randint(3, 200, (2, 32), generator=torch.Generator().manual_seed(7))
 ALTERING = [name for name, each in METHODS.items() if each.changes_base]
 UNTOUCHING = [name for name, each in METHODS.items() if not each.changes_base]
 
@@ -100,23 +100,6 @@ def sources(tiny_checkpoint: Path) -> Callable[[str, str], dict[str, Any]]:
         return {name: known[name] for name in METHODS[method].needs}
 
     return found
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits.float()
-
-
-def train(model: nn.Module, steps: int = 2) -> None:
-    torch.manual_seed(5)
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        ids = torch.randint(3, 200, (2, 24))
-        nn.functional.cross_entropy(model(input_ids=ids).logits.flatten(0, 1).float(), ids.roll(-1, 1).flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
 
 
 def close(kind: str, checkpoint: Path, found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 2e-6) -> bool:
