@@ -136,6 +136,8 @@ class Targets(dict[str, nn.Module]):
 def _no_layer(holder: nn.Module) -> str:
     """Why a parameter of a module is no target."""
     kind = type(holder).__name__
+    if packed_experts(holder):
+        return f"is quantised in {kind}: load the model dequantised (dequantize=True in its quantization_config) for its experts"
     if holds_experts(holder):
         return f"is a parameter of {kind}, a class of experts whose forward pass cannot be replaced, so that they cannot be summed"
     return f"is a parameter of {kind}, not a linear layer"
@@ -381,13 +383,6 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, int]]:
             if len(shape) > 1 and id(parameter) not in seen and not own.endswith("bias"):  # experts have one bias each
                 yield f"{name}.{own}" if name else own, math.prod(shape)
             seen.add(id(parameter))
-
-
-def _no_layer(holder: nn.Module) -> str:
-    kind = type(holder).__name__
-    if packed_experts(holder):
-        return f"is quantised in {kind}: load the model dequantised (dequantize=True in its quantization_config) for its experts"
-    return f"is a parameter of {kind}, not a linear layer"
 
 
 def _listed_by_kind(reasons: Mapping[str, str], most: int = 6) -> str:
