@@ -243,7 +243,7 @@ class Chain:
             stack.enter_context(_replacing(self.blocks, [replaced(index) for index in range(len(self.blocks))]))
             stack.enter_context(_replacing(list(self.skipped.values()), list(map(refusing, self.skipped))))
             stack.enter_context(contextlib.suppress(_Stop))
-            stack.enter_context(naming_batch(call))
+            stack.enter_context(naming_batch(self.model, call))
             self.model(*call.args, **{**options, **call.kwargs})
         return made
 

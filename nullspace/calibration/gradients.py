@@ -97,7 +97,7 @@ def gradient_covariances(
     ):
         for call in calls(model, share, labels=True):
             sums.begin_batch(call.number, call.padding)
-            with naming_batch(call):
+            with naming_batch(model, call):
                 _loss(call, model(*call.args, **{**options, **call.kwargs}), shifted=not is_encoder_decoder(model)).backward()
             batch.add()
             run.report("forward and backward", share.read, share.length, call.padding.tokens)

@@ -46,7 +46,7 @@ def stream_resident(
     # A caller's inference mode would hide writes to an input, and its tensors could not be updated outside of it.
     with recording(model, targets, sums, later=later), evaluating(model), torch.inference_mode(False), torch.no_grad():
         for call, counts in steps:
-            with _gathering(job) if in_step else contextlib.nullcontext(), naming_batch(call):
+            with _gathering(job) if in_step else contextlib.nullcontext(), naming_batch(model, call):
                 model(*call.args, **{**options, **call.kwargs})
             for error in later or ():  # raised here, since the other processes go on to the next exchange
                 raise error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from nullspace.errors import DataWarning, InputError, InputTypeError
+from nullspace.errors import DataWarning, InputError, InputTypeError, NullspaceError
 from nullspace.model.blocks import is_encoder_decoder
 from nullspace.model.padding import Padding, PaddingReader, Part, looks_like_mask
 from nullspace.model.sharded_tensors import device_of
@@ -68,16 +68,27 @@ def calls(model: nn.Module, share: Share, device: torch.device | None = None, *,
 
 
 @contextlib.contextmanager
-def naming_batch(call: Call) -> Iterator[None]:
-    """Context manager: turns the `IndexError` of an embedding into a `ValueError` that names the batch and its shape."""
+def naming_batch(model: nn.Module, call: Call) -> Iterator[None]:
+    """Context manager: turns what the model raises for its inputs into a `ValueError` that names the batch and its shapes."""
     try:
         yield
+    except NullspaceError:
+        raise
     except IndexError as error:
         ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
         shape = f" {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else ""
         raise InputError(
             f"batch {call.number}{shape}: the model has no embedding for one of its token ids or positions ({error}): use shorter "
             "sequences, or the model's own tokenizer"
+        ) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        named = {**{str(place): value for place, value in enumerate(call.args)}, **call.kwargs}
+        given = ", ".join(f"{n} {tuple(v.shape)}" if isinstance(v, torch.Tensor) else n for n, v in named.items())
+        decoded = any(name == "labels" or name.startswith("decoder_") for name in named)
+        advice = "that its forward takes" if decoded or not is_encoder_decoder(model) else "with 'labels' or 'decoder_input_ids'"
+        raise InputError(
+            f"batch {call.number}: {type(model).__name__} cannot be run on {given} ({type(error).__name__}: {error}): give batches "
+            f"{advice}"
         ) from error
 
 

@@ -173,6 +173,17 @@ def test_a_decoder_that_repeats_the_encoders_text_has_its_padding() -> None:
         sums(model, [left])
 
 
+@pytest.mark.parametrize("strategy", ["resident", "layerwise"])
+def test_what_the_model_raises_for_its_inputs_names_the_batch(strategy: str) -> None:
+    words = r"^batch 1: UMT5ForConditionalGeneration cannot be run on input_ids \(1, 7\).*give batches with 'labels' or 'decoder_"
+    with pytest.raises(ValueError, match=words):
+        sums(model_of("umt5"), [{"input_ids": SOURCES[0][None]}], strategy)
+    with pytest.raises(
+        ValueError, match=r"^batch 1: WhisperForConditionalGeneration .*AttributeError.*batches that its forward takes"
+    ):
+        sums(model_of("whisper"), [{"decoder_input_ids": SOURCES[0][None]}], strategy)
+
+
 def test_labels_that_begin_with_ignored_ones_leave_doubts() -> None:
     model, (batch, _) = model_of("bart"), of_labels()
     labels = batch["labels"].clone()
