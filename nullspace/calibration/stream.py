@@ -49,7 +49,8 @@ def stream_covariances(
         loader: an iterable of mappings that the model takes as keyword arguments (`input_ids`, `attention_mask`, …), or of tensors
             or tuples of tensors that it takes as positional ones. Tokens with a zero in `attention_mask` (batch, tokens) are
             padding and not counted; with a mask of pairs, (batch, 1, tokens, tokens), or a mapping to such masks, those that no
-            token attends to. `nullspace.model.padding` locates their rows in a layer's input.
+            token attends to. `nullspace.model.token_rows` locates their rows in a layer's input; a decoder's tokens have
+            `decoder_attention_mask` or labels, and patches and frames the masks of their towers.
             With several processes, process k reads batches k, k + n, … of a loader that is the same for all, and all batches of a
             `DataLoader` that is a share already. Samples that PyTorch's `DistributedSampler` or accelerate's `BatchSamplerShard`
             repeat to make shares even are left out; those that other samplers repeat count twice.
@@ -59,8 +60,9 @@ def stream_covariances(
         strategy: `"resident"`: one ordinary forward pass a batch, all sums in memory at once (4 · d_in² bytes a site; on a
             GPU up to as much again for staged tokens).
             `"layerwise"`: block by block, with the weights and sums of one block in memory at a time; the loader is read once. For
-            models whose blocks are a chain (`nullspace.model.blocks.find_blocks`, `nullspace.calibration.chain`). Other models are
-            refused before the first site, by two more forward passes of the first batch.
+            models whose blocks are a chain (`nullspace.model.blocks.find_blocks`, `nullspace.calibration.chain`); other chains,
+            such as a vision tower or an encoder, run as they are. Other models are refused before the first site, by two more
+            forward passes of the first batch.
             `"auto"`: layerwise for a model that is offloaded, or that leaves no room for all sums on its device
             (`nullspace.planning.choice.choose_strategy`); otherwise resident.
             With weights sharded by FSDP2 or ZeRO-3, a layerwise run gathers each block once. A resident run gathers them for every
