@@ -1,4 +1,4 @@
-"""What `nullspace plan` says of published models whose weights are not needed for it: mixtures of experts and vision-language models.
+"""What `nullspace plan` says of published mixtures of experts and vision-language models, from their configurations.
 
     python -m benchmarks.plans     # writes benchmarks/results/plans.json, and prints the table of docs/large-models.md
 
@@ -129,7 +129,10 @@ def plan(name: str, memory: int) -> dict[str, Any]:
     from nullspace.planning.forecast import is_pooled, survey_of
     from nullspace.planning.plan import Workload
 
-    model = empty(name)
+    model, published = empty(name), MODELS[name][2]
+    parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
+    if parameters != published:
+        raise ValueError(f"{name} has {parameters} parameters here, and its published weights {published}")
     targets = find_targets(model, rank=128)
     workload = Workload(targets=targets)
     pooled = is_pooled(targets, workload, free=memory * 1e9)
@@ -137,6 +140,7 @@ def plan(name: str, memory: int) -> dict[str, Any]:
     survey = survey_of(model, workload)
     record = {
         "model": name,
+        "parameters": parameters,
         "memory_gb": memory,
         "covered_share": covered_share(model, survey.reached),
         "experts": workload.experts,

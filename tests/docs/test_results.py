@@ -74,3 +74,8 @@ def test_what_a_calibration_costs(page: str) -> None:
     for (_, time, memory), known in zip(shown, measured, strict=True):
         assert is_rounded(time.removesuffix(" ×"), known["time_over_forward"])
         assert is_rounded(memory.partition(" GB")[0].replace("−", "-"), known["gb_above_forward"])
+
+
+def test_plans_of_published_models() -> None:
+    plans = pytest.importorskip("benchmarks.plans", reason="needs the repository's root on the path: python -m pytest")
+    assert plans.table(plans.read()) in (ROOT / "docs/large-models.md").read_text(encoding="utf-8")
