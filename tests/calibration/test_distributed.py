@@ -26,7 +26,7 @@ import torch.distributed as dist
 import transformers
 from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
-from families import build
+from mixtures import mixture
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
@@ -126,7 +126,7 @@ def one_iterator_each_is_enough(rank: int, count: int, folder: Path) -> None:
 
 @check(2, 3)
 def experts_are_summed_and_completed_over_all_processes(rank: int, count: int, folder: Path) -> None:
-    model = build("qwen3_moe", "Qwen3MoeForCausalLM")
+    model = mixture("qwen3_moe")
     generator = torch.Generator().manual_seed(7)
     batches = [{"input_ids": torch.randint(5, 200, (1, 12), generator=generator)} for _ in range(count)]  # few tokens an expert
     for options in ({"strategy": "resident"}, {"strategy": "layerwise"}, {"precision": "qr"}, {"experts": "pooled"}):
