@@ -17,6 +17,7 @@ _OPS = {
     "syrk_accumulate_rows": "syrk",
     "syrk_accumulate_grouped": "grouped",
     "syrk_accumulate_rows_grouped": "grouped",
+    "sum_rows_grouped": "grouped",
     "stage_rows": "stage",
     "zero_rows": "stage",
 }

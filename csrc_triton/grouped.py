@@ -17,6 +17,7 @@ from nullspace.csrc_triton.syrk import (
     _add_tile,
     _on,
     _programs,
+    _selected,
     _tiles,
     check_input,
     check_steps,
@@ -24,6 +25,9 @@ from nullspace.csrc_triton.syrk import (
 )
 from nullspace.csrc_triton.tiles import DOUBLE, Tiling, tiling_for
 from nullspace.errors import InputError, InputTypeError
+
+# Columns of one program that sums rows.
+COLUMNS = 128
 
 
 @triton.jit
@@ -88,6 +92,19 @@ def _syrk_rows_grouped(
     last = tl.where(selected > 0, tile_count, 0)
     for index in tl.range(tl.program_id(0) % programs, last, programs):
         _add_selected(g, x, tiles + 4 * index, rows + begin, selected, d, stride, BLOCK, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=["limit"])
+def _sum_rows(total, x, rows, offsets, limit, d, stride, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr):
+    group = tl.program_id(0)
+    begin, selected = _bounds(offsets, group, limit)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    if selected > 0:
+        sums = tl.zeros((COLUMNS,), tl.float64)
+        for start in tl.range(0, selected, BLOCK_K):
+            sums += tl.sum(_selected(x, rows + begin, start, selected, columns, d, stride, BLOCK_K), axis=0)
+        entries = total + group.to(tl.int64) * d + columns
+        tl.store(entries, tl.load(entries, mask=columns < d) + sums, mask=columns < d)
 
 
 def syrk_accumulate_grouped(
@@ -192,6 +209,31 @@ def syrk_accumulate_rows_grouped(
         )
 
 
+def sum_rows_grouped(total: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> None:
+    """Add the sum of the rows `rows[offsets[e]:offsets[e + 1]]` of x to `total[e]`, in float64; for all e.
+
+    The offsets are read on the device. The same input gives the same bits.
+
+    Args:
+        total: (groups, d) float64, contiguous.
+        x, rows, offsets: as in `syrk_accumulate_rows_grouped`.
+
+    Raises:
+        ValueError, TypeError: as in `syrk_accumulate_grouped`.
+    """
+    check_input(total, x)
+    d = x.shape[1]
+    if total.ndim != 2 or total.shape[1] != d or not total.is_contiguous():
+        raise InputError(f"total must be (groups, {d}) and contiguous, not {tuple(total.shape)} with strides {total.stride()}")
+    _check_lists(len(total), x, offsets, rows)
+    if len(total) == 0 or len(x) == 0 or len(rows) == 0:
+        return
+    with _on(x.device):
+        _sum_rows[(len(total), -(-d // COLUMNS))](
+            total, x, rows, offsets, len(rows), d, x.stride(0), BLOCK_K=32, COLUMNS=COLUMNS, enable_fp_fusion=True
+        )
+
+
 def _check(g: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor | None, panel_rows: int | None) -> None:
     check_input(g, x)
     d = x.shape[1]
@@ -205,8 +247,12 @@ def _check(g: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, rows: torch.
             f"g must be (groups, {packed_size(d, panel_rows)}) with contiguous rows (d = {d}, {panel_rows} rows a panel), "
             f"not {tuple(g.shape)} with strides {g.stride()}"
         )
-    if offsets.shape != (len(g) + 1,):
-        raise InputError(f"offsets must be ({len(g) + 1},) for {len(g)} groups, not {tuple(offsets.shape)}")
+    _check_lists(len(g), x, offsets, rows)
+
+
+def _check_lists(groups: int, x: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor | None) -> None:
+    if offsets.shape != (groups + 1,):
+        raise InputError(f"offsets must be ({groups + 1},) for {groups} groups, not {tuple(offsets.shape)}")
     if rows is not None and rows.ndim != 1:
         raise InputError(f"rows must be one list of indices, not {tuple(rows.shape)}")
     for name, indices in (("offsets", offsets), ("rows", rows)):

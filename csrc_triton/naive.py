@@ -29,6 +29,12 @@ def syrk_accumulate_grouped(g: torch.Tensor, x_nd: torch.Tensor, offsets: torch.
         syrk_accumulate(g[e], x_nd[start:stop] if rows is None else x_nd[rows[start:stop]])
 
 
+def sum_rows_grouped(total: torch.Tensor, x_nd: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> None:
+    """Add the sum of the rows `rows[offsets[e]:offsets[e + 1]]` of x to `total[e]`, in float64."""
+    for e, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
+        total[e] += x_nd[rows[start:stop]].sum(0, dtype=torch.float64)
+
+
 def stage_rows(x_nd: torch.Tensor, out: torch.Tensor, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Copy the rows `rows` of x (None: the first ones) to `out`; their norms (n,) and their sum (d,), in float64."""
     out.copy_(x_nd[: len(out)] if rows is None else x_nd[rows])

@@ -114,7 +114,10 @@ def forward(experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor
     if getattr(experts, "has_post_expert_norm", False):
         rows = experts.post_expert_norm(rows)
     weighted = rows * top_k_weights.reshape(-1)[order][:, None]
-    every = weighted.new_zeros(top_k_index.numel(), hidden_states.shape[-1]).index_copy(0, order, weighted)
+    if len(order) == top_k_index.numel():
+        every = weighted[torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))]
+    else:  # foreign pairs contribute nothing
+        every = weighted.new_zeros(top_k_index.numel(), hidden_states.shape[-1]).index_copy(0, order, weighted)
     return every.view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
 
 
@@ -138,8 +141,12 @@ def _product(experts: Any, parameter: str, rows: torch.Tensor, counts: list[int]
         stack = stack.mT
     if rows.device.type == "meta":  # one product is as large as all
         return rows @ stack[0] if bias is None else torch.addmm(bias[0], rows, stack[0])
-    parts = []
-    for number, own in enumerate(rows.split(counts)):
-        if len(own):
-            parts.append(own @ stack[number] if bias is None else torch.addmm(bias[number], own, stack[number]))
-    return torch.cat(parts) if parts else rows.new_zeros(0, stack.shape[-1])
+    parts = [(number, own) for number, own in enumerate(rows.split(counts)) if len(own)]
+    # A result that is written in parts has no gradient, and no autocast.
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(rows.device.type):
+        products = [own @ stack[e] if bias is None else torch.addmm(bias[e], own, stack[e]) for e, own in parts]
+        return torch.cat(products) if products else rows.new_zeros(0, stack.shape[-1])
+    out = rows.new_empty(len(rows), stack.shape[-1])
+    for (e, own), into in zip(parts, out.split([len(own) for _, own in parts]), strict=True):
+        torch.mm(own, stack[e], out=into) if bias is None else torch.addmm(bias[e], own, stack[e], out=into)
+    return out

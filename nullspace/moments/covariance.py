@@ -28,6 +28,7 @@ from nullspace.moments.precision import PRECISIONS, new_sums
 from nullspace.moments.state import check_state
 from nullspace.moments.sums import GramSums, Sums, TokenMask, nonfinite
 from nullspace.moments.sums_qr import QrSums
+from nullspace.moments.triangle import LowerTriangle
 
 
 class Pool(NamedTuple):
@@ -46,13 +47,18 @@ class Pool(NamedTuple):
     @classmethod
     def of(cls, parts: Sequence[Covariance]) -> Pool:
         """The sum of some covariances of one width."""
-        matrix = torch.zeros(parts[0].d_in, parts[0].d_in, dtype=torch.float64, device=parts[0].device)
-        total = torch.zeros_like(matrix[0])
+        d, device = parts[0].d_in, parts[0].device
+        total = torch.zeros(d, dtype=torch.float64, device=device)
+        triangle, roots = LowerTriangle(d, device=device), torch.zeros(d, d, dtype=torch.float64, device=device)
         for part in parts:
             if part.tokens:
-                matrix += part.matrix().to(matrix.device)
-                total += part.total().to(matrix.device)
-        return cls(matrix, total, sum(part.tokens for part in parts))
+                sums = part._flushed()
+                total += sums.total.to(device)
+                if isinstance(sums, GramSums):
+                    triangle.add_(sums.triangle)
+                else:
+                    roots += sums.square().to(device)
+        return cls(triangle.square() + roots, total, sum(part.tokens for part in parts))
 
 
 class Covariance:
@@ -88,17 +94,32 @@ class Covariance:
     """
 
     def __init__(self, d_in: int, *, device: torch.device | str = "cpu", precision: str = "auto") -> None:
-        if d_in < 1:
-            raise InputError(f"d_in must be at least 1, not {d_in}")
-        check_one_of("precision", precision, PRECISIONS)
-        self.d_in = d_in
-        self.device = torch.device(device)
-        self.precision = precision
-        self._sums = new_sums(d_in, self.device, precision)
+        check_arguments(d_in, precision)
+        self._begin(new_sums(d_in, torch.device(device), precision), torch.device(device), precision)
+
+    @classmethod
+    def of_sums(cls, sums: Sums, device: torch.device, precision: str) -> Covariance:
+        """A covariance of empty sums, which may belong to a group."""
+        covariance = cls.__new__(cls)
+        covariance._begin(sums, device, precision)
+        return covariance
+
+    def _begin(self, sums: Sums, device: torch.device, precision: str) -> None:
+        self.d_in, self.device, self.precision = sums.d_in, device, precision
+        self._sums = sums
         self._tokens = 0
         self._mass = 0.0
         self._samples = _Samples(self._sums.device)
         self.pool: Pool | None = None
+
+    def count(self, tokens: int) -> None:
+        """Count tokens that were added to the sums directly."""
+        self._tokens += tokens
+        self._mass += tokens
+
+    def share_samples(self, sums: torch.Tensor) -> None:
+        """Keep what `peft_trace` is made of in a tensor of others, (2,) float64 zeros."""
+        self._samples.sums = sums
 
     @torch.no_grad()
     def update(self, x: torch.Tensor, mask: torch.Tensor | TokenMask | None = None) -> None:
@@ -129,8 +150,7 @@ class Covariance:
         if count > 0:
             self._sums.add(rows, mask)
             self._samples.add(x.detach(), mask)
-            self._tokens += count
-            self._mass += count
+            self.count(count)
 
     def merge(self, other: Covariance) -> None:
         """Add another covariance of the same width: the result is that of all tokens together. `other` keeps its sums.
@@ -345,6 +365,13 @@ class Covariance:
         return self._sums
 
 
+def check_arguments(d_in: int, precision: str) -> None:
+    """Raise `ValueError` for a width or a precision that no covariance has."""
+    if d_in < 1:
+        raise InputError(f"d_in must be at least 1, not {d_in}")
+    check_one_of("precision", precision, PRECISIONS)
+
+
 class _Samples:
     """Σ ‖X‖²_F / (max X)² over samples, and the number of samples: their quotient is the trace that PEFT's CorDA has.
 
@@ -381,9 +408,9 @@ def find_nonfinite(covariances: Sequence[Covariance]) -> tuple[Covariance, str] 
 
     Waits for the device once, however many covariances there are. Where `update` itself raises, this returns None.
     """
-    fresh = [(c, norms) for c in covariances for norms in c._sums.unchecked]
-    if nonfinite([norms.sum()[None].to(fresh[0][1].device, non_blocking=True) for _, norms in fresh]):
-        return next(((c, text) for c in covariances for text in [nonfinite(c._sums.unchecked)] if text), None)
+    fresh = list({id(norms): norms for c in covariances for norms in c._sums.unchecked}.values())
+    if nonfinite([norms.sum()[None].to(fresh[0].device, non_blocking=True) for norms in fresh]):
+        return next(((c, text) for c in covariances for text in [nonfinite(c._sums.own_norms())] if text), None)
     for c in covariances:
-        c._sums.unchecked.clear()
+        c._sums.forget_norms()
     return None

@@ -12,8 +12,9 @@ import torch
 import nullspace.csrc_triton as csrc_triton
 from nullspace.errors import ResourceUseWarning
 from nullspace.moments.sums import Sums
+from nullspace.moments.sums_grouped import GroupedTritonSums
 from nullspace.moments.sums_qr import QrSums
-from nullspace.moments.sums_torch import TorchSums
+from nullspace.moments.sums_torch import Probe, TorchSums
 from nullspace.moments.sums_triton import TritonSums
 
 PRECISIONS = ("auto", "mixed", "fp64", "qr")
@@ -32,18 +33,43 @@ def new_sums(d_in: int, device: torch.device, precision: str) -> Sums:
     Warns:
         UserWarning: once for each reason, if the kernels cannot run on a CUDA device; PyTorch's products are used.
     """
-    if device.type == "cuda" and precision in ("auto", "mixed"):
-        obstacle = csrc_triton.unavailable(device)
-        if obstacle is None:
-            return TritonSums(d_in, device)
+    if _has_kernels(device, precision):
+        return TritonSums(d_in, device)
+    return _plain_sums(d_in, device, precision, True)
+
+
+def new_group(groups: int, d_in: int, device: torch.device, precision: str) -> GroupedTritonSums | list[Sums]:
+    """Empty sums of several groups of similar tokens: on a CUDA device, for grouped launches; elsewhere one for each group.
+
+    Warns:
+        UserWarning: as `new_sums`.
+    """
+    if groups > 1 and _has_kernels(device, precision):
+        return GroupedTritonSums(groups, d_in, device)
+    if groups == 1:
+        return [new_sums(d_in, device, precision)]
+    probe = Probe()
+    return [_plain_sums(d_in, device, precision, probe) for _ in range(groups)]
+
+
+def _has_kernels(device: torch.device, precision: str) -> bool:
+    if device.type != "cuda" or precision not in ("auto", "mixed"):
+        return False
+    obstacle = csrc_triton.unavailable(device)
+    if obstacle is not None:
         _warn_of_fallback(obstacle)
+    return obstacle is None
+
+
+def _plain_sums(d_in: int, device: torch.device, precision: str, probe: bool | Probe) -> Sums:
     if precision == "qr":
         return QrSums(d_in, device)
-    return TorchSums(d_in, device, mixed=precision != "fp64", probe=precision == "auto" and device.type == "cpu")
+    is_probing = precision == "auto" and device.type == "cpu"
+    return TorchSums(d_in, device, mixed=precision != "fp64", probe=probe if is_probing else False)
 
 
 @functools.cache
 def _warn_of_fallback(obstacle: str) -> None:
     warnings.warn(
-        f"{obstacle}: second moments are summed by PyTorch's matrix products, which is slower", ResourceUseWarning, stacklevel=4
+        f"{obstacle}: second moments are summed by PyTorch's matrix products, which is slower", ResourceUseWarning, stacklevel=5
     )

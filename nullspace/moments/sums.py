@@ -51,7 +51,7 @@ class Sums(abc.ABC):
     Attributes:
         total: Σ x, (d_in,) float64.
         outliers: tokens whose norm exceeded `OUTLIER_RATIO` × the median of those that were summed with them.
-        unchecked: norms of tokens that were not yet checked for NaN and Inf.
+        unchecked: norms of tokens that were not yet checked for NaN and Inf. Sums of one group share them.
 
     These, and everything that is read of Σ x xᵀ, are complete after `flush`.
     """
@@ -74,6 +74,14 @@ class Sums(abc.ABC):
         Raises:
             ValueError: for NaN or Inf that `add` has not looked for.
         """
+
+    def own_norms(self) -> list[torch.Tensor]:
+        """Of `unchecked`, the norms of these sums' own tokens."""
+        return self.unchecked
+
+    def forget_norms(self) -> None:
+        """Take the norms in `unchecked` as checked."""
+        self.unchecked.clear()
 
     def merge(self, other: Sums) -> None:
         """Add other sums, of the same precision."""
@@ -124,9 +132,9 @@ class GramSums(Sums):
 
     LOSSES = ("mixed_energy", "independent_loss", "common_loss", "storage_loss")
 
-    def __init__(self, d_in: int, device: torch.device) -> None:
+    def __init__(self, d_in: int, device: torch.device, *, memory: torch.Tensor | None = None) -> None:
         super().__init__(d_in, device)
-        self.triangle = LowerTriangle(d_in, device=device)
+        self.triangle = LowerTriangle(d_in, device=device, memory=memory)
         # Σ‖x‖² over the tokens whose products were not taken in float64; and estimates of their errors, as Frobenius norms: the sum
         # of squares of independent errors, and the sum of errors of the same sign.
         self._mixed_energy = 0.0

@@ -29,6 +29,17 @@ PROBE_TOKENS = 1.25
 PROBE_LIMIT = 0.1
 
 
+class Probe:
+    """Whether float32 chains suffice; sums of similar inputs can share one.
+
+    Attributes:
+        float32: the decision; None as long as none was made.
+    """
+
+    def __init__(self, float32: bool | None = None) -> None:
+        self.float32 = float32
+
+
 class TorchSums(GramSums):
     """Sums by PyTorch's GEMM.
 
@@ -36,14 +47,15 @@ class TorchSums(GramSums):
         d_in: width of the inputs.
         device: where the sums live; inputs are moved there.
         mixed: take products in float32; False: all in float64.
-        probe: sum the first tokens in float64, and decide by them whether float32 suffices.
+        probe: sum the first tokens in float64, and decide by them whether float32 suffices; or the decision that these sums share
+            with others: the first that has enough tokens makes it for all.
     """
 
-    def __init__(self, d_in: int, device: torch.device, *, mixed: bool, probe: bool) -> None:
+    def __init__(self, d_in: int, device: torch.device, *, mixed: bool, probe: bool | Probe) -> None:
         super().__init__(d_in, device)
         self._absorbed = 0
         self._probe_energy = 0.0
-        self._float32: bool | None = None if mixed and probe else mixed  # None: undecided
+        self._probe = probe if mixed and isinstance(probe, Probe) else Probe(None if mixed and probe else mixed)
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._outlier_rows: list[torch.Tensor] = []
 
@@ -51,14 +63,19 @@ class TorchSums(GramSums):
         """Add rows; if it raises (`ValueError`, for NaN or Inf), nothing was added."""
         x_nd = x_nd.to(self.device)
         rows = x_nd if mask is None else x_nd.index_select(0, mask.indices(self.device))
-        # Chain by chain: a norm in float64 copies its rows to float64.
-        norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows.split(CHAIN_TOKENS)])
-        refuse_nonfinite([norms])
+        self.add_rows(rows, finite_norms(rows), borrowed=mask is None)
+
+    def add_rows(self, rows: torch.Tensor, norms: torch.Tensor, *, borrowed: bool) -> None:
+        """Add rows (n, d_in) on the device, whose norms (n,) float64 are known to be finite.
+
+        Args:
+            borrowed: the rows may be overwritten, or belong to a larger tensor.
+        """
         if rows.shape[0] >= STAGE_TOKENS:
             self._absorb(rows, norms)
             return
         # The model may overwrite its activation after the hook returns, and a view would keep the whole batch alive.
-        self._staged.append((rows.clone() if mask is None else rows, norms))
+        self._staged.append((rows.clone() if borrowed else rows, norms))
         if sum(len(staged) for staged, _ in self._staged) >= STAGE_TOKENS:
             self._absorb_staged()
 
@@ -71,18 +88,22 @@ class TorchSums(GramSums):
         if isinstance(other, TorchSums):
             self._absorbed += other._absorbed
             self._probe_energy += other._probe_energy
-            self._float32 = other._float32 if self._float32 is None else self._float32
-        elif self._float32 is None:
-            self._float32 = False  # the sum is not of the first tokens alone any more
+            float32 = other._float32 if self._float32 is None else self._float32
+        else:
+            float32 = bool(self._float32)  # if undecided: the sum is not of the first tokens alone any more
+        self._probe = Probe(float32)
 
     def _load_losses(self, numbers: Mapping[str, float]) -> None:
         super()._load_losses(numbers)
-        if self._float32 is None:
-            self._float32 = False  # which of the tokens were the first ones is unknown
+        self._probe = Probe(bool(self._float32))  # if undecided: which of the tokens were the first ones is unknown
 
     def scale(self, weight: float) -> None:
         super().scale(weight)
         self._probe_energy *= weight
+
+    @property
+    def _float32(self) -> bool | None:
+        return self._probe.float32
 
     def _absorb_staged(self) -> None:
         if self._staged:
@@ -101,7 +122,7 @@ class TorchSums(GramSums):
             self._add_rows(rows_nd[:head], norms_n[:head], torch.float64)
             self._probe_energy += float(norms_n[:head][~outlier[:head]].square().sum())
             if self._absorbed >= wanted:
-                self._float32 = self._resolves_float32()
+                self._probe.float32 = self._resolves_float32()
             rows_nd, norms_n, outlier = rows_nd[head:], norms_n[head:], outlier[head:]
         dtype = self._product_dtype(rows_nd, median)
         if dtype != torch.float64 and bool(outlier.any()):
@@ -156,6 +177,14 @@ class TorchSums(GramSums):
         if not self._float32 or rows_nd.dtype == torch.float64 or few or not fits:
             return torch.float64
         return torch.float32
+
+
+def finite_norms(rows: torch.Tensor) -> torch.Tensor:
+    """The norms of rows, (n,) float64; raises `ValueError`, naming the first row, if one is NaN or Inf."""
+    # Chain by chain: a norm in float64 copies its rows to float64.
+    norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows.split(CHAIN_TOKENS)])
+    refuse_nonfinite([norms])
+    return norms
 
 
 @contextlib.contextmanager

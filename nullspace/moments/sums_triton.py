@@ -25,6 +25,22 @@ SINGLE_RESOLUTION = 2e-7
 LAUNCH_TOKENS = 8192
 
 
+def launch_tokens(d_in: int) -> int:
+    """Rows that are staged for a launch: in 16 bits, no more memory than the triangle's own, unless that is tiny."""
+    return min(LAUNCH_TOKENS, max(STAGE_TOKENS, 2 * d_in))
+
+
+def new_buffer(rows: int, like_nd: torch.Tensor) -> torch.Tensor:
+    """(rows, d) of another tensor's dtype and device; rows begin at multiples of 16 bytes, as tensor descriptors want."""
+    d, step = like_nd.shape[1], 16 // like_nd.dtype.itemsize
+    return like_nd.new_empty(rows, -(-d // step) * step)[:, :d]
+
+
+def resolution(dtype: torch.dtype) -> float:
+    """What the fast kernel loses of inputs of this dtype, relative to their energy."""
+    return SINGLE_RESOLUTION if dtype == torch.float32 else HALF_RESOLUTION
+
+
 class TritonSums(GramSums):
     """Sums by the Triton kernels.
 
@@ -35,8 +51,7 @@ class TritonSums(GramSums):
 
     def __init__(self, d_in: int, device: torch.device) -> None:
         super().__init__(d_in, device)
-        # In 16 bits, no more memory than the triangle's own, unless that is tiny.
-        self.launch_tokens = min(LAUNCH_TOKENS, max(STAGE_TOKENS, 2 * d_in))
+        self.launch_tokens = launch_tokens(d_in)
         self._buffer: torch.Tensor | None = None
         self._filled = 0
         self._norms: list[torch.Tensor] = []
@@ -56,7 +71,7 @@ class TritonSums(GramSums):
             x_nd = x_nd.contiguous()
         if self._buffer is None or self._buffer.dtype != x_nd.dtype:
             self._absorb()
-            self._buffer = self._new_buffer(x_nd.dtype)
+            self._buffer = new_buffer(self.launch_tokens, x_nd)
         done, count = 0, len(x_nd) if mask is None else mask.count
         while done < count:
             part = min(count - done, self.launch_tokens - self._filled)
@@ -77,17 +92,12 @@ class TritonSums(GramSums):
         self._absorb()
         self._buffer = None  # a reader has had most of the tokens, and needs the memory
         refuse_nonfinite(self.unchecked)
-        self.unchecked.clear()
+        self.forget_norms()
         self.outliers += int(self._outliers)
         self._mixed_energy += float(self._energy)
         self._common_loss += float(self._loss)
         for counter in (self._outliers, self._energy, self._loss):
             counter.zero_()
-
-    def _new_buffer(self, dtype: torch.dtype) -> torch.Tensor:
-        step = 16 // dtype.itemsize  # tensor descriptors want rows at multiples of 16 bytes
-        width = -(-self.d_in // step) * step
-        return torch.empty(self.launch_tokens, width, dtype=dtype, device=self.device)[:, : self.d_in]
 
     def _absorb(self) -> None:
         if self._buffer is None or self._filled == 0:
@@ -111,7 +121,7 @@ class TritonSums(GramSums):
             csrc_triton.syrk_accumulate(packed, rows, panel_rows=PANEL_ROWS)
             energy = torch.where(in_float64, 0.0, norms).square().sum()
             self._energy += energy
-            self._loss += (SINGLE_RESOLUTION if rows.dtype == torch.float32 else HALF_RESOLUTION) * energy
+            self._loss += resolution(rows.dtype) * energy
 
     def _add_float64(self, rows_nd: torch.Tensor) -> None:
         self._absorb()

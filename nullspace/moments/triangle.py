@@ -16,23 +16,29 @@ PANEL_ROWS = 256
 BESIDE = 16
 
 
+def memory_size(d: int) -> int:
+    """Entries that a triangle of order d takes, packed as panels or, in `compress`, with other numbers behind it."""
+    panels = sum((min(start + PANEL_ROWS, d) - start) * min(start + PANEL_ROWS, d) for start in range(0, d, PANEL_ROWS))
+    return max(panels, d * (d + 1) // 2 + d + BESIDE)  # the latter for the very smallest
+
+
 class LowerTriangle:
     """A (d, d) symmetric float64 matrix, of which only the lower triangle is stored: 8 · (d² + d · PANEL_ROWS) / 2 bytes.
 
     Args:
         d: order of the matrix.
         device: where it lives.
+        memory: where to keep it: at least `memory_size(d)` float64 zeros; None: memory of its own.
 
     Attributes:
         packed: the panels, one behind the other. Entries above the diagonal have no meaning.
     """
 
-    def __init__(self, d: int, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, d: int, *, device: torch.device | str = "cpu", memory: torch.Tensor | None = None) -> None:
         self.d = d
         bounds = [(start, min(start + PANEL_ROWS, d)) for start in range(0, d, PANEL_ROWS)]
         sizes = [(stop - start) * stop for start, stop in bounds]
-        # Panels leave more room than a vector takes, but for the very smallest ones.
-        self._memory = torch.zeros(max(sum(sizes), d * (d + 1) // 2 + d + BESIDE), dtype=torch.float64, device=device)
+        self._memory = torch.zeros(memory_size(d), dtype=torch.float64, device=device) if memory is None else memory
         self.packed = self._memory[: sum(sizes)]
         parts = self.packed.split(sizes)
         self._panels = [(start, stop, part.view(stop - start, stop)) for (start, stop), part in zip(bounds, parts, strict=True)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from inputs import activations, randn, small_integers
-from nullspace.csrc_triton import naive, syrk_accumulate, syrk_accumulate_grouped, syrk_accumulate_rows_grouped
+from nullspace.csrc_triton import naive, sum_rows_grouped, syrk_accumulate, syrk_accumulate_grouped, syrk_accumulate_rows_grouped
 from nullspace.csrc_triton.tiles import Tiling
 from nullspace.moments.triangle import PANEL_ROWS
 from reference import entrywise_error
@@ -89,6 +89,20 @@ def test_listed_rows_in_float64(dtype: torch.dtype, device: torch.device) -> Non
     naive.syrk_accumulate_grouped(expected, x, offsets, rows)
     syrk_accumulate_rows_grouped(g, x, rows, offsets)
     torch.testing.assert_close(g, expected, rtol=0.0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_listed_rows(dtype: torch.dtype, device: torch.device) -> None:
+    x = randn(60, 133, dtype=dtype).to(device)[:, 3:]
+    rows = torch.randperm(60, generator=torch.Generator().manual_seed(1)).to(device)
+    offsets = offsets_of([0, 1, 40, 0, 16], device, first=2)
+    total = torch.ones(5, 130, dtype=torch.float64, device=device)
+    expected = total.clone()
+    naive.sum_rows_grouped(expected, x, rows, offsets)
+    sum_rows_grouped(total, x, rows, offsets)
+    torch.testing.assert_close(total, expected, rtol=0.0, atol=1e-13)
+    with pytest.raises(ValueError, match=r"total must be \(groups, 130\)"):
+        sum_rows_grouped(total.T, x, rows, offsets)
 
 
 def test_what_other_groups_hold_does_not_matter(device: torch.device) -> None:

@@ -21,9 +21,10 @@ from inputs import activations, randn
 from models import random_batches, tiny
 from nullspace import Covariance, stream_covariances
 from nullspace.moments.covariance import find_nonfinite
+from nullspace.moments.grouped import GroupedCovariance
 from nullspace.moments.sums import OUTLIER_RATIO, STAGE_TOKENS, TokenMask
 from nullspace.moments.sums_torch import TorchSums
-from nullspace.moments.sums_triton import TritonSums
+from nullspace.moments.sums_triton import TritonSums, new_buffer
 from nullspace.solvers import bottom_eigenpairs
 from reference import excess_leak, recorded_inputs, relative_error, second_moment
 
@@ -153,7 +154,7 @@ def test_the_buffer_is_gone_once_the_sums_are_read_and_comes_back(device: torch.
 @pytest.mark.parametrize("d", [64, 4096])
 def test_the_buffer_is_no_larger_than_the_triangle(d: int) -> None:
     sums = TritonSums(d, torch.device("meta"))
-    buffer = sums._new_buffer(torch.bfloat16)
+    buffer = new_buffer(sums.launch_tokens, torch.empty(1, d, dtype=torch.bfloat16, device="meta"))
     assert buffer.untyped_storage().nbytes() <= max(8 * len(sums.triangle.packed), 2 * d * STAGE_TOKENS)
 
 
@@ -339,12 +340,18 @@ def test_updates_do_not_wait_for_the_device(device: torch.device, monkeypatch: p
     mask = TokenMask(torch.arange(len(x), device=device) % 3 > 0)
     covariance = Covariance(40, device=device)
     covariance.update(x)  # compiles
-    kernels = {name: getattr(csrc_triton, name) for name in ("syrk_accumulate", "syrk_accumulate_rows", "stage_rows", "zero_rows")}
+    monkeypatch.setattr(precision_module, "_has_kernels", lambda device, precision: True)
+    grouped = GroupedCovariance(2, 40, device=device)
+    monkeypatch.setattr(grouped._kernels, "launch_tokens", len(x))  # so that an update is a launch too
+    counts = [len(x) - 100, 100]
+    grouped.update(x, counts)
+    kernels = {name: getattr(csrc_triton, name) for name in csrc_triton.__all__ if name != "unavailable"}
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
         try:
             covariance.update(x)
             covariance.update(x, mask)
+            grouped.update(x, counts)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return
@@ -359,6 +366,7 @@ def test_updates_do_not_wait_for_the_device(device: torch.device, monkeypatch: p
     with watch:
         covariance.update(x)
         covariance.update(x, mask)
+        grouped.update(x, counts)
     assert watch.seen == []
     with watch:
         covariance.trace  # noqa: B018
