@@ -25,9 +25,10 @@ from nullspace.artifacts.spaces import NullSpaces
 from nullspace.errors import InputError
 from nullspace.factors import LowRank
 from nullspace.model.layer_names import Location, is_attention, locations
-from nullspace.model.linear import is_conv1d, weight_shape
+from nullspace.model.linear import is_conv1d, weight_of, weight_shape
+from nullspace.model.quantised import dequantised, is_dequantisable, is_quantised_layer
 from nullspace.model.sites import Site
-from nullspace.model.weights import tensor_of
+from nullspace.model.weights import restore_layout, tensor_of
 from nullspace.moments.covariance import Covariance
 from nullspace.progress import Progress, reporter
 from nullspace.solvers import decompose
@@ -498,8 +499,12 @@ def _check_modules(
 
 
 def _weight(name: str, module: nn.Module) -> torch.Tensor:
-    weight = tensor_of(module, "weight")
-    if identity.fingerprint(weight) is None:
+    restore_layout(module)
+    stored = weight_of(module)
+    if is_dequantisable(module, stored):
+        return dequantised(module, stored)
+    weight = stored if is_quantised_layer(module) else tensor_of(module, "weight")
+    if is_quantised_layer(module) or identity.fingerprint(weight) is None:
         raise InputError(f"the weight of {name!r} is quantised or sharded: its values are not at hand")
     return weight.detach().mT if is_conv1d(module) else weight.detach()
 

@@ -21,7 +21,7 @@ from nullspace.artifacts.records import read_json
 from nullspace.checks import check_device
 from nullspace.errors import InputError, MissingFileError
 from nullspace.integrations.transformers.offload import load_offloaded, offload_map
-from nullspace.integrations.transformers.quantisation import loading_options
+from nullspace.integrations.transformers.quantisation import check_quantisable, loading_options, set_planned_bytes, warn_of_rest
 
 # transformers' automatic classes of generating models, and those for models with an encoder and a decoder.
 AUTO_CLASSES = ("AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
@@ -172,6 +172,9 @@ def load_weights(
         options = {**quantised, **options}
         with _naming(name):
             model = model_class.from_pretrained(source.name, **options)
+        if load_in_4bit or load_in_8bit:
+            warn_of_rest(name, model, "load_in_4bit" if load_in_4bit else "load_in_8bit")
+        with _naming(name):
             return (model if "device_map" in options else model.to(device)).eval()
     if quantised:
         raise InputError(f"{name} is quantised, and its weights are unpacked while it is loaded: load it whole")
@@ -199,7 +202,12 @@ def drop_quantizer(model: Any) -> None:
 
 
 def empty_model(
-    name: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
 ) -> nn.Module:
     """A model of a configuration alone, on the meta device: shapes, no weights. In eval mode, of `load_model`'s class.
 
@@ -207,12 +215,15 @@ def empty_model(
         name: a hub name, or a folder with a `config.json`; a `ModelSource` names a revision too.
         dtype: of the weights; `"auto"` takes the configuration's own, float32 if it names none.
         attn_implementation: as in `load_model`.
+        load_in_4bit, load_in_8bit: count its weights as quantised in forecasts. Those of a quantised checkpoint count so anyway.
 
     Raises:
-        FileNotFoundError, ValueError: naming the model, if there is no such configuration, or no model can be built from it.
+        FileNotFoundError, ValueError: naming the model, if there is no such configuration, or no model can be built from it; if the
+            checkpoint is quantised otherwise.
     """
     source = ModelSource.of(name)
     config = read_config(source)
+    check_quantisable(name, config, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
@@ -226,6 +237,7 @@ def empty_model(
             model = build.from_config(config, dtype=dtype, trust_remote_code=source.trust_remote_code, **options)
         else:
             model = build._from_config(config, dtype=dtype, **options)
+    set_planned_bytes(model, config, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
     return model.eval()
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 
-from nullspace.errors import InputError, MissingPackageError
+from nullspace.errors import InputError, MissingPackageError, ResourceUseWarning
+from nullspace.model.experts import is_fused, stacks_of
+from nullspace.model.linear import output_head
+from nullspace.model.weights import set_stored_bytes
 
 
 def method_of(config: Any) -> str | None:
@@ -43,16 +50,10 @@ def loading_options(
         ValueError: if both are asked for, or the checkpoint is quantised otherwise.
         ImportError: if bitsandbytes is not installed.
     """
-    if load_in_4bit and load_in_8bit:
-        raise InputError("load_in_4bit and load_in_8bit exclude each other: leave one out")
-    asked = "load_in_4bit" if load_in_4bit else "load_in_8bit" if load_in_8bit else None
+    asked = check_quantisable(name, config, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
     known = _content(config)
-    if asked is None:
+    if asked is None or known is not None:
         return {} if known is None else {"device_map": {"": device}}
-    if known is not None:
-        if not known.get(asked):
-            raise InputError(f"{name} is quantised already ({_described(known)}): leave out {asked}")
-        return {"device_map": {"": device}}
     if find_spec("bitsandbytes") is None:
         raise MissingPackageError(f"{asked} needs the package bitsandbytes: pip install bitsandbytes")
     if load_in_8bit:
@@ -62,6 +63,59 @@ def loading_options(
         compute = getattr(torch, compute) if isinstance(compute, str) else compute or torch.float32
         chosen = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
     return {"quantization_config": chosen, "device_map": {"": device}}
+
+
+def check_quantisable(
+    name: str | os.PathLike[str], config: Any, *, load_in_4bit: bool = False, load_in_8bit: bool = False
+) -> str | None:
+    """Which of the two is asked for; `ValueError` if both are, or the checkpoint is quantised otherwise."""
+    if load_in_4bit and load_in_8bit:
+        raise InputError("load_in_4bit and load_in_8bit exclude each other: leave one out")
+    asked = "load_in_4bit" if load_in_4bit else "load_in_8bit" if load_in_8bit else None
+    known = _content(config)
+    if asked is not None and known is not None and not known.get(asked):
+        raise InputError(f"{name} is quantised already ({_described(known)}): leave out {asked}")
+    return asked
+
+
+def set_planned_bytes(model: nn.Module, config: Any, *, load_in_4bit: bool = False, load_in_8bit: bool = False) -> None:
+    """Let the weights of a model without weights count in a forecast with the bytes that they take when they are quantised.
+
+    Of a quantised checkpoint whose number of bits is not known here, weights count as they are, in the model's dtype.
+    """
+    known = _content(config) or {}
+    if load_in_4bit or load_in_8bit:
+        known = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
+    if known.get("quant_method") == "mxfp4":
+        stacks = [getattr(m, name) for m in model.modules() if is_fused(m) for name in stacks_of(m)]
+        _set_bits(stacks, 4 + 8 / 32)  # a scale of 8 bits for 32 values
+        return
+    bits = 4 if known.get("load_in_4bit") else 8 if known.get("load_in_8bit") else known.get("bits", known.get("nbits"))
+    bits = 8 if bits is None and str(known.get("quant_method")).endswith("fp8") else bits
+    if not isinstance(bits, int):
+        return
+    group = 64 if known.get("load_in_4bit") else known.get("group_size") if bits < 8 else None
+    scales = 32 / group if isinstance(group, int) and group > 0 else 0  # a scale and a zero of 16 bits each, or one of 32
+    head = output_head(model)
+    _set_bits([m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head], bits + scales)
+
+
+def _set_bits(weights: Iterable[torch.Tensor], bits: float) -> None:
+    for weight in weights:
+        set_stored_bytes(weight, math.ceil(weight.numel() * bits / 8))
+
+
+def warn_of_rest(name: str | os.PathLike[str], model: nn.Module, asked: str) -> None:
+    """`UserWarning` if much of a model is not quantised: experts that are one tensor, which bitsandbytes leaves as they are."""
+    stacks = [getattr(m, stack) for m in model.modules() if is_fused(m) for stack in stacks_of(m)]
+    if stacks:
+        size = sum(t.nbytes for t in stacks)
+        warnings.warn(
+            f"{asked}: the experts of {name} are one tensor a layer, which bitsandbytes does not quantise. They stay in "
+            f"{stacks[0].dtype}, {size / 2**30:.1f} GiB",
+            ResourceUseWarning,
+            stacklevel=3,
+        )
 
 
 def _content(config: Any) -> dict[str, Any] | None:

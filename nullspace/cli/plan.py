@@ -28,6 +28,8 @@ class Work:
     exclude: str | None = options.EXCLUDE
     experts: str = options.EXPERTS._replace(needs=None)
     dtype: str = options.DTYPE
+    load_in_4bit: bool = options.LOAD_IN_4BIT
+    load_in_8bit: bool = options.LOAD_IN_8BIT
     attn: str | None = options.ATTN
 
 
@@ -68,7 +70,8 @@ def plan(
     from nullspace.planning.forecast import forecast, is_pooled, survey_of
     from nullspace.planning.plan import Workload, cells, describe
 
-    empty = empty_model(loading.of(model), dtype=work.dtype, attn_implementation=work.attn)
+    bits = {"load_in_4bit": work.load_in_4bit, "load_in_8bit": work.load_in_8bit}
+    empty = empty_model(loading.of(model), dtype=work.dtype, attn_implementation=work.attn, **bits)
     check_length(empty.config, model, work.length)
     exclude = options.parse_exclude(work.exclude)
     targets = find_targets(empty, options.parse_targets(work.targets), exclude=exclude, rank=work.rank)

@@ -74,14 +74,25 @@ def execution_device(module: nn.Module) -> torch.device | None:
 def size_in_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers, wherever they are; shared ones count once, sharded ones whole."""
     every = {id(t): t for _, _, t in _tensors(module)}.values()
-    return sum(map(_size, every))
+    return sum(map(stored_bytes, every))
 
 
-def _size(tensor: torch.Tensor) -> int:
-    """Of a quantised tensor that consists of several, their bytes."""
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor: of a quantised one, what it consists of; of one of a forecast, what was set by `set_stored_bytes`."""
+    own: int | None = getattr(tensor, _STORED_BYTES, None)
+    if own is not None:
+        return own
     if not is_sharded(tensor) and hasattr(tensor, "__tensor_flatten__"):
-        return sum(_size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return shape_of(tensor).numel() * tensor.element_size()
+
+
+def set_stored_bytes(tensor: torch.Tensor, size: int) -> None:
+    """Let a tensor of a model without weights count as one that is stored in so many bytes."""
+    setattr(tensor, _STORED_BYTES, size)
+
+
+_STORED_BYTES = "_nullspace_stored_bytes"
 
 
 def is_loaded(module: nn.Module) -> bool:

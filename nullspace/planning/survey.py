@@ -19,7 +19,7 @@ from nullspace.model.experts import LAST, ExpertMatrix, is_fused
 from nullspace.model.linear import is_linear, weight_shape
 from nullspace.model.routing import Routed, routing
 from nullspace.model.sites import find_targets
-from nullspace.model.weights import size_in_bytes
+from nullspace.model.weights import size_in_bytes, stored_bytes
 from nullspace.model.wrappers import named_modules, unwrap
 from nullspace.moments.sums import STAGE_TOKENS
 from nullspace.moments.sums_torch import CHAIN_TOKENS
@@ -92,7 +92,7 @@ class Survey:
         self._device, self._pooled = device, pooled
         blocks = _blocks(model, chosen)
         self.weights = size_in_bytes(model)
-        own = [[t.numel() * t.element_size() for t in m.parameters(recurse=False)] for m in model.modules()]
+        own = [[stored_bytes(t) for t in m.parameters(recurse=False)] for m in model.modules()]
         self.largest_layer = max(map(sum, own), default=0)
         self.largest_tensor = max((size for sizes in own for size in sizes), default=0)
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from mixtures import mixture, null_spaces
 from peft import LoraConfig, PeftModel, get_peft_model
 from steps import IDS, logits, train
 from torch import nn
 from typer.testing import CliRunner
 
 from models import random_batches, tiny
-from nullspace import Covariances, NullSpaces, compute_null_spaces, gradient_covariances, stream_covariances
+from nullspace import Covariances, NullSpaces, compute_covariances, compute_null_spaces, gradient_covariances, stream_covariances
 from nullspace.analysis import drift
 from nullspace.artifacts import records
 from nullspace.artifacts.identity import Fingerprints, weights_of
@@ -42,7 +44,11 @@ from nullspace.integrations.peft import (
 )
 from nullspace.integrations.peft.layers import stored_weight
 from nullspace.integrations.peft.shell import without_weights
+from nullspace.integrations.transformers.load import empty_model, load_weights
+from nullspace.model.linear import weight_shape
 from nullspace.model.sites import find_targets
+from nullspace.model.weights import size_in_bytes
+from nullspace.planning.survey import Survey
 from reference import recorded_inputs, second_moment
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -602,3 +608,66 @@ def test_a_second_adapter_is_written_for_any_base_that_is_to_stay_as_it_is(tiny_
     assert (logits(adapted.eval()) - before).abs().max() <= 2e-6 * before.abs().max()
     with pytest.raises(ValueError, match="use_dora"):
         write_init(tmp_path / "two", tiny("llama"), LoraConfig(r=RANK, use_dora=True), method="pissa", residual="adapter")
+
+
+def test_statistics_of_the_full_model_and_of_the_quantised_one_serve_each_other(
+    base: Any, tiny_checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    """Quantised weights have no fingerprint, so names and shapes are compared: the sums are of the same layers' inputs."""
+    run = ["--samples", 2, "--length", 64, "-q", "--device", "cpu"]
+    done = nullspace("covariances", tiny_checkpoint, "--load-in-4bit", "--data", data, "--out", tmp_path / "four", *run)
+    assert done.exit_code == 0, done.output
+    full = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint).eval()
+    compute_covariances(full, random_batches(), tmp_path / "full", progress=False)
+    for name, flag in (("four", []), ("full", ["--load-in-4bit"])):
+        out = tmp_path / f"of-{name}"
+        done = nullspace("init", tiny_checkpoint, "--covariances", tmp_path / name, "--out", out, "--rank", 8, *run[-3:], *flag)
+        assert done.exit_code == 0, done.output
+        assert (out / "subtracted").is_dir() == bool(flag)
+        assert json.loads((out / "nullspace.json").read_text()).get("load_in_4bit", False) == bool(flag)
+    model = base("nf4")
+    sums = Covariances.load(tmp_path / "full")
+    adapted = inject_adapters(model, LoraConfig(r=RANK), method="corda-kpm", covariances=sums)
+    assert close("nf4", tiny_checkpoint, logits(adapted), logits(base("nf4")))
+    other = Covariances([(site, sums[site.name]) for site in sums.sites], {"model.layers.0.mlp.up_proj": ((3, 64), None)})
+    with pytest.raises(ValueError, match=r"of another model.*up_proj"):
+        inject_adapters(base("nf4"), LoraConfig(r=RANK), method="corda-kpm", covariances=other)
+
+
+def test_a_plan_counts_the_bytes_of_quantised_weights(tiny_checkpoint: Path, base: Any, tmp_path: Path) -> None:
+    base("nf4").save_pretrained(tmp_path / "four")
+    full = size_in_bytes(empty_model(tiny_checkpoint, dtype=torch.bfloat16))
+    linear = sum(math.prod(weight_shape(layer)) for layer in find_targets(empty_model(tiny_checkpoint)).values())
+    for model, bits in (
+        (empty_model(tiny_checkpoint, dtype=torch.bfloat16, load_in_4bit=True), 4.5),
+        (empty_model(tiny_checkpoint, dtype=torch.bfloat16, load_in_8bit=True), 8),
+        (empty_model(tmp_path / "four", dtype=torch.bfloat16), 4.5),
+    ):
+        assert size_in_bytes(model) == full - linear * (16 - bits) / 8
+        assert Survey(model, batch_size=2, length=16, device="cpu").tracked
+    done = nullspace("plan", tiny_checkpoint, "--load-in-4bit", "--device", "cpu", "--length", 64, "--rank", 8, "--json")
+    assert done.exit_code == 0, done.output
+    refused = nullspace("plan", tmp_path / "four", "--load-in-8bit")
+    assert refused.exit_code == 2
+    assert "quantised already" in refused.output
+
+
+def test_experts_beside_quantised_layers_get_two_adapters_too(tmp_path: Path) -> None:
+    """bitsandbytes leaves experts that are one tensor as they are, which is said."""
+    mixture("qwen3_moe").save_pretrained(tmp_path / "model")
+    load = functools.partial(load_weights, tmp_path / "model", device="cpu", dtype=torch.float32, load_in_4bit=True)
+    with pytest.warns(UserWarning, match=r"load_in_4bit: the experts of .* stay in torch.float32"):
+        model = load()
+    before, spaces = logits(model), null_spaces(model, RANK)
+    write_init(tmp_path / "init", model, LoraConfig(r=RANK), spaces, progress=False)
+    adapted = PeftModel.from_pretrained(model, tmp_path / "init" / "adapter", is_trainable=True)
+    attach_subtracted(adapted, tmp_path / "init" / "subtracted")
+    assert set(lora_layers(adapted, "default")) == set(spaces)
+    assert (logits(adapted.eval()) - before).abs().max() <= 3e-6 * before.abs().max()
+    train(adapted)
+    trained = logits(adapted)
+    assert (trained - before).norm() > 1e-2 * before.norm()
+    export_lora(adapted, tmp_path / "init" / "adapter", tmp_path / "plain", base="the-base")
+    with pytest.warns(UserWarning, match="stay in"):
+        plain = PeftModel.from_pretrained(load(), tmp_path / "plain").eval()
+    assert (logits(plain) - trained).abs().max() <= 1e-5 * trained.abs().max()
