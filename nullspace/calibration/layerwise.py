@@ -29,7 +29,7 @@ from nullspace.calibration.rehearsal import rehearse
 from nullspace.calibration.run import Run
 from nullspace.calibration.totals import Totals, uncalled_everywhere
 from nullspace.distributed.loaders import Share
-from nullspace.model.batches import Call, calls, evaluating, forward_options, padded_batch
+from nullspace.model.batches import Call, calls, evaluating, forward_options, padded_batch, refuse_unreached
 from nullspace.model.blocks import refuse_chain
 from nullspace.model.padding import Padding
 from nullspace.model.sharded import without_gather_hooks
@@ -112,6 +112,8 @@ class _Pass:
                     sums.paused = False
                 made = chain.prepare(call, self._options)
                 sums.end_batch()
+                if self._shelf is None:
+                    refuse_unreached(run.model, run.loader, self._outside, sums.uncalled)
                 self._keep(call, made, share)
                 del made
         rewritten = None if self._shelf is None else self._shelf.find_rewritten()

@@ -15,7 +15,16 @@ from nullspace.calibration.recording import recording
 from nullspace.calibration.run import Run
 from nullspace.calibration.totals import Totals, uncalled_everywhere
 from nullspace.distributed import Job
-from nullspace.model.batches import Call, calls, evaluating, forward_options, input_device, naming_batch, padded_batch
+from nullspace.model.batches import (
+    Call,
+    calls,
+    evaluating,
+    forward_options,
+    input_device,
+    naming_batch,
+    padded_batch,
+    refuse_unreached,
+)
 from nullspace.model.sharded import gathers_weights
 from nullspace.model.sites import Site, Targets
 from nullspace.model.token_rows import TokenRows
@@ -52,6 +61,8 @@ def stream_resident(
                 raise error
             if counts:
                 sums.end_batch()
+                if tokens == 0:
+                    refuse_unreached(model, run.loader, targets, sums.uncalled)
                 tokens += call.padding.tokens
                 report("forward", share.read, total, tokens)
     job.check_share(share)

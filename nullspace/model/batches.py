@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,8 @@ from nullspace.errors import DataWarning, InputError, InputTypeError, NullspaceE
 from nullspace.model.blocks import is_encoder_decoder
 from nullspace.model.padding import Padding, PaddingReader, Part, looks_like_mask
 from nullspace.model.sharded_tensors import device_of
+from nullspace.model.sites import Targets
+from nullspace.model.towers import Regions
 from nullspace.model.wrappers import unwrapped
 
 if TYPE_CHECKING:
@@ -157,6 +160,32 @@ def padded_batch(model: nn.Module, loader: Iterable[Any], part: Part) -> int | N
         return None
     reader = PaddingReader(model)
     return next((n for n, batch in enumerate(loader, 1) if reader.padding_of(_named(batch, n, model)[0]).hides(part)), None)
+
+
+def refuse_unreached(model: nn.Module, loader: Iterable[Any], targets: Targets, uncalled: Iterable[str]) -> None:
+    """Refuse layers of a tower, asked for by name, that the first batch did not call, if all batches hold text alone.
+
+    Args:
+        model: that ran the first batch.
+        loader: a sequence; of others the next batches are unknown.
+        targets: module name → layer.
+        uncalled: the names of those that the first batch did not call.
+
+    Raises:
+        ValueError: naming the first of them, and its tower.
+    """
+    if targets.optional or not isinstance(loader, Sequence):
+        return
+    regions = Regions(model)
+    towers = {name: tower for name in uncalled if (tower := regions.tower(name)) is not None}
+    reader = PaddingReader(model)
+    if not towers or any(reader.padding_of(_named(batch, n, model)[0]).mixed for n, batch in enumerate(loader, 1)):
+        return
+    (name, tower), more = next(iter(towers.items())), f" and {len(towers) - 1} more" if len(towers) > 1 else ""
+    raise InputError(
+        f"target {name!r}{more} was never called: {tower!r} does not get text, and no batch holds anything else. Leave it out "
+        rf"(exclude='{re.escape(tower)}\..*'), or give batches with images or sounds"
+    )
 
 
 def _arguments(

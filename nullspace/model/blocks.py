@@ -20,7 +20,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def find_blocks(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def find_blocks(model: nn.Module, targets: Mapping[str, nn.Module] | None = None) -> dict[str, nn.Module]:
     """The blocks that a layerwise pass goes through, in order.
 
     They are the modules whose class descends from transformers' `GradientCheckpointingLayer`; where there are none, the modules of
@@ -29,7 +29,7 @@ def find_blocks(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str,
 
     Args:
         model: any module.
-        targets: module name → linear layer.
+        targets: module name → linear layer; all linear layers by default.
 
     Returns:
         Module name → block; never empty.
@@ -41,6 +41,8 @@ def find_blocks(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str,
         blocks = marked_blocks(model) or _equal_lists(model)
     if not blocks:
         raise InputError(_refusal(model, "has no list of blocks"))
+    if targets is None:
+        targets = {name: module for name, module in named_modules(model).items() if is_linear(module)}
     beside = {} if is_encoder_decoder(model) else split_towers(model, blocks)[1]
     sizes: dict[str, int] = {}
     for name in blocks:

@@ -57,6 +57,20 @@ def test_null_spaces_and_the_automatic_strategy_take_text_alone(monkeypatch: pyt
     assert layerwise.keys() == compute_null_spaces(model, batches, rank=4, progress=False).keys()
 
 
+@pytest.mark.parametrize("strategy", ["resident", "layerwise"])
+def test_layers_of_a_tower_that_are_asked_for_by_name_are_refused_at_the_first_batch_of_texts(strategy: str) -> None:
+    model, calls = tiny_multimodal("qwen2_vl"), []
+    ids = [{"input_ids": torch.randint(3, 59, (2, 9))} for _ in range(3)]
+    model.model.language_model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    words = r"target 'model\.visual\.blocks\.0\.attn\.qkv' and 1 more was never called.*exclude='model\\\.visual\\\.\.\*'"
+    with pytest.raises(ValueError, match=words):
+        sums(model, ids, strategy, targets=["q_proj", "qkv"])
+    assert len(calls) <= 4  # the first batch, which a layerwise run runs several times to check the blocks
+    assert len(sums(model, ids, strategy, targets=["q_proj", "qkv"], exclude=r"model\.visual\..*")) == 2
+    alone = samples("qwen2_vl", (7, 9))
+    assert len(sums(model, [alone[1], alone[0]], "resident", targets=["q_proj", "qkv"])) == 4  # the second batch has an image
+
+
 def test_a_tower_beside_the_text_can_be_a_target() -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
