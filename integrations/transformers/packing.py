@@ -14,6 +14,7 @@ from nullspace.errors import DataWarning, InputError, InputTypeError
 from nullspace.integrations.transformers.chat import Conversation, TokenIds
 from nullspace.integrations.transformers.template import ChatTemplate
 
+_SEEN = 256  # characters of a text, enough to see which special tokens are around it: a text may be as long as a file
 Text = str | Conversation | TokenIds
 """What `load_texts` reads: a text, a conversation that a chat template makes tokens of, or tokens."""
 
@@ -159,8 +160,10 @@ class _Pieces:
         """The piece of a text; without tokens if the text has none."""
         if isinstance(text, str):
             ids = self._own(text)
-            start, between = self._around(text, ids) if ids else ([], [])
-            return _Piece(ids + between if ids else [], start)
+            if not ids:
+                return _Piece([], [])
+            start, between = self._around(text.lstrip()[:_SEEN])
+            return _Piece(ids + between, start)
         if isinstance(text, TokenIds):
             ids = list(text.ids)
             most = max(ids, default=0)
@@ -183,17 +186,13 @@ class _Pieces:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def _around(self, text: str = "text", own: list[int] | None = None) -> tuple[list[int], list[int]]:
-        """The tokens that begin a sample, and those between two texts: the same with every text, so that one is enough to see."""
+    def _around(self, text: str = "text") -> tuple[list[int], list[int]]:
+        """The tokens that begin a sample, and those between two texts: the same with every text, so that the first one decides."""
         if self._marks is None:
             marks = self._tokenizer.eos_token_id, self._tokenizer.sep_token_id
             between = next(([i] for i in marks if i is not None), [])
-            if not self._special:
-                self._marks = [], between
-            else:
-                own = self._own(text) if own is None else own
-                start, end = _around(own, self._tokenizer(text, verbose=False)["input_ids"])
-                self._marks = start, end or between
+            start, end = _around(self._own(text), self._tokenizer(text, verbose=False)["input_ids"]) if self._special else ([], [])
+            self._marks = start, end or between
         return self._marks
 
 

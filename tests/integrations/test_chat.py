@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import datasets
+import jinja2
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tokenizers
 import torch
 import transformers
+import trl
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from nullspace import compute_covariances
@@ -224,6 +227,29 @@ def test_contents_are_given_in_the_form_that_the_template_prints() -> None:
     two = [{"role": "user", "content": [*parts[0]["content"], {"type": "text", "text": "Now?"}]}]
     joined = [{"role": "user", "content": f"{USER['content']}\nNow?"}]
     assert stream(load_texts([{"messages": two}]), make_tokenizer()) == by_hand(make_tokenizer(), joined)
+
+
+def test_templates_of_many_families() -> None:
+    """TRL's templates get contents as they print them; where they take the row's own form, the tokens are those by hand."""
+    names = ("deepseekv3", "gemma3", "glm4moe", "gptoss", "llama3", "llava_next", "phi3", "qwen3", "smolvlm")
+    paths = [Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja" for name in names]
+    templates = [path for path in paths if path.is_file()]
+    if not templates:
+        pytest.skip("this TRL has no templates")
+    tokenizer = make_tokenizer()
+    parts = [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS]
+    same = 0
+    for path in templates:
+        tokenizer.chat_template = path.read_text()
+        for messages in (TURNS, parts):
+            ids = stream(load_texts([{"messages": messages}]), tokenizer)
+            text = tokenizer.decode(ids)
+            assert all(turn["content"] in text for turn in TURNS), path
+            assert repr(parts[0]["content"]) not in text, path
+            with contextlib.suppress(jinja2.TemplateError, TypeError):
+                expected = by_hand(tokenizer, messages)
+                same += expected == ids[: len(expected)]
+    assert same >= len(templates)
 
 
 @pytest.mark.parametrize("leading", [True, False])
