@@ -28,6 +28,7 @@ from nullspace.integrations.transformers.rows import (
     split_names,
 )
 
+WHOLE = 2**26
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 """The name of a file or of a hub data set, or rows: a list of them, a `datasets.Dataset`."""
 
@@ -109,7 +110,10 @@ def load_texts(
 
 @dataclass(frozen=True)
 class Reading:
-    """The arguments of `load_texts`, for data that are read when they are needed: a hub data set may be larger than the work."""
+    """The arguments of `load_texts`, for data that are read when they are needed: a hub data set may be larger than the work.
+
+    Files of up to `WHOLE` bytes are read, and thereby checked, to their end all the same.
+    """
 
     field: str | None = None
     split: str = "train"
@@ -146,9 +150,10 @@ class Reading:
     def _texts(self, data: Any, name: str) -> Iterator[Text]:
         counted = itertools.count()
         read: Iterator[Text] = (text for text in self._all(data, name, counted) if not _is_blank(text))
-        if self.shuffle is not None:
+        if self.shuffle is not None or _is_small_file(data):
             texts = list(read)
-            random.Random(self.shuffle).shuffle(texts)
+            if self.shuffle is not None:
+                random.Random(self.shuffle).shuffle(texts)
             read = iter(texts)
         empty = True
         for text in itertools.islice(read, self.limit):
@@ -195,6 +200,11 @@ def _are_several(data: Any) -> TypeGuard[Sequence[Any]]:
 def _name(data: Any) -> str | None:
     """The name of a file or a hub data set; None for rows."""
     return os.fspath(data) if isinstance(data, (str, os.PathLike)) else None
+
+
+def _is_small_file(data: Any) -> bool:
+    name = _name(data)
+    return name is not None and Path(name).is_file() and Path(name).stat().st_size <= WHOLE
 
 
 def _rows(data: Any, split: str) -> Iterator[Row]:

@@ -92,13 +92,16 @@ def test_the_form_of_the_calibration_is_recorded(files: Path, tiny_checkpoint: P
     }  # fmt: skip
 
 
-def test_only_what_is_needed_is_read(files: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """A data set of the hub may be larger than any disk: rows are read until the samples are full."""
+def test_only_what_is_needed_of_large_files_is_read(
+    files: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of data sets of the hub: rows are read until the samples are full. Small files are checked to their end."""
     text = (files / "facts.jsonl").read_text()
     (tmp_path / "long.jsonl").write_text(f"{text}\nno JSON")
-    done = run("covariances", tiny_checkpoint, "--data", tmp_path / "long.jsonl", "--out", tmp_path / "out", *SMALL)
-    assert done.exit_code == 0, done.output
-    refused = run(
-        "covariances", tiny_checkpoint, "--data", tmp_path / "long.jsonl", "--out", tmp_path / "two", *SMALL, "--shuffle", 1
-    )
+    read = ["covariances", tiny_checkpoint, "--data", tmp_path / "long.jsonl", *SMALL]
+    refused = run(*read, "--out", tmp_path / "small")
     assert f"long.jsonl, line {text.count(chr(10)) + 2}: not JSON" in refused.stderr
+    monkeypatch.setattr("nullspace.integrations.transformers.data.WHOLE", 64)
+    done = run(*read, "--out", tmp_path / "large")
+    assert done.exit_code == 0, done.output
+    assert "not JSON" in run(*read, "--out", tmp_path / "shuffled", "--shuffle", 1).stderr
