@@ -247,7 +247,7 @@ def _model_class(config: Any, source: ModelSource) -> Any:
     If the checkpoint names none: one with an encoder and a decoder, or with vision and audio towers, if there is one.
     """
     names = [*TWO_INPUTS, *AUTO_CLASSES] if getattr(config, "is_encoder_decoder", False) else AUTO_CLASSES
-    automatic = [getattr(transformers, name) for name in names]
+    automatic = [getattr(transformers, name) for name in names if hasattr(transformers, name)]  # not all versions have all
     own = getattr(config, "auto_map", None) or {}
     if source.trust_remote_code:
         for each in automatic:

@@ -267,7 +267,8 @@ def _origin(source: Source, text: Text) -> dict[str, Any]:
 
 def _next_steps(out: Path, calibration: Calibration, residual: str, frozen: bool) -> str:
     base = str(out / "base") if residual == "base" else calibration.base.name
-    running = calibration.running
+    running, kind = calibration.running, type(calibration.model).__name__
+    automatic = "AutoModelForCausalLM" if kind.endswith("ForCausalLM") else kind
     config = 'load_in_4bit=True, bnb_4bit_quant_type="nf4"' if running.load_in_4bit else "load_in_8bit=True"
     quantised = f", quantization_config=BitsAndBytesConfig({config})" if running.load_in_4bit or running.load_in_8bit else ""
     doors = "nullspace.integrations.peft"
@@ -275,7 +276,7 @@ def _next_steps(out: Path, calibration: Calibration, residual: str, frozen: bool
     b_alone = f"    {doors}.freeze_a(model)  # train B alone\n" if frozen else ""
     return (
         f"\nWrote {out}. To train it:\n\n"
-        f"    base = AutoModelForCausalLM.from_pretrained({base!r}{quantised})\n"
+        f"    base = {automatic}.from_pretrained({base!r}{quantised})\n"
         f"    model = PeftModel.from_pretrained(base, {str(out / 'adapter')!r}, is_trainable=True)\n"
         f"{second}{b_alone}\n"
         f"and afterwards, for the untouched base: nullspace export TRAINED --initial {out} --out EXPORTED"
