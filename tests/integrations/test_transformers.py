@@ -59,6 +59,9 @@ def test_csv_and_plain_text(tmp_path: Path) -> None:
         ({"prompt": "p", "response": "r"}, "p\nr"),
         ({"problem": "p", "solution": "s", "level": 3}, "p\ns"),
         ({"question": "q", "answer": []}, "q"),
+        ({"query": "q", "response": "r"}, "q\nr"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, "p\nc"),
+        ({"chosen": "c", "rejected": "r"}, "c"),
     ],
 )
 def test_known_pairs_are_joined(row: dict[str, Any], text: str, tmp_path: Path) -> None:
