@@ -124,7 +124,8 @@ def empty(name: str) -> Any:
 
 def plan(name: str, memory: int) -> dict[str, Any]:
     """The fastest plan that fits a GPU of this many GB, as a record; with what is missing, if none does."""
-    from nullspace.model.sites import covered_share, find_targets
+    from nullspace.model.coverage import covered_share
+    from nullspace.model.sites import find_targets
     from nullspace.planning.choice import fit
     from nullspace.planning.forecast import is_pooled, survey_of
     from nullspace.planning.plan import Workload

@@ -20,7 +20,7 @@ from benchmarks.families.reference import Sums, input_sums
 from nullspace import NullSpaces, compute_null_spaces, stream_covariances
 from nullspace.errors import NullspaceError
 from nullspace.integrations.peft import attach_subtracted, export_lora, inject_adapters, save_init
-from nullspace.model.sites import matrices
+from nullspace.model.coverage import matrices
 
 RANK = 4
 

@@ -21,7 +21,9 @@ from nullspace.checks import Field, an_object, list_of, optional
 from nullspace.errors import InputError, OtherModelError
 from nullspace.model.experts import expert_of
 from nullspace.model.sites import Site
-from nullspace.moments.covariance import Covariance, Pool
+from nullspace.moments.covariance import Covariance
+from nullspace.moments.grouped import pool_of
+from nullspace.moments.pool import Pool
 from nullspace.moments.state import DTYPES, FIELDS
 
 
@@ -87,7 +89,7 @@ class Covariances(Sitewise[Covariance]):
             own = {
                 id(e): e for n, e in self._of.items() for expert in [expert_of(n)] if expert is not None and expert.stack == stack
             }
-            self._last_pool = stack, Pool.of([entry.value() for entry in own.values()])
+            self._last_pool = stack, pool_of([entry.value() for entry in own.values()])
         return self._last_pool[1]
 
     def _read_more(self, manifest: Mapping[str, Any]) -> None:

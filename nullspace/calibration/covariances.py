@@ -23,7 +23,8 @@ from nullspace.calibration.stream import one_pass
 from nullspace.distributed import Job
 from nullspace.distributed.loaders import part_of
 from nullspace.errors import InputError
-from nullspace.model.sites import Site, matrix_parameters
+from nullspace.model.coverage import matrix_parameters
+from nullspace.model.sites import Site
 from nullspace.moments.state import check_state
 from nullspace.progress import Progress
 

@@ -10,8 +10,9 @@ from nullspace.errors import InputError
 from nullspace.model.experts import LAST
 from nullspace.model.routing import Routed
 from nullspace.model.sites import Site
-from nullspace.moments.covariance import Covariance, Pool
-from nullspace.moments.grouped import GroupedCovariance
+from nullspace.moments.covariance import Covariance
+from nullspace.moments.grouped import GroupedCovariance, pool_of
+from nullspace.moments.pool import Pool
 from nullspace.moments.sums import TokenMask
 
 
@@ -63,7 +64,7 @@ class ExpertSums:
 
     def pool(self) -> Pool:
         """The sums of all experts together."""
-        return Pool.of(self._sums.members)
+        return pool_of(self._sums.members)
 
     def attach_pool(self) -> None:
         """Give the sites their pool, where one of them may need it: fewer tokens than any basis asks for."""

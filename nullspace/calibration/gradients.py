@@ -24,12 +24,12 @@ from nullspace.distributed import Job
 from nullspace.errors import InputError
 from nullspace.model.batches import Call, calls, evaluating, forward_options, naming_batch, padded_batch
 from nullspace.model.blocks import is_encoder_decoder
+from nullspace.model.coverage import matrix_parameters
 from nullspace.model.experts import ExpertMatrix
 from nullspace.model.padding import IGNORED
 from nullspace.model.routing import Routed
 from nullspace.model.sharded import is_model_sharded
 from nullspace.model.sharded_tensors import version_of
-from nullspace.model.sites import matrix_parameters
 from nullspace.model.token_rows import TokenRows
 from nullspace.model.wrappers import unwrap
 from nullspace.moments.sums import TokenMask

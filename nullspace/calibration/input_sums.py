@@ -22,7 +22,8 @@ from nullspace.model.padding import Padding
 from nullspace.model.routing import Routed
 from nullspace.model.sharded_tensors import version_of
 from nullspace.model.sites import Site, Targets
-from nullspace.moments.covariance import Covariance, Pool, find_nonfinite
+from nullspace.moments.covariance import Covariance, find_nonfinite
+from nullspace.moments.pool import Pool
 from nullspace.moments.precision import precision_of
 from nullspace.moments.sums import TokenMask
 

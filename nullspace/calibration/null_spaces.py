@@ -33,8 +33,9 @@ from nullspace.checks import Range, check_integer, check_real
 from nullspace.distributed import Job
 from nullspace.distributed.loaders import example_of, length
 from nullspace.errors import InputError, InsufficientMemoryError, PrecisionWarning
+from nullspace.model.coverage import matrix_parameters
 from nullspace.model.linear import weight_shape
-from nullspace.model.sites import Site, matrix_parameters
+from nullspace.model.sites import Site
 from nullspace.moments.precision import precision_of
 from nullspace.planning.choice import advice
 from nullspace.progress import Progress

@@ -24,7 +24,8 @@ from nullspace.distributed.job import Reduction
 from nullspace.errors import InputError
 from nullspace.model.experts import expert_of
 from nullspace.model.sites import Site
-from nullspace.moments.covariance import Covariance, Pool
+from nullspace.moments.covariance import Covariance
+from nullspace.moments.pool import Pool
 
 
 class Arriving:

@@ -64,8 +64,9 @@ def plan(
     import torch
 
     from nullspace.integrations.transformers import empty_model
+    from nullspace.model.coverage import covered_share
     from nullspace.model.experts import fused_of
-    from nullspace.model.sites import covered_share, find_targets
+    from nullspace.model.sites import find_targets
     from nullspace.planning.choice import fit
     from nullspace.planning.forecast import forecast, is_pooled, survey_of
     from nullspace.planning.plan import Workload, cells, describe

@@ -11,18 +11,17 @@ import difflib
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from nullspace.checks import check_integer
 from nullspace.errors import InputError, InputTypeError, TargetWarning
-from nullspace.model.experts import ExpertMatrix, expert_of, holds_experts, is_fused, named_layers, stacks_of
+from nullspace.model.coverage import listed_by_kind, matrices, why_no_layer
+from nullspace.model.experts import expert_of, holds_experts, named_layers
 from nullspace.model.layer_names import is_attention, is_mlp
-from nullspace.model.linear import is_linear, is_of_class, output_head, weight_of, weight_shape
-from nullspace.model.quantised import packed_experts
-from nullspace.model.sharded_tensors import shape_of
+from nullspace.model.linear import is_linear, is_of_class, output_head, weight_shape
 from nullspace.model.wrappers import unwrap
 
 
@@ -122,25 +121,15 @@ class Targets(dict[str, nn.Module]):
         others = {name: size for name, size in sorted(sizes.items(), key=lambda each: -each[1]) if name not in modules}
         total = sum(sizes.values())
         if sum(others.values()) >= NOTEWORTHY * total:
-            reasons.update({name: _no_layer(modules[name.rpartition(".")[0]]) for name in others})
+            reasons.update({name: why_no_layer(modules[name.rpartition(".")[0]]) for name in others})
         if reasons:
             missed = sum(size for name, size in sizes.items() if name in reasons or name in others) / max(total, 1)
             warnings.warn(
-                f"'all-linear' leaves out {_listed_by_kind(reasons)}. {missed:.2%} of the parameters in the model's matrices "
+                f"'all-linear' leaves out {listed_by_kind(reasons)}. {missed:.2%} of the parameters in the model's matrices "
                 "(embeddings and output head aside) are left out in all.",
                 TargetWarning,
                 stacklevel=stacklevel,
             )
-
-
-def _no_layer(holder: nn.Module) -> str:
-    """Why a parameter of a module is no target."""
-    kind = type(holder).__name__
-    if packed_experts(holder):
-        return f"is quantised in {kind}: load the model dequantised (dequantize=True in its quantization_config) for its experts"
-    if holds_experts(holder):
-        return f"is a parameter of {kind}, a class of experts whose forward pass cannot be replaced, so that they cannot be summed"
-    return f"is a parameter of {kind}, not a linear layer"
 
 
 # Matrices that are no linear layers cause a warning from this share of the parameters on.
@@ -191,8 +180,8 @@ def find_targets(
     elif isinstance(targets, str) and targets in KINDS:
         layers = {name: m for name, m in modules.items() if name and is_linear(m) and KINDS[targets](name)}
         if not layers:
-            kinds = {type(m).__name__: _no_layer(m) for m in modules.values() if holds_experts(m)} if targets == "experts" else {}
-            why = "".join(f" What it holds {reason}." for reason in kinds.values())
+            held = [m for m in modules.values() if targets == "experts" and holds_experts(m)]
+            why = "".join(f" What it holds {reason}." for reason in dict.fromkeys(map(why_no_layer, held)))
             raise InputError(f"targets={targets!r}: {type(model).__name__} has no such layer.{why} {_names(modules)}")
     elif isinstance(targets, str):
         layers = _match_expression(modules, targets)
@@ -220,17 +209,6 @@ KINDS: Mapping[str, Callable[[str], bool]] = {
 def ends_with(name: str, ending: str) -> bool:
     """Whether a layer's name is `ending`, or ends so behind a dot; an expert's matrix also without its index."""
     return any(each == ending or each.endswith(f".{ending}") for each in (name, name.partition("[")[0]))
-
-
-def matrix_parameters(model: nn.Module) -> int:
-    """The number of parameters in the model's matrices, embeddings and output head aside."""
-    return sum(size for _, size in matrices(model))
-
-
-def covered_share(model: nn.Module, names: Iterable[str]) -> float:
-    """The share of the parameters in the model's matrices (embeddings and output head aside) that these layers have."""
-    sizes, wanted = dict(matrices(model)), set(names)
-    return sum(size for name, size in sizes.items() if name in wanted) / max(sum(sizes.values()), 1)
 
 
 def check_rank(layers: Mapping[str, nn.Module], rank: int) -> None:
@@ -348,55 +326,6 @@ def _leave_out_small(chosen: Targets, rank: int) -> None:
     for name in small:
         d_out, d_in = weight_shape(chosen[name])
         chosen.leave_out(name, f"({d_out} × {d_in}) is smaller than rank {rank} asks for")
-
-
-def matrices(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Name and number of entries of every linear layer's weight and every expert's matrix (by the layer's name), and of other
-    parameters with two axes or more (by their own); embeddings and output head left out, tied ones once."""
-    model = unwrap(model)
-    head, seen = output_head(model), set[int]()
-    linear: list[str] = []
-    modules = named_layers(model)
-    once = {id(module): name for name, module in reversed(modules.items())}
-    for name, module in modules.items():
-        if once[id(module)] != name:
-            continue
-        if isinstance(module, ExpertMatrix):
-            yield name, math.prod(weight_shape(module))
-            continue
-        seen.update(id(getattr(module, stack)) for stack in (stacks_of(module) if is_fused(module) else ()))
-        if isinstance(module, nn.Embedding) or module is head or any(name.startswith(f"{each}.") for each in linear[-1:]):
-            seen.update(id(p) for p in module.parameters(recurse=False))
-            continue
-        if is_linear(module):
-            linear.append(name)
-            weight = weight_of(module)
-            if id(weight) not in seen:
-                yield name, math.prod(weight_shape(module))
-            seen.add(id(weight))
-            continue
-        packed = packed_experts(module)
-        yield from ((f"{name}.{own}", size) for own, size in packed.items())
-        seen.update(id(p) for p in (module.parameters(recurse=False) if packed else ()))
-        for own, parameter in module.named_parameters(recurse=False):
-            shape = shape_of(parameter)
-            if len(shape) > 1 and id(parameter) not in seen and not own.endswith("bias"):  # experts have one bias each
-                yield f"{name}.{own}" if name else own, math.prod(shape)
-            seen.add(id(parameter))
-
-
-def _listed_by_kind(reasons: Mapping[str, str], most: int = 6) -> str:
-    """The count, and the first of each kind (names that differ in numbers alone) with its reason."""
-    kinds: dict[tuple[str, str], list[str]] = {}
-    for name, why in reasons.items():
-        kinds.setdefault((re.sub(r"\d+", "", name), re.sub(r"'.*?'", "", why)), []).append(name)
-    parts = []
-    for names in list(kinds.values())[:most]:
-        more = f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
-        parts.append(f"{names[0]!r}{more} {reasons[names[0]]}")
-    parts += ["…"] if len(kinds) > most else []
-    what = "layer" if len(reasons) == 1 else "layers or parameters"
-    return f"{len(reasons)} {what}: {'; '.join(parts)}"
 
 
 def _names(modules: Mapping[str, nn.Module]) -> str:

@@ -18,47 +18,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from nullspace.checks import check_one_of
 from nullspace.errors import InputError, InputTypeError
+from nullspace.moments.pool import Pool
 from nullspace.moments.precision import PRECISIONS, new_sums
 from nullspace.moments.state import check_state
 from nullspace.moments.sums import GramSums, Sums, TokenMask, nonfinite
 from nullspace.moments.sums_qr import QrSums
-from nullspace.moments.triangle import LowerTriangle
-
-
-class Pool(NamedTuple):
-    """The second moment of a larger set of tokens, which completes that of a part with too few tokens.
-
-    Attributes:
-        matrix: (d, d) float64, Σ x xᵀ.
-        total: (d,) float64, Σ x.
-        tokens: their number.
-    """
-
-    matrix: torch.Tensor
-    total: torch.Tensor
-    tokens: int
-
-    @classmethod
-    def of(cls, parts: Sequence[Covariance]) -> Pool:
-        """The sum of some covariances of one width."""
-        d, device = parts[0].d_in, parts[0].device
-        total = torch.zeros(d, dtype=torch.float64, device=device)
-        triangle, roots = LowerTriangle(d, device=device), torch.zeros(d, d, dtype=torch.float64, device=device)
-        for part in parts:
-            if part.tokens:
-                sums = part._flushed()
-                total += sums.total.to(device)
-                if isinstance(sums, GramSums):
-                    triangle.add_(sums.triangle)
-                else:
-                    roots += sums.square().to(device)
-        return cls(triangle.square() + roots, total, sum(part.tokens for part in parts))
 
 
 class Covariance:

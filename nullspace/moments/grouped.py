@@ -15,9 +15,12 @@ import torch
 from nullspace.checks import check_integer
 from nullspace.errors import InputError, InputTypeError
 from nullspace.moments.covariance import Covariance, check_arguments
+from nullspace.moments.pool import Pool
 from nullspace.moments.precision import new_group
+from nullspace.moments.sums import GramSums
 from nullspace.moments.sums_grouped import GroupedTritonSums
 from nullspace.moments.sums_torch import TorchSums, finite_norms
+from nullspace.moments.triangle import LowerTriangle
 
 
 class GroupedCovariance:
@@ -101,3 +104,19 @@ class GroupedCovariance:
         ends = count.cumsum(0)
         energy = energy[ends] - energy[ends - count]
         self._samples += torch.stack([torch.where(is_sample, energy, 0.0), is_sample.double()], dim=1)
+
+
+def pool_of(parts: Sequence[Covariance]) -> Pool:
+    """The sum of some covariances of one width."""
+    d, device = parts[0].d_in, parts[0].device
+    total = torch.zeros(d, dtype=torch.float64, device=device)
+    triangle, roots = LowerTriangle(d, device=device), torch.zeros(d, d, dtype=torch.float64, device=device)
+    for part in parts:
+        if part.tokens:
+            sums = part._flushed()
+            total += sums.total.to(device)
+            if isinstance(sums, GramSums):
+                triangle.add_(sums.triangle)
+            else:
+                roots += sums.square().to(device)
+    return Pool(triangle.square() + roots, total, sum(part.tokens for part in parts))

@@ -16,8 +16,9 @@ from torch import nn
 from models import VOCABULARY, tiny
 from nullspace import Covariances, NullSpace, NullSpaces, compute_covariances, compute_null_spaces, stream_covariances
 from nullspace.calibration.gradients import gradient_covariances
+from nullspace.model.coverage import covered_share
 from nullspace.model.experts import ExpertMatrix, expert_of, is_fused
-from nullspace.model.sites import covered_share, find_targets
+from nullspace.model.sites import find_targets
 
 RANK = 4
 

@@ -21,8 +21,9 @@ from nullspace import compute_null_spaces
 from nullspace.artifacts.identity import Fingerprints, weights_of
 from nullspace.integrations.peft import attach_subtracted, export_lora, inject_adapters, lora_layers, save_init, write_init
 from nullspace.integrations.peft.layers import computed_weight
+from nullspace.model.coverage import matrices
 from nullspace.model.linear import weight_shape
-from nullspace.model.sites import find_targets, matrices
+from nullspace.model.sites import find_targets
 
 RANK = 8
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

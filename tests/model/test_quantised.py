@@ -16,9 +16,10 @@ from torch import nn
 from models import random_batches, tiny
 from nullspace import compute_null_spaces
 from nullspace.artifacts.identity import Fingerprints, weights_of
+from nullspace.model.coverage import matrices
 from nullspace.model.linear import is_linear, weight_of, weight_shape
 from nullspace.model.quantised import dequantised, is_dequantisable, is_quantised_layer
-from nullspace.model.sites import find_targets, matrices
+from nullspace.model.sites import find_targets
 from nullspace.model.weights import size_in_bytes
 from nullspace.planning.survey import Survey
 

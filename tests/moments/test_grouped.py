@@ -11,8 +11,8 @@ import nullspace.moments.covariance as covariance_module
 import nullspace.moments.precision as precision_module
 from inputs import activations, randn
 from nullspace import Covariance
-from nullspace.moments.covariance import Pool, find_nonfinite
-from nullspace.moments.grouped import GroupedCovariance
+from nullspace.moments.covariance import find_nonfinite
+from nullspace.moments.grouped import GroupedCovariance, pool_of
 from nullspace.moments.sums_grouped import GroupedTritonSums
 from nullspace.moments.sums_triton import TritonSums
 from reference import relative_error, second_moment
@@ -101,7 +101,7 @@ def test_members_are_merged_kept_and_sent_like_any_other(place: torch.device) ->
     result.members[3].update(xs[0].to(place))  # and one alone goes on
     own = torch.cat([*parts_of(xs, 3), xs[0]])
     assert relative_error(result.members[3].matrix().cpu(), second_moment(own)) <= 1e-6
-    pool = Pool.of(again.members[:2] + again.members[3:])
+    pool = pool_of(again.members[:2] + again.members[3:])
     assert relative_error(pool.matrix.cpu(), other + second_moment(torch.cat(parts_of(xs, 3)))) <= 1e-6
 
 
