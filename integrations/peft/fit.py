@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -38,7 +38,8 @@ def fit_config(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraCon
     Args:
         config: not changed.
         model: the base model; its weights are neither read nor copied.
-        layers: that are to get an adapter. Those of `"all-linear"` that PEFT cannot adapt (Mamba's `out_proj`) are left out.
+        layers: that are to get an adapter. Those of `"all-linear"` that PEFT cannot adapt (Mamba's `out_proj`), or whose saved
+            factors it would not read again, are left out.
 
     Returns:
         A copy; with the targets as given, if PEFT wraps exactly these layers for them.
@@ -48,6 +49,19 @@ def fit_config(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraCon
             it for experts, and the parameter, if only some of its experts are wanted.
     """
     check_experts(config, layers)
+    fitted = _fitted(config, model, layers)
+    lost = _not_read_again(fitted, model)
+    if lost:
+        for name in [name for name in layers if pattern_name(name) in lost]:
+            layers.leave_out(
+                name, "gets no adapter: PEFT saves its factors, and takes them for those of another layer when it loads them"
+            )
+        layers.refuse_empty()
+        fitted = _fitted(config, model, layers)
+    return fitted
+
+
+def _fitted(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraConfig:
     listed = _exact(config, layers, ())
     matched = copy.copy(listed)  # a name in full may be the ending of another one
     matched.target_modules = "|".join(map(re.escape, listed.target_modules or ()))
@@ -90,9 +104,7 @@ def refuse_other_layers(config: LoraConfig, model: nn.Module, layers: Targets) -
 def _difference(config: LoraConfig, model: nn.Module, wanted: Iterable[str]) -> str:
     """How the layers that PEFT wraps differ from these; empty if they do not."""
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), unwrapped(model):
-            warnings.simplefilter("ignore")
-            adapted: Any = get_peft_model(without_weights(model), copy.deepcopy(config), low_cpu_mem_usage=True)
+        adapted = _adapted(config, model)
     except ValueError as error:
         return str(error).rstrip(".")
     wrapped = {}
@@ -106,6 +118,29 @@ def _difference(config: LoraConfig, model: nn.Module, wanted: Iterable[str]) -> 
     parts = [f"it leaves out {missing[0]!r}"] if missing else []
     parts += [f"it takes {extra[0]!r}"] if extra else []
     return " and ".join(parts)
+
+
+def _adapted(config: LoraConfig, model: nn.Module) -> Any:
+    """What PEFT makes of a configuration, without weights."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), unwrapped(model):
+        warnings.simplefilter("ignore")
+        return get_peft_model(without_weights(model), copy.deepcopy(config), low_cpu_mem_usage=True)
+
+
+def _not_read_again(config: LoraConfig, model: nn.Module) -> set[str]:
+    """Layers, and parameters of experts, whose factors PEFT saves under names that it takes for others when it loads them.
+
+    It renames what it loads as transformers renames the weights of the model's checkpoint, whether they need it or not.
+    """
+    adapted = _adapted(config, model)
+    with warnings.catch_warnings(), unwrapped(model):
+        warnings.simplefilter("ignore")
+        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        result: Any = set_peft_model_state_dict(adapted, state, low_cpu_mem_usage=True)
+    paths = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in result.missing_keys if ".lora_" in key}
+    modules = dict(adapted.get_base_model().named_modules())
+    experts = {path: stack_of(path, modules[path]) for path in paths}
+    return {path if expert is None else expert.stack for path, expert in experts.items()}
 
 
 def _is_whole(layer: Any, of_experts: bool) -> bool:

@@ -116,6 +116,11 @@ def held_weight(layer: nn.Module) -> torch.Tensor:
     return layer.stack if isinstance(layer, ExpertMatrix) else weight_of(layer)
 
 
+def expert_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The experts' matrices among layers."""
+    return {name: layer for name, layer in layers.items() if isinstance(layer, ExpertMatrix)}
+
+
 def is_readable(layer: nn.Module, offloaded: bool) -> bool:
     """Whether a weight's values can be read: plain ones, quantised ones that `dequantised` serves, and with `offloaded` what
     accelerate keeps."""
@@ -183,7 +188,8 @@ def check_layers(
 ) -> None:
     """Raise `ValueError`, naming the layer, for layers that are not linear, of another model, or smaller than their rank."""
     job.exchange(None)
-    weights = weights_of(bases) if job.count > 1 else {}  # where they are sharded, a collective, and what follows may fail on one
+    # Where weights are sharded, a collective, and what follows may fail on one rank. Those of all experts are read at once.
+    weights = weights_of(bases if job.count > 1 else expert_layers(bases) if list(given.of_model()) else {})
     for name, layer in layers.items():
         _check_layer(name, layer, bases[name], adapter_name, method, given, weights.get(name))
 

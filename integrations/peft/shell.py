@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from nullspace.errors import InputError, InputTypeError
+from nullspace.integrations.peft.experts.layout import parameter_name
 from nullspace.model.experts import expert_matrices
 from nullspace.model.quantised import is_quantised_layer
 from nullspace.model.sharded import without_fsdp_classes
@@ -176,9 +177,9 @@ def in_checkpoint(shell: Any, name: str, tensor: torch.Tensor) -> dict[str, torc
 
 
 def parts_in_checkpoint(shell: Any, layers: Iterable[str]) -> set[str]:
-    """Names of the tensors that a checkpoint of transformers has in the place of these layers' weights."""
+    """Names of the tensors that a checkpoint of transformers has in the place of these layers' weights, experts' too."""
     state = shell.state_dict()
-    weights = {f"{name}.weight": state[f"{name}.weight"] for name in layers if f"{name}.weight" in state}
+    weights = {name: state[name] for name in map(parameter_name, layers) if name in state}
     return set(revert_weight_conversion(shell, weights))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import build
 from peft import EvaConfig, LoraConfig, PeftModel
 from peft.tuners.lora.config import CordaConfig
 from torch import nn
@@ -194,3 +196,17 @@ def test_corda_says_before_the_run_what_peft_would_adapt_instead() -> None:
     config = LoraConfig(r=2, target_modules=targets, init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
     with pytest.raises(ValueError, match=r"it leaves out 'model\.layers\.0\.mlp\.gate_proj' and it takes .*experts"):
         preprocess_corda(deepseek(), config, run_model=lambda: pytest.fail("the model was run"))
+
+
+def test_layers_that_peft_would_not_read_again_are_left_out(tmp_path: Path) -> None:
+    if not hasattr(transformers, "LagunaForCausalLM"):
+        pytest.skip("this transformers has no model whose names PEFT renames")
+    model = build("laguna", "LagunaForCausalLM").float()
+    shared = "model.layers.1.mlp.shared_experts.up_proj"
+    with pytest.raises(ValueError, match=rf"target '{re.escape(shared)}' gets no adapter: PEFT saves its factors"):
+        fit_config(LoraConfig(r=2), model, find_targets(model, [shared]))
+    before = logits(model)
+    with pytest.warns(UserWarning, match=r"shared_experts\.\w+' .* gets no adapter"):
+        write_init(tmp_path / "out", model, LoraConfig(r=2, target_modules="all-linear"), method="milora", progress=False)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base").eval()
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")), before, rtol=0, atol=1e-5)

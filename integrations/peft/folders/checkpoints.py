@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 
 from nullspace.artifacts import identity, records
 from nullspace.errors import DamagedFileError
+from nullspace.integrations.peft.experts.layout import parameter_name
 from nullspace.integrations.peft.files import init_around
 from nullspace.integrations.peft.shell import parts_in_checkpoint
 from nullspace.integrations.transformers.load import ModelSource, empty_model
-from nullspace.model.experts import expert_of
 
 
 def what_differs(residual: Path, base: str | os.PathLike[str], *, adapted: Collection[str], saved: Collection[str]) -> list[str]:
@@ -49,16 +48,8 @@ def what_differs(residual: Path, base: str | os.PathLike[str], *, adapted: Colle
     for name, shape in ours.items():
         if name in theirs and shape != theirs[name]:
             differences.append(f"{name!r} has shape {list(theirs[name])} there and {list(shape)} in {residual}")
-    experts = {_block_of(name) for name in adapted if expert_of(name)}
-    same = [
-        name
-        for name, shape in ours.items()
-        if theirs.get(name) == shape
-        and name not in saved
-        and name.removesuffix(".weight") not in adapted
-        # A checkpoint may have other names for experts than the model, but not for the block.
-        and not ("experts" in name.split(".") and _block_of(name) in experts)
-    ]
+    weights = {parameter_name(name) for name in adapted}
+    same = [name for name, shape in ours.items() if theirs.get(name) == shape and name not in saved and name not in weights]
     mine, other = _fingerprints(residual, same), _fingerprints(folder, same)
     others = [name for name in same if not _alike(mine[name], other[name])]
     if others:  # adapted layers, if they have other names in the checkpoint
@@ -73,12 +64,6 @@ def _in_checkpoint(folder: Path, layers: Collection[str]) -> set[str]:
         return parts_in_checkpoint(empty_model(folder), layers)
     except Exception:  # of any type, from the model's class or from a conversion
         return set()
-
-
-def _block_of(name: str) -> str:
-    """A name up to the first number in it."""
-    match = re.match(r".*?\.\d+(?=\.)", name)
-    return match[0] if match else ""
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path | None:

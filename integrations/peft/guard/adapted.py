@@ -11,13 +11,14 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from nullspace.artifacts.identity import weights_of
 from nullspace.artifacts.residual import residual_mark
 from nullspace.artifacts.sitewise import Sitewise
 from nullspace.errors import InputError, InputTypeError, OtherModelError
 from nullspace.factors import LowRank
 from nullspace.integrations.peft.experts.adapters import ExpertAdapter, adapted_by
 from nullspace.integrations.peft.files import adapter_in, init_around, located, read_factors
-from nullspace.integrations.peft.layers import PEFT_RESIDUALS, SUBTRACTED, computed_weight, lora_layers
+from nullspace.integrations.peft.layers import PEFT_RESIDUALS, SUBTRACTED, computed_weight, expert_layers, lora_layers
 from nullspace.model.linear import is_linear, weight_shape
 from nullspace.model.sharded_tensors import whole
 from nullspace.model.sites import Site
@@ -194,9 +195,11 @@ def check_known(known: Sitewise[Any], layers: tuple[Adapted, ...], start: Start)
     """
     of_layer = {name: site for site in known.sites for name in site.members}
     sites: dict[Site, list[Adapted]] = {}
+    bases = {each.name: each.layer.get_base_layer() for each in layers}
+    weights = {} if start.residual else weights_of(expert_layers(bases))  # read once for all experts of a parameter
     for each in layers:
-        base = each.layer.get_base_layer()
-        known.check(each.name, base, (weight_shape(base), None) if start.residual else None)
+        base = bases[each.name]
+        known.check(each.name, base, (weight_shape(base), None) if start.residual else weights.get(each.name))
         sites.setdefault(of_layer[each.name], []).append(each)
     return sites
 
