@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import build
 from peft import EvaConfig, LoraConfig, PeftModel
 from peft.tuners.lora.config import CordaConfig
 from torch import nn
@@ -201,7 +200,10 @@ def test_corda_says_before_the_run_what_peft_would_adapt_instead() -> None:
 def test_layers_that_peft_would_not_read_again_are_left_out(tmp_path: Path) -> None:
     if not hasattr(transformers, "LagunaForCausalLM"):
         pytest.skip("this transformers has no model whose names PEFT renames")
-    model = build("laguna", "LagunaForCausalLM").float()
+    torch.manual_seed(0)
+    sizes = {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = transformers.LagunaConfig(**TWO, **sizes, shared_expert_intermediate_size=32)
+    model = transformers.LagunaForCausalLM(config).eval()
     shared = "model.layers.1.mlp.shared_experts.up_proj"
     with pytest.raises(ValueError, match=rf"target '{re.escape(shared)}' gets no adapter: PEFT saves its factors"):
         fit_config(LoraConfig(r=2), model, find_targets(model, [shared]))
