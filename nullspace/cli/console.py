@@ -122,7 +122,7 @@ def show_spaces(spaces: NullSpaces, facts: Mapping[str, Any], *, as_json: bool, 
         print_table([tables.cells(row) for row in tables.experts_together(rows)])
         for line in spaces.notes():
             print_line(f"\n{line}")
-    return {**facts, "covered_share": spaces.covered_share, "sites": rows} if as_json else None
+    return {"covered_share": spaces.covered_share, **facts, "sites": rows} if as_json else None
 
 
 def show_covariances(

@@ -113,6 +113,7 @@ def init(
     from nullspace.artifacts.checkpoint import COVARIANCES
     from nullspace.integrations import peft
     from nullspace.methods import METHODS
+    from nullspace.model.coverage import covered_share
 
     began = time.perf_counter()
     method = METHODS[adapter.method]
@@ -149,12 +150,15 @@ def init(
                     inputs.spaces = NullSpaces.from_covariances(inputs.covariances, **how, progress=progress)
                 calibration.targets.settle(calibration.model)
             record = _write_init(out, calibration, _origin(source, text), adapter, inputs, shown)
-        facts = {"out": str(out), **record, "model": model, "seconds": time.perf_counter() - began}
+        share = covered_share(calibration.model, calibration.targets)
+        facts = {"out": str(out), **record, "model": model, "covered_share": share, "seconds": time.perf_counter() - began}
         if inputs.spaces is not None:
             document = console.show_spaces(inputs.spaces, facts, as_json=shown.as_json, quiet=shown.quiet)
         else:
             document = {**facts, "layers": len(calibration.targets)} if shown.as_json else None
         if not (shown.as_json or shown.quiet):
+            if inputs.spaces is None:
+                console.print_line(f"{share:.1%} of the parameters in the model's matrices have adapters.\n")
             console.print_line(_next_steps(out, calibration, residual, method.freezes_a(adapter.freeze_a)))
     return document
 
