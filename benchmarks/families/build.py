@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from benchmarks.families.odd import INPUTS, OF_CLASS
+from benchmarks.families.odd import FLOAT32, INPUTS, OF_CLASS
 from benchmarks.families.shrink import LEFT_OUT, TEXT_TOKENS, shrunk
 
 # Of models with more parameters than this none is built: their sizes have other names.
@@ -109,7 +109,7 @@ def _run(architecture: Architecture, left_out: tuple[str, ...]) -> Built:
         count = sum(p.numel() for p in _made(architecture, copy.deepcopy(config)).parameters())
     if count > LARGEST:
         raise ValueError(f"{architecture.name} has {count} parameters: sizes of unknown names")
-    for dtype in (torch.float64, torch.float32):
+    for dtype in (torch.float64, torch.float32)[architecture.name in FLOAT32 :]:
         torch.manual_seed(0)
         model = as_built(_made(architecture, copy.deepcopy(config)).to(dtype))
         try:

@@ -50,7 +50,7 @@ MORE: dict[str, dict[str, Any]] = {
     "musicgen_melody_decoder": {"num_codebooks": 1},
     "perceiver": {"d_latents": 64, "num_latents": 8, "num_self_attends_per_block": 2},
     "phi4_multimodal_audio": {"nemo_conv_channels": 16},
-    "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48], "attn_layers": ["local", "lsh", "local"]},
+    "reformer": {"axial_pos_shape": [4, 8], "axial_pos_embds_dim": [16, 48], "attn_layers": ["local", "lsh", "local"]},
     "step3p5": {"sliding_window": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -72,16 +72,54 @@ OF_CLASS: dict[str, dict[str, Any]] = {
 }
 
 
+# Classes that compute some of their parts in float32 whatever the dtype of their weights, or load some weights in it.
+FLOAT32 = {
+    "BeamForCausalLM",
+    "NemotronHForCausalLM",
+    "Nemotron3_5TranscribeForConditionalGeneration",
+    "XLNetLMHeadModel",
+}
+# Classes whose own backward pass needs inputs with gradients.
+REVERSIBLE = {"ReformerModelWithLMHead", "ReformerForMaskedLM"}
+
+
 def _image(batch: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(batch, 3, 32, 32)}
 
 
-def _mel(batch: int) -> dict[str, torch.Tensor]:
-    return {"input_features": torch.randn(batch, 16, 64)}
+def _mel(frames: int, *, bins: int = 16, last: bool = False) -> Callable[[int], dict[str, torch.Tensor]]:
+    """A spectrogram: (batch, bins, frames), or with the bins last; and which frames count, all of them."""
+
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        shape = (batch, frames, bins) if last else (batch, bins, frames)
+        return {"input_features": torch.randn(*shape), "attention_mask": torch.ones(batch, frames, dtype=torch.int64)}
+
+    return make
+
+
+def _wave(samples: int) -> Callable[[int], dict[str, torch.Tensor]]:
+    return lambda batch: {
+        "input_values": torch.randn(batch, samples),
+        "attention_mask": torch.ones(batch, samples, dtype=torch.int64),
+    }
+
+
+def _no_types(batch: int) -> dict[str, torch.Tensor]:
+    return {"mm_token_type_ids": torch.zeros(batch, 32, dtype=torch.int64)}
 
 
 # Class → other inputs that its forward needs, of so many sequences.
 INPUTS: dict[str, Callable[[int], dict[str, torch.Tensor]]] = {
     "BlipForConditionalGeneration": _image,
     "VisionEncoderDecoderModel": _image,
+    "Molmo2ForConditionalGeneration": _no_types,
+    "WhisperForConditionalGeneration": _mel(256),
+    "Speech2TextForConditionalGeneration": _mel(128, bins=80, last=True),
+    "SeamlessM4TForSpeechToText": _mel(64, bins=160, last=True),
+    "SeamlessM4Tv2ForSpeechToText": _mel(64, bins=160, last=True),
+    "MoonshineForConditionalGeneration": _wave(8000),
+    "MoonshineStreamingForConditionalGeneration": _wave(8000),
+    "SpeechT5ForSpeechToText": _wave(8000),
+    "CanaryForConditionalGeneration": _mel(256, last=True),
+    "CohereAsrForConditionalGeneration": _mel(256, last=True),
 }

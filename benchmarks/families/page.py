@@ -39,11 +39,13 @@ figure and message.
 | reload | `save_init`; the trained adapter, loaded by plain PEFT on the saved base: the same scores (≤ {outputs}) |
 | export | `export_lora`; its result, loaded by plain PEFT on the untouched model: the same scores (≤ {outputs}) |
 
-The batches have padding on the right and, for decoders, on the left; one has none. `✓` is within the limit. `refused` means that
-nullspace has said, by an error that names the layer or the class, that it does not do this; the message is below the table. `wrong`
-and `failed` are errors of nullspace or of a library below it. An empty cell is a step that was not reached. What the text does not
-reach, and what is no matrix product, is left out of `"all-linear"` with one warning that names it. Names of layers have `#` for all
-numbers.
+Models are in float64, where their class computes in it; otherwise in float32, and sums may differ by {rounded}. The batches have
+padding on the right and, for decoders, on the left; one has none.
+
+`✓` is within the limit. `refused` means that nullspace has said, by an error that names the layer or the class, that it does not do
+this; the message is below the table. `wrong` and `failed` are errors of nullspace or of a library below it. An empty cell is a step
+that was not reached. What the text does not reach, and what is no matrix product, is left out of `"all-linear"` with one warning
+that names it. Names of layers have `#` for all numbers.
 """
 
 
@@ -51,7 +53,12 @@ def page_of(environment: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Markdown: an introduction, a table for each kind with its notes, and the classes that could not be built."""
     built = [row for row in rows if row.get("built")]
     parts = [
-        INTRODUCTION.format(environment=_environment(environment, rows), sums=_limit(SAME_SUMS), outputs=_limit(SAME_OUTPUTS)),
+        INTRODUCTION.format(
+            environment=_environment(environment, rows),
+            sums=_limit(SAME_SUMS["float64"]),
+            rounded=_limit(SAME_SUMS["float32"]),
+            outputs=_limit(SAME_OUTPUTS),
+        ),
         _summary(built),
     ]
     for kind, title in TITLES.items():

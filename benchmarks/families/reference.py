@@ -68,9 +68,10 @@ def _routed(
     """The rows of every expert's matrices, expert by expert."""
     hidden = hidden.reshape(-1, hidden.shape[-1])
     counted = next((m.flatten() for m in masks if m.numel() == len(hidden)), torch.ones(len(hidden), dtype=torch.bool))
+    tokens = counted.nonzero()[:, 0]
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     for number in range(len(experts.down_proj)):
-        rows = hidden[(index == number).any(dim=-1) & counted]
+        rows = hidden[tokens[(index[tokens] == number).nonzero()[:, 0]]]  # twice, if it is chosen twice
         weight = getattr(experts, first)[number]
         between = rows @ (weight if experts.is_transposed else weight.T)
         if experts.has_bias:

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from benchmarks.families.build import Architecture, Batch, architectures, as_built, at_default_sizes, batches, build, scores_of
+from benchmarks.families.odd import REVERSIBLE
 from benchmarks.families.records import SAME_OUTPUTS, SAME_SUMS
 from benchmarks.families.reference import Sums, input_sums
 from nullspace import NullSpaces, compute_null_spaces, stream_covariances
@@ -63,6 +64,7 @@ class _Survey:
     def __init__(self, architecture: Architecture, model: nn.Module, dtype: torch.dtype, row: dict[str, Any]) -> None:
         self.architecture, self.model, self.dtype, self.row = architecture, model, dtype, row
         self.loader = batches(architecture, model)
+        self.same_sums = SAME_SUMS[row["dtype"]]
 
     def run(self) -> None:
         """All steps, each only if the one that it needs has gone well."""
@@ -76,7 +78,7 @@ class _Survey:
                 row["padding"] = padded
         if row["resident"]["result"] not in ("ok", "wrong"):
             return
-        row["layerwise"] = step(lambda: _difference(self.summed, self._sums("layerwise")), SAME_SUMS)
+        row["layerwise"] = step(lambda: _difference(self.summed, self._sums("layerwise")), self.same_sums)
         with tempfile.TemporaryDirectory() as folder:
             self.folder = Path(folder)
             self.model.save_pretrained(self.folder / "untouched")
@@ -94,7 +96,7 @@ class _Survey:
             self.row |= shares(self.architecture, self.model, set(self.summed), called)
             return _difference({name: expected.get(name, torch.zeros(())) for name in self.summed}, self.summed)
 
-        return step(act, SAME_SUMS)
+        return step(act, self.same_sums)
 
     def _sums(self, strategy: str) -> Sums:
         torch.manual_seed(3)
@@ -123,6 +125,11 @@ class _Survey:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
         model.train()
+        for module in model.modules():
+            if type(module).__name__.startswith("BatchNorm"):
+                module.eval()  # its statistics are the base's, which an adapter does not hold
+        if self.architecture.name in REVERSIBLE:
+            model.enable_input_require_grads()
         for _ in range(2):
             optimizer.zero_grad()
             scores = scores_of(model(**self.loader[-1]))

@@ -21,7 +21,7 @@ from nullspace.errors import InputError
 from nullspace.integrations.peft.files import init_record, located, save_adapter
 from nullspace.integrations.peft.folders.cards import CARD, name_base, set_section, write_card, write_cards
 from nullspace.integrations.peft.layers import SUBTRACTED, is_a_frozen, lora_layers
-from nullspace.integrations.peft.shell import saving_here
+from nullspace.integrations.peft.shell import saving_here, without_weights
 from nullspace.methods import Sources
 from nullspace.model.sharded import is_model_sharded
 from nullspace.model.wrappers import unwrap, unwrapped
@@ -92,8 +92,9 @@ def save_init(
             if residual == "adapter":
                 save_adapter(peft_model, SUBTRACTED.format(adapter), part / "subtracted")
             if residual == "base":
-                with saving_here(base):
-                    base.save_pretrained(part / "base", state_dict=_base_state(base))
+                shell = _unadapted(base)  # transformers' conversions look for the parameters under their own names
+                with saving_here(shell):
+                    shell.save_pretrained(part / "base", state_dict=_base_state(base))
                 if tokenizer is not None:
                     tokenizer.save_pretrained(part / "base")
             write_cards(part, facts)
@@ -148,6 +149,21 @@ def _card_in_training(peft_model: PeftModel, facts: Mapping[str, Any], base: str
             name_base(Path(output_dir), facts, base)
     else:
         write_card(Path(output_dir), "trained", facts, base)
+
+
+def _unadapted(base: nn.Module) -> Any:
+    """A copy of the base without weights, and without what PEFT has wrapped its modules in."""
+
+    def unwrap_children(module: nn.Module) -> None:
+        for name, child in list(module.named_children()):
+            while isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                child = next(child._modules[part] for part in WRAPPED if part in child._modules)  # type: ignore[assignment]
+            setattr(module, name, child)
+            unwrap_children(child)
+
+    shell = without_weights(base)
+    unwrap_children(shell)
+    return shell
 
 
 def _base_state(base: nn.Module) -> dict[str, torch.Tensor]:

@@ -32,11 +32,12 @@ def test_the_page_is_made_of_the_rows(tmp_path: Path) -> None:
 
 
 # A layer between the base model and the head; blocks that would get the last token alone; other names in the checkpoint than in the
-# model.
+# model; experts whose checkpoint is made by looking into the model.
 SOME = {
     "BertLMHeadModel": STEPS,
     "Gemma4ForCausalLM": [name for name in STEPS if name != "layerwise"],
     "LlavaForConditionalGeneration": STEPS,
+    "Qwen3VLMoeForConditionalGeneration": STEPS,
 }
 
 
