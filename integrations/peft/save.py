@@ -157,7 +157,7 @@ def _unadapted(base: nn.Module) -> Any:
     def unwrap_children(module: nn.Module) -> None:
         for name, child in list(module.named_children()):
             while isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                child = next(child._modules[part] for part in WRAPPED if part in child._modules)  # type: ignore[assignment]
+                child = next(inner for part in WRAPPED if (inner := child._modules.get(part)) is not None)
             setattr(module, name, child)
             unwrap_children(child)
 
