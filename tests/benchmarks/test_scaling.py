@@ -298,6 +298,7 @@ def test_a_few_blocks_stand_for_all() -> None:
 
     few, all_of_them = (Survey(shapes.empty("tiny", blocks=blocks), batch_size=1, length=32) for blocks in (2, 4))
     found, expected = vars(deepened(few, 4)), vars(all_of_them)
+    assert found.pop("reached") < expected.pop("reached")  # names, of the few
     assert [site._replace(name="") for site in found.pop("sites")] == [s._replace(name="") for s in expected.pop("sites")]
     assert {k: v for k, v in found.items() if not k.startswith("_")} == {k: v for k, v in expected.items() if not k.startswith("_")}
 
