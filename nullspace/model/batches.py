@@ -228,7 +228,7 @@ def _check_preferences(named: Mapping[str, Any], number: int, model: nn.Module, 
         ValueError: if its sequences have names such as `chosen_input_ids`, which the model does not take.
     """
     takes = inspect.signature(model.forward).parameters
-    others = [name for name in named if name.endswith("_input_ids") and name not in takes]
+    others = [name for name in named if name.endswith("input_ids") and name not in takes]
     if others and "input_ids" in takes and not {"input_ids", "inputs_embeds"} & named.keys():
         raise InputError(
             f"batch {number} has no 'input_ids', but {', '.join(map(repr, others))}: give mappings of what the model takes "
