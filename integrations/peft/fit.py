@@ -21,6 +21,7 @@ from nullspace.integrations.peft.experts.layout import parameter_name, pattern_n
 from nullspace.integrations.peft.shell import without_weights
 from nullspace.model.experts import expert_of
 from nullspace.model.linear import is_linear, weight_of, weight_shape
+from nullspace.model.quantised import is_compressed
 from nullspace.model.sites import Targets
 from nullspace.model.wrappers import unwrapped
 
@@ -49,6 +50,12 @@ def fit_config(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraCon
             it for experts, and the parameter, if only some of its experts are wanted.
     """
     check_experts(config, layers)
+    compressed = next((name for name, layer in layers.items() if is_compressed(layer)), None)
+    if compressed is not None:
+        raise InputError(
+            f"{compressed!r} is compressed until the model's first forward pass, and has no weight that PEFT could adapt: run the "
+            "model once, or load it with CompressedTensorsConfig(dequantize=True)"
+        )
     fitted = _fitted(config, model, layers)
     lost = _not_read_again(fitted, model)
     if lost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, CompressedTensorsConfig
 
 from nullspace.errors import InputError, MissingPackageError, ResourceUseWarning
 from nullspace.model.experts import is_fused, stacks_of
@@ -52,8 +53,16 @@ def loading_options(
     """
     asked = check_quantisable(name, config, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
     known = _content(config)
-    if asked is None or known is not None:
-        return {} if known is None else {"device_map": {"": device}}
+    if known is not None:
+        options: dict[str, Any] = {"device_map": {"": device}}
+        if known.get("quant_method") == "compressed-tensors":  # otherwise its layers have no weights before the first forward pass
+            dequantised = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
+            whole: dict[str, Any] = {"dequantize": True} if dequantised else {"run_compressed": False}
+            own = CompressedTensorsConfig(**whole)
+            options["quantization_config"] = own
+        return options
+    if asked is None:
+        return {}
     if find_spec("bitsandbytes") is None:
         raise MissingPackageError(f"{asked} needs the package bitsandbytes: pip install bitsandbytes")
     if load_in_8bit:

@@ -141,6 +141,11 @@ def _dequantizes(weight: torch.Tensor) -> bool:
     return type(weight).dequantize is not torch.Tensor.dequantize
 
 
+def is_compressed(layer: nn.Module) -> bool:
+    """Whether a layer is one that compressed-tensors decompresses in the model's first forward pass, and that has no weight yet."""
+    return not hasattr(layer, "weight") and getattr(getattr(layer, "quantization_status", None), "name", None) == "COMPRESSED"
+
+
 def _is_packed(layer: nn.Module, weight: torch.Tensor) -> bool:
     """Whether a layer stores something else than the values of its weight."""
     if is_quantised_layer(layer):
