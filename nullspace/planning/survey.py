@@ -70,8 +70,8 @@ class Survey:
         flops: of the forward pass; `block_flops` by block; `prologue_flops` before the first block.
         tracked: whether activations, flops and sites come from a forward pass on the meta device. If not, they are estimated from
             the shapes of the layers, with a tendency to be too high.
-        layered: whether there are blocks (those of `nullspace.model.blocks.find_blocks` that the batch reaches), and no site lies
-            behind them.
+        layered: whether there are blocks (those of `nullspace.model.blocks.find_blocks` that the batch reaches), as far as a
+            forward pass shows in a chain, and no site lies behind them.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Survey:
             raise InputError("no block was called")
         if len(called) < len(blocks):  # those that attend to images
             return self._run(model, targets, called, args, kwargs)
-        self.tracked, self.layered = True, bool(blocks) and not record.is_behind
+        self.tracked, self.layered = True, bool(blocks) and record.links.are_chain and not record.is_behind
         self.sites, self.reached = list(record.sites.values()), record.reached
         self.activations, self.prologue = record.peak, record.prologue
         self.hidden, self.arguments = record.hidden, record.arguments
@@ -219,6 +219,7 @@ class _Record:
         self.peak = self.prologue = self.hidden = self.arguments = 0
         self.prologue_flops = 0.0
         self.is_behind = False  # whether there is a site behind the first block and in none
+        self.links = _Links()
         self.block_activations, self.block_flops = [0] * blocks, [0.0] * blocks
         self._live, self._inputs = live, list[weakref.ref[torch.Tensor]]()
         self._entry = self._flops = 0
@@ -249,6 +250,7 @@ class _Record:
                 self._has_begun = True
                 self.prologue, self.prologue_flops = self._live.peak, float(self._live.flops)
                 self.hidden, self.arguments = _argument_bytes(args, kwargs)
+            self.links.enter(index, _tensors((args, kwargs)))
             self._live.restart()
             self._entry, self._flops = self._live.live, self._live.flops
 
@@ -257,12 +259,42 @@ class _Record:
     def leave(self, index: int) -> Any:
         """A hook of a block."""
 
-        def hook(*_: Any) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.see_peak()
+            self.links.leave(_tensors(output))
             self.block_activations[index] = max(self.block_activations[index], self._live.peak - self._entry)
             self.block_flops[index] += self._live.flops - self._flops
 
         return hook
+
+
+class _Links:
+    """How the blocks of a forward pass are linked.
+
+    Attributes:
+        are_chain: whether each block was called once, with the first tensor that the one before it returned, and with no other
+            tensor that a block has made. A layerwise run checks more (`nullspace.calibration.rehearsal`).
+    """
+
+    def __init__(self) -> None:
+        self.are_chain = True
+        self._called: set[int] = set()
+        self._given: set[int] = set()
+        self._first: weakref.ref[torch.Tensor] | None = None
+        self._others: list[weakref.ref[torch.Tensor]] = []
+
+    def enter(self, index: int, given: list[torch.Tensor]) -> None:
+        """A block is called with these tensors."""
+        follows = self._first is None or any(self._first() is tensor for tensor in given)
+        beside = any(ref() is tensor for ref in self._others for tensor in given)
+        self.are_chain &= index not in self._called and follows and not beside
+        self._called.add(index)
+        self._given = {id(tensor) for tensor in given}
+
+    def leave(self, returned: list[torch.Tensor]) -> None:
+        """It has returned these."""
+        self._first = weakref.ref(returned[0]) if returned else None
+        self._others += [weakref.ref(tensor) for tensor in returned[1:] if id(tensor) not in self._given]
 
 
 @functools.cache
@@ -297,10 +329,13 @@ def _blocks(model: nn.Module, targets: Mapping[str, nn.Module]) -> list[nn.Modul
         return []
 
 
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
 def _argument_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     """Of a block's call: bytes of the hidden states (its first tensor), and of the other tensors."""
-    flat = torch.utils._pytree.tree_leaves((args, kwargs))
-    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in flat if isinstance(t, torch.Tensor)}
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors((args, kwargs))}
     hidden, *others = sizes.values()
     return hidden, sum(others)
 

@@ -12,6 +12,8 @@ import transformers
 from torch import nn
 
 from nullspace import Covariance, stream_covariances
+from nullspace.planning.forecast import forecast
+from nullspace.planning.plan import Workload
 from reference import relative_error
 
 E: dict[str, Any] = {
@@ -182,6 +184,12 @@ def test_what_the_model_raises_for_its_inputs_names_the_batch(strategy: str) -> 
         ValueError, match=r"^batch 1: WhisperForConditionalGeneration .*AttributeError.*batches that its forward takes"
     ):
         sums(model_of("whisper"), [{"decoder_input_ids": SOURCES[0][None]}], strategy)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_forecast_offers_no_layerwise_run_where_the_blocks_are_linked_otherwise(family: str) -> None:
+    strategies = {plan.strategy for plan in forecast(model_of(family), Workload(rank=4, length=32))}
+    assert strategies == ({"resident", "layerwise"} if family == "bart" else {"resident"})
 
 
 def test_labels_that_begin_with_ignored_ones_leave_doubts() -> None:
