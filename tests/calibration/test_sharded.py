@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from mixtures import mixture
 from peft import LoraConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -602,6 +603,24 @@ def adapters_are_those_of_the_model_in_one_piece(
             for name in theirs.keys() - {"adapter/adapter_config.json", "nullspace.json"}:
                 assert ours[name] == theirs[name], name
         Job().exchange(None)
+
+
+@check(2)
+def experts_that_are_sharded_become_residuals_and_get_no_adapters_in_memory(rank: int, count: int, folder: Path) -> None:
+    model, whole, config = mixture("mixtral"), mixture("mixtral"), LoraConfig(r=4, target_modules="all-linear")
+    for block in model.model.layers:
+        fully_shard(block, mesh=everybody())
+    fully_shard(model, mesh=everybody())
+    message = r"experts\.down_proj' is spread over several ranks.*call write_init"
+    refused(ValueError, message, lambda: inject_adapters(model, config, method="milora"))
+    Job().exchange(None)
+    write_init(folder / "ours", model, config, method="milora", progress=False)
+    if rank == 0:
+        write_init(folder / "whole", whole, config, method="milora", progress=False)
+        ours, theirs = bytes_of(folder / "ours"), bytes_of(folder / "whole")
+        assert ours.keys() == theirs.keys()
+        assert {name for name in theirs if ours[name] != theirs[name]} <= {"adapter/adapter_config.json", "nullspace.json"}
+    Job().exchange(None)
 
 
 @check(2)

@@ -36,6 +36,7 @@ from nullspace.integrations.peft import (
     read_factors,
     row_spaces,
     save_init,
+    write,
     write_init,
 )
 from nullspace.integrations.peft.filtering.drift import adapter_drift
@@ -239,7 +240,10 @@ def test_offloaded_experts_become_residuals_a_tensor_at_a_time(trained: tuple[Pa
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
     model = load_model(folder / "model", device="cpu", offload=True)[0]
     assert model.model.layers[0].mlp.experts.gate_up_proj.device.type == "meta"
+    fetched, fetch = [], write._fetch
+    monkeypatch.setattr(write, "_fetch", lambda name, *args: (fetched.append(name), fetch(name, *args))[1])
     write_init(tmp_path / "out", model, LoraConfig(**CONFIG), spaces_for("mixtral"), freeze_a=True, progress=False)
+    assert len(fetched) == len(set(fetched)) == len(list(model.parameters()))  # each once, though the parts of two alternate
     for key in keys(folder / "model"):
         assert torch.equal(load(tmp_path / "out" / "base", key), load(folder / "init" / "base", key)), key
     for name in ("adapter_model.safetensors", "README.md"):
