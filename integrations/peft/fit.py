@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ def _fitted(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraConfig
             return copy.deepcopy(as_it_is)
     names: list[str] = []
     by_weight: list[str] = []
-    for group in _by_last_part(layers):
+    for group in _alike(layers):
         problem = _difference(_exact(config, group, ()), model, group)
         if not problem:
             names += group
@@ -175,8 +175,9 @@ def _exact(config: LoraConfig, layers: Iterable[str], by_weight: Sequence[str]) 
     return exact
 
 
-def _by_last_part(names: Iterable[str]) -> list[list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(pattern_name(name).rpartition(".")[2] + "[" * bool(expert_of(name)), []).append(name)
+def _alike(layers: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Names of layers of one class with the same last part, which PEFT treats alike."""
+    groups: dict[tuple[str, bool, type], list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault((pattern_name(name).rpartition(".")[2], expert_of(name) is not None, type(layer)), []).append(name)
     return list(groups.values())

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from mixtures import mixture, null_spaces
+from packed import OldQuantLinear, TorchLinear
 from peft import LoraConfig, PeftModel, get_peft_model
 from steps import IDS, logits, train
 from torch import nn
@@ -35,6 +36,7 @@ from nullspace.integrations.peft import (
     check_servable,
     export_lora,
     filter_adapter,
+    fit_config,
     freeze_a,
     inject_adapters,
     lora_layers,
@@ -671,3 +673,21 @@ def test_experts_beside_quantised_layers_get_two_adapters_too(tmp_path: Path) ->
     with pytest.warns(UserWarning, match="stay in"):
         plain = PeftModel.from_pretrained(load(), tmp_path / "plain").eval()
     assert (logits(plain) - trained).abs().max() <= 1e-5 * trained.abs().max()
+
+
+def test_layers_that_peft_does_not_know_are_left_out_and_named() -> None:
+    model = tiny("llama")
+    layers = model.model.layers
+    for layer, kind in ((layers[0], TorchLinear), (layers[1], OldQuantLinear)):
+        layer.mlp.up_proj = kind(layer.mlp.up_proj)
+    every = find_targets(model)
+    assert check_servable(model, every.only(["model.layers.0.mlp.up_proj"]), "pissa", residual="auto") == "adapter"
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj' \(QuantLinear.*quantised.*'b-zero'"):
+        check_servable(model, every, "pissa", residual="auto")
+    assert check_servable(model, every, "b-zero") == "none"
+    fitted = fit_config(LoraConfig(r=RANK, target_modules=list(every)), model, every)
+    with pytest.warns(UserWarning, match=r"layers\.0\.mlp\.up_proj' gets no .*layers\.1\.mlp\.up_proj' gets no adapter from PEFT"):
+        every.settle(model)
+    assert len(fitted.target_modules or ()) == len(every) == len(find_targets(tiny("llama"))) - 2
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp\.up_proj' gets no adapter from PEFT"):
+        inject_adapters(model, LoraConfig(r=RANK, target_modules=["up_proj"]), method="orthogonal")
