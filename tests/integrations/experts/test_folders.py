@@ -187,6 +187,8 @@ def test_factors_of_a_folder_are_those_of_every_expert(trained: tuple[Path, Any]
     live = row_spaces(peft_model)
     assert all(torch.equal(rows[name], live[name]) for name in rows)
     assert torch.equal(rows[f"{DOWN}[3]"].double(), factors[f"{DOWN}[3]"].A)
+    away = NullSpaces.from_covariances(covariances_for("mixtral"), rank=RANK, avoid=rows, progress=False)
+    assert (away[f"{DOWN}[3]"].basis.T @ rows[f"{DOWN}[3]"].double().T).abs().max() < 1e-6
     course = read_course("mixtral", folder / "init", folder / "trained")
     assert course.initial.keys() == factors.keys()
     # With A frozen, the export has the same rank and the same rows.

@@ -15,6 +15,7 @@ from torch import nn
 
 from models import random_batches
 from nullspace import Covariances, NullSpaces
+from nullspace.artifacts.residual import residual_mark
 from nullspace.integrations.peft import check_servable, fit_config, freeze_a, inject_adapters, lora_layers
 from nullspace.methods import METHODS
 from nullspace.model.experts import expert_matrices, expert_of
@@ -223,3 +224,40 @@ def test_tied_and_quantised_experts_are_named() -> None:
     model.model.layers[0].mlp.experts.down_proj.data = torch.zeros(4, 32, 24, dtype=torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"'.*down_proj\[0\]' \(ExpertMatrix, torch\.float8_e4m3fn, cpu\) is quantised"):
         check_servable(model, find_targets(model, "experts"), "milora")
+
+
+def test_a_residual_of_experts_alone_warns_without_its_adapter_and_merges_back() -> None:
+    model = mixture("mixtral")
+    before = logits(model)
+    config = LoraConfig(r=RANK, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    peft_model = inject_adapters(model, config, spaces_for("mixtral"))
+    mark = residual_mark(peft_model.get_base_model())
+    assert mark is not None
+    assert expert_of(mark["layer"]) is not None
+    with (
+        peft_model.disable_adapter(),
+        pytest.warns(UserWarning, match="the base is the residual of adapter 'default'"),
+        torch.no_grad(),
+    ):
+        peft_model(**BATCH)
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.base_layer.base_layer.gate_up_proj.add_(1)
+    assert residual_mark(peft_model.get_base_model()) is None  # it is void where the weights are others
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.base_layer.base_layer.gate_up_proj.sub_(1)
+    torch.testing.assert_close(logits(peft_model.merge_and_unload()), before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_single_expert_is_served_where_peft_computes_it_rightly(family: str) -> None:
+    four: Any = mixture(family)
+    four.config.num_local_experts = four.config.num_experts_per_tok = 1
+    model = type(four)(four.config).eval()
+    before = logits(model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        peft_model = inject_adapters(model, LoraConfig(r=RANK), method="milora")
+    torch.testing.assert_close(logits(peft_model), before, rtol=0, atol=3e-6)
+    names = [name for name in lora_layers(peft_model, "default") if expert_of(name)]
+    assert len(names) == (4 if family == "mixtral" else 0)
+    assert any("a single transposed expert" in str(each.message) for each in said) == (family == "gpt_oss")
