@@ -75,9 +75,9 @@ def write_init(
     - If accelerate reads the weights from a safetensors checkpoint in its own dtype, `OUT/base` is a copy of that checkpoint
       (weights, configurations, tokenizer, code) in which the targets alone are replaced. All else stays as it is: tensors that the
       model class does not know, the division into files, the form of experts that the model has fused.
-    - Experts that are one tensor in the model are read, changed and written in the form that the checkpoint has for them (one tensor
-      for each expert in most families). In memory are the tensors whose parts are written side by side: both of a layer, and their
-      parts once more.
+    - Experts that are one tensor in the model are read, changed and written in the form that the checkpoint has for them (one
+      tensor for each expert in most families). In memory are the tensors whose parts are written side by side: both of a layer,
+      and their parts once more.
     - Of a model in memory whose checkpoint joins several weights into one, all residuals are in memory at once.
 
     Where the base cannot change, because it is quantised for instance, `OUT/subtracted` is the second, frozen adapter.
