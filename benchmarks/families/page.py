@@ -144,10 +144,18 @@ def _notes(row: Row) -> list[str]:
     notes = [f"{name}: {_plain(row[name]['message'], row)}" for name in STEPS if "message" in row.get(name, {})]
     if "padding" in row:
         notes.append(f"padded batches: {_plain(row['padding'], row)}")
+    if row.get("without_gradient"):
+        layers = sorted({_layer_of(name) for name in row["without_gradient"]})
+        notes.append(f"train: no gradient reaches {', '.join(f'`{name}`' for name in layers[:4])}{' …' * (len(layers) > 4)}")
     if row.get("share", 1.0) < 0.99:
         left = ", ".join(f"`{name}` ({_percent(share)})" for name, share in row["left_out"].items())
         notes.append(f"left out: {left}")
     return notes
+
+
+def _layer_of(factor: str) -> str:
+    """The layer of a factor, by its name in a `PeftModel`."""
+    return factor.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
 def _plain(message: str, row: Row) -> str:

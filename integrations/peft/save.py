@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -92,9 +93,10 @@ def save_init(
             if residual == "adapter":
                 save_adapter(peft_model, SUBTRACTED.format(adapter), part / "subtracted")
             if residual == "base":
-                shell = _unadapted(base)  # transformers' conversions look for the parameters under their own names
-                with saving_here(shell):
-                    shell.save_pretrained(part / "base", state_dict=_base_state(base))
+                # transformers' conversions look for the parameters of experts under their own names.
+                named = _unadapted(base) if any(isinstance(module, ParamWrapper) for module in base.modules()) else base
+                with saving_here(named):
+                    named.save_pretrained(part / "base", state_dict=_base_state(base))
                 if tokenizer is not None:
                     tokenizer.save_pretrained(part / "base")
             write_cards(part, facts)
