@@ -150,7 +150,7 @@ class Survey:
                 stack.callback(module.register_forward_pre_hook(look(name, module), with_kwargs=True).remove)
             for index, block in enumerate(blocks):
                 stack.callback(block.register_forward_pre_hook(record.enter(index), with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(record.leave(index)).remove)
+                stack.callback(block.register_forward_hook(record.leave(index), with_kwargs=True).remove)
             run(*args, **{**forward_options(model, targets), **kwargs})
             record.see_peak()
         called = [block for block, size in zip(blocks, record.block_activations, strict=True) if size]
@@ -259,9 +259,9 @@ class _Record:
     def leave(self, index: int) -> Any:
         """A hook of a block."""
 
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.see_peak()
-            self.links.leave(_tensors(output))
+            self.links.leave(_tensors((args, kwargs)), _tensors(output))
             self.block_activations[index] = max(self.block_activations[index], self._live.peak - self._entry)
             self.block_flops[index] += self._live.flops - self._flops
 
@@ -272,14 +272,15 @@ class _Links:
     """How the blocks of a forward pass are linked.
 
     Attributes:
-        are_chain: whether each block was called once, with the first tensor that the one before it returned, and with no other
-            tensor that a block has made. A layerwise run checks more (`nullspace.calibration.rehearsal`).
+        are_chain: whether each block was called once, with the first tensor that the one before it returned, with no other tensor
+            that a block has made, and did not fill a cache that it was given. A layerwise run checks more
+            (`nullspace.calibration.rehearsal`).
     """
 
     def __init__(self) -> None:
         self.are_chain = True
         self._called: set[int] = set()
-        self._given: set[int] = set()
+        self._given: list[int] = []
         self._first: weakref.ref[torch.Tensor] | None = None
         self._others: list[weakref.ref[torch.Tensor]] = []
 
@@ -289,10 +290,11 @@ class _Links:
         beside = any(ref() is tensor for ref in self._others for tensor in given)
         self.are_chain &= index not in self._called and follows and not beside
         self._called.add(index)
-        self._given = {id(tensor) for tensor in given}
+        self._given = [id(tensor) for tensor in given]
 
-    def leave(self, returned: list[torch.Tensor]) -> None:
-        """It has returned these."""
+    def leave(self, given: list[torch.Tensor], returned: list[torch.Tensor]) -> None:
+        """It has returned, and its arguments hold these tensors now."""
+        self.are_chain &= [id(tensor) for tensor in given] == self._given
         self._first = weakref.ref(returned[0]) if returned else None
         self._others += [weakref.ref(tensor) for tensor in returned[1:] if id(tensor) not in self._given]
 
