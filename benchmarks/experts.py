@@ -7,10 +7,12 @@ random tokens in batches of 4, so that an expert gets 1,024 on average; rank 32;
 taking turns within a round, ratios within a round, medians. A first batch, not timed, warms every process up.
 
 - `forward`: the model over the batches, nothing else, by transformers' own function for experts.
-- `each`, `pooled`: `stream_covariances` with this choice for experts: the calibration, without the eigenproblems behind it.
-- `spaces`: `compute_null_spaces(experts="pooled")`: the eigenproblems too. Their memory is compared with the plan's.
+- `sums-each`, `sums-pooled`: `stream_covariances` with this choice for experts: the calibration, without the eigenproblems.
+- `spaces-each`, `spaces-pooled`: `compute_null_spaces`, with them: 64 + 64 of experts a block, or 1 + 64. Their memory is compared
+  with the plan's: the peak of anonymous memory above that before the model was made, looked at every 2 ms; 15 % either way is wanted.
 
-Memory is the peak of anonymous memory above that before the model was made, looked at every 2 ms; 15 % either way is wanted.
+Ratios are of processor seconds of this process (one thread with `OMP_NUM_THREADS=1`) and of the clock; on a machine with other work
+the former say more.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 from benchmarks.children import PeakMemory, take_turns
 from benchmarks.environment import write_result
 
-VARIANTS = ["forward", "each", "pooled", "spaces"]
+VARIANTS = ["forward", "sums-each", "sums-pooled", "spaces-each", "spaces-pooled"]
 SHAPE = {
     "hidden_size": 512,
     "moe_intermediate_size": 256,
@@ -71,20 +73,22 @@ def run_variant(variant: str, samples: int, shape: dict[str, int] = SHAPE, lengt
         model = model_of(shape)
         with torch.no_grad():
             model(**batches[0])
-        began = time.perf_counter()
-        if variant == "forward":
+        what, _, experts = variant.partition("-")
+        began, processor = time.perf_counter(), time.process_time()
+        if what == "forward":
             with torch.no_grad():
                 for batch in batches:
                     model(**batch, logits_to_keep=1)
-        elif variant == "spaces":
-            compute_null_spaces(model, batches, rank=RANK, experts="pooled", strategy="resident", progress=False)
-        else:
-            for _ in stream_covariances(model, batches, experts=variant, strategy="resident", progress=False):
+        elif what == "sums":
+            for _ in stream_covariances(model, batches, experts=experts, strategy="resident", progress=False):
                 pass
-        seconds = time.perf_counter() - began
-    result = {"variant": variant, "seconds": seconds, "measured_bytes": peak.bytes, "peak_gb": peak.bytes / 1e9}
-    if variant != "forward":
-        result["forecast_bytes"] = forecast_bytes(model, batches, "each" if variant == "each" else "pooled")
+        else:
+            compute_null_spaces(model, batches, rank=RANK, experts=experts, strategy="resident", progress=False)
+        seconds, processor = time.perf_counter() - began, time.process_time() - processor
+    result = {"variant": variant, "seconds": seconds, "processor_seconds": processor}
+    result |= {"measured_bytes": peak.bytes, "peak_gb": peak.bytes / 1e9}
+    if what == "spaces":
+        result["forecast_bytes"] = forecast_bytes(model, batches, experts)
         result["forecast_over_measured"] = result["forecast_bytes"] / peak.bytes
     return result
 
@@ -105,16 +109,19 @@ def forecast_bytes(model: Any, batches: list[dict[str, Any]], experts: str) -> f
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Medians over the rounds, of the time against that of the round's own forward pass."""
-    bare = {run["round"]: run["seconds"] for run in runs if run["variant"] == "forward"}
+    bare = {run["round"]: run for run in runs if run["variant"] == "forward"}
     summary = {}
     for variant in VARIANTS:
         own = [run for run in runs if run["variant"] == variant]
         summary[variant] = {
             "seconds": statistics.median(run["seconds"] for run in own),
-            "time_over_forward": statistics.median(run["seconds"] / bare[run["round"]] for run in own),
+            "time_over_forward": statistics.median(run["seconds"] / bare[run["round"]]["seconds"] for run in own),
+            "processor_over_forward": statistics.median(
+                run["processor_seconds"] / bare[run["round"]]["processor_seconds"] for run in own
+            ),
             "peak_gb": statistics.median(run["peak_gb"] for run in own),
         }
-        if variant != "forward":
+        if variant.startswith("spaces"):
             summary[variant]["forecast_over_measured"] = statistics.median(run["forecast_over_measured"] for run in own)
     return summary
 
@@ -131,7 +138,7 @@ def main() -> None:
     runs = take_turns("benchmarks.experts", VARIANTS, options.rounds, ["--samples", str(options.samples)])
     summary = summarise(runs)
     for variant, row in summary.items():
-        print(f"{variant:10} " + "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
+        print(f"{variant:14} " + "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
     workload = {"shape": SHAPE, "samples": options.samples, "length": LENGTH, "batch_size": BATCH_SIZE, "rank": RANK}
     print(f"\nwrote {write_result('experts-cpu', {'workload': workload, 'summary': summary, 'runs': runs})}")
 
