@@ -23,7 +23,7 @@ from nullspace.model.weights import size_in_bytes, stored_bytes
 from nullspace.model.wrappers import named_modules, unwrap
 from nullspace.moments.sums import STAGE_TOKENS
 from nullspace.moments.sums_torch import CHAIN_TOKENS
-from nullspace.moments.sums_triton import LAUNCH_TOKENS
+from nullspace.moments.sums_triton import launch_tokens
 from nullspace.moments.triangle import LowerTriangle
 from nullspace.planning.meta_run import LiveBytes, to_meta, watch
 
@@ -203,7 +203,11 @@ class Survey:
         tokens, d_in, dtype = len(routed.hidden), routed.rows.shape[-1], routed.rows.dtype
         if self._pooled and routed.parameter != LAST:
             names = [(name, tokens) for name, _ in names[:1]]
-        return [self._site(name, targets[name], d_in, rows, dtype)._replace(share=rows / tokens) for name, rows in names]
+        sites = [self._site(name, targets[name], d_in, rows, dtype)._replace(share=rows / tokens) for name, rows in names]
+        if self._device == "cuda" or len(sites) == 1:
+            return sites
+        # Experts reach the number of rows that are summed together at different times: on average, half of it is staged.
+        return [site._replace(staging=site.staging // 2) for site in sites]
 
     def _site(self, name: str, module: nn.Module, d_in: int, rows: int, dtype: torch.dtype) -> SiteShape:
         block = self._block_of.get(id(module.experts if isinstance(module, ExpertMatrix) else module))
@@ -320,7 +324,7 @@ def _staging_bytes(rows: int, d: int, dtype: torch.dtype, device: str) -> int:
         if dtype == torch.float64:
             return 0
         step = 16 // dtype.itemsize
-        return min(LAUNCH_TOKENS, max(STAGE_TOKENS, 2 * d)) * -(-d // step) * step * dtype.itemsize
+        return launch_tokens(d) * -(-d // step) * step * dtype.itemsize
     return -(-STAGE_TOKENS // rows) * rows * d * dtype.itemsize if 0 < rows < STAGE_TOKENS else 0
 
 
