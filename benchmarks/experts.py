@@ -9,9 +9,8 @@ taking turns within a round, ratios within a round, medians. A first batch, not 
 - `forward`: the model over the batches, nothing else, by transformers' own function for experts.
 - `sums-each`, `sums-pooled`: `stream_covariances` with this choice for experts: the calibration, without the eigenproblems.
 - `spaces-each`, `spaces-pooled`: `compute_null_spaces`, with them: 64 + 64 of experts a block, or 1 + 64. Their memory is
-  compared
-  with the plan's: the peak of anonymous memory above that before the model was made, looked at every 2 ms; 15 % either way is
-  wanted.
+  compared with the plan's: the peak of anonymous memory above that before the model was made, looked at every 2 ms; 15 % either
+  way is wanted.
 
 Ratios are of processor seconds of this process (one thread with `OMP_NUM_THREADS=1`) and of the clock; on a machine with other work
 the former say more.

@@ -55,10 +55,9 @@ def test_rows_in_any_order_are_grouped_by_a_list(dtype: torch.dtype, device: tor
     assert torch.equal(g, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_packed_panels_are_those_of_single_launches_to_the_bit(dtype: torch.dtype, device: torch.device) -> None:
+def test_packed_panels_are_those_of_single_launches_to_the_bit(device: torch.device) -> None:
     d, counts = PANEL_ROWS + 9, [20, 0, 35]
-    x, offsets = randn(sum(counts), d, dtype=dtype).to(device), offsets_of(counts, device)
+    x, offsets = randn(sum(counts), d, dtype=torch.bfloat16).to(device), offsets_of(counts, device)
     size = PANEL_ROWS**2 + 9 * d
     memory = torch.zeros(3, size + 5, dtype=torch.float64, device=device)
     syrk_accumulate_grouped(memory[:, :size], x, offsets, panel_rows=PANEL_ROWS)

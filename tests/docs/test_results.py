@@ -76,6 +76,19 @@ def test_what_a_calibration_costs(page: str) -> None:
         assert is_rounded(memory.partition(" GB")[0].replace("−", "-"), known["gb_above_forward"])
 
 
+def test_what_a_mixture_costs() -> None:
+    measured = summary("experts-cpu.json")
+    shown = {row[0]: row[1:] for row in rows("docs/results.md") if row[0] in measured and row[0] != "forward"}
+    assert shown.keys() == measured.keys() - {"forward"}
+    for variant, (memory, processor) in shown.items():
+        known = measured[variant]
+        assert is_rounded(processor.removesuffix(" ×"), known["processor_over_forward"]), variant
+        assert known["processor_over_forward"] <= 2.5 or variant == "spaces-each"
+        if memory:
+            assert is_rounded(memory, known["forecast_over_measured"]), variant
+            assert abs(known["forecast_over_measured"] - 1) <= 0.15, variant
+
+
 def test_plans_of_published_models() -> None:
     plans = pytest.importorskip("benchmarks.plans", reason="needs the repository's root on the path: python -m pytest")
     assert plans.table(plans.read()) in (ROOT / "docs/large-models.md").read_text(encoding="utf-8")

@@ -56,8 +56,7 @@ def grouped(xs: list[torch.Tensor], device: torch.device, precision: str = "auto
     return result
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("massive", [1.0, 1e3])
+@pytest.mark.parametrize(("dtype", "massive"), [(torch.bfloat16, 1e3), (torch.float32, 1.0), (torch.float64, 1e3)])
 def test_members_are_covariances_of_their_own_tokens(place: torch.device, dtype: torch.dtype, massive: float) -> None:
     xs = updates(dtype, massive)
     result = grouped(xs, place)
