@@ -273,7 +273,10 @@ def _next_steps(out: Path, calibration: Calibration, residual: str, frozen: bool
     base = str(out / "base") if residual == "base" else calibration.base.name
     running, kind = calibration.running, type(calibration.model).__name__
     automatic = "AutoModelForCausalLM" if kind.endswith("ForCausalLM") else kind
-    config = 'load_in_4bit=True, bnb_4bit_quant_type="nf4"' if running.load_in_4bit else "load_in_8bit=True"
+    config = "load_in_8bit=True"
+    if running.load_in_4bit:
+        dtype = calibration.model.config.quantization_config.bnb_4bit_compute_dtype
+        config = f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype={dtype}'
     quantised = f", quantization_config=BitsAndBytesConfig({config})" if running.load_in_4bit or running.load_in_8bit else ""
     doors = "nullspace.integrations.peft"
     second = f"    {doors}.attach_subtracted(model, {str(out / 'subtracted')!r})\n" if residual == "adapter" else ""
