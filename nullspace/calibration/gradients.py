@@ -31,6 +31,7 @@ from nullspace.model.routing import Routed
 from nullspace.model.sharded import is_model_sharded
 from nullspace.model.sharded_tensors import version_of
 from nullspace.model.token_rows import TokenRows
+from nullspace.model.towers import Regions
 from nullspace.model.wrappers import unwrap
 from nullspace.moments.sums import TokenMask
 from nullspace.progress import Progress
@@ -61,7 +62,8 @@ def gradient_covariances(
 
     Raises:
         ValueError: as `nullspace.stream_covariances` for a resident run; naming the batch, if the model returns no loss for it or
-            all of its labels are ignored; naming the layer, if no token has a gradient there, or its input is overwritten before
+            all of its labels are ignored; naming the layer, if no token has a gradient there (of a vision or audio tower,
+            `"all-linear"` leaves it out with a warning), or its input is overwritten before
             the backward pass; for a model that is sharded over several processes.
     """
     model, job = unwrap(model), Job.alone()
@@ -103,6 +105,12 @@ def gradient_covariances(
             run.report("forward and backward", share.read, share.length, call.padding.tokens)
     job.check_share(share)
     leave_out_uncalled(sums.uncalled, run.targets)
+    if run.targets.optional:
+        towers = Regions(model)  # of a vision tower, the output of a block before the last one may be used
+        unused = [site for site, covariance in sums.partial() if covariance.tokens == 0 and towers.tower(site.name) is not None]
+        for name in (name for site in unused for name in site.members):
+            sums.leave_out(name, "has no gradient: the loss does not depend on it")
+        run.targets.refuse_empty()
     weights = {name: run.weights[name] for name in run.targets}
     result = Covariances(sums.release(), weights, matrix_parameters=matrix_parameters(model))
     run.targets.settle(model)

@@ -12,7 +12,7 @@ from torch import nn
 
 from models import random_batches
 from multimodal import IMAGE, MULTIMODAL, collated, samples, tiny_multimodal
-from nullspace import Covariance, compute_null_spaces, stream_covariances
+from nullspace import Covariance, compute_null_spaces, gradient_covariances, stream_covariances
 from reference import relative_error
 
 
@@ -110,3 +110,16 @@ def test_padding_inside_images_that_cannot_be_located_is_refused_by_name() -> No
     with pytest.raises(ValueError, match=r"^model\.language_model\.layers\.1\.cross_attn\.k_proj, batch 1: .*'aspect_ratio_mask'"):
         sums(model, [batch], targets=r".*cross_attn.*")
     assert len(sums(model, [batch], targets=r".*language_model\.layers\.[02]\.(self_attn|mlp).*")) == 14
+
+
+def test_layers_on_which_the_loss_does_not_depend_leave_all_linear() -> None:
+    model, alone = tiny_multimodal("llava"), samples("llava")
+    for sample in (batch := collated("llava", alone, "right"), *alone):
+        sample["labels"] = sample["input_ids"].masked_fill(sample["attention_mask"] == 0, -100)
+    with pytest.warns(UserWarning, match=r"layers\.1\.self_attn\.\w+' .*has no gradient: the loss does not depend on it"):
+        padded = gradient_covariances(model, [batch], progress=False)
+    with pytest.warns(UserWarning, match="has no gradient"):
+        expected = gradient_covariances(model, alone, progress=False)
+    assert_same(dict(padded), dict(expected))
+    assert "model.vision_tower.encoder.layers.0.mlp.fc1" in padded
+    assert "model.vision_tower.encoder.layers.1.mlp.fc1" not in padded  # the projector takes what goes into this block
