@@ -92,7 +92,7 @@ def set_stored_bytes(tensor: torch.Tensor, size: int) -> None:
     setattr(tensor, _STORED_BYTES, size)
 
 
-_STORED_BYTES = "_nullspace_stored_bytes"
+_STORED_BYTES = "nullspace_stored_bytes"
 
 
 def is_loaded(module: nn.Module) -> bool:
