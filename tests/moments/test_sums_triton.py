@@ -52,7 +52,7 @@ def unit_rows(tokens: int, d: int) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------ what is summed
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("leading", [(), (1,), (3, 5), (STAGE_TOKENS,), (2, 1, STAGE_TOKENS + 3)], ids=str)
 @pytest.mark.parametrize("d", [1, 70])
 def test_the_sums_are_those_of_the_tokens(d: int, leading: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -102,7 +102,7 @@ def test_inputs_of_different_dtypes_lose_nothing_to_each_other(device: torch.dev
 
 
 @settings(
-    max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     cuts=st.lists(st.one_of(st.integers(0, 1300), st.integers(0, 40)), max_size=10), reads=st.sets(st.integers(0, 10), max_size=2)
@@ -209,7 +209,7 @@ def test_zero_rows_count_as_tokens_and_make_no_outliers(zeros: int, device: torc
     torch.testing.assert_close(covariance.matrix().cpu(), second_moment(x), rtol=0.0, atol=(STAGE_TOKENS - zeros) * 1e-6)
 
 
-@pytest.mark.parametrize("massive", [1.0, 1e3, 1e4])
+@pytest.mark.parametrize("massive", [1.0, 1e4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_massive_tokens_do_not_drown_the_quiet_directions(dtype: torch.dtype, massive: float, device: torch.device) -> None:
     # λ_r / λ_max about 1e-6; 16 of the tokens massive, as in the down projections of Llama models.
