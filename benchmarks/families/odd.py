@@ -74,6 +74,7 @@ OF_CLASS: dict[str, dict[str, Any]] = {
 
 # Classes that compute some of their parts in float32 whatever the dtype of their weights, or load some weights in it.
 FLOAT32 = {
+    "FSMTForConditionalGeneration",
     "BeamForCausalLM",
     "NemotronHForCausalLM",
     "Nemotron3_5TranscribeForConditionalGeneration",

@@ -37,7 +37,7 @@ def input_sums(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> 
         handles.append(module.register_forward_hook(lambda *_, name=name: called.add(name)))
         if isinstance(module, (nn.Linear, Conv1D)):
             handles.append(module.register_forward_pre_hook(on_linear(name)))
-        elif hasattr(module, "is_transposed") and hasattr(module, "down_proj"):
+        elif hasattr(module, "_apply_gate") and isinstance(getattr(module, "down_proj", None), nn.Parameter):
             handles.append(module.register_forward_pre_hook(on_experts(name), with_kwargs=True))
     with torch.no_grad():
         for batch in batches:
@@ -69,12 +69,13 @@ def _routed(
     hidden = hidden.reshape(-1, hidden.shape[-1])
     counted = next((m.flatten() for m in masks if m.numel() == len(hidden)), torch.ones(len(hidden), dtype=torch.bool))
     tokens = counted.nonzero()[:, 0]
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    has_gate = getattr(experts, "has_gate", True)
+    first = "gate_up_proj" if has_gate else "up_proj"
     for number in range(len(experts.down_proj)):
         rows = hidden[tokens[(index[tokens] == number).nonzero()[:, 0]]]  # twice, if it is chosen twice
         weight = getattr(experts, first)[number]
-        between = rows @ (weight if experts.is_transposed else weight.T)
-        if experts.has_bias:
+        between = rows @ (weight if getattr(experts, "is_transposed", False) else weight.T)
+        if getattr(experts, "has_bias", False):
             between = between + getattr(experts, f"{first}_bias")[number]
         yield f"{name}.{first}[{number}]", rows
-        yield f"{name}.down_proj[{number}]", experts._apply_gate(between) if experts.has_gate else experts.act_fn(between)
+        yield f"{name}.down_proj[{number}]", experts._apply_gate(between) if has_gate else experts.act_fn(between)

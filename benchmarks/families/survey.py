@@ -89,9 +89,8 @@ class _Survey:
                     return
 
     def _resident(self) -> dict[str, Any]:
-        expected, called = input_sums(self.model, self.loader)
-
         def act() -> float:
+            expected, called = input_sums(self.model, self.loader)
             self.summed = self._sums("resident")
             self.row |= shares(self.architecture, self.model, set(self.summed), called)
             return _difference({name: expected.get(name, torch.zeros(())) for name in self.summed}, self.summed)
