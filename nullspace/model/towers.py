@@ -39,6 +39,11 @@ class Regions:
         self._blocks = [tuple(name.split(".")) for name in blocks]
         self._text, beside = split_towers(model, blocks)
         self._towers = list(dict.fromkeys(beside.values()))
+        while "." in self._text and self._towers:  # what is in a module with the text's part and no tower gets text (BLIP's `cls`)
+            around = self._text.rpartition(".")[0]
+            if any(tower.startswith(f"{around}.") for tower in self._towers):
+                break
+            self._text = around
         head = output_head(model)
         self._head = next((name for name, module in modules.items() if module is head), None)
         self._lists = {
