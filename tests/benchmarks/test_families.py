@@ -35,8 +35,8 @@ def test_the_page_is_made_of_the_rows(tmp_path: Path) -> None:
     assert read(tmp_path / "again.jsonl") == (environment, rows)
 
 
-# A layer between the base model and the head; one beside a text's part that gets text; blocks that would get the last token alone; other names in the checkpoint than in the
-# model; experts whose checkpoint is made by looking into the model.
+# A layer between the base model and the head; one beside a text's part that gets text; blocks that would get the last token alone;
+# other names in the checkpoint than in the model; experts whose checkpoint is made by looking into the model.
 SOME = {
     "BertLMHeadModel": STEPS,
     "BlipForConditionalGeneration": STEPS,
