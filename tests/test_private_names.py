@@ -115,6 +115,7 @@ EXISTS: dict[str, Callable[[], Any]] = {
     "_overloadpacket": lambda: torch.ops.aten.mm.default._overloadpacket is torch.ops.aten.mm,
     "_experts_implementation": lambda: hasattr(MixtralConfig(), "_experts_implementation"),
     "_experts_implementation_internal": lambda: "_experts_implementation_internal" in vars(MixtralConfig()),
+    "_tp_size": lambda: hasattr(PreTrainedModel, "_tp_size"),
     "_apply_gate": lambda: modeling_mixtral.MixtralExperts._apply_gate,
     "_version": lambda: torch.zeros(1).add_(1)._version == 1,
     "_forward_pre_hooks": lambda: isinstance(nn.Linear(1, 1)._forward_pre_hooks, dict),

@@ -140,13 +140,15 @@ def _not_read_again(config: LoraConfig, model: nn.Module) -> set[str]:
     It renames what it loads as transformers renames the weights of the model's checkpoint, whether they need it or not.
     """
     adapted = _adapted(config, model)
+    vars(adapted.get_base_model()).pop("_tp_size", None)  # of a model in parts, whose adapters PEFT would gather
     with warnings.catch_warnings(), unwrapped(model):
         warnings.simplefilter("ignore")
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         result: Any = set_peft_model_state_dict(adapted, state, low_cpu_mem_usage=True)
     paths = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in result.missing_keys if ".lora_" in key}
     modules = dict(adapted.get_base_model().named_modules())
-    experts = {path: stack_of(path, modules[path]) for path in paths}
+    layers = {path: modules.get(path) for path in paths}  # the base may have modules whose names look like PEFT's
+    experts = {path: stack_of(path, layer) for path, layer in layers.items() if isinstance(layer, LoraLayer)}
     return {path if expert is None else expert.stack for path, expert in experts.items()}
 
 
