@@ -195,14 +195,17 @@ def _pools(job: Job, sums: InputSums, tokens: Mapping[Site, int]) -> dict[str, P
     pools = {}
     for stack, d in few.items():
         own = sums.pool(stack)
-        vector = torch.zeros(d * d + d + 1, dtype=torch.float64)
+        vector = torch.zeros(d * d + d + 3, dtype=torch.float64)
         if own is not None:
-            vector = torch.cat([own.matrix.flatten(), own.total, own.total.new_tensor([own.tokens])]).cpu()
+            vector = torch.cat(
+                [own.matrix.flatten(), own.total, own.total.new_tensor([own.tokens, own.mixed_energy, own.lost])]
+            ).cpu()
         what = f"the reduction of {stack!r}"
         with job.naming_rank(what):
             job.reduce(vector, 0, what).wait()
-        matrix, total, count = job.broadcast(vector, 0).split([d * d, d, 1])
-        pools[stack] = Pool(matrix.view(d, d), total, int(count))
+        matrix, total, numbers = job.broadcast(vector, 0).split([d * d, d, 3])
+        count, mixed_energy, lost = numbers.tolist()
+        pools[stack] = Pool(matrix.view(d, d), total, int(count), mixed_energy, lost)
     return pools
 
 

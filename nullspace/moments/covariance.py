@@ -147,9 +147,8 @@ class Covariance:
             tokens: how many were summed.
         """
         covariance = cls(len(matrix), device=matrix.device, precision="fp64")
-        rows = torch.cat([matrix[i, : i + 1] for i in range(len(matrix))])
         assert isinstance(covariance._sums, GramSums)
-        covariance._sums.triangle.set_rows(rows)
+        covariance._sums.triangle.set_square(matrix)
         covariance._sums.count_rounding(matrix.dtype)
         covariance._tokens, covariance._mass = tokens, float(tokens)
         return covariance
@@ -168,12 +167,20 @@ class Covariance:
         """
         if self.pool is None or self.pool.tokens == 0 or self._tokens >= needed:
             return self
-        share = (needed - self._tokens) / self.pool.tokens
-        there, scale = self._sums.device, self._mass / self._tokens if self._tokens else 1.0
-        result = Covariance.from_matrix(self.matrix() + (share * scale) * self.pool.matrix.to(there), tokens=needed)
-        result._sums.total.copy_(self.total() + (share * scale) * self.pool.total.to(there))
-        result._mass = needed * scale
-        result._sums.outliers = self.outliers
+        pool, scale = self.pool, self._mass / self._tokens if self._tokens else 1.0
+        share = scale * (needed - self._tokens) / pool.tokens
+        facts, tensors = self.state()
+        if "root" in tensors:
+            result = Covariance.from_matrix(self.matrix(), tokens=needed)
+            result._sums.total.copy_(self.total())
+            result._sums.outliers = self.outliers
+        else:
+            result = Covariance.from_state(facts, tensors, device=self._sums.device)
+        sums = result._sums
+        assert isinstance(sums, GramSums)
+        sums.add_product(share * pool.matrix.to(sums.device), mixed_energy=share * pool.mixed_energy, lost=share * pool.lost)
+        sums.total += share * pool.total.to(sums.device)
+        result._tokens, result._mass = needed, needed * scale
         return result
 
     def scale(self, weight: float) -> None:

@@ -99,7 +99,7 @@ class GroupedCovariance:
         of = torch.arange(len(counts), device=rows.device).repeat_interleave(count, output_size=len(rows))
         peak = peaks.new_full((len(counts),), -math.inf).scatter_reduce_(0, of, peaks, "amax").abs()
         is_sample = (peak > 0) & (peak < math.inf)
-        ratios = (norms / peak[of]).double().square()
+        ratios = torch.where(is_sample[of], norms / peak[of], 0.0).double().square()  # a NaN would reach all groups behind it
         energy = torch.cat([ratios.new_zeros(1), ratios.cumsum(0)])
         ends = count.cumsum(0)
         energy = energy[ends] - energy[ends - count]
@@ -111,12 +111,14 @@ def pool_of(parts: Sequence[Covariance]) -> Pool:
     d, device = parts[0].d_in, parts[0].device
     total = torch.zeros(d, dtype=torch.float64, device=device)
     triangle, roots = LowerTriangle(d, device=device), torch.zeros(d, d, dtype=torch.float64, device=device)
+    mixed_energy = lost = 0.0
     for part in parts:
         if part.tokens:
             sums = part._flushed()
             total += sums.total.to(device)
             if isinstance(sums, GramSums):
                 triangle.add_(sums.triangle)
+                mixed_energy, lost = mixed_energy + sums.mixed_energy, lost + sums.error_norm
             else:
                 roots += sums.square().to(device)
-    return Pool(triangle.square() + roots, total, sum(part.tokens for part in parts))
+    return Pool(triangle.square() + roots, total, sum(part.tokens for part in parts), mixed_energy, lost)

@@ -14,8 +14,12 @@ class Pool(NamedTuple):
         matrix: (d, d) float64, Σ x xᵀ.
         total: (d,) float64, Σ x.
         tokens: their number.
+        mixed_energy: Σ ‖x‖² over the tokens whose products were not taken in float64.
+        lost: an estimate of the rounding error of `matrix`, a Frobenius norm.
     """
 
     matrix: torch.Tensor
     total: torch.Tensor
     tokens: int
+    mixed_energy: float = 0.0
+    lost: float = 0.0

@@ -150,6 +150,19 @@ class GramSums(Sums):
         self._common_loss *= weight
         self._storage_loss *= weight
 
+    @property
+    def mixed_energy(self) -> float:
+        """Σ ‖x‖² over the tokens whose products were not taken in float64."""
+        return self._mixed_energy
+
+    def add_product(self, matrix: torch.Tensor, *, mixed_energy: float = 0.0, lost: float = 0.0) -> None:
+        """Add a symmetric matrix (d, d), float64, of which so much is mixed, and its rounding error; complete after `flush`."""
+        other = LowerTriangle(self.d_in, device=self.device)
+        other.set_square(matrix)
+        self.triangle.add_(other)
+        self._mixed_energy += mixed_energy
+        self._storage_loss += lost
+
     def count_rounding(self, dtype: torch.dtype) -> None:
         """Count the rounding of all that is summed so far to a dtype narrower than float64."""
         if dtype != torch.float64:

@@ -68,6 +68,10 @@ class LowerTriangle:
                 panel[row - start, : row + 1] = rows[at : at + row + 1].to(panel)
                 at += row + 1
 
+    def set_square(self, matrix: torch.Tensor) -> None:
+        """Take the lower triangle of a (d, d) matrix of any floating dtype."""
+        self.set_rows(torch.cat([matrix[i, : i + 1] for i in range(len(matrix))]))
+
     def compress(self, beside: torch.Tensor) -> torch.Tensor:
         """Pack the entries on and below the diagonal, and other numbers behind them, in place into one vector.
 

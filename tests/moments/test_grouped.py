@@ -204,3 +204,30 @@ def test_bad_arguments() -> None:
             GroupedCovariance(*arguments)
     with pytest.raises(ValueError, match="precision must be one of"):
         GroupedCovariance(2, 3, precision="fp32")
+
+
+def test_a_group_of_zeros_leaves_the_samples_of_the_others() -> None:
+    rows = [torch.zeros(3, 4), randn(5, 4, seed=1), randn(2, 4, seed=2)]
+    grouped = GroupedCovariance(3, 4)
+    grouped.update(torch.cat(rows), [3, 5, 2])
+    for member, own in zip(grouped.members, rows, strict=True):
+        alone = Covariance(4)
+        alone.update(own)
+        assert member.peft_trace == (None if alone.peft_trace is None else pytest.approx(alone.peft_trace, rel=1e-6))
+    assert grouped.members[2].peft_trace is not None
+
+
+def test_what_is_completed_keeps_the_account_of_rounding() -> None:
+    grouped = GroupedCovariance(3, 8, precision="mixed")
+    counts = [700, 5, 0]
+    grouped.update(randn(705, 8, seed=3), counts)
+    pool = pool_of(grouped.members)
+    assert pool.tokens == 705
+    assert pool.lost >= grouped.members[0].error_norm > 0
+    for member, count in zip(grouped.members, counts, strict=True):
+        member.pool = pool
+        completed = member.completed(12)
+        assert completed.tokens == max(count, 12)
+        assert completed.products == "mixed"  # so that "auto" sums it again in float64 where that is needed
+        assert completed.error_norm > 0.9 * (completed.tokens - count) / 705 * pool.lost
+        assert relative_error(completed.matrix(), member.matrix() + (completed.tokens - count) / 705 * pool.matrix) < 1e-14
