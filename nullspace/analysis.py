@@ -302,6 +302,7 @@ class _Examination:
         self._modules, self._courses, self._where = modules or {}, courses, where
 
     def __call__(self, site: Site, covariance: Covariance) -> tuple[Row, list[Row]]:
+        tokens, covariance = covariance.tokens, covariance.completed(site.d_in)
         c = covariance.matrix()
         moves = _moves(site, self._courses, self._where)
         sigma, directions = _decomposed(covariance, c, vectors=bool(moves))
@@ -313,7 +314,7 @@ class _Examination:
             if before.get(row["layer"], 0.0) > 0:
                 row["drift"] = update_norm(update(initial, now), c) / before[row["layer"]]
         facts = {
-            **_tokens(covariance.tokens, covariance.outliers),
+            **_tokens(tokens, covariance.outliers),
             "effective_rank": solvers.effective_rank(sigma),
             "spectrum": _sampled(sigma),
         }

@@ -206,7 +206,7 @@ class _Sum(Entry[Covariance]):
         total: Covariance | None = None
         for part, weight in zip(self._parts, self._by, strict=True):
             covariance = Covariance.from_state(*part.value().state())  # a copy: the run keeps its sums
-            if self._normalise:
+            if self._normalise and covariance.tokens:  # an expert may have none in one of the runs
                 if not covariance.trace > 0:
                     raise InputError(
                         f"the inputs of {self.site.name!r} are all zero in one of the runs: there is no trace to divide by. "

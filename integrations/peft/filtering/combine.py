@@ -176,8 +176,8 @@ def _combine(
         with naming(name):
             factors[name] = combined(
                 updates,
-                [each[name].matrix() for each in tasks],
-                keep[name].matrix(),
+                [each[name].completed(d_in).matrix() for each in tasks],
+                keep[name].completed(d_in).matrix(),
                 strength=strength,
                 rank=most if rank is None else min(rank, most),
                 ridge=ridge,

@@ -159,7 +159,7 @@ def drifts_of(
     drifts: dict[str, float] = {}
     for site in keep.sites:
         members = [name for name in site.members if name in changes]
-        c = keep[members[0]].matrix() if members else None
+        c = keep[members[0]].completed(site.d_in).matrix() if members else None
         for name in members:
             assert c is not None
             try:

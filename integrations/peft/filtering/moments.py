@@ -82,7 +82,8 @@ class Pair:
         for name in (name for name in self.keep if name in layers):
             together.setdefault((sites[0][name], sites[1][name]), []).append(name)
         for (_, site), names in together.items():
-            task, keep = self.task[names[0]], self.keep[names[0]]
+            task, keep = (each[names[0]] for each in (self.task, self.keep))
+            task, keep = task.completed(task.d_in), keep.completed(keep.d_in)
             tokens = (task.tokens, keep.tokens)
             with naming(names[0]):
                 made = Filter(task.matrix(), keep.matrix(), ridge=self.ridge, noise=noise_of(keep), tokens=tokens)

@@ -122,7 +122,7 @@ class _Site:
 
     def __init__(self, site: Site, covariance: Covariance, layers: list[Adapted], start: Start) -> None:
         self.layers = layers
-        self._root = root_of(covariance, layers[0].a.device, site.name)
+        self._root = root_of(covariance.completed(site.d_in), layers[0].a.device, site.name)
         self._starts = [start.of(each) for each in layers]
         self._weights = [self._scale(each, start) for each in layers]
         # By layer: A, its version, and A L.

@@ -20,7 +20,7 @@ from servers import changes_in_vllm, left_out_by_sglang
 from torch import nn
 
 from models import random_batches
-from nullspace import Covariances, NullSpaces
+from nullspace import Covariance, Covariances, NullSpaces, analysis
 from nullspace.integrations.peft import (
     Gauge,
     attach_subtracted,
@@ -301,3 +301,28 @@ def test_experts_are_measured_and_filtered_and_not_confined(trained: tuple[Path,
     for hold in (lambda: confine(model, keep), lambda: decay_to_start(model, 0.1)):
         with pytest.raises(ValueError, match=r"'.*experts\.\w+\[0\]', one of several experts in one parameter"):
             hold()
+
+
+def test_an_expert_without_tokens_is_measured_and_filtered_as_all_of_its_layer(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, _ = trained
+    empty = {f"{GATE_UP}[1]", f"{DOWN}[1]"}
+    keep, task = (without_tokens(covariances_for("mixtral", seed=seed), empty) for seed in (1, 2))
+    merged = Covariances.merge([keep, covariances_for("mixtral")], normalise=True)
+    assert merged[f"{GATE_UP}[1]"].tokens == covariances_for("mixtral")[f"{GATE_UP}[1]"].tokens
+    measured = adapter_drift(folder / "plain", keep, progress=False)
+    a, b = read_factors(folder / "plain")[f"{GATE_UP}[1]"]
+    weight = mixture("mixtral").get_submodule(GATE_UP.rpartition(".")[0]).gate_up_proj[1].detach().double()  # type: ignore[index]
+    c = sum(keep[f"{GATE_UP}[{number}]"].matrix() for number in (0, 2, 3))
+    wanted = float(torch.sqrt(torch.trace((b @ a) @ c @ (b @ a).T) / torch.trace(weight @ c @ weight.T)))
+    assert measured.layers[f"{GATE_UP}[1]"] == pytest.approx(wanted, rel=1e-6)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    model = PeftModel.from_pretrained(base, folder / "plain", is_trainable=True)
+    assert Gauge(model, keep)().layers[f"{GATE_UP}[1]"] == pytest.approx(wanted, rel=1e-4)
+    filter_adapter(folder / "plain", task, keep, tmp_path / "filtered", strength=1.0, progress=False)
+    combine_adapters([folder / "plain"] * 2, [task, task], keep, tmp_path / "both", strength=1e-6, progress=False)
+    assert analysis.analyse(covariances=keep, progress=False).inputs
+
+
+def without_tokens(covariances: Covariances, empty: set[str]) -> Covariances:
+    pairs = [(site, Covariance(site.d_in) if site.name in empty else covariances[site.name]) for site in covariances.sites]
+    return Covariances(pairs, {name: weight for name in covariances if (weight := covariances.weight(name)) is not None})
