@@ -8,8 +8,11 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +37,48 @@ def run_child(module: str, arguments: list[str], *, timeout: float | None = None
     if done.returncode != 0:
         return {"failed": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1][:500], "wall": wall}
     return {**json.loads(done.stdout.splitlines()[-1]), "wall": wall}
+
+
+def lines_of(module: str, arguments: Sequence[str], *, timeout: float) -> Iterator[dict[str, Any]]:
+    """`python -m module arguments`: every line of JSON as the child prints it, so that what a hanging child had is kept.
+
+    Yields:
+        The objects; other lines are left out. The last one is `{"failed": why}` if the child fails or takes longer than `timeout`
+        seconds; its process group is then ended, and not waited for longer than that takes a process that can be ended.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+        lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=_forward_lines, args=(child.stdout, lines), daemon=True).start()
+        until = time.monotonic() + timeout
+        try:
+            while (line := lines.get(timeout=max(0.0, until - time.monotonic()))) is not None:
+                with contextlib.suppress(json.JSONDecodeError):
+                    yield json.loads(line)
+            code = child.wait(max(1.0, until - time.monotonic()))
+        except (queue.Empty, subprocess.TimeoutExpired):
+            yield {"failed": f"not done in {timeout:.0f} s"}
+        else:
+            if code != 0:
+                errors.seek(0)
+                yield {"failed": (errors.read().strip() or f"exit code {code}").splitlines()[-1][:500]}
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a hanging device may not end
+                child.wait(10)
+
+
+def _forward_lines(stream: Any, lines: queue.Queue[str | None]) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
 
 
 def run_together(module: str, count: int, arguments: list[str], *, timeout: float = 300.0) -> list[dict[str, Any]]:
@@ -134,6 +179,12 @@ def take_turns(module: str, variants: Sequence[str], rounds: int, arguments: Seq
 def show_summary(summary: Mapping[str, Mapping[str, float]]) -> None:
     """Every variant against the bare forward pass."""
     print("\n" + "\n".join(f"{v:10} {s['time_over_forward']:.2f} x   {s['gb_above_forward']:+.2f} GB" for v, s in summary.items()))
+
+
+def seconds_since_start() -> float:
+    """How long this process has been running (Linux), to a hundredth of a second."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def peak_bytes() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numpy", "scipy", "transformers", "peft", "triton")
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
     """Hardware, versions and commit of this run."""
     import torch
@@ -40,10 +42,11 @@ def environment() -> dict[str, Any]:
 
 
 def write_result(name: str, content: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """`<folder>/<name>.json`."""
+    """`<folder>/<name>.json`, whole at any time: a program that is ended while it writes leaves the last one."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **content}, indent=1) + "\n")
+    path, part = folder / f"{name}.json", folder / f".{name}.json"
+    part.write_text(json.dumps({"environment": environment(), **content}, indent=1) + "\n")
+    part.replace(path)
     return path
 
 

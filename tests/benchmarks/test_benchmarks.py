@@ -61,12 +61,16 @@ def test_planted_tokens_are_massive_and_others_are_not() -> None:
     assert float(x[:, 1:].max()) < 4 * float(x[:, 1:].median())
 
 
-@pytest.mark.parametrize("variant", ["forward", "resident", "corda"])
+@pytest.mark.parametrize("variant", ["forward", "sums", "resident", "corda"])
 def test_dry_run(variant: str) -> None:
     result = gpu_models.run_variant(DRY, variant)
     assert result["seconds"] > 0
     assert result["blocks"] == (1 if variant == "corda" else 2)
+    assert result["compile_s"] > 0
+    assert result["startup_s"]["python and imports"] > 0
     if variant == "resident":
+        assert result["on_device_s"]["solves"] > 0
+        assert list(result["ends_s"])[-2:] == ["null spaces", "injection"]
         assert result["sites"] == 8
         assert 0 < result["leak"]["median"] <= result["leak"]["max"] < 1
 
@@ -74,6 +78,7 @@ def test_dry_run(variant: str) -> None:
 def test_summary_marks_what_is_extrapolated() -> None:
     runs = [
         {"round": 0, "variant": "forward", "blocks": 2, "seconds": 1.0, "peak_gb": 1.0},
+        {"round": 0, "variant": "sums", "blocks": 2, "seconds": 1.5, "peak_gb": 1.0},
         {"round": 0, "variant": "resident", "blocks": 2, "seconds": 3.0, "peak_gb": 2.0, "leak": {"median": 0.1, "max": 0.2}},
         {"round": 0, "variant": "layerwise-host", "failed": "not done in 3 s", "wall": 3.0},
     ]
@@ -81,17 +86,19 @@ def test_summary_marks_what_is_extrapolated() -> None:
     assert summary["resident"]["time_over_forward"] == 3
     assert summary["resident"]["extrapolated_seconds_all_blocks"] == 12
     assert "layerwise-host" not in summary
+    assert list(summary["resident"]["parts_s"].values()) == [1.0, 0.5, 1.5]
 
 
 @pytest.mark.interpreter
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nothing is interpreted")
 def test_the_ways_to_sum_experts_agree_within_what_they_promise() -> None:
     pytest.importorskip("triton")
-    from benchmarks import gpu_experts
+    from benchmarks.first_gpu import experts
 
-    routed = gpu_experts.route(24, 40)
+    block = experts.BLOCKS["cpu"]
+    routed = experts.route(block, 24, 40, torch.device("cpu"))
     assert torch.equal(routed.x, routed.unsorted[routed.rows])
-    assert int(routed.offsets[-1]) == len(routed.x) == 24 * gpu_experts.BLOCK.chosen
-    errors = {name: row["error"] for name, row in gpu_experts.measured(routed).items()}
-    assert all(errors[name] <= 1e-6 for name in ("grouped", "grouped, listed", "loop", "mm"))
+    assert int(routed.offsets[-1]) == len(routed.x) == 24 * block.chosen
+    errors = {name: row["error"] for name, row in experts.measured(routed, rounds=0).items()}
+    assert all(errors[name] <= 1e-6 for name in (*experts.EXACT, "mm"))
     assert 1e-6 < errors["grouped_mm"] < 1e-2  # the error that is reported is one: bfloat16's
