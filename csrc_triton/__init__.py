@@ -14,7 +14,7 @@ import torch
 
 _OPS = {
     "syrk_accumulate": "syrk",
-    "syrk_accumulate_rows": "syrk",
+    "syrk_accumulate_rows": "selected",
     "syrk_accumulate_grouped": "grouped",
     "syrk_accumulate_rows_grouped": "grouped",
     "sum_rows_grouped": "grouped",
@@ -29,7 +29,11 @@ __all__ = [*_OPS, "unavailable"]
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why the kernels cannot run on `device`, in a few words; None if they can."""
+    """Why the kernels cannot run on `device`, in a few words; None if they can.
+
+    The first call for a device launches every kernel of a run once, on a few numbers, and compares what it computes: Triton may
+    lack a C compiler, or not support the device, and a kernel that fails must not do so in the midst of a forward pass.
+    """
     if device.type != "cuda":
         return f"{device.type} is not a CUDA device"
     if torch.version.hip is not None:
@@ -48,16 +52,9 @@ def unavailable(device: torch.device) -> str | None:
 
 @functools.cache
 def _launch_failure(device: torch.device) -> str | None:
-    """The error of launching two small kernels, None if they run: Triton may lack a C compiler, or not support the device."""
-    ops = importlib.import_module(f"{__name__}.syrk"), importlib.import_module(f"{__name__}.stage")
-    x = torch.zeros(1, 1, dtype=torch.bfloat16, device=device)
-    rows = torch.zeros(1, dtype=torch.int64, device=device)
-    try:
-        ops[0].syrk_accumulate_rows(torch.zeros(1, 1, dtype=torch.float64, device=device), x, rows, rows[0])
-        ops[1].zero_rows(x, rows, rows[0])
-    except Exception as error:
-        return f"Triton cannot launch a kernel ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
-    return None
+    """The first kernel of a run that fails on a device, and why; None if all run. Once for each device."""
+    failure: str | None = importlib.import_module(f"{__name__}.probe").first_failure(device)
+    return failure
 
 
 def __getattr__(name: str) -> Any:

@@ -11,18 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from nullspace.csrc_triton.syrk import (
-    INTERPRETED,
-    _add_selected,
-    _add_tile,
-    _on,
-    _programs,
-    _selected,
-    _tiles,
-    check_input,
-    check_steps,
-    packed_size,
-)
+from nullspace.csrc_triton.selected import _add_selected, _programs, _selected, has_matrix_products
+from nullspace.csrc_triton.syrk import INTERPRETED, _add_tile, _on, _tiles, check_input, check_tiling, packed_size
 from nullspace.csrc_triton.tiles import DOUBLE, Tiling, tiling_for
 from nullspace.errors import InputError, InputTypeError
 
@@ -53,9 +43,10 @@ def _syrk_grouped(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WINDOW: tl.constexpr,
+    VARIANT: tl.constexpr,
     GATHER: tl.constexpr,
     PRODUCTS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     # Group by group: the programs that run together read the same rows.
     group = tl.program_id(0) // tile_count
@@ -67,7 +58,25 @@ def _syrk_grouped(
             listed += begin
         else:
             x += begin * stride
-        _add_tile(g, x, listed, tile, tokens, d, stride, BLOCK, BLOCK_K, WINDOW, False, GATHER, PRODUCTS, UPCAST)
+        _add_tile(
+            g,
+            x,
+            listed,
+            tile,
+            0,
+            tokens,
+            tokens,
+            d,
+            stride,
+            BLOCK,
+            BLOCK_K,
+            WINDOW,
+            VARIANT,
+            False,
+            GATHER,
+            PRODUCTS,
+            INTERPRETED,
+        )
 
 
 @triton.jit(do_not_specialize=["tile_count", "limit", "programs"])
@@ -85,13 +94,14 @@ def _syrk_rows_grouped(
     group_stride,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    MATRIX: tl.constexpr,
 ):
     group = tl.program_id(0) // programs
     begin, selected = _bounds(offsets, group, limit)
     g += group.to(tl.int64) * group_stride
     last = tl.where(selected > 0, tile_count, 0)
     for index in tl.range(tl.program_id(0) % programs, last, programs):
-        _add_selected(g, x, tiles + 4 * index, rows + begin, selected, d, stride, BLOCK, BLOCK_K)
+        _add_selected(g, x, tiles + 4 * index, rows + begin, selected, d, stride, BLOCK, BLOCK_K, MATRIX)
 
 
 @triton.jit(do_not_specialize=["limit"])
@@ -130,7 +140,8 @@ def syrk_accumulate_grouped(
         rows: (m,) int32 or int64 on the device: row k of the sorted rows is row `rows[k]` of x; the offsets count these. None: x
             itself is sorted.
         panel_rows: rows of a packed panel, a multiple of the tile.
-        tiling: the shape of the work; None: the table's choice for this device. Descriptors are not used.
+        tiling: the shape and the variant of the work; None: the table's choice for this device and width. The variants are those
+            of plain Triton (others are replaced by `Tiling.in_triton`); descriptors and splits are not used.
 
     Raises:
         ValueError: for a shape, stride, device or tiling that does not fit.
@@ -139,8 +150,8 @@ def syrk_accumulate_grouped(
     _check(g, x, offsets, rows, panel_rows)
     groups, d = len(g), x.shape[1]
     limit = len(x) if rows is None else len(rows)
-    chosen = tiling or tiling_for(x.dtype, x.device)
-    check_steps(chosen)
+    chosen = (tiling or tiling_for(x.dtype, x.device, d)).in_triton()
+    check_tiling(chosen)
     if groups == 0 or limit == 0:
         return
     tiles = _tiles(g[0], d, chosen.block, panel_rows)
@@ -159,9 +170,10 @@ def syrk_accumulate_grouped(
             BLOCK=chosen.block,
             BLOCK_K=chosen.block_k,
             WINDOW=chosen.window,
+            VARIANT=chosen.variant,
             GATHER=rows is not None,
             PRODUCTS="tf32x3" if x.dtype == torch.float32 else "ieee",
-            UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
+            INTERPRETED=INTERPRETED,
             num_warps=chosen.warps,
             num_stages=chosen.stages,
             enable_fp_fusion=False,
@@ -203,6 +215,7 @@ def syrk_accumulate_rows_grouped(
             g.stride(0),
             BLOCK=DOUBLE.block,
             BLOCK_K=DOUBLE.block_k,
+            MATRIX=has_matrix_products(x.device),
             num_warps=DOUBLE.warps,
             num_stages=DOUBLE.stages,
             enable_fp_fusion=True,

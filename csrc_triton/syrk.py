@@ -4,15 +4,20 @@ Each program owns one tile of the triangle. Its sum has three levels:
 
 1. tensor-core chains of `window` tokens, in float32 (Hopper's round toward zero: the error of a chain is a *bias* that grows
    faster than its length, so chains are short);
-2. a pair of float32 numbers a tile entry, `high + low`, to which each chain is added by Kahan's compensated summation;
+2. `kahan`: a pair of float32 numbers a tile entry, `high + low`, to which each chain is added by Kahan's compensated summation;
+   or `plain`: one float32 number, whose additions round to nearest (`resolution` says what each loses);
 3. the float64 matrix, read and written once a launch.
 
 Kahan's next summand is "what the last addition lost, plus the next chain", so a chain *starts* from `low` instead of zero: the
 tensor core itself adds the two, and the two levels need two float32 registers an entry, as many as a plain fused sum with a
 separate accumulator. Nothing is atomic, and every tile has one owner: equal inputs give equal bits.
+
+A `Tiling` names the variant. Its other three run by `hopper` (Gluon) and `gemm` (cuBLAS).
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -20,10 +25,13 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nullspace.csrc_triton.tiles import DOUBLE, Tiling, tiling_for, triangle_tiles
+from nullspace.csrc_triton import gemm
+from nullspace.csrc_triton.tiles import VARIANTS, Tiling, tiling_for, triangle_tiles
 from nullspace.errors import InputError, InputTypeError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The oldest Triton whose Gluon has what `hopper` uses.
+GLUON_VERSION = (3, 6)
 
 
 @triton.jit
@@ -39,7 +47,7 @@ def _operand(
     BLOCK_K: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     GATHER: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """(BLOCK_K, BLOCK) of x, or of its rows that are listed, from row `start` and `column` on; zero outside of it."""
     if DESCRIPTOR:
@@ -50,7 +58,7 @@ def _operand(
         inside = (rows < tokens)[:, None] & (columns < d)[None, :]
         source = tl.load(listed + rows, mask=rows < tokens, other=0).to(tl.int64) if GATHER else rows.to(tl.int64)
         tile = tl.load(x + source[:, None] * stride + columns[None, :], mask=inside, other=0.0)
-    if UPCAST:
+    if INTERPRETED:  # the interpreter multiplies the bits of bfloat16 numbers as if they were integers
         tile = tile.to(tl.float32)
     return tile
 
@@ -60,6 +68,14 @@ def _collect(high, low):
     """Kahan's step: adds low, a chain that started from the last step's error, to high; returns the sum and its error."""
     total = high + low
     return total, low - (total - high)
+
+
+@triton.jit
+def _add_chain(high, chain, INTERPRETED: tl.constexpr):
+    """high + chain, rounded to float32. In assembly: the compiler would let the tensor core add high, as a chain's start."""
+    if INTERPRETED:
+        return high + chain
+    return tl.inline_asm_elementwise("add.rn.f32 $0, $1, $2;", "=f,f,f", [high, chain], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -84,32 +100,43 @@ def _add_tile(
     x,
     listed,
     tile,
+    first,
+    last,
     tokens,
     d,
     stride,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WINDOW: tl.constexpr,
+    VARIANT: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     GATHER: tl.constexpr,
     PRODUCTS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    """Add one tile of the product of `tokens` rows of x: the first ones, or those that are listed."""
+    """Add one tile of the product of the rows `first` to `last` of x, or of its rows that are listed; `first` is a multiple of the
+    window, and so is `last`, unless it is `tokens`."""
     row = tl.load(tile).to(tl.int32) * BLOCK
     column = tl.load(tile + 1).to(tl.int32) * BLOCK
     high = tl.zeros((BLOCK, BLOCK), tl.float32)
     low = tl.zeros((BLOCK, BLOCK), tl.float32)
     # One flat loop: a nested one would drain the pipeline at the end of every window. On Hopper a step is a whole window: under a
     # condition some versions of ptxas wait for every single product (test_compiled.py checks for that).
-    for start in tl.range(0, tokens, BLOCK_K):
-        left = _operand(x, listed, start, row, tokens, d, stride, BLOCK, BLOCK_K, DESCRIPTOR, GATHER, UPCAST)
-        right = _operand(x, listed, start, column, tokens, d, stride, BLOCK, BLOCK_K, DESCRIPTOR, GATHER, UPCAST)
-        low = tl.dot(left.T, right, low, input_precision=PRODUCTS)
-        if WINDOW == BLOCK_K:  # noqa: SIM114 (known to the compiler; the other condition is not)
-            high, low = _collect(high, low)
-        elif start % WINDOW == WINDOW - BLOCK_K:
-            high, low = _collect(high, low)
+    for start in tl.range(first, last, BLOCK_K):
+        left = _operand(x, listed, start, row, tokens, d, stride, BLOCK, BLOCK_K, DESCRIPTOR, GATHER, INTERPRETED)
+        right = _operand(x, listed, start, column, tokens, d, stride, BLOCK, BLOCK_K, DESCRIPTOR, GATHER, INTERPRETED)
+        if VARIANT == "plain" and WINDOW == BLOCK_K:
+            high = _add_chain(high, tl.dot(left.T, right, input_precision=PRODUCTS), INTERPRETED)
+        else:
+            low = tl.dot(left.T, right, low, input_precision=PRODUCTS)
+            if WINDOW == BLOCK_K:
+                high, low = _collect(high, low)
+            elif start % WINDOW == WINDOW - BLOCK_K:
+                if VARIANT == "plain":
+                    high = _add_chain(high, low, INTERPRETED)
+                    low = tl.zeros((BLOCK, BLOCK), tl.float32)
+                else:
+                    high, low = _collect(high, low)
     # If the last window is incomplete, its chain is still in `low`: high + low includes it, and is exact enough.
     g += tl.load(tile + 2)
     stride_g = tl.load(tile + 3)
@@ -127,61 +154,31 @@ def _add_tile(
     _add(g + 3 * WIDTH, high_3, low_3, row, column + 3 * WIDTH, d, stride_g)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "share"])
 def _syrk(
     g,
     x,
     tiles,
     tokens,
+    share,
     d,
     stride,
+    part_stride,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WINDOW: tl.constexpr,
+    VARIANT: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRODUCTS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     tile = tiles + 4 * tl.program_id(0)
-    _add_tile(g, x, x, tile, tokens, d, stride, BLOCK, BLOCK_K, WINDOW, DESCRIPTOR, False, PRODUCTS, UPCAST)
-
-
-@triton.jit
-def _selected(x, rows, start, selected, columns, d, stride, BLOCK_K: tl.constexpr):
-    """(BLOCK_K, BLOCK) float64: the given columns of the rows of x that `rows` lists from `start` on; zero from `selected` on."""
-    k = start + tl.arange(0, BLOCK_K)
-    source = x + tl.load(rows + k, mask=k < selected, other=0).to(tl.int64)[:, None] * stride
-    return tl.load(source + columns[None, :], mask=(k < selected)[:, None] & (columns < d)[None, :], other=0.0).to(tl.float64)
-
-
-@triton.jit
-def _add_selected(g, x, tile, rows, selected, d, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Add one tile of the product of the `selected` rows of x that `rows` lists, in float64."""
-    i = tl.load(tile).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.load(tile + 1).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK, BLOCK), tl.float64)
-    # Each step multiplies what the last one loaded. From a 16-bit load in the same step, Triton 3.6 would derive a layout that
-    # float64 products do not support; operands that a loop carries have no such origin.
-    left = _selected(x, rows, 0, selected, i, d, stride, BLOCK_K)
-    right = _selected(x, rows, 0, selected, j, d, stride, BLOCK_K)
-    for start in tl.range(BLOCK_K, selected + BLOCK_K, BLOCK_K):
-        next_left = _selected(x, rows, start, selected, i, d, stride, BLOCK_K)
-        next_right = _selected(x, rows, start, selected, j, d, stride, BLOCK_K)
-        total = tl.dot(left.T, right, total, out_dtype=tl.float64)
-        left, right = next_left, next_right
-    inside = (i[:, None] < d) & (j[None, :] <= i[:, None])
-    down, across = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    entries = g + tl.load(tile + 2) + down * tl.load(tile + 3) + across
-    tl.store(entries, tl.load(entries, mask=inside) + total, mask=inside)
-
-
-@triton.jit(do_not_specialize=["tile_count"])
-def _syrk_rows(g, x, tiles, tile_count, rows, count, d, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    selected = tl.load(count).to(tl.int32)
-    # As many programs as fill the device loop over the tiles. With no row selected, the usual case, they end at once.
-    last = tl.where(selected > 0, tile_count, 0)
-    for index in tl.range(tl.program_id(0), last, tl.num_programs(0)):
-        _add_selected(g, x, tiles + 4 * index, rows, selected, d, stride, BLOCK, BLOCK_K)
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, tokens)
+    g += tl.program_id(1).to(tl.int64) * part_stride
+    _add_tile(
+        g, x, x, tile, first, last, tokens, d, stride, BLOCK, BLOCK_K, WINDOW, VARIANT, DESCRIPTOR, False, PRODUCTS, INTERPRETED
+    )
 
 
 INTERPRETED = isinstance(_syrk, InterpretedFunction)
@@ -191,8 +188,8 @@ def syrk_accumulate(g: torch.Tensor, x: torch.Tensor, *, panel_rows: int | None 
     """Add the lower triangle of `x.T @ x` into `g`, in place; the strict upper triangle is left as it is.
 
     16-bit inputs: every product is exact. float32 inputs: three TF32 products stand for each (`tf32x3`), which is float32's own
-    accuracy. The sum is that of the module's docstring: measured against float64, what of its error is not proportional to the
-    result is a few 1e-8 of ‖xᵀx‖_F, whatever the number of tokens. The same input gives the same bits.
+    accuracy. The sum is that of the module's docstring: against float64, what of its error is not proportional to the result is a
+    few 1e-8 of ‖xᵀx‖_F (`nullspace.csrc_triton.resolution`: simulated, for each variant). The same input gives the same bits.
 
     Args:
         g: float64 on a CUDA device: (d, d) with a contiguous last axis, or, with `panel_rows`, the packed row panels of
@@ -200,83 +197,119 @@ def syrk_accumulate(g: torch.Tensor, x: torch.Tensor, *, panel_rows: int | None 
         x: (tokens, d) in bfloat16, float16 or float32, on the same device; rows may be strided, the last axis is contiguous.
             No row may hold NaN or Inf, or a norm whose square overflows float32.
         panel_rows: rows of a packed panel, a multiple of the tile.
-        tiling: the shape of the work; None: the table's choice for this device (`nullspace.csrc_triton.tiles`).
+        tiling: the shape and the variant of the work; None: the table's choice for this device and width
+            (`nullspace.csrc_triton.tiles`). A variant that cannot run is replaced by the one of plain Triton whose sum has the
+            same errors (`Tiling.in_triton`): Gluon's need compute capability 9.0, Triton ≥ 3.6, 16-bit inputs, and rows that a
+            descriptor can address; `gemm` needs 16-bit inputs.
 
     Raises:
         ValueError: for a shape, stride, device or tiling that does not fit.
         TypeError: for another dtype.
     """
-    _check(g, x, panel_rows)
+    check_single(g, x, panel_rows)
     tokens, d = x.shape
+    chosen = tiling or tiling_for(x.dtype, x.device, d)
+    check_tiling(chosen)
     if tokens == 0:
         return
-    chosen = tiling or tiling_for(x.dtype, x.device)
-    check_steps(chosen)
-    tiles = _tiles(g, d, chosen.block, panel_rows)
-    descriptor = chosen.descriptor and _describable(x)
+    chosen = runnable(chosen, x)
     with _on(x.device):
-        _syrk[(len(tiles),)](
-            g,
-            TensorDescriptor.from_tensor(x, [chosen.block_k, chosen.block]) if descriptor else x,
-            tiles,
-            tokens,
-            d,
-            x.stride(0),
-            BLOCK=chosen.block,
-            BLOCK_K=chosen.block_k,
-            WINDOW=chosen.window,
-            DESCRIPTOR=descriptor,
-            PRODUCTS="tf32x3" if x.dtype == torch.float32 else "ieee",
-            # The interpreter multiplies the bits of bfloat16 numbers as if they were integers.
-            UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
-            num_warps=chosen.warps,
-            num_stages=chosen.stages,
-            enable_fp_fusion=False,
-        )
+        if chosen.variant == "gemm":
+            gemm.add_products(g, x, chosen.window, panel_rows)
+            return
+        share = -(-tokens // (chosen.splits * chosen.window)) * chosen.window
+        if share >= tokens:
+            _launch(g, g, x, _tiles(g, d, chosen.block, panel_rows), share, chosen)
+            return
+        parts = g.new_zeros(-(-tokens // share), *g.shape)
+        _launch(parts, parts[0], x, _tiles(parts[0], d, chosen.block, panel_rows), share, chosen)
+        g += parts.sum(0)
 
 
-def syrk_accumulate_rows(
-    g: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, count: torch.Tensor, *, panel_rows: int | None = None
-) -> None:
-    """Add the lower triangle of `s.T @ s` into `g`, s being the rows `rows[:count]` of x; every product is taken in float64.
+def _launch(g: torch.Tensor, part: torch.Tensor, x: torch.Tensor, tiles: torch.Tensor, share: int, tiling: Tiling) -> None:
+    """Add the products of `share` rows each to g: to one matrix, or to the parts that it stacks."""
+    (tokens, d), part_stride = x.shape, 0 if part is g else g.stride(0)
+    if tiling.variant.startswith("gluon"):
+        from nullspace.csrc_triton import hopper
 
-    `count` is read on the device: the host does not wait for it.
-
-    Args:
-        g, x, panel_rows: as in `syrk_accumulate`.
-        rows: (≥ count,) int32 or int64: indices into x, on its device. Only the first `count` are read.
-        count: one int32 or int64, on the device.
-
-    Raises:
-        ValueError, TypeError: as in `syrk_accumulate`.
-    """
-    _check(g, x, panel_rows)
-    tokens, d = x.shape
-    if tokens == 0 or len(rows) == 0:
+        variant = tiling.variant.removeprefix("gluon-")
+        hopper.launch(g, x, tiles, share, part_stride, block_k=tiling.block_k, stages=tiling.stages, variant=variant)
         return
-    tiles = _tiles(g, d, DOUBLE.block, panel_rows)
-    with _on(x.device):
-        _syrk_rows[(min(len(tiles), _programs(x.device)),)](
-            g,
-            x,
-            tiles,
-            len(tiles),
-            rows,
-            count,
-            d,
-            x.stride(0),
-            BLOCK=DOUBLE.block,
-            BLOCK_K=DOUBLE.block_k,
-            num_warps=DOUBLE.warps,
-            num_stages=DOUBLE.stages,
-            enable_fp_fusion=True,
-        )
+    descriptor = tiling.descriptor and _describable(x)
+    _syrk[(len(tiles), -(-tokens // share))](
+        g,
+        TensorDescriptor.from_tensor(x, [tiling.block_k, tiling.block]) if descriptor else x,
+        tiles,
+        tokens,
+        share,
+        d,
+        x.stride(0),
+        part_stride,
+        BLOCK=tiling.block,
+        BLOCK_K=tiling.block_k,
+        WINDOW=tiling.window,
+        VARIANT=tiling.variant,
+        DESCRIPTOR=descriptor,
+        PRODUCTS="tf32x3" if x.dtype == torch.float32 else "ieee",
+        INTERPRETED=INTERPRETED,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        enable_fp_fusion=False,
+    )
 
 
-def check_steps(tiling: Tiling) -> None:
-    """Raise `ValueError` unless a window is made of whole steps."""
+def check_tiling(tiling: Tiling) -> None:
+    """Raise `ValueError` unless the variant is known, a window is made of whole steps, and the shape is one that it can have."""
+    if tiling.variant not in VARIANTS:
+        raise InputError(f"a tiling's variant is one of {', '.join(VARIANTS)}, not {tiling.variant!r}")
     if tiling.window % tiling.block_k != 0:
         raise InputError(f"a window of {tiling.window} tokens is not made of whole steps of {tiling.block_k}")
+    if tiling.splits < 1:
+        raise InputError(f"a tile's tokens are split over 1 program or more, not {tiling.splits}")
+    if tiling.variant.startswith("gluon") and (tiling.block, tiling.window, tiling.warps) != (128, tiling.block_k, 8):
+        raise InputError(
+            f"{tiling.variant} has tiles of 128 on 8 warps and windows of one step, not tiles of {tiling.block} on {tiling.warps} "
+            f"warps and windows of {tiling.window} tokens in steps of {tiling.block_k}"
+        )
+
+
+def runnable(tiling: Tiling, x: torch.Tensor) -> Tiling:
+    """The tiling, or, where its variant cannot run for x, its `in_triton`."""
+    if tiling.variant == "gemm":
+        return tiling.in_triton() if x.dtype == torch.float32 else tiling
+    if tiling.variant.startswith("gluon") and (
+        x.dtype == torch.float32 or not _describable(x) or gluon_obstacle(x.device) is not None
+    ):
+        return tiling.in_triton()
+    return tiling
+
+
+@functools.cache
+def gluon_obstacle(device: torch.device) -> str | None:
+    """Why Gluon's variants cannot run on a device, in a few words; None if they can. Compiles and launches both, once."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return "Gluon's variants were written for compute capability 9.0"
+    if triton_version() < GLUON_VERSION:
+        return f"Triton {triton.__version__} is older than {GLUON_VERSION[0]}.{GLUON_VERSION[1]}"
+    x = torch.ones(256, 128, dtype=torch.bfloat16, device=device)
+    try:
+        from nullspace.csrc_triton import hopper
+
+        for variant in ("kahan", "plain"):
+            g = torch.zeros(128, 128, dtype=torch.float64, device=device)
+            with _on(device):
+                hopper.launch(g, x, _tiles(g, 128, 128, None), 256, 0, block_k=128, stages=3, variant=variant)
+            if not torch.equal(g, torch.full_like(g, 256.0).tril()):
+                return f"gluon-{variant} gives wrong sums"
+    except Exception as error:  # Gluon's names and semantics change with versions
+        return f"Gluon of Triton {triton.__version__}: {type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def triton_version() -> tuple[int, int]:
+    """Triton's major and minor version."""
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def check_input(g: torch.Tensor, x: torch.Tensor) -> None:
@@ -293,7 +326,8 @@ def check_input(g: torch.Tensor, x: torch.Tensor) -> None:
         raise InputError(f"g is on {g.device} and x on {x.device}")
 
 
-def _check(g: torch.Tensor, x: torch.Tensor, panel_rows: int | None) -> None:
+def check_single(g: torch.Tensor, x: torch.Tensor, panel_rows: int | None) -> None:
+    """`check_input`, and the shape and strides of g."""
     check_input(g, x)
     d = x.shape[1]
     if panel_rows is None:
@@ -321,10 +355,6 @@ def _describable(x: torch.Tensor) -> bool:
     """Whether a tensor descriptor can address x: 16-byte steps from row to row, and rows that do not overlap."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0
     return aligned and x.stride(0) >= x.shape[1] and x.stride(1) == 1
-
-
-def _programs(device: torch.device) -> int:
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _on(device: torch.device) -> torch.cuda.device:

@@ -9,6 +9,20 @@ import torch
 
 # Block rows that are visited together, column by column, so that their operands stay in the L2 cache.
 GROUP = 8
+# Columns whose triangle has about as many tiles of 128 as a GPU has multiprocessors (136). Below, tiles are too few.
+NARROW = 2048
+
+
+# How the sum of a tile is formed; the module docstring of `syrk` says why chains are short.
+#   kahan         chains of `window` tokens, added to a float32 pair by Kahan's compensated summation
+#   plain         chains of `window` tokens, added to one float32 number: fewer registers, and each addition rounds
+#   gluon-kahan,  the same sums in Gluon, for Hopper: a warp loads, and two warpgroups, of half a tile each, do not wait for each
+#   gluon-plain   other
+#   gemm          cuBLAS products of `window` tokens, full squares in float32, added in float64
+VARIANTS = ("kahan", "plain", "gluon-kahan", "gluon-plain", "gemm")
+# The variant of plain Triton that takes the place of another where that cannot run: the same chains, added with the same rounding
+# (float64, of gemm, and Kahan's pair both add nothing to the error of the chains), so that the account of errors holds.
+IN_TRITON = {"gluon-kahan": "kahan", "gluon-plain": "plain", "gemm": "kahan"}
 
 
 class Tiling(NamedTuple):
@@ -17,10 +31,13 @@ class Tiling(NamedTuple):
     Attributes:
         block: rows and columns of an output tile.
         block_k: tokens a step of the pipeline.
-        window: tokens a tensor-core chain, a multiple of `block_k`; a chain's sum goes into the compensated float32 pair.
-        warps: warps a program.
+        window: tokens a tensor-core chain, a multiple of `block_k`.
+        warps: warps a program that multiply.
         stages: depth of the software pipeline.
         descriptor: operands through tensor descriptors (TMA), where the input's alignment allows it.
+        variant: how chains are added, one of `VARIANTS`.
+        splits: programs a tile. Each sums an equal part of the tokens into a float64 triangle of its own, and these are added:
+            for widths whose tiles are too few for a GPU.
     """
 
     block: int
@@ -29,28 +46,57 @@ class Tiling(NamedTuple):
     warps: int
     stages: int
     descriptor: bool
+    variant: str = "kahan"
+    splits: int = 1
+
+    def in_triton(self) -> Tiling:
+        """The tiling of plain Triton whose sum has the same errors."""
+        return self._replace(variant=IN_TRITON.get(self.variant, self.variant))
 
 
-# By compute capability, for 16-bit inputs. None was timed yet. Known is that the compiled loop keeps everything in
-# registers and that shared memory fits (tests/csrc_triton/test_compiled.py). `python -m benchmarks.gpu_syrk` times them.
+# For 16-bit inputs, by compute capability and by the smallest width that a tiling serves. None was timed yet: until then Kahan's
+# sum for all widths. Known is that the compiled loop keeps everything in registers and that shared memory fits
+# (tests/csrc_triton/test_compiled.py). `python -m benchmarks.gpu_syrk --sweep` prints these rows.
 # Windows: Hopper rounds once in 16 tokens, 25 binary places behind the largest product; Ampere once in 8, 24 places behind, and
-# needs windows half as long for the same resolution (simulated: tests/tensor_core.py). Other devices get Ampere's.
+# needs windows half as long for the same resolution (simulated: benchmarks/resolution.py). Other devices get Ampere's.
 HALF = {
-    (9, 0): Tiling(block=128, block_k=128, window=128, warps=8, stages=3, descriptor=True),
-    (8, 0): Tiling(block=128, block_k=32, window=64, warps=8, stages=4, descriptor=False),
+    (9, 0): {1: Tiling(block=128, block_k=128, window=128, warps=8, stages=3, descriptor=True)},
+    (8, 0): {1: Tiling(block=128, block_k=32, window=64, warps=8, stages=4, descriptor=False)},
 }
-HALF_DEFAULT = Tiling(block=128, block_k=32, window=64, warps=8, stages=3, descriptor=False)
+HALF_DEFAULT = {1: Tiling(block=128, block_k=32, window=64, warps=8, stages=3, descriptor=False)}
 # float32 inputs: three TF32 products a step, and twice the shared memory.
 SINGLE = Tiling(block=64, block_k=16, window=128, warps=4, stages=3, descriptor=False)
 # Selected rows, products in float64.
 DOUBLE = Tiling(block=64, block_k=16, window=0, warps=4, stages=1, descriptor=False)
 
 
-def tiling_for(dtype: torch.dtype, device: torch.device) -> Tiling:
-    """The tiling of `syrk_accumulate` for inputs of `dtype` on `device`."""
+def tiling_for(dtype: torch.dtype, device: torch.device, d: int) -> Tiling:
+    """The tiling of `syrk_accumulate` for inputs of `dtype` and d columns on `device`."""
     if dtype == torch.float32:
         return SINGLE
-    return HALF.get(torch.cuda.get_device_capability(device), HALF_DEFAULT) if device.type == "cuda" else HALF_DEFAULT
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    by_width = HALF.get(capability, HALF_DEFAULT) if capability else HALF_DEFAULT
+    return by_width[max(width for width in by_width if width <= d)]
+
+
+def candidates(dtype: torch.dtype, device: torch.device, d: int) -> list[Tiling]:
+    """Tilings that may be the fastest at a width, for a benchmark to time. Some may not fit a device's shared memory."""
+    base = tiling_for(dtype, device, d)
+    if dtype == torch.float32:
+        return [base, base._replace(variant="plain"), base._replace(stages=base.stages + 1)]
+    result = [base._replace(variant=variant) for variant in ("kahan", "plain")]
+    if base.window == base.block_k == 128:  # Hopper's
+        result += [base._replace(variant=f"gluon-{variant}") for variant in ("kahan", "plain")]
+        halved = base._replace(block_k=64, window=64, stages=6)
+        result += [halved._replace(variant=variant) for variant in ("gluon-kahan", "gluon-plain")]
+        result += [base._replace(window=256), base._replace(block_k=64, stages=4)]
+    else:
+        result += [base._replace(block_k=64), base._replace(stages=base.stages + 1), base._replace(window=2 * base.window)]
+    if d < 2 * NARROW:
+        small = base._replace(block=64, block_k=min(base.block_k, 64), warps=4)
+        result += [base._replace(splits=splits) for splits in (2, 4, 8)] + [small, small._replace(splits=2)]
+        result += [base._replace(window=window, variant="gemm") for window in (256, 512)]
+    return result
 
 
 @functools.lru_cache(maxsize=64)

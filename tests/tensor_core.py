@@ -22,17 +22,17 @@ class TensorCore(NamedTuple):
     places: int
 
     def dot(self, a_mk: np.ndarray, b_kn: np.ndarray, c_mn: np.ndarray) -> np.ndarray:
-        """c + a @ b in float32, as one chain along the k axis."""
+        """c + a @ b in float32, as one chain along the k axis; any axes before the last two are a batch."""
         a, b, c = (np.asarray(x, dtype=np.float64) for x in (a_mk, b_kn, c_mn))
-        for k in range(0, a.shape[1], self.step):
-            c = self._add(a[:, k : k + self.step], b[k : k + self.step], c)
+        for k in range(0, a.shape[-1], self.step):
+            c = self._add(a[..., k : k + self.step], b[..., k : k + self.step, :], c)
         return c.astype(np.float32)
 
     def _add(self, a_mk: np.ndarray, b_kn: np.ndarray, c_mn: np.ndarray) -> np.ndarray:
-        products = a_mk.T[:, :, None] * b_kn[:, None, :]
-        exponents = (_exponent(a_mk).T[:, :, None] + _exponent(b_kn)[:, None, :]).max(axis=0)
+        left, right = np.moveaxis(a_mk, -1, 0)[..., :, None], np.moveaxis(b_kn, -2, 0)[..., None, :]
+        exponents = (_exponent(left) + _exponent(right)).max(axis=0)
         unit = np.ldexp(1.0, np.maximum(np.maximum(exponents, _exponent(c_mn)), -900) - self.places)
-        return _toward_zero((np.trunc(products / unit).sum(axis=0) + np.trunc(c_mn / unit)) * unit)
+        return _toward_zero((np.trunc(left * right / unit).sum(axis=0) + np.trunc(c_mn / unit)) * unit)
 
 
 HOPPER = TensorCore(step=16, places=25)

@@ -227,7 +227,7 @@ def resolution(g: torch.Tensor, x: torch.Tensor) -> float:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nothing is interpreted")
 @pytest.mark.parametrize(
     ("core", "window"),
-    [(tensor_core.HOPPER, HALF[9, 0].window), (tensor_core.AMPERE, HALF_DEFAULT.window)],
+    [(tensor_core.HOPPER, HALF[9, 0][1].window), (tensor_core.AMPERE, HALF_DEFAULT[1].window)],
     ids=["Hopper", "Ampere"],
 )
 @pytest.mark.parametrize("quietest", [1.0, 1e-3])
@@ -307,7 +307,7 @@ def test_a_window_of_broken_steps_is_refused() -> None:
         syrk_accumulate(torch.zeros(3, 3, dtype=torch.float64), torch.zeros(2, 3), tiling=tiling)
 
 
-@pytest.mark.parametrize("tiling", [*HALF.values(), HALF_DEFAULT, SINGLE])
+@pytest.mark.parametrize("tiling", [*(t for table in (*HALF.values(), HALF_DEFAULT) for t in table.values()), SINGLE])
 def test_windows_are_whole_steps_and_panels_whole_tiles(tiling: Tiling) -> None:
     assert tiling.window % tiling.block_k == 0
     assert PANEL_ROWS % tiling.block == 0

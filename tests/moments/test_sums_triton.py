@@ -467,5 +467,6 @@ def test_a_launch_that_fails_is_an_obstacle_and_no_crash(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(stage, "zero_rows", no_compiler)
     assert launch(device) == (
-        "Triton cannot launch a kernel (RuntimeError: Failed to find C compiler. Please specify via CC environment variable.)"
+        "Triton cannot launch zero_rows on bfloat16 "
+        "(RuntimeError: Failed to find C compiler. Please specify via CC environment variable.)"
     )
