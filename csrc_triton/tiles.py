@@ -56,7 +56,7 @@ class Tiling(NamedTuple):
 
 # For 16-bit inputs, by compute capability and by the smallest width that a tiling serves. None was timed yet: until then Kahan's
 # sum for all widths. Known is that the compiled loop keeps everything in registers and that shared memory fits
-# (tests/csrc_triton/test_compiled.py). `python -m benchmarks.gpu_syrk --sweep` prints these rows.
+# (tests/csrc_triton/test_compiled.py). `python -m benchmarks.first_gpu.kernels --sweep` prints these rows.
 # Windows: Hopper rounds once in 16 tokens, 25 binary places behind the largest product; Ampere once in 8, 24 places behind, and
 # needs windows half as long for the same resolution (simulated: benchmarks/resolution.py). Other devices get Ampere's.
 HALF = {

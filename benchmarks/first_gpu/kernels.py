@@ -41,6 +41,11 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "cpu": {"widths": (96,), "tokens": (160,), "error": (512, 64), "exact": (130, 136), "rounds": 1, "rank": 8},
 }
+# Of the sweep: widths from a small model's to a large one's, and tokens of a launch (a run stages 512 to 8,192).
+SWEPT: dict[str, dict[str, tuple[int, ...]]] = {
+    "cuda": {"widths": (512, 1024, 2048, 4096, 14336), "tokens": (1024, 8192)},
+    "cpu": {"widths": (40, 96), "tokens": (160,)},
+}
 CEILINGS = "ceilings"
 VARIANT_SECONDS = 75.0
 SWEEP_SECONDS = 400.0
@@ -52,39 +57,14 @@ def candidates(device: str) -> dict[str, Any]:
 
     from nullspace.csrc_triton import tiles
 
-    base = tiles.tiling_for(torch.bfloat16, torch.device(device))
+    base = tiles.tiling_for(torch.bfloat16, torch.device(device), max(SIZES[device]["widths"]))
     named: dict[str, Any] = {"default": None}
-    for variant in getattr(tiles, "VARIANTS", ()):
+    for variant in tiles.VARIANTS:
         named[variant] = base._replace(variant=variant)
     for window in (64, 256):
         named[f"window {window}"] = base._replace(window=window, block_k=min(window, base.block_k))
     if base.descriptor:
         named["pointers"] = base._replace(descriptor=False)
-    return named
-
-
-def swept(device: str) -> dict[str, Any]:
-    """Candidates for the tile table: tile, step, window, depth of the pipeline, descriptors or pointers."""
-    import torch
-
-    from nullspace.csrc_triton.tiles import tiling_for
-
-    base = tiling_for(torch.bfloat16, torch.device(device))
-    named = {}
-    for block, warps in ((128, 8), (64, 4)):
-        for block_k in (32, 64, 128):
-            for stages in (2, 3, 4, 5):
-                for window in (64, 128, 256, 512):
-                    for descriptor in (True, False):
-                        shared = stages * 2 * block * block_k * 2
-                        if shared > 220 * 1024 or window < block_k or (window != 128 and stages not in (3, 4)):
-                            continue
-                        if block == 64 and (window != 128 or not descriptor):
-                            continue
-                        tiling = base._replace(
-                            block=block, block_k=block_k, window=window, warps=warps, stages=stages, descriptor=descriptor
-                        )
-                        named[str(tuple(tiling))] = tiling
     return named
 
 
@@ -141,6 +121,7 @@ def speed(variants: dict[str, Any], d: int, tokens: int, device: Any, rounds: in
     from benchmarks.first_gpu.inputs import cublas_float32, draw
     from benchmarks.first_gpu.timing import interleaved
     from nullspace import csrc_triton
+    from nullspace.csrc_triton.syrk import runnable
     from nullspace.csrc_triton.tiles import tiling_for
     from nullspace.moments.triangle import PANEL_ROWS, LowerTriangle
 
@@ -154,7 +135,8 @@ def speed(variants: dict[str, Any], d: int, tokens: int, device: Any, rounds: in
     clock = clock_hz(device)
     rows = []
     for name, tiling in variants.items():
-        chosen = tiling or tiling_for(torch.bfloat16, device)
+        chosen = runnable(tiling or tiling_for(torch.bfloat16, device, d), x)
+        is_full = chosen.variant == "gemm"
         ms, blocks = times.median(name), -(-d // chosen.block)
         tiles = blocks * (blocks + 1) // 2
         waves = -(-tiles // torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else tiles
@@ -162,15 +144,15 @@ def speed(variants: dict[str, Any], d: int, tokens: int, device: Any, rounds: in
             {
                 "d": d,
                 "tokens": tokens,
-                "tiling": tuple(chosen),
+                "tiling": tuple(chosen),  # what ran: Gluon may have been replaced
                 "ms": ms,
                 "rounds_ms": times.ms[name],
                 "cublas_ms": times.median("cuBLAS"),
                 "over cuBLAS": times.median("cuBLAS") / ms,
                 "tflops_full": 2 * tokens * d**2 / ms / 1e9,
-                "tflops_executed": 2 * tiles * chosen.block**2 * tokens / ms / 1e9,
-                "operands_gb_s": 4 * tiles * chosen.block * tokens / ms / 1e6,
-                "cycles a window": clock * ms / 1e3 / waves / (tokens / chosen.window) if clock else None,
+                "tflops_executed": 2 * (d**2 if is_full else tiles * chosen.block**2) * tokens / ms / 1e9,
+                "operands_gb_s": None if is_full else 4 * tiles * chosen.block * tokens / ms / 1e6,
+                "cycles a window": clock * ms / 1e3 / waves / (tokens / chosen.window) if clock and not is_full else None,
             }
         )
     return sorted(rows, key=lambda row: row["ms"])
@@ -213,21 +195,33 @@ def ceilings(device: Any, sizes: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def sweep(device: str) -> Iterator[dict[str, Any]]:
-    """All candidates for the tile table at two widths, wrong ones left out."""
+    """All candidates for the tile table, at every width and number of tokens, wrong ones left out; then the table's rows."""
     import torch
 
-    where, sizes = torch.device(device), SIZES[device]
-    good = {}
-    for name, tiling in swept(device).items() if device == "cuda" else candidates(device).items():
-        try:
-            if exactness(tiling, where, sizes["exact"])["exact"]:
-                good[name] = tiling
-                continue
-            yield {"variant": name, "failed": "wrong"}
-        except Exception as failure:  # too large for the device: no candidate
-            yield {"variant": name, "failed": str(failure)[:120]}
+    from nullspace.csrc_triton.tiles import Tiling
+    from nullspace.csrc_triton.tiles import candidates as tilings_for
+
+    where, sizes = torch.device(device), SWEPT[device]
+    checked: dict[Tiling, bool] = {}
+    best = {}
     for d in sizes["widths"]:
-        yield from speed(good, d, sizes["tokens"][-1], where, sizes["rounds"])
+        for tiling in tilings_for(torch.bfloat16, where, d):
+            if tiling in checked:
+                continue
+            try:
+                checked[tiling] = exactness(tiling, where, SIZES[device]["exact"])["exact"]
+                failure = "wrong"
+            except Exception as error:  # too large for the device: no candidate
+                checked[tiling], failure = False, str(error)[:120]
+            if not checked[tiling]:
+                yield {"tiling": tuple(tiling), "failed": failure}
+        good = {str(tuple(t)): t for t in tilings_for(torch.bfloat16, where, d) if checked[t]}
+        for tokens in sizes["tokens"]:
+            rows = speed(good, d, tokens, where, SIZES[device]["rounds"])
+            yield from rows
+            best[d, tokens] = rows[0]
+    for (d, tokens), row in best.items():
+        yield {"table row": {d: repr(Tiling(*row["tiling"]))}, "tokens": tokens, "over cuBLAS": row["over cuBLAS"]}
 
 
 # ---- the command
