@@ -13,7 +13,7 @@ import pytest
 
 # From the ground up. A module may import from its own package and from those before it. `nullspace` is the public interface.
 LAYERS = (
-    *("errors", "checks", "progress", "tables"),
+    *("errors", "checks", "progress", "tables", "devices"),
     *("csrc_triton", "solvers", "distributed", "moments", "model", "planning", "artifacts"),
     *("factors", "methods", "analysis", "calibration", "reporting", "integrations", "nullspace", "cli", "__main__"),
 )

@@ -145,7 +145,8 @@ class NullSpaces(Sitewise[NullSpace]):
         spaces: list[NullSpace] = []
         report_progress("null spaces", 0, len(covariances), 0)
         pairs = ((site, covariances[site.name]) for site in covariances.sites)
-        for space in decompose(pairs, functools.partial(bottom_of, rank=rank, spectrum=spectrum, avoid=kept)):
+        solve = functools.partial(bottom_of, rank=rank, spectrum=spectrum, avoid=kept)
+        for space in decompose(pairs, solve, rank=None if spectrum else rank):
             spaces.append(space)
             report_progress("null spaces", sum(len(s.site.members) for s in spaces), len(covariances), 0)
         # In a float32 file, rounding may hide a leak: the computed one is then 0.

@@ -10,8 +10,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from nullspace.artifacts.locks import TemporaryFolder
+from nullspace.devices import free_on_device
 from nullspace.model.sharded_tensors import version_of
-from nullspace.planning.memory import free_on_device, free_on_host
+from nullspace.planning.memory import free_on_host
 
 PLACES = ("auto", "device", "host", "disk")
 # "auto" fills at most this fraction of the free memory.

@@ -178,6 +178,7 @@ class _Bases:
         self.spaces: list[NullSpace] = []
         self._run, self._rank = run, rank
         self._solve = functools.partial(bottom_of, rank=rank, spectrum=spectrum, avoid=avoided)
+        self._columns = None if spectrum else rank
         self._kept: Checkpoint | None = None
         self._owners: dict[Site, int] = {}  # site → the process that has the basis
 
@@ -262,7 +263,7 @@ class _Bases:
         # if it is sharded.
         with torch.inference_mode(False), contextlib.nullcontext() if run.is_sharded else _explaining_memory(self._advice):
             stream = one_pass(run, run.targets.only(names), precision=precision, report=report)
-            for space in decompose(stream, self._solve):
+            for space in decompose(stream, self._solve, rank=self._columns):
                 if self._kept is not None:
                     self._kept.keep(space.site.name, space.facts(), {"basis": space.basis, "eigenvalues": space.eigenvalues})
                 logger.info("%s: leak %.1e, rounding %.0e of it", space.site, space.leak, space.excess_estimate)

@@ -21,6 +21,7 @@ from nullspace.artifacts.identity import Fingerprints, Weights, fingerprint_of_r
 from nullspace.artifacts.residual import warn_of_residual
 from nullspace.calibration.hidden_states import PLACES
 from nullspace.checks import check_device, check_one_of
+from nullspace.devices import free_on_device
 from nullspace.distributed import Job
 from nullspace.distributed.loaders import digest_of, example_of, length
 from nullspace.errors import InputError
@@ -34,7 +35,7 @@ from nullspace.model.wrappers import unwrap
 from nullspace.moments.precision import PRECISIONS
 from nullspace.planning.choice import choose_strategy
 from nullspace.planning.experts import should_pool
-from nullspace.planning.memory import free_on_device, free_on_host
+from nullspace.planning.memory import free_on_host
 from nullspace.planning.plan import EXPERTS, Rates
 from nullspace.planning.survey import batch_shape
 from nullspace.progress import Progress, reporter

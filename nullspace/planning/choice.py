@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from nullspace.devices import free_on_device
 from nullspace.errors import InputError, InsufficientMemoryError, ResourceUseWarning
 from nullspace.model.linear import is_linear, weight_shape
 from nullspace.model.sites import find_targets
@@ -18,7 +19,7 @@ from nullspace.model.weights import execution_device, offloaded_weights, size_in
 from nullspace.model.wrappers import unwrap
 from nullspace.moments.sums import STAGE_TOKENS
 from nullspace.planning.forecast import LIBRARIES, forecast
-from nullspace.planning.memory import free_on_device, free_on_host
+from nullspace.planning.memory import free_on_host
 from nullspace.planning.plan import Plan, Workload, listed, what_is_missing
 from nullspace.planning.survey import batch_shape
 from nullspace.planning.units import gigabytes

@@ -1,21 +1,10 @@
-"""Free memory of a device and of the host."""
+"""Free memory of the host."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from pathlib import Path
-
-import torch
-
-
-def free_on_device(device: torch.device) -> int:
-    """Bytes that this process can still allocate: free ones, and those that PyTorch has reserved and does not use."""
-    free, total = torch.cuda.mem_get_info(device)
-    allocated = torch.cuda.memory_allocated(device)
-    room = free + torch.cuda.memory_reserved(device) - allocated
-    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
-    return int(min(room, fraction * total - allocated))
 
 
 def free_on_host() -> int | None:

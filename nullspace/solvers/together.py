@@ -1,13 +1,21 @@
-"""`decompose`: the sites of a stream, solved in threads side by side where that is faster, in the stream's order."""
+"""`decompose`: the sites of a stream, solved side by side where that is faster, in the stream's order.
+
+Sites on the host are drawn in groups, and solved in threads before the next one is drawn. A site on a CUDA device is handed to a
+thread with a stream of its own (`nullspace.solvers.lanes`), and the next one is drawn meanwhile: the model may have to run for it.
+"""
 
 from __future__ import annotations
 
+import collections
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from nullspace.solvers.cost import side_by_side
+from nullspace.solvers.cost import decomposition_cost, side_by_side
+from nullspace.solvers.lanes import LANES, Lanes, lanes_of
 from nullspace.solvers.threads import one_thread_each
 
 # Sites that are solved together are drawn from the stream first: at most so many a thread, so that no thread idles while another
@@ -37,47 +45,120 @@ C = TypeVar("C", bound=Sized)
 T = TypeVar("T")
 
 
-def decompose(stream: Iterator[tuple[S, C]], solve: Callable[[S, C], T]) -> Iterator[T]:
+def decompose(stream: Iterator[tuple[S, C]], solve: Callable[[S, C], T], *, rank: int | None = None) -> Iterator[T]:
     """`solve` of every site, in the stream's order.
 
-    A small site is solved in the pool even when it is the only one: with one thread its bits do not depend on the others.
+    A small site on the host is solved in the pool even when it is the only one: with one thread its bits do not depend on the
+    others. What was drawn before the stream or a site fails is solved and yielded before the error is raised.
 
     Args:
         stream: yields (site, covariance), as `stream_covariances` does; no covariance is held longer than it takes to solve it.
         solve: does the linear algebra; runs in a thread of its own, with PyTorch's default modes.
+        rank: how many eigenvectors `solve` computes, by which its memory on a GPU is counted; None: all.
     """
-    for group in _groups(stream):
-        yield from _solved(group, solve)
+    group, queue = _Group(solve), _Queue(solve, rank)
+    failure: Exception | None = None
+    with contextlib.closing(queue):
+        while True:
+            try:
+                pair = next(stream, None)
+            except Exception as error:
+                failure = error
+                break
+            if pair is None:
+                break
+            lanes, drawn = lanes_of(pair[1].device), [pair]
+            del pair  # the consumer frees the sums, which this name would keep
+            yield from group.rest() if lanes is not None else queue.rest()
+            if lanes is not None:
+                queue.add(drawn, lanes)
+                yield from queue.done()
+            elif group.add(drawn):
+                yield from group.rest()
+        yield from queue.rest()
+        yield from group.rest()
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback holds this frame
 
 
-def _groups(stream: Iterator[tuple[S, C]]) -> Iterator[list[tuple[S, C]]]:
-    """The sites that are solved together, all drawn before the first is solved: the model may have to run for the next one."""
-    group: list[tuple[S, C]] = []
-    size = 0
-    for pair in stream:
-        group.append(pair)
-        d = pair[1].d_in
-        size += 4 * d * d
-        together = side_by_side(d, pair[1].device)
-        del pair  # the consumer frees the sums, which this name would keep
-        if together == 1 or len(group) >= SITES_PER_THREAD * together or size >= TOGETHER_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+def make_room(device: torch.device, size: int) -> None:
+    """Wait until `size` bytes are free on a device beside what its solves may take, or none of them is left at work."""
+    lanes = lanes_of(device)
+    if lanes is not None:
+        lanes.make_room(size)
 
 
-def _solved(group: list[tuple[S, C]], solve: Callable[[S, C], T]) -> Iterator[T]:
-    small = [pair for pair in group if side_by_side(pair[1].d_in, pair[1].device) > 1]
-    large = group[len(small) :]  # at most one: it ends the group
-    group.clear()
-    if small:
-        # The largest first, and those with the most layers: the last ones to run are then short.
-        order = sorted(range(len(small)), key=lambda i: (-small[i][1].d_in, -len(small[i][0].members)))
-        threads = min(len(small), min(side_by_side(c.d_in, c.device) for _, c in small))
-        with one_thread_each(threads) as pool:
-            solved = dict(zip(order, pool.map(lambda i: solve(*small[i]), order), strict=True))
-        small.clear()
-        yield from (solved.pop(i) for i in range(len(order)))
-    while large:
-        yield solve(*large.pop())
+class _Group(Generic[S, C, T]):
+    """The sites on the host that are solved together, all drawn before the first is solved."""
+
+    def __init__(self, solve: Callable[[S, C], T]) -> None:
+        self._solve = solve
+        self._pairs: list[tuple[S, C]] = []
+        self._size = 0
+
+    def add(self, drawn: list[tuple[S, C]]) -> bool:
+        """Take the one pair in a list; returns whether the group is full."""
+        self._pairs.append(drawn.pop())
+        covariance = self._pairs[-1][1]
+        self._size += 4 * covariance.d_in**2
+        together = side_by_side(covariance.d_in, covariance.device)
+        return together == 1 or len(self._pairs) >= SITES_PER_THREAD * together or self._size >= TOGETHER_BYTES
+
+    def rest(self) -> Iterator[T]:
+        """Solve the group, and begin another one."""
+        group, self._pairs, self._size = self._pairs, [], 0
+        small = [pair for pair in group if side_by_side(pair[1].d_in, pair[1].device) > 1]
+        large = group[len(small) :]  # at most one: it ends the group
+        group.clear()
+        if small:
+            # The largest first, and those with the most layers: the last ones to run are then short.
+            order = sorted(range(len(small)), key=lambda i: (-small[i][1].d_in, -len(small[i][0].members)))
+            threads = min(len(small), min(side_by_side(c.d_in, c.device) for _, c in small))
+            with one_thread_each(threads) as pool:
+                solved = dict(zip(order, pool.map(lambda i: self._solve(*small[i]), order), strict=True))
+            small.clear()
+            yield from (solved.pop(i) for i in range(len(order)))
+        while large:
+            yield self._solve(*large.pop())
+
+
+class _Queue(Generic[S, C, T]):
+    """The sites on GPUs that are being solved, in their order."""
+
+    def __init__(self, solve: Callable[[S, C], T], rank: int | None) -> None:
+        self._solve, self._rank = solve, rank
+        self._futures: collections.deque[Future[T]] = collections.deque()
+        self._pools: dict[Lanes, ThreadPoolExecutor] = {}
+
+    def add(self, drawn: list[tuple[S, C]], lanes: Lanes) -> None:
+        """Take the one pair in a list, and begin to solve it when there is room."""
+        (_, covariance), solve = drawn[0], self._solve
+        d = covariance.d_in
+        size, *_ = decomposition_cost(d, self._rank or d, covariance.device.type)
+        del covariance
+        mark = lanes.mark()
+        if lanes not in self._pools:
+            self._pools[lanes] = ThreadPoolExecutor(LANES, "decomposition")
+        lanes.begin(size)
+        # The list is emptied before the future is done: what it held is free then.
+        future = self._pools[lanes].submit(lanes.run, mark, lambda: solve(*drawn.pop()))
+        future.add_done_callback(lambda _: lanes.end(size))
+        self._futures.append(future)
+
+    def done(self) -> Iterator[T]:
+        """The results at the head of the queue that are there."""
+        while self._futures and self._futures[0].done():
+            yield self._futures.popleft().result()
+
+    def rest(self) -> Iterator[T]:
+        """All results, when they are there."""
+        while self._futures:
+            yield self._futures.popleft().result()
+
+    def close(self) -> None:
+        """Wait for the solves at work, and drop their results."""
+        for pool in self._pools.values():
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -359,9 +359,9 @@ def test_an_interrupted_run_goes_on_where_it_was(
     command = ["compute", tiny_checkpoint, "--data", data, "--out", tmp_path / "out", "--strategy", "layerwise", "-q", *SMALL]
     solved = 0
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         nonlocal solved
-        for space in decompose(*arguments):
+        for space in decompose(*arguments, **options):
             solved += 1
             if solved == 3:
                 raise KeyboardInterrupt
@@ -378,8 +378,8 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert not (tmp_path / "out").exists()
     seen: list[str] = []
 
-    def watched(*arguments: Any) -> Any:
-        for space in decompose(*arguments):
+    def watched(*arguments: Any, **options: Any) -> Any:
+        for space in decompose(*arguments, **options):
             seen.append(space.site.name)
             yield space
 
