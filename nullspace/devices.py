@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 
 def free_on_device(device: torch.device) -> int:
@@ -37,22 +39,35 @@ def with_index(device: torch.device) -> torch.device:
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on a device. From the host to a GPU it goes by a pinned copy, and the host does not wait."""
     if tensor.device.type != "cpu" or device.type != "cuda":
-        return tensor.to(device)
+        return tensor.to(device, non_blocking=device.type == "cuda")
     # The allocator of pinned memory does not hand out the copy's again before the transfer has ended.
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
-def on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors as they are on the host; the host waits once for each GPU that has some of them."""
-    copies = [download(tensor) for tensor in tensors]
-    for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
-        torch.cuda.current_stream(device).synchronize()
-    return copies
+class Fetched:
+    """A GPU's tensor, copied to the host, which waits for it when it is read and not when the copy begins.
+
+    Other tensors are read as they are.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type != "cuda":
+            self._copy = tensor
+            return
+        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._copy.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.current_stream(tensor.device).record_event()
+
+    def read(self) -> torch.Tensor:
+        """The copy, when it is complete."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._copy
 
 
-def download(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host of a GPU's tensor, which is complete when the device's current stream has come to it."""
-    if tensor.device.type != "cuda":
-        return tensor.cpu()
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)
+def on_host(value: Any) -> Any:
+    """A tensor, or containers with tensors, on the host: it waits once for all that are on one GPU."""
+    begun = pytree.tree_map(lambda each: Fetched(each) if isinstance(each, torch.Tensor) else each, value)
+    return pytree.tree_map(lambda each: each.read() if isinstance(each, Fetched) else each, begun)

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from nullspace.calibration.comparison import PLAIN, is_close, is_inexact, nan_like, projection, versions
 from nullspace.calibration.hidden_states import Arguments
+from nullspace.devices import on_host
 from nullspace.model.batches import Call, naming_batch
 from nullspace.model.blocks import refuse_chain
 from nullspace.model.linear import output_head
@@ -46,6 +47,7 @@ class BlockCalls:
         self._returned: Any = None  # the hidden states that the last block returned
         self._version: int | None = None
         self._others: list[Any] = []  # what else blocks have returned
+        self._searched: dict[int, tuple[torch.Tensor, int, int]] = {}  # by id: a tensor, its block's index, and its own
 
     def returns(self, output: Any) -> Any:
         """Record what a block returns; returns it."""
@@ -61,14 +63,25 @@ class BlockCalls:
         return None if at is None or version_of(self._returned) != self._version else at
 
     def find_dependent(self, leaves: list[Any], hidden: int) -> int | None:
-        """The index of another leaf that depends on hidden states, if any: another output of a block, or a tensor with NaN."""
+        """The index of another leaf that depends on hidden states as another output of a block; NaN is looked for by `find_nan`."""
         first = {id(leaf) for leaf in self.arguments[0][0]}  # given before there were any hidden states
         for number, leaf in enumerate(leaves):
             if number == hidden or id(leaf) in first:
                 continue
-            if any(leaf is other for other in self._others) or (is_inexact(leaf) and bool(leaf.isnan().any())):
+            if any(leaf is other for other in self._others):
                 return number
+            if is_inexact(leaf):
+                self._searched.setdefault(id(leaf), (leaf, self.indices[-1], number))
         return None
+
+    def find_nan(self) -> tuple[int, int] | None:
+        """The index of a block, and of a leaf with NaN among those that `find_dependent` was given; None if there is none.
+
+        The host waits once, and only for tensors that the first block was not given.
+        """
+        searched = list(self._searched.values())
+        found = on_host([tensor.isnan().any() for tensor, _, _ in searched])
+        return next(((index, number) for (_, index, number), nan in zip(searched, found, strict=True) if bool(nan)), None)
 
     def bytes(self) -> int:
         """Size of what must be kept: the first block's hidden states, and every other tensor (masks, embeddings) once."""
@@ -164,6 +177,9 @@ class Chain:
 
         self._calls[call.number] = call
         made = self.run(call, options, stand_in)
+        found = made.find_nan()
+        if found is not None:
+            raise self.refuse_dependent(*found)
         if len(made.arguments) < len(self.blocks):
             missing = self.names[len(made.arguments)]
             raise refuse_chain(self.model, f"does not call its block {missing!r} in batch {call.number}")
@@ -270,11 +286,12 @@ class Chain:
 
     # ---- one block
 
-    def advance(self, index: int, batch: int, arguments: Arguments) -> None:
-        """Call one block with the arguments of one batch, and keep its hidden states."""
+    def advance(self, index: int, batch: int, arguments: Arguments, *, following: int | None = None) -> None:
+        """Call one block with the arguments of one batch, and keep its hidden states; those of the following batch are fetched."""
         device = self.devices[index]
-        args, kwargs = arguments.take(batch, index, device)
-        before = arguments.hidden(batch, device)
+        args, kwargs, before = arguments.take(batch, index, device)
+        if following is not None:
+            arguments.fetch(following, index, device)
         given = pytree.tree_leaves((args, kwargs))
         unchanged = versions(given)
         output = self.blocks[index](*args, **kwargs)

@@ -22,10 +22,12 @@ from nullspace.model.padding import Padding
 from nullspace.model.routing import Routed
 from nullspace.model.sharded_tensors import version_of
 from nullspace.model.sites import Site, Targets
-from nullspace.moments.covariance import Covariance, find_nonfinite
+from nullspace.moments.covariance import Covariance
+from nullspace.moments.finite import FiniteCheck
 from nullspace.moments.pool import Pool
 from nullspace.moments.precision import precision_of
 from nullspace.moments.sums import TokenMask
+from nullspace.moments.triangle import memory_size
 
 
 class Rows(Protocol):
@@ -111,6 +113,7 @@ class InputSums:
         self._sums: list[_SiteSum] = []
         self._of: dict[str, _SiteSum] = {}
         self._batch = 0
+        self._check: tuple[int, FiniteCheck] | None = None  # the last batch, and what was begun at its end
 
     @property
     def uncalled(self) -> dict[str, nn.Module]:
@@ -196,27 +199,45 @@ class InputSums:
         """End a batch.
 
         Raises:
-            ValueError: naming the layer, if a member of a site did not get the site's input, or an input held NaN or Inf.
+            ValueError: naming the layer, if a member of a site did not get the site's input; naming the layer and the batch, if an
+                input of the batch before held NaN or Inf. The last batch's are raised by `partial`, `release` and `flush`.
         """
         self.paused = True
         for each in self._sums:
             self._end_input(each)
-        nonfinite = find_nonfinite([each.covariance for each in self._sums])
-        if nonfinite is not None:
-            covariance, text = nonfinite
-            name = next(each.members[0] for each in self._sums if each.covariance is covariance)
-            raise InputError(f"{name}, batch {self._batch}: {text}")
+        check = FiniteCheck({each.members[0]: each.covariance for each in self._sums})
+        self._refuse_nonfinite()  # of the batch before: the device computes on meanwhile
+        self._check = self._batch, check
+
+    def _refuse_nonfinite(self) -> None:
+        if self._check is None:
+            return
+        (batch, check), self._check = self._check, None
+        failure = check.failure()
+        if failure is not None:
+            name, text = failure
+            raise InputError(f"{name}, batch {batch}: {text}")
+
+    def size(self) -> int:
+        """Bytes of the sums, and of the rows that are staged on a GPU, at most as much again (`launch_tokens`)."""
+        return sum(2 * 8 * memory_size(each.covariance.d_in) for each in self._sums)
 
     def partial(self) -> list[tuple[Site, Covariance]]:
-        """The sites and their sums so far. Call this between two batches; later batches change the sums."""
+        """The sites and their sums so far. Call this between two batches; later batches change the sums.
+
+        Raises:
+            ValueError: as `end_batch`.
+        """
+        self._refuse_nonfinite()
         return [(Site(tuple(each.members), each.covariance.d_in), each.covariance) for each in self._sums]
 
     def release(self) -> Iterator[tuple[Site, Covariance]]:
         """Yields the sites and their sums in the order of their first calls, and drops its reference to each.
 
         Raises:
-            ValueError: naming a site without tokens; of experts, if none of a layer's has any.
+            ValueError: as `end_batch`; naming a site without tokens; of experts, if none of a layer's has any.
         """
+        self._refuse_nonfinite()
         refuse_empty([(s.members[0], s.covariance.tokens) for s in self._sums], self.MASKED)
         for experts in self._experts.values():
             experts.attach_pool()
@@ -233,8 +254,9 @@ class InputSums:
         """Add the staged rows to all sums.
 
         Raises:
-            ValueError: naming the layer, for NaN or Inf that `end_batch` has not seen.
+            ValueError: naming the layer, for NaN or Inf; and the batch, as `end_batch`.
         """
+        self._refuse_nonfinite()
         for each in self._sums:
             try:
                 each.covariance.flush()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 
@@ -31,13 +32,15 @@ from nullspace.calibration.totals import Totals, uncalled_everywhere
 from nullspace.distributed.loaders import Share
 from nullspace.model.batches import Call, calls, evaluating, forward_options, padded_batch, refuse_unreached
 from nullspace.model.blocks import refuse_chain
+from nullspace.model.linear import is_linear, weight_of, weight_shape
 from nullspace.model.padding import Padding
 from nullspace.model.sharded import without_gather_hooks
 from nullspace.model.sites import Site, Targets, output_head
 from nullspace.model.token_rows import TokenRows
-from nullspace.model.weights import Loaded
+from nullspace.model.weights import Loaded, size_to_load
 from nullspace.moments.covariance import Covariance
 from nullspace.progress import Progress
+from nullspace.solvers import make_room
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,7 @@ class _Pass:
         self._tokens = 0
         self._uncalled = self._outside  # the targets outside of the blocks that are called after them
         self._loaded: dict[str, Loaded] = {}  # by block
+        self._sums_bytes = 0  # of the largest block so far
         self.totals = Totals(run.job, run.loads)
 
     def before_blocks(self) -> Sums:
@@ -128,7 +132,8 @@ class _Pass:
         """Call the blocks, one after the other, with all batches; yields the sums of the targets inside."""
         chain, job = self._chain, self._run.job
         needed = len(chain.blocks) if self._uncalled else self._needed() if any(self._inside.values()) else 0
-        steps = needed * len(self._paddings)
+        numbers = list(self._paddings)
+        steps = needed * len(numbers)
         self._report("forward", 0, steps, 0)
         for index in range(needed):
             began = time.perf_counter()
@@ -136,20 +141,23 @@ class _Pass:
             own = self._inside[chain.names[index]]
             sums = InputSums(own, self._precision, self._rows, pooled=self._run.pooled)
             loaded = self._load(index)
+            if chain.devices[index].type == "cuda":  # where sites of the block before are still being solved
+                make_room(chain.devices[index], self._bytes_ahead(index, needed))
             if index + 1 < needed:
                 self._load(index + 1)  # copied while this one computes
             if self._run.is_sharded:
                 job.exchange(None)
             with contextlib.closing(loaded), self._computing(chain.blocks[index], loaded, own, sums):
-                for done, (number, padding) in enumerate(self._paddings.items(), start=1):
+                for done, number in enumerate(numbers, start=1):
                     assert self._arguments is not None
-                    sums.begin_batch(number, padding)
-                    chain.advance(index, number, self._arguments)
+                    sums.begin_batch(number, self._paddings[number])
+                    chain.advance(index, number, self._arguments, following=next(iter(numbers[done:]), None))
                     sums.end_batch()
-                    step = index * len(self._paddings) + done
+                    step = index * len(numbers) + done
                     self._report("forward", step, steps, self._tokens * step // steps)
             del self._loaded[chain.names[index]]
             leave_out_uncalled(uncalled_everywhere(sums, job), own)
+            self._sums_bytes = max(self._sums_bytes, sums.size())
             _log(chain.names[index], time.perf_counter() - began, self._tokens, chain.devices[index])
             yield from self.totals.add(sums)
 
@@ -197,6 +205,18 @@ class _Pass:
             self._loaded[name] = Loaded(self._chain.blocks[index], self._chain.devices[index], within=self._run.model)
         return self._loaded[name]
 
+    def _bytes_ahead(self, index: int, needed: int) -> int:
+        """What a block is about to take on its device: its sums, as large as another block's, activations, and the next weights.
+
+        Activations are estimated by the inputs and outputs of all of its linear layers.
+        """
+        chain = self._chain
+        tokens = max(padding.tokens if padding.shape is None else math.prod(padding.shape) for padding in self._paddings.values())
+        layers = [module for module in chain.blocks[index].modules() if is_linear(module)]
+        rows = sum(sum(weight_shape(layer)) * weight_of(layer).element_size() for layer in layers)
+        weights = sum(map(size_to_load, chain.blocks[index + 1 : min(index + 2, needed)], chain.devices[index + 1 :]))
+        return self._sums_bytes + tokens * rows + weights
+
     def _needed(self) -> int:
         """How many blocks of the chain are to be called for the targets inside."""
         return 1 + max((index for index, name in enumerate(self._chain.names) if self._inside[name]), default=0)
@@ -216,7 +236,7 @@ class _Pass:
         """Keep the arguments of the blocks in one batch."""
         if self._shelf is None or self._arguments is None:
             size = made.bytes() * (share.length or 1)
-            self._shelf = Shelf(choose_place(self._run.hidden_states, size, self._chain.devices[0]))
+            self._shelf = Shelf(choose_place(self._run.hidden_states, size, self._chain.devices[0]), size)
             self._arguments = Arguments(self._shelf)
         self._arguments.keep(call.number, made.arguments, made.hidden)
         self._paddings[call.number] = call.padding

@@ -179,6 +179,9 @@ class _Rehearsal:
             raise chain.refuse_dependent(index, hidden)
         before, spec_before, hidden_before = self._kept[index]
         dependent = made.find_dependent(leaves, hidden) if index else None
+        nan = made.find_nan()
+        if dependent is None and nan is not None:
+            dependent = nan[1]
         if spec != spec_before or hidden != hidden_before:
             dependent = hidden
         for number, (leaf, kept) in enumerate(zip(leaves, before, strict=spec == spec_before)):

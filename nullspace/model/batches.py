@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from nullspace.devices import upload
 from nullspace.errors import DataWarning, InputError, InputTypeError, NullspaceError
 from nullspace.model.blocks import is_encoder_decoder
 from nullspace.model.padding import Padding, PaddingReader, Part, looks_like_mask
@@ -192,7 +193,8 @@ def _arguments(
     named: Mapping[str, Any], by_name: bool, device: torch.device | None, model: nn.Module, labels: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     moved = {
-        name: value.to(device) if isinstance(value, torch.Tensor) and device is not None else value for name, value in named.items()
+        name: upload(value, device) if isinstance(value, torch.Tensor) and device is not None else value
+        for name, value in named.items()
     }
     if not by_name:
         return tuple(moved.values()), {}

@@ -11,9 +11,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from nullspace.devices import on_host
 from nullspace.errors import DataWarning, InputError
-from nullspace.model.blocks import is_encoder_decoder, marked_blocks
-from nullspace.model.sharded_tensors import is_sharded
+from nullspace.model.blocks import is_encoder_decoder
+from nullspace.model.positions import positions_move
 
 # Of additive masks: an entry below this hides a token whatever its score is; one between it and zero is a bias.
 HIDDEN_BELOW = -1e3
@@ -28,7 +29,6 @@ PLACEHOLDERS = (
 )
 # Masks of the text's tokens.
 TEXT_MASKS = ("attention_mask", "decoder_attention_mask")
-
 
 Part = Literal["tokens", "decoder"]
 """A model's tokens (of an encoder–decoder model, its encoder's), or a decoder's."""
@@ -66,12 +66,15 @@ class Padding(NamedTuple):
         """The same with fewer tokens: those that `counts`, (sequences, tokens) bool, keeps too; of the decoder, if there is one."""
         if self.decoder is not None:
             return self._replace(decoder=self.decoder.keep(counts))
-        counts = counts if self.mask is None else counts & self.mask.to(counts.device)
+        counts = on_host(counts)
+        counts = counts if self.mask is None else counts & self.mask
         return self._replace(mask=None if bool(counts.all()) else counts, tokens=int(counts.sum()))
 
 
 class PaddingReader:
     """Reads the padding of batch after batch. Warns once of tokens that look like padding where there is no `attention_mask`.
+
+    Masks are looked at on the host. Of inputs that are on a GPU, the host waits once for what must be read.
 
     Args:
         model: whose configuration names the padding token.
@@ -99,6 +102,7 @@ class PaddingReader:
         Warns:
             UserWarning: once, for tokens that look like padding but are counted.
         """
+        inputs = _on_host(inputs)
         try:
             padding = self.padding_of(inputs)
         except ValueError as error:
@@ -127,7 +131,7 @@ class PaddingReader:
         if self._has_tried or mask is None or not bool((~mask[:, 0] & mask.any(dim=1)).any()):
             return
         self._has_tried = True
-        if _positions_move(model, inputs, mask):
+        if positions_move(model, inputs, mask):
             takes = "position_ids" in inspect.signature(model.forward).parameters
             way = "Give position_ids with the batches, or pad" if takes else "Pad"
             warnings.warn(
@@ -139,6 +143,7 @@ class PaddingReader:
 
     def padding_of(self, inputs: Mapping[str, Any]) -> Padding:
         """As `read`, without a warning."""
+        inputs = _on_host(inputs)
         tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
         if self._encoder_decoder:
             # An encoder of sounds or images hands its blocks masks of their own.
@@ -159,6 +164,12 @@ class PaddingReader:
             return padding
         counts = [int((ids == each).sum()) for each in self._placeholders]
         return padding._replace(mixed=True, beside=_hiding_mask(inputs, ids), placeholders=frozenset({*counts, sum(counts)} - {0}))
+
+
+def _on_host(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs, with ids, labels and masks on the host."""
+    read = {n: v for n, v in inputs.items() if "mask" in n or not (isinstance(v, torch.Tensor) and v.is_floating_point())}
+    return {**inputs, **on_host(read)}
 
 
 def _padding(given: Any, shape: tuple[int, ...] | None) -> Padding:
@@ -342,55 +353,3 @@ def _padding_at_ends(ids: torch.Tensor, pad: int | None, labels: Any) -> int:
         single = unlabelled[:, 0] if pad is not None else torch.zeros_like(unlabelled[:, 0])
         padding |= turn(run & ((run.sum(dim=1) > 1) | single)[:, None])
     return int(padding.sum())
-
-
-def _positions_move(model: nn.Module, inputs: Mapping[str, Any], mask: torch.Tensor) -> bool:
-    """Whether padding on the left moves the positions of the tokens behind it: absolute ones, counted from the padding on.
-
-    Compares the inputs of the first block for one padded text and for the same text alone. The model runs no further.
-
-    Args:
-        model: in eval mode; gradients are off.
-        inputs: of one batch, as the model takes them.
-        mask: (sequences, tokens) bool, with padding on the left in at least one sequence.
-    """
-    ids, kinds = inputs.get("input_ids"), inputs.get("token_type_ids")
-    others = set(inputs) - {"input_ids", *TEXT_MASKS, "token_type_ids", "labels", "decoder_input_ids"}
-    if not isinstance(ids, torch.Tensor) or ids.shape != mask.shape or others or any(map(is_sharded, model.parameters())):
-        return False
-    row = int(((~mask[:, 0]) & mask.any(dim=1)).to(torch.int8).argmax())
-    counts = mask[row].to(ids.device)
-    padded = {"input_ids": ids[row][None], "attention_mask": counts[None].to(ids.dtype)}
-    if isinstance(kinds, torch.Tensor):
-        padded["token_type_ids"] = kinds[row][None]
-    alone = {name: value[:, counts] for name, value in padded.items()}
-    with_padding, without = _first_hidden_states(model, padded), _first_hidden_states(model, alone)
-    if with_padding is None or without is None or with_padding.shape[:2] != (1, len(counts)):
-        return False
-    with_padding, scale = with_padding[:, counts], float(without.abs().max())
-    return with_padding.shape == without.shape and not torch.allclose(with_padding, without, rtol=1e-2, atol=1e-2 * scale)
-
-
-def _first_hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """The input of a model's first block, (sequences, tokens, d); None if there is no such block or input."""
-    hidden: list[torch.Tensor] = []
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = (*args, *kwargs.values())
-        hidden.extend(value for value in values[:1] if isinstance(value, torch.Tensor) and value.ndim == 3)
-        raise _Reached
-
-    handles = [block.register_forward_pre_hook(stop, with_kwargs=True) for block in marked_blocks(model).values()]
-    try:
-        if handles:
-            model(**inputs)
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return hidden[0] if hidden else None
-
-
-class _Reached(BaseException):
-    """The first block was called. Not an `Exception`, which the model might catch."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nullspace.devices import on_host
 from nullspace.model.blocks import is_encoder_decoder, marked_blocks, split_towers
 from nullspace.model.linear import output_head
 from nullspace.model.padding import seen_rows
@@ -153,7 +154,7 @@ class HandedMasks:
         return read
 
     def _seen(self, mask: torch.Tensor, *, of_source: bool) -> torch.Tensor | None:
-        """`seen_rows`, read once."""
+        """`seen_rows`, on the host; the host waits once for a mask that is on a GPU."""
         if id(mask) not in self._read:
-            self._read[id(mask)] = mask, seen_rows(mask, of_source=of_source)
+            self._read[id(mask)] = mask, seen_rows(on_host(mask), of_source=of_source)
         return self._read[id(mask)][1]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nullspace.devices import side_stream, upload, with_index
 from nullspace.errors import InputError
 from nullspace.model.experts import ExpertMatrix
 from nullspace.model.sharded import compute_dtypes
@@ -77,6 +78,12 @@ def size_in_bytes(module: nn.Module) -> int:
     return sum(map(stored_bytes, every))
 
 
+def size_to_load(module: nn.Module, device: torch.device) -> int:
+    """Bytes that `Loaded` takes on a device."""
+    away = {id(t): t for _, _, t in _tensors(module) if is_sharded(t) or t.device != with_index(device)}.values()
+    return sum(map(stored_bytes, away))
+
+
 def stored_bytes(tensor: torch.Tensor) -> int:
     """Bytes of a tensor: of a quantised one, what it consists of; of one of a forecast, what was set by `set_stored_bytes`."""
     own: int | None = getattr(tensor, _STORED_BYTES, None)
@@ -121,12 +128,16 @@ def refuse_meta(model: nn.Module, skip: Iterable[nn.Module] = ()) -> None:
                 )
 
 
+# Pinned copies of tensors on their way to a GPU.
+PINNED_AT_ONCE = 2
+
+
 class Loaded:
     """A module's weights, all of them, on one device.
 
-    The constructor starts to read them, on a thread of its own and, for a GPU, on a stream of its own: make the next block's while
-    this one computes. Use as a context manager, once or several times: inside, the module computes with the tensors that were read,
-    and accelerate's hooks are disabled. The tensors stay in memory until `close`.
+    The constructor starts to read them, on a thread of its own and, for a GPU, on the device's stream for weights: make the next
+    block's while this one computes. Use as a context manager, once or several times: inside, the module computes with the tensors
+    that were read, and accelerate's hooks are disabled. The tensors stay in memory until `close`.
 
     Sharded weights are not read ahead but gathered when the module is first entered, or before that by `gather`: collectives must
     come in the same order on all ranks, which a thread of one rank cannot know. Ranks may then call the module as
@@ -143,7 +154,7 @@ class Loaded:
         self, module: nn.Module, device: torch.device, *, skip: tuple[nn.Module, ...] = (), within: nn.Module | None = None
     ) -> None:
         left_out = {id(part) for each in skip for part in each.modules()}
-        self._device = device = torch.empty(0, device=device).device  # "cuda" is not equal to the "cuda:0" of a tensor
+        self._device = device = with_index(device)
         self._parts = [part for part in module.modules() if id(part) not in left_out]
         own = [(part, name, tensor) for part in self._parts for name, tensor in own_tensors(part).items()]
         self._sharded = [(part, name) for part, name, tensor in own if is_sharded(tensor)]
@@ -169,12 +180,15 @@ class Loaded:
             for part, name in self._wanted:
                 self._take(part, name, tensor_of(part, name).to(self._device, copy=True))
             return
-        with torch.cuda.stream(torch.cuda.Stream(self._device)) as _, torch.no_grad():
+        stream = side_stream(self._device, "weights")
+        sent: list[torch.cuda.Event] = []
+        with torch.cuda.stream(stream), torch.no_grad():
             for part, name in self._wanted:
-                value = tensor_of(part, name)
-                pinned = value.pin_memory() if value.device.type == "cpu" else value
-                self._take(part, name, pinned.to(self._device, non_blocking=True))
-            self._event = torch.cuda.current_stream(self._device).record_event()
+                if len(sent) >= PINNED_AT_ONCE:
+                    sent.pop(0).synchronize()
+                self._take(part, name, upload(tensor_of(part, name), self._device))
+                sent.append(stream.record_event())
+            self._event = stream.record_event()
 
     def _take(self, part: nn.Module, name: str, value: torch.Tensor) -> None:
         self._read.setdefault(id(getattr(part, name)), value.detach())
@@ -230,9 +244,17 @@ def offloaded_weights(module: nn.Module) -> Any:
 
 def _offload_hook(module: nn.Module) -> Any:
     """The `AlignDevicesHook` that loads a module's weights for each call, alone or in a chain of hooks; None if there is none."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    loads = (each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False))
+    loads = (each for each in _chained(getattr(module, "_hf_hook", None)) if getattr(each, "offload", False))
     return next((each for each in loads if getattr(each, "weights_map", None) is not None), None)
+
+
+def _chained(hook: Any) -> Iterator[Any]:
+    """The hooks of a `SequentialHook`, whose hooks may be chains too; another hook is the only one."""
+    if not hasattr(hook, "hooks"):
+        yield hook
+        return
+    for each in hook.hooks:
+        yield from _chained(each)
 
 
 def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ The products are those of the Triton kernels on a CUDA device (`nullspace.moment
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from nullspace.errors import InputError, InputTypeError
 from nullspace.moments.pool import Pool
 from nullspace.moments.precision import PRECISIONS, new_sums
 from nullspace.moments.state import check_state
-from nullspace.moments.sums import GramSums, Sums, TokenMask, nonfinite
+from nullspace.moments.sums import GramSums, Sums, TokenMask
 from nullspace.moments.sums_qr import QrSums
 
 
@@ -378,16 +378,3 @@ class _Samples:
         """Both as numbers, and zeros where they are beyond the range of float32."""
         numbers: list[float] = self.sums.tolist()
         return numbers if all(map(math.isfinite, numbers)) else [0.0, 0.0]
-
-
-def find_nonfinite(covariances: Sequence[Covariance]) -> tuple[Covariance, str] | None:
-    """The first covariance that was given NaN or Inf since the last call, and a message about it.
-
-    Waits for the device once, however many covariances there are. Where `update` itself raises, this returns None.
-    """
-    fresh = list({id(norms): norms for c in covariances for norms in c._sums.unchecked}.values())
-    if nonfinite([norms.sum()[None].to(fresh[0].device, non_blocking=True) for norms in fresh]):
-        return next(((c, text) for c in covariances for text in [nonfinite(c._sums.own_norms())] if text), None)
-    for c in covariances:
-        c._sums.forget_norms()
-    return None

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from nullspace.checks import check_integer
+from nullspace.devices import upload
 from nullspace.errors import InputError, InputTypeError
 from nullspace.moments.covariance import Covariance, check_arguments
 from nullspace.moments.pool import Pool
@@ -95,7 +96,7 @@ class GroupedCovariance:
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         rows = rows.to(wide) if rows.dtype.itemsize == 1 else rows
         norms, peaks = torch.linalg.vector_norm(rows, dim=1, dtype=wide), rows.amax(dim=1).to(wide)
-        count = torch.tensor(counts).to(rows.device, non_blocking=True)
+        count = upload(torch.tensor(counts), rows.device)
         of = torch.arange(len(counts), device=rows.device).repeat_interleave(count, output_size=len(rows))
         peak = peaks.new_full((len(counts),), -math.inf).scatter_reduce_(0, of, peaks, "amax").abs()
         is_sample = (peak > 0) & (peak < math.inf)

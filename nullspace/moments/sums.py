@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from nullspace.devices import upload
 from nullspace.errors import InputError
 from nullspace.moments.triangle import LowerTriangle
 
@@ -30,19 +31,56 @@ class TokenMask:
     """
 
     def __init__(self, mask: torch.Tensor) -> None:
-        self._indices = mask.reshape(-1).nonzero().flatten()  # waits for the device, if the mask is on one
+        indices = mask.reshape(-1).nonzero().flatten()  # waits for the device, if the mask is on one
+        self._indices = {indices.device: indices}
         self.rows = mask.numel()
-        self.count = len(self._indices)
+        self.count = len(indices)
 
     def indices(self, device: torch.device) -> torch.Tensor:
         """(count,) int64: the rows that count, ascending."""
-        if self._indices.device != device:
-            self._indices = self._indices.to(device)
-        return self._indices
+        if device not in self._indices:
+            self._indices[device] = upload(next(iter(self._indices.values())), device)
+        return self._indices[device]
 
     def keep(self, device: torch.device) -> torch.Tensor:
         """(rows,) bool: which rows count."""
         return torch.zeros(self.rows, dtype=torch.bool, device=device).index_fill_(0, self.indices(device), True)
+
+
+class Norms:
+    """Norms of tokens that were not yet checked for NaN and Inf.
+
+    Attributes:
+        parts: (n,) each.
+        groups: for every part the group of each token, if these are several groups' norms; else empty.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[torch.Tensor] = []
+        self.groups: list[torch.Tensor] = []
+
+    def add(self, norms: torch.Tensor, of: torch.Tensor | None = None) -> None:
+        """Keep the norms (n,) of some tokens, and of which group each token is."""
+        self.parts.append(norms)
+        if of is not None:
+            self.groups.append(of)
+
+    def take(self) -> Norms:
+        """A new object with these norms; this one is empty then."""
+        taken = Norms()
+        taken.parts, self.parts = self.parts, taken.parts
+        taken.groups, self.groups = self.groups, taken.groups
+        return taken
+
+    def excess(self) -> torch.Tensor | None:
+        """A number on their device that is NaN or Inf if a norm is; None if there are no norms."""
+        return torch.stack([part.sum(dtype=torch.float64) for part in self.parts]).sum() if self.parts else None
+
+    def failure(self, group: int | None = None) -> str | None:
+        """A message about NaN or Inf in them, or in those of one group; None without. Waits for the device."""
+        if group is None:
+            return nonfinite(self.parts)
+        return nonfinite([part[of == group] for part, of in zip(self.parts, self.groups, strict=True)])
 
 
 class Sums(abc.ABC):
@@ -52,6 +90,7 @@ class Sums(abc.ABC):
         total: Σ x, (d_in,) float64.
         outliers: tokens whose norm exceeded `OUTLIER_RATIO` × the median of those that were summed with them.
         unchecked: norms of tokens that were not yet checked for NaN and Inf. Sums of one group share them.
+        group: number of these sums in their group; None for sums of their own.
 
     These, and everything that is read of Σ x xᵀ, are complete after `flush`.
     """
@@ -61,7 +100,8 @@ class Sums(abc.ABC):
         self.total = torch.zeros(d_in, dtype=torch.float64, device=device)
         self.device = self.total.device  # with its index, whatever the current device will be
         self.outliers = 0
-        self.unchecked: list[torch.Tensor] = []
+        self.unchecked = Norms()
+        self.group: int | None = None
 
     @abc.abstractmethod
     def add(self, x_nd: torch.Tensor, mask: TokenMask | None) -> None:
@@ -74,14 +114,6 @@ class Sums(abc.ABC):
         Raises:
             ValueError: for NaN or Inf that `add` has not looked for.
         """
-
-    def own_norms(self) -> list[torch.Tensor]:
-        """Of `unchecked`, the norms of these sums' own tokens."""
-        return self.unchecked
-
-    def forget_norms(self) -> None:
-        """Take the norms in `unchecked` as checked."""
-        self.unchecked.clear()
 
     def merge(self, other: Sums) -> None:
         """Add other sums, of the same precision."""

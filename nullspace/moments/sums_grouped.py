@@ -8,13 +8,16 @@ kernel and in float64. Σ x is summed row by row in float64, so that equal input
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
 
 import torch
 
 import nullspace.csrc_triton as csrc_triton
+from nullspace.devices import upload
 from nullspace.errors import InputError
-from nullspace.moments.sums import FLOAT32_NORMS, OUTLIER_RATIO, STAGE_TOKENS, GramSums, TokenMask, find_outliers, nonfinite
+from nullspace.moments.sums import FLOAT32_NORMS, OUTLIER_RATIO, STAGE_TOKENS, GramSums, Norms, TokenMask, find_outliers
 from nullspace.moments.sums_triton import launch_tokens, new_buffer, resolution
 from nullspace.moments.triangle import PANEL_ROWS, memory_size
 
@@ -42,11 +45,11 @@ class GroupedTritonSums:
         self._buffer: torch.Tensor | None = None
         self._filled = 0
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []  # group and norm of each row in the buffer
-        self.unchecked: list[torch.Tensor] = []
-        self._unchecked_groups: list[torch.Tensor] = []
+        self.unchecked = Norms()
         # Of each group: outliers, energy of what the fast kernel summed, and what it may have lost.
         self._counters = torch.zeros(3, groups, dtype=torch.float64, device=device)
         self._is_read = True
+        self._reading = threading.Lock()  # members may be read in several threads
         self._failures: dict[int, str] = {}
         self.members = [GroupSums(self, number, memory[number], self._totals[number]) for number in range(groups)]
         self._packed = memory[:, : len(self.members[0].triangle.packed)]
@@ -63,7 +66,7 @@ class GroupedTritonSums:
         if len(rows_nd) == 0:
             return
         self._is_read = False
-        of = torch.tensor(counts).to(self.device, non_blocking=True)
+        of = upload(torch.tensor(counts), self.device)
         of = self._group.repeat_interleave(of, output_size=len(rows_nd))
         if rows_nd.dtype == torch.float64:
             self._add_float64(rows_nd, of, counts)
@@ -79,7 +82,7 @@ class GroupedTritonSums:
             out = self._buffer[self._filled : self._filled + part]
             norms, _ = csrc_triton.stage_rows(rows_nd[done : done + part], out)
             self._staged.append((of[done : done + part], norms))
-            self._note(of[done : done + part], norms)
+            self.unchecked.add(norms, of[done : done + part])
             self._filled += part
             done += part
             if self._filled == self.launch_tokens:
@@ -87,37 +90,33 @@ class GroupedTritonSums:
 
     def flush(self) -> None:
         """Sum all staged rows, and bring the counters to the host: one wait for all groups."""
-        if self._is_read:
-            return
+        with self._reading:
+            if not self._is_read:
+                self._read()
+
+    def _read(self) -> None:
+        unchecked = self.unchecked.take()
+        # The stream of a reader may be another one than that on which these were allocated: they are freed behind the wait.
+        staged = self._buffer, self._staged
         self._absorb()
+        excess = unchecked.excess()
+        counters = self._counters.flatten()
+        numbers = (counters if excess is None else torch.cat([counters, excess[None]])).tolist()
+        del staged
         self._buffer = None
-        if nonfinite(self.unchecked):
-            for number in range(len(self.members)):
-                text = nonfinite(self.norms_of(number))
-                if text:
-                    self._failures[number] = text
-        self.forget_norms()
-        for member, outliers, energy, loss in zip(self.members, *self._counters.tolist(), strict=True):
-            member.count(int(outliers), energy, loss)
         self._counters.zero_()
+        groups = len(self.members)
+        if not all(map(math.isfinite, numbers[3 * groups :])):
+            texts = {number: unchecked.failure(number) for number in range(groups)}
+            self._failures |= {number: text for number, text in texts.items() if text is not None}
+        outliers, energies, losses = (numbers[i * groups : (i + 1) * groups] for i in range(3))
+        for member, count, energy, loss in zip(self.members, outliers, energies, losses, strict=True):
+            member.count(int(count), energy, loss)
         self._is_read = True
-
-    def norms_of(self, number: int) -> list[torch.Tensor]:
-        """The unchecked norms of one group. Waits for the device."""
-        return [norms[of == number] for of, norms in zip(self._unchecked_groups, self.unchecked, strict=True)]
-
-    def forget_norms(self) -> None:
-        """Take all norms as checked."""
-        self.unchecked.clear()
-        self._unchecked_groups.clear()
 
     def failure_of(self, number: int) -> str | None:
         """A message about NaN or Inf in a group, found by `flush`."""
         return self._failures.get(number)
-
-    def _note(self, of: torch.Tensor, norms: torch.Tensor) -> None:
-        self.unchecked.append(norms)
-        self._unchecked_groups.append(of)
 
     def _absorb(self) -> None:
         if self._buffer is None or self._filled == 0:
@@ -161,7 +160,7 @@ class GroupedTritonSums:
 
     def _add_float64(self, rows_nd: torch.Tensor, of: torch.Tensor, counts: Sequence[int]) -> None:
         self._absorb()
-        self._note(of, torch.linalg.vector_norm(rows_nd, dim=1))
+        self.unchecked.add(torch.linalg.vector_norm(rows_nd, dim=1), of)
         for number, own in enumerate(rows_nd.split(list(counts))):
             if len(own):
                 self._counters[0, number] += find_outliers(torch.linalg.vector_norm(own, dim=1))[0].sum()
@@ -189,25 +188,20 @@ class GroupSums(GramSums):
         super().__init__(group.d_in, group.device, memory=memory)
         self.total = total
         self.unchecked = group.unchecked
-        self._group, self._number = group, number
+        self._group, self.group = group, number
 
     def add(self, x_nd: torch.Tensor, mask: TokenMask | None) -> None:
         """Add rows to this group alone, without waiting for the device."""
         x_nd = x_nd.to(self.device)
         rows = x_nd if mask is None else x_nd.index_select(0, mask.indices(self.device))
-        self._group.add(rows, [len(rows) if number == self._number else 0 for number in range(len(self._group.members))])
+        self._group.add(rows, [len(rows) if number == self.group else 0 for number in range(len(self._group.members))])
 
     def flush(self) -> None:
         self._group.flush()
-        failure = self._group.failure_of(self._number)
+        assert self.group is not None
+        failure = self._group.failure_of(self.group)
         if failure:
             raise InputError(failure)
-
-    def own_norms(self) -> list[torch.Tensor]:
-        return self._group.norms_of(self._number)
-
-    def forget_norms(self) -> None:
-        self._group.forget_norms()
 
     def count(self, outliers: int, energy: float, loss: float) -> None:
         """Add to what is known of the tokens: outliers, and energy and loss of what the fast kernel summed."""

@@ -8,10 +8,13 @@ later: when the sums are read, or at the end of a batch.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 import nullspace.csrc_triton as csrc_triton
-from nullspace.moments.sums import FLOAT32_NORMS, STAGE_TOKENS, GramSums, TokenMask, find_outliers, refuse_nonfinite
+from nullspace.errors import InputError
+from nullspace.moments.sums import FLOAT32_NORMS, STAGE_TOKENS, GramSums, TokenMask, find_outliers
 from nullspace.moments.triangle import PANEL_ROWS
 
 # ‖E‖_F / ‖C‖_F, the part of E that is proportional to C left out (it moves no eigenvector): tensor-core chains lose by rounding
@@ -55,12 +58,14 @@ class TritonSums(GramSums):
         self._buffer: torch.Tensor | None = None
         self._filled = 0
         self._norms: list[torch.Tensor] = []
-        self._outliers = torch.zeros((), dtype=torch.int64, device=device)
-        self._energy = torch.zeros((), dtype=torch.float64, device=device)  # of what the fast kernel summed
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        # Outliers; energy of what the fast kernel summed, and what it may have lost.
+        self._counters = torch.zeros(3, dtype=torch.float64, device=device)
+        self._is_read = True
+        self._failure: str | None = None
 
     def add(self, x_nd: torch.Tensor, mask: TokenMask | None) -> None:
         """Add rows, without waiting for the device."""
+        self._is_read = False
         # Dtypes that the kernels do not take (8-bit floats) fit into float32.
         known = x_nd.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
         x_nd = x_nd.to(self.device, x_nd.dtype if known else torch.float32)
@@ -81,7 +86,7 @@ class TritonSums(GramSums):
             else:
                 norms, total = csrc_triton.stage_rows(x_nd, out, mask.indices(self.device)[done : done + part])
             self._norms.append(norms)
-            self.unchecked.append(norms)
+            self.unchecked.add(norms)
             self.total += total
             self._filled += part
             done += part
@@ -89,15 +94,29 @@ class TritonSums(GramSums):
                 self._absorb()
 
     def flush(self) -> None:
+        if not self._is_read:
+            self._read()
+        if self._failure is not None:
+            raise InputError(self._failure)
+
+    def _read(self) -> None:
+        """Sum what is staged, and bring the counters to the host: one wait."""
+        unchecked = self.unchecked.take()
+        # The stream of a reader may be another one than that on which these were allocated: they are freed behind the wait.
+        staged = self._buffer, self._norms
         self._absorb()
+        excess = unchecked.excess()
+        counters = self._counters if excess is None else torch.cat([self._counters, excess[None]])
+        outliers, energy, loss, *rest = counters.tolist()
+        del staged
         self._buffer = None  # a reader has had most of the tokens, and needs the memory
-        refuse_nonfinite(self.unchecked)
-        self.forget_norms()
-        self.outliers += int(self._outliers)
-        self._mixed_energy += float(self._energy)
-        self._common_loss += float(self._loss)
-        for counter in (self._outliers, self._energy, self._loss):
-            counter.zero_()
+        self._counters.zero_()
+        self._is_read = True
+        if not all(map(math.isfinite, rest)):
+            self._failure = unchecked.failure()
+        self.outliers += int(outliers)
+        self._mixed_energy += energy
+        self._common_loss += loss
 
     def _absorb(self) -> None:
         if self._buffer is None or self._filled == 0:
@@ -105,7 +124,7 @@ class TritonSums(GramSums):
         rows, norms = self._buffer[: self._filled], torch.cat(self._norms)
         self._filled, self._norms = 0, []
         outlier, median = find_outliers(norms)
-        self._outliers += outlier.sum()
+        self._counters[0].add_(outlier.sum())
         low, high = FLOAT32_NORMS
         in_float64 = outlier | (median <= low) | (median >= high)  # all of them, if that is where the median lies
         # A flush can leave fewer than STAGE_TOKENS rows. The median of so few may be that of outliers: these are summed in float64.
@@ -120,13 +139,13 @@ class TritonSums(GramSums):
             csrc_triton.zero_rows(rows, chosen, count)
             csrc_triton.syrk_accumulate(packed, rows, panel_rows=PANEL_ROWS)
             energy = torch.where(in_float64, 0.0, norms).square().sum()
-            self._energy += energy
-            self._loss += resolution(rows.dtype) * energy
+            self._counters[1].add_(energy)
+            self._counters[2].add_(energy, alpha=resolution(rows.dtype))
 
     def _add_float64(self, rows_nd: torch.Tensor) -> None:
         self._absorb()
         norms = torch.linalg.vector_norm(rows_nd, dim=1)
-        self.unchecked.append(norms)
-        self._outliers += find_outliers(norms)[0].sum()
+        self.unchecked.add(norms)
+        self._counters[0].add_(find_outliers(norms)[0].sum())
         self.total += rows_nd.sum(0)
         self.triangle.add_gram(rows_nd)

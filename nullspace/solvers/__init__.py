@@ -16,7 +16,7 @@ from nullspace.solvers.pencil import Pencil, diagonalise
 from nullspace.solvers.perturbation import NO_LEAK, bounded_excess, deflated, deflated_root, estimated_excess
 from nullspace.solvers.singular import bottom_right_singular, left_singular
 from nullspace.solvers.threads import one_thread_each
-from nullspace.solvers.together import decompose
+from nullspace.solvers.together import decompose, make_room
 
 __all__ = [
     "METHODS",
@@ -35,6 +35,7 @@ __all__ = [
     "effective_rank",
     "estimated_excess",
     "left_singular",
+    "make_room",
     "numerical_rank",
     "one_thread_each",
     "partial_eigh",

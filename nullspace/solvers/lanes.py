@@ -1,8 +1,8 @@
 """Lanes: streams of a CUDA device on which sites are solved side by side, as far as the device's memory allows.
 
-The work on a site starts behind what the caller's stream had been given when the site was handed over. The lane's thread waits for
-the end of it before it drops the site's sums: the allocator gives their memory back to the caller's stream, and must not do so while
-the lane reads it. What a lane returns was allocated on the lane's stream, and is marked as used by the caller's.
+The work on a site starts behind what the caller's stream had been given when the site was handed over. The lane's thread waits
+for the end of it before it drops the site's sums: the allocator gives their memory back to the caller's stream, and must not do so
+while the lane reads it. What a lane returns was allocated on the lane's stream, and is marked as used by the caller's.
 """
 
 from __future__ import annotations

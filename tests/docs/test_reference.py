@@ -23,6 +23,7 @@ HELPERS = {
     "deflated",
     "deflated_root",
     "drop_quantizer",
+    "make_room",
     "one_thread_each",
     "side_by_side",
     "spared",

@@ -11,7 +11,7 @@ import nullspace.moments.covariance as covariance_module
 import nullspace.moments.precision as precision_module
 from inputs import activations, randn
 from nullspace import Covariance
-from nullspace.moments.covariance import find_nonfinite
+from nullspace.moments.finite import FiniteCheck
 from nullspace.moments.grouped import GroupedCovariance, pool_of
 from nullspace.moments.sums_grouped import GroupedTritonSums
 from nullspace.moments.sums_triton import TritonSums
@@ -150,13 +150,12 @@ def test_nan_is_an_error_of_its_group(place: torch.device) -> None:
         assert "NaN or Inf in 1 of 30 tokens (the first one is token 25)" in str(error)  # noqa: PT017
         assert [member.tokens for member in result.members] == [590, 10, 0]
         return
-    bad = find_nonfinite(result.members)
-    assert bad is not None
-    assert bad[0] is result.members[1]
-    assert "NaN or Inf in 1 of 32 tokens" in bad[1]
-    assert relative_error(result.members[2].matrix().cpu(), second_moment(x[27:])) <= 1e-14
     with pytest.raises(ValueError, match="NaN or Inf in 1 of 32 tokens"):
         result.members[1].matrix()
+    assert relative_error(result.members[2].matrix().cpu(), second_moment(x[27:])) <= 1e-14
+    result.update(x.to(place), [5, 22, 3])
+    named = {str(number): member for number, member in enumerate(result.members)}
+    assert FiniteCheck(named).failure() == ("1", "NaN or Inf in 1 of 22 tokens (the first one is token 20)")
 
 
 def test_one_group_decides_for_all_whether_float32_suffices() -> None:

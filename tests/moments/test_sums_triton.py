@@ -20,7 +20,7 @@ import nullspace.moments.precision as precision_module
 from inputs import activations, randn
 from models import random_batches, tiny
 from nullspace import Covariance, stream_covariances
-from nullspace.moments.covariance import find_nonfinite
+from nullspace.moments.finite import FiniteCheck
 from nullspace.moments.grouped import GroupedCovariance
 from nullspace.moments.sums import OUTLIER_RATIO, STAGE_TOKENS, TokenMask
 from nullspace.moments.sums_torch import TorchSums
@@ -303,14 +303,20 @@ def test_nan_and_inf_are_raised_by_whoever_reads(
 
 def test_all_covariances_are_searched_at_once(device: torch.device) -> None:
     covariances = [covariance_of(randn(40, 5), device=device) for _ in range(3)]
-    assert find_nonfinite(covariances) is None
-    assert find_nonfinite([]) is None
+    named = dict(zip("abc", covariances, strict=True))
+    assert FiniteCheck(named).failure() is None
+    assert FiniteCheck({}).failure() is None
     covariances[1].update(torch.full((2, 5), float("nan"), device=device))
     covariances[2].update(randn(3, 5).to(device))
-    found = find_nonfinite(covariances)
+    check = FiniteCheck(named)
+    covariances[0].update(torch.full((2, 5), float("nan"), device=device))  # after the check has begun
+    found = check.failure()
     assert found is not None
-    assert found[0] is covariances[1]
+    assert found[0] == "b"
     assert "NaN or Inf in 2 of 2 tokens" in found[1]  # those that came since the last search
+    found = FiniteCheck(named).failure()
+    assert found is not None
+    assert found[0] == "a"
 
 
 # ------------------------------------------------------------------------------------------------ nothing waits

@@ -22,6 +22,7 @@ from peft.tuners.lora.eva import initialize_lora_eva_weights as initialize_by_pe
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from nullspace.devices import upload
 from nullspace.distributed.loaders import length
 from nullspace.errors import InputError, OtherModelError
 from nullspace.integrations.peft.eva.components import Settled, components_of_layers, distribute, factor, in_order
@@ -207,8 +208,8 @@ def _run(
     adapters_off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
     with adapters_off, summing(model, layers, sums, layers):
         for number, batch in enumerate(dataloader, start=1):
-            inputs = batch if device is None else peft_eva.move_inputs_to_device(batch, device)
-            sums.begin(number, inputs)
+            inputs = batch if device is None else _moved(batch, device)
+            sums.begin(number, batch, inputs)
             forward(model, inputs)
             sums.end_batch()
             report("eva", number, total, 0)
@@ -216,6 +217,13 @@ def _run(
                 break
         if number == 0:
             raise InputError("dataloader is empty")
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """A batch on a device; the host does not wait for the tensors of a plain dictionary."""
+    if type(batch) is not dict or not all(isinstance(value, torch.Tensor) for value in batch.values()):
+        return peft_eva.move_inputs_to_device(batch, device)
+    return {name: upload(value, device) for name, value in batch.items()}
 
 
 def _config_of(model: nn.Module, config: LoraConfig | None, adapter_name: str) -> tuple[LoraConfig, EvaConfig]:

@@ -27,15 +27,16 @@ class Tokens(InputSums):
         super().__init__(layers, precision, TokenRows(model))
         self._eva, self._model, self._reader = eva, model, PaddingReader(model)
 
-    def begin(self, number: int, inputs: Any) -> None:
-        if not isinstance(inputs, Mapping):
+    def begin(self, number: int, batch: Any, inputs: Any) -> None:
+        """Begin a batch: masks and labels are read as the loader gave them, and `inputs` are what the model gets."""
+        if not isinstance(batch, Mapping):
             raise InputTypeError(
-                f"batch {number} is {type(inputs).__name__}, not a mapping, in which the default functions would look for "
+                f"batch {number} is {type(batch).__name__}, not a mapping, in which the default functions would look for "
                 "attention_mask and labels: give prepare_model_inputs_fn and prepare_layer_inputs_fn"
             )
-        padding = self._reader.read(number, inputs)
+        padding = self._reader.read(number, batch)
         self._reader.check_positions(self._model, inputs, padding)
-        labels = inputs.get("labels") if self._eva.use_label_mask else None
+        labels = batch.get("labels") if self._eva.use_label_mask else None
         if labels is not None:
             labelled = labels != self._eva.label_mask_value
             shape = (padding.decoder or padding).shape
@@ -84,7 +85,8 @@ class PreparedRows(InputSums):
         self._model_inputs: Any = None
         self._latest: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 
-    def begin(self, number: int, inputs: Any) -> None:
+    def begin(self, number: int, batch: Any, inputs: Any) -> None:
+        """Begin a batch of which the model gets `inputs`."""
         prepare = self._prepare_model_inputs
         self._model_inputs = copy.deepcopy(inputs) if prepare is None else prepare(inputs, self._config)
         self.begin_batch(number, Padding())
