@@ -10,7 +10,6 @@ with their defaults, which are estimates, it ranks plans and predicts no run tim
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,15 +17,19 @@ from torch import nn
 
 from nullspace.model.experts import ExpertMatrix
 from nullspace.model.sites import find_targets
+from nullspace.model.weights import PINNED_AT_ONCE
 from nullspace.planning.experts import should_pool
+from nullspace.planning.memory import pinned_bytes, power_of_two
 from nullspace.planning.plan import PLACES, Plan, Rates, Workload
 from nullspace.planning.survey import SiteShape, Survey
 from nullspace.solvers import decomposition_cost
+from nullspace.solvers.lanes import LANES
 from nullspace.solvers.together import TOGETHER_BYTES
 
-# Memory that libraries keep. On a GPU, buffers: 32 MiB of cuBLAS on Hopper, less of cuSOLVER (an estimate). On a CPU also freed
-# pieces below 32 MiB that the C library keeps, for every thread: 30 to 250 MB were measured (`benchmarks.plan_check`).
-LIBRARIES = {"cuda": 48 * 2**20, "cpu": 160 * 2**20}
+# Memory that libraries keep. On a GPU, buffers: 32 MiB of cuBLAS on Hopper for each stream that takes products, and less of
+# cuSOLVER (an estimate). On a CPU also freed pieces below 32 MiB that the C library keeps, for every thread: 30 to 250 MB were
+# measured (`benchmarks.plan_check`).
+LIBRARIES = {"cuda": (48 + 32 * LANES) * 2**20, "cpu": 160 * 2**20}
 
 Parts = dict[str, int]
 """Bytes of one memory by name."""
@@ -118,11 +121,12 @@ class _Setting(NamedTuple):
         return {"libraries": LIBRARIES[self.workload.device]}
 
     def host_weights(self) -> Parts:
-        """A GPU's weights on the host: all and a pinned copy of one tensor, or one tensor and its copy. None beside a CPU's own."""
+        """A GPU's weights on the host: all, or one tensor of the disk; and pinned copies on their way. None beside a CPU's own."""
         if self.workload.device == "cpu" or self.weights == "device":
             return {"weights": 0}
         tensor = self.survey.largest_tensor
-        return {"weights": self.survey.weights + tensor if self.weights == "host" else 2 * tensor}
+        kept = self.survey.weights if self.weights == "host" else tensor
+        return {"weights": kept + PINNED_AT_ONCE * power_of_two(tensor)}
 
     def decomposition(self, site: SiteShape) -> tuple[int, float, float]:
         """Bytes, flops, and flops at the rate of `torch.linalg.eigh`."""
@@ -135,8 +139,16 @@ class _Setting(NamedTuple):
     def sum_flops(self, sites: Iterable[SiteShape]) -> float:
         return float(sum(site.share * site.d_in**2 for site in sites)) * self.workload.samples * self.workload.length
 
+    def busy(self, index: int) -> float:
+        """Seconds that the device computes in a block."""
+        seconds = self.survey.block_flops[index] * self.workload.batches / self.rates.forward
+        return seconds + self.sum_flops(self.survey.sites_of(index)) / self.rates.sums
+
     def read_one_by_one(self, sites: list[SiteShape], weights: Parts, held: Parts) -> Iterator[tuple[Parts, int]]:
-        """The device's memory while each site in turn is decomposed, and the bytes of the bases until then."""
+        """The device's memory while each site in turn is decomposed, and the bytes of the bases until then.
+
+        More sites are solved at once, and beside the next block, where there is room for it (`nullspace.solvers.lanes`).
+        """
         left, bases = sum(site.triangle + site.staging for site in sites), 0
         for site in sites:
             left -= site.staging  # the buffer is freed when the site is read, the triangle when the next site is asked for
@@ -166,7 +178,7 @@ def _resident(setting: _Setting) -> Plan:
 
 def _layerwise(setting: _Setting, hidden_states: str) -> Plan:
     survey, workload = setting.survey, setting.workload
-    kept = survey.hidden * workload.batches
+    kept = (survey.hidden + survey.arguments) * workload.batches
     held, host_held = _held_between_blocks(setting, hidden_states)
     weights, ahead = {"weights": survey.weights if setting.in_place else survey.outside}, survey.sites_of(None)
     sums = sum(site.triangle + site.staging for site in ahead)
@@ -182,7 +194,6 @@ def _layerwise(setting: _Setting, hidden_states: str) -> Plan:
         for device, made in _block(setting, index, held):
             phases.append((device, {**host_held, "bases": bases + made}))
         bases += made
-    slow = {"device": math.inf, "host": setting.rates.transfer, "disk": setting.rates.disk}[hidden_states]
     return _plan(
         setting,
         strategy="layerwise",
@@ -190,7 +201,7 @@ def _layerwise(setting: _Setting, hidden_states: str) -> Plan:
         phases=phases,
         forward=(survey.prologue_flops + sum(survey.block_flops)) * workload.batches,
         weight_seconds=0.0 if setting.in_place else _loading_seconds(setting),
-        hidden_seconds=2 * count * kept / slow,
+        hidden_seconds=_hidden_seconds(setting, hidden_states, kept),
         disk_bytes=kept if hidden_states == "disk" else 0,
     )
 
@@ -198,15 +209,18 @@ def _layerwise(setting: _Setting, hidden_states: str) -> Plan:
 def _held_between_blocks(setting: _Setting, hidden_states: str) -> tuple[Parts, Parts]:
     """What a layerwise run holds in every block but the weights: of the device, and of the host."""
     survey, batches = setting.survey, setting.workload.batches
-    kept = {hidden_states: survey.hidden * batches}
-    # Of hidden states that are kept elsewhere, those of one batch are in use, and those of the next and the last are in transfer.
+    sizes = {"hidden states": survey.hidden, "arguments": survey.arguments}
     if setting.workload.device == "cpu":
-        passing, staged = 2 if hidden_states == "disk" else 0, 0
-    else:
-        passing, staged = 0 if hidden_states == "device" else 3, 2 if hidden_states == "disk" else 0
-    hidden = kept.get("device", 0) + passing * survey.hidden
-    device = {"arguments": survey.arguments * batches, "hidden states": hidden, **setting.libraries}
-    return device, {**setting.host_weights(), "hidden states": kept.get("host", 0) + staged * survey.hidden}
+        device = {name: (2 if hidden_states == "disk" else batches) * size for name, size in sizes.items()}
+        return {**device, **setting.libraries}, setting.host_weights()
+    # Of what is kept elsewhere, one batch's is in use, and those of the next and the last are in transfer.
+    device = {name: (batches if hidden_states == "device" else 3) * size for name, size in sizes.items()}
+    pinned = {
+        "device": 0,
+        "host": pinned_bytes(survey.hidden + survey.arguments, batches),
+        "disk": 2 * sum(map(power_of_two, sizes.values())),
+    }
+    return {**device, **setting.libraries}, {**setting.host_weights(), "hidden states": pinned[hidden_states]}
 
 
 def _first_batch(setting: _Setting) -> Parts:
@@ -241,14 +255,22 @@ def _block(setting: _Setting, index: int, held: Parts) -> Iterator[tuple[Parts, 
 
 def _loading_seconds(setting: _Setting) -> float:
     """The first block's loading, and of each other's what exceeds the computation in the block before."""
-    survey, rates = setting.survey, setting.rates
+    survey = setting.survey
     seconds = 0.0
     for index, here in enumerate(survey.block_weights):
         following = sum(survey.block_weights[index + 1 : index + 2])
-        busy = survey.block_flops[index] * setting.workload.batches / rates.forward
-        busy += setting.sum_flops(survey.sites_of(index)) / rates.sums
-        seconds += max(0.0, following / setting.weight_rate - busy) + (here / setting.weight_rate if index == 0 else 0.0)
+        first = here / setting.weight_rate if index == 0 else 0.0
+        seconds += max(0.0, following / setting.weight_rate - setting.busy(index)) + first
     return seconds
+
+
+def _hidden_seconds(setting: _Setting, place: str, size: int) -> float:
+    """The writing and reading of what is kept between blocks. A GPU's copies run in both directions beside the computation."""
+    blocks = range(len(setting.survey.block_weights))
+    if place == "disk":
+        return 2 * len(blocks) * size / setting.rates.disk
+    each = size / setting.rates.transfer if place == "host" else 0.0
+    return sum(max(0.0, each - setting.busy(index)) for index in blocks)
 
 
 def _plan(

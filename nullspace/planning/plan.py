@@ -119,11 +119,14 @@ class Plan:
         batch_size: sequences a batch.
         device: `"cuda"` or `"cpu"`.
         device_parts: the device's memory at its peak, by name: weights, sums, activations (of one batch), hidden states, arguments
-            (of the blocks: masks, rotary tables), decomposition, libraries. Empty on a CPU.
-        host_parts: the same for the host, with bases.
+            (of the blocks: masks, rotary tables), decomposition, libraries. Empty on a CPU. It is what a run needs: where there is
+            more, a GPU solves several sites at once.
+        host_parts: the same for the host, with bases; pinned memory as PyTorch allocates it.
         disk_bytes: hidden states that are written.
         flops: of forward, sums and decomposition.
         seconds: of forward, sums, decomposition, and of the transfers of weights and hidden states that computation does not hide.
+            Of decomposition as if one site were solved after the other: what a GPU gains by several at once, and beside the next
+            block's forward pass, was not measured.
         tracked: whether the activations come from a forward pass on the meta device. If the model does not run there, they are
             estimated from the shapes of its layers, with a tendency to be too high.
         estimated_rates: whether `seconds` come from estimated throughputs.

@@ -22,6 +22,7 @@ from nullspace.cli import app
 from nullspace.moments.triangle import LowerTriangle
 from nullspace.planning.choice import choose, choose_strategy, closest, fit
 from nullspace.planning.forecast import forecast
+from nullspace.planning.memory import pinned_bytes, power_of_two
 from nullspace.planning.meta_run import LiveBytes, watch
 from nullspace.planning.plan import MARGIN, Plan, Rates, Workload
 from nullspace.planning.survey import Survey
@@ -73,7 +74,13 @@ def test_sums_weights_and_hidden_states_are_exact() -> None:
     assert layerwise.device_parts["hidden states"] == 8 * 2048 * HIDDEN * ITEM
     assert resident.host_parts["bases"] == 3 * (3 * HIDDEN + INNER) * 8 * 8
     disk = find(plans, "layerwise", "host", "disk")
-    assert disk.disk_bytes == 8 * 2048 * HIDDEN * ITEM
+    tables = 2048 * (2 * (HIDDEN // 4) * ITEM + 8)  # cos, sin and positions of each of 4 batches
+    assert disk.disk_bytes == 8 * 2048 * HIDDEN * ITEM + 4 * tables
+    host = find(plans, "layerwise", "host", "host")
+    largest = max(p.nbytes for p in model.parameters())
+    assert host.host_parts["weights"] == weights + 2 * power_of_two(largest)
+    assert host.host_parts["hidden states"] == pinned_bytes(2 * 2048 * HIDDEN * ITEM + tables, 4)
+    assert disk.host_parts["hidden states"] == 2 * (power_of_two(2 * 2048 * HIDDEN * ITEM) + power_of_two(tables))
     # The rehearsal is the peak: some copies of one batch's hidden states, two blocks' weights, and those outside of the blocks.
     blocks = [sum(p.nbytes for p in block.parameters()) for block in model.model.layers]
     assert disk.device_parts["hidden states"] == 5 * 2 * 2048 * HIDDEN * ITEM
