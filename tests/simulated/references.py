@@ -1,0 +1,32 @@
+"""What the simulated runs are compared with: second moments on the CPU, in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from mixtures import MIXTURES, mixture
+from torch import nn
+
+from models import random_batches, tiny
+from nullspace import stream_covariances
+
+
+def model_of(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return (mixture(family) if family in MIXTURES else tiny(family)).to(dtype)
+
+
+def batches_of(padding: str | None = None, *, masked: bool = True) -> list[dict[str, torch.Tensor]]:
+    """Four batches of two sequences, with their masks unless `masked` is False."""
+    batches = random_batches(4, 2, 48, padding=padding)
+    return batches if masked else [{"input_ids": batch["input_ids"]} for batch in batches]
+
+
+@functools.cache
+def sums_of(family: str, padding: str | None = None, experts: str = "auto") -> dict[str, tuple[torch.Tensor, int]]:
+    """Name of a layer → the second moment and the tokens of its site."""
+    stream = stream_covariances(
+        model_of(family), batches_of(padding), strategy="resident", precision="fp64", experts=experts, progress=False
+    )
+    found = {site: (covariance.matrix(), covariance.tokens) for site, covariance in stream}
+    return {name: values for site, values in found.items() for name in site.members}
