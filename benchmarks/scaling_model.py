@@ -15,8 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
+from benchmarks.cost_model import H100
 from nullspace.calibration.totals import deal
 from nullspace.moments.triangle import PANEL_ROWS
 from nullspace.planning.plan import Rates, Workload
@@ -189,12 +188,10 @@ def h100(links: int = 8) -> Cluster:
             hop_within=3.4e-6,
             hop_between=14e-6,
         ),
-        # bf16 forward 350e12 (35 % of the peak), syrk 200e12 counted as n d², eigh 1e12 counted as 9 d³ (a sixtieth of the float64
-        # tensor cores' peak: half of a tridiagonal reduction is bound by memory), PCIe 5 25e9. All assumed.
-        rates=Rates.of("cuda", torch.bfloat16),
-        memory=80e9,  # data sheet
-        panel=6e-5,  # about ten launches: a guess
-        copy=1e12,  # 3.35e12 of memory bandwidth (data sheet), read and written
+        rates=H100.rates(),  # a forecast: `benchmarks/results/cost.md` says where each comes from
+        memory=H100.memory,
+        panel=10 / H100.launch.middle,  # about ten launches: a guess
+        copy=H100.copy.middle / 2,  # copied, which is both read and written
         exchange=1e-3,  # pickling, copies to the device and back: a guess
         exchange_site=5e-6,  # unpickling one site: a guess
     )

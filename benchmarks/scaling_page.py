@@ -229,8 +229,7 @@ Seconds with 64 GPUs, if something were otherwise:
 
 {_table(["", *(f"{name}, {strategy}" for name, strategy, _ in CASES)], rows)}
 
-Sites that are put aside are about as much as one block's sums, {_n(kept)} GB a GPU at most in this table. A solver
-eight times as fast is what shift-invert is hoped to be (`benchmarks/results/README.md`, step 4).
+Sites that are put aside are about as much as one block's sums, {_n(kept)} GB a GPU at most in this table.
 """
 
 
@@ -376,18 +375,24 @@ def _assumptions(result: Mapping[str, Any]) -> str:
         ["`network.start`", f"{_n(1e6 * network.start)} µs", "NCCL's tuner, ring, simple protocol"],
         ["`network.hop_within`", f"{_n(1e6 * network.hop_within)} µs", "the same, NVLink"],
         ["`network.hop_between`", f"{_n(1e6 * network.hop_between)} µs", "the same, network"],
-        ["`rates.forward`", f"{_n(rates.forward / 1e12)} TFLOP/s", "bf16, about a third of the data sheet's 989 (guess)"],
-        ["`rates.sums`", f"{_n(rates.sums / 1e12)} TFLOP/s", "n · d² for n tokens: the Triton kernel on tensor cores (guess)"],
-        [
-            "`rates.decomposition`",
-            f"{_n(rates.decomposition / 1e12)} TFLOP/s",
-            "full `eigh` counted as 9 d³, 1.5 % of the float64 peak (guess; below 3 % is reported for H100, arXiv 2410.02170)",
-        ],
-        [
-            "`rates.transfer`",
-            f"{_n(rates.transfer / 1e9)} GB/s",
-            "PCIe 5 from pinned memory (guess, from 64 GB/s on the data sheet)",
-        ],
+        *(
+            [
+                f"`rates.{name}`",
+                f"{_n(getattr(rates, name) / scale)} {unit}",
+                f"{what}: the middle of the range in [cost.md](cost.md)",
+            ]
+            for name, scale, unit, what in (
+                ("forward", 1e12, "TFLOP/s", "bf16"),
+                ("sums", 1e12, "TFLOP/s", "n · d² for n tokens, the Triton kernel at d = 8,192"),
+                (
+                    "decomposition",
+                    1e12,
+                    "TFLOP/s",
+                    "full `eigh` counted as 9 d³; other solvers by the flops of it that take as long",
+                ),
+                ("transfer", 1e9, "GB/s", "PCIe 5 from pinned memory"),
+            )
+        ),
         [
             "`panel`",
             f"{_n(1e6 * base.panel)} µs",
@@ -396,7 +401,7 @@ def _assumptions(result: Mapping[str, Any]) -> str:
         [
             "`copy`",
             f"{_n(base.copy / 1e12)} TB/s",
-            f"from 3.35 TB/s of memory (guess; measured on this CPU: {_rate(here['copy'])})",
+            f"half of what [cost.md](cost.md) says is read and written (measured on this CPU: {_rate(here['copy'])})",
         ],
         [
             "`exchange`",

@@ -48,14 +48,14 @@ class Rates:
         """Estimates for a kind of device.
 
         Args:
-            device: `"cuda"`: an H100, from its data sheet at the usual fraction of the peak, not measured. `"cpu"`: by thread,
+            device: `"cuda"`: an H100, the middle of what `benchmarks/results/cost.md` forecasts, not measured. `"cpu"`: by thread,
                 from `benchmarks/results` (an AMD EPYC with AVX2, float32).
             dtype: of the model's weights.
             threads: of a CPU; PyTorch's number by default.
         """
         half = dtype in (torch.bfloat16, torch.float16)
         if device == "cuda":
-            return cls(forward=350e12 if half else 40e12, sums=200e12, decomposition=1e12, transfer=25e9, disk=2e9)
+            return cls(forward=400e12 if half else 40e12, sums=375e12, decomposition=3e12, transfer=30e9, disk=2e9)
         threads = threads or torch.get_num_threads()
         return cls(
             forward=(25e9 if half else 45e9) * threads,
