@@ -82,6 +82,8 @@ def judge(command: Command) -> None:
     for row in good:
         if row["variant"] == "capped" and "reserved_gb" in row:
             command.measure("capped", row["reserved_gb"])
+    if any(row.get("variant") == "capped" and "out_of_memory" in row for row in command.rows):
+        command.measure("capped", float("inf"))
 
 
 def main(argv: list[str] | None = None) -> None:

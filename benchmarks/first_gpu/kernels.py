@@ -3,8 +3,8 @@
     python -m benchmarks.first_gpu.kernels --out FOLDER             # about 5 minutes; writes kernels.json
     python -m benchmarks.first_gpu.kernels --out FOLDER --sweep     # candidates for the tile table instead
 
-A variant runs in a process of its own with a time limit: a kernel with a wrong barrier hangs. First it must be exact on small
-integers, else it is not timed. Then its resolution δ = ‖E − αG‖ / ‖G‖ against float64 on rows with a real layer's spectrum
+A variant runs in a process of its own with a time limit: a kernel with a wrong barrier hangs. One that this device or Triton cannot
+run, so that another would take its place, is skipped. First a variant must be exact on small integers, else it is not timed. Then its resolution δ = ‖E − αG‖ / ‖G‖ against float64 on rows with a real layer's spectrum
 (λ_128 / λ_max = 1e-6), in one launch and in four. Then its speed at d = 4096 and 14336 with 8k and 16k tokens in turns with cuBLAS
 bf16 `mm` (the full square, float32 result) on the same rows, round by round, medians.
 
@@ -60,7 +60,8 @@ def candidates(device: str) -> dict[str, Any]:
     base = tiles.tiling_for(torch.bfloat16, torch.device(device), max(SIZES[device]["widths"]))
     named: dict[str, Any] = {"default": None}
     for variant in tiles.VARIANTS:
-        named[variant] = base._replace(variant=variant)
+        if variant != base.variant:
+            named[variant] = base._replace(variant=variant, window=512 if variant == "gemm" else base.window)
     for window in (64, 256):
         named[f"window {window}"] = base._replace(window=window, block_k=min(window, base.block_k))
     if base.descriptor:
@@ -81,6 +82,9 @@ def rows_of(name: str, device: str) -> Iterator[dict[str, Any]]:
         yield from ceilings(where, sizes)
         return
     tiling = candidates(device)[name]
+    if tiling is not None and (ran := ran_as(tiling, where, sizes["exact"])) != tiling.variant:
+        yield {"skipped": f"it would run as {ran}"}
+        return
     exact = exactness(tiling, where, sizes["exact"])
     yield exact
     if not exact["exact"]:
@@ -89,6 +93,14 @@ def rows_of(name: str, device: str) -> Iterator[dict[str, Any]]:
     for d in sizes["widths"]:
         for tokens in sizes["tokens"]:
             yield speed({name: tiling}, d, tokens, where, sizes["rounds"])[0]
+
+
+def ran_as(tiling: Any, device: Any, shape: tuple[int, int]) -> str:
+    """The variant that a tiling really runs as: another takes the place of what this device or Triton cannot run."""
+    from benchmarks.first_gpu.inputs import draw
+    from nullspace.csrc_triton.syrk import runnable
+
+    return runnable(tiling, draw(*shape, device)).variant
 
 
 def exactness(tiling: Any, device: Any, shape: tuple[int, int]) -> dict[str, Any]:
