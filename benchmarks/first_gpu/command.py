@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from pathlib import Path
@@ -131,7 +132,8 @@ class Command:
         for key, goal in GOALS.items():
             if goal.command == self.name:
                 value = self._measured.get(key)
-                self._content["goals"][key] = {**goal._asdict(), "value": value, "verdict": self._verdict(goal, value)}
+                known = None if value is None or math.isinf(value) else value
+                self._content["goals"][key] = {**goal._asdict(), "value": known, "verdict": self._verdict(goal, value)}
         path = self._write()
         print("\n".join([*self._summary(), f"wrote {path} after {self._content['seconds']:.0f} s"]), flush=True)
 
@@ -170,7 +172,7 @@ class Command:
         return False
 
     def measure(self, key: str, value: float) -> None:
-        """Keep the figure of a goal."""
+        """Keep the figure of a goal; infinity, if there can be none because the run failed."""
         self._measured[key] = value
 
     def _verdict(self, goal: Goal, value: float | None) -> str:
