@@ -3,11 +3,11 @@
     python -m benchmarks.first_gpu.kernels --out FOLDER             # about 5 minutes; writes kernels.json
     python -m benchmarks.first_gpu.kernels --out FOLDER --sweep     # candidates for the tile table instead
 
-A variant runs in a process of its own with a time limit: a kernel with a wrong barrier hangs. One that this device or Triton cannot
-run, so that another would take its place, is skipped. First a variant must be exact on small integers, else it is not timed. Then its
-resolution δ = ‖E − αG‖ / ‖G‖ against float64 on rows with a real layer's spectrum (λ_128 / λ_max = 1e-6), in one launch and in four.
-Then its speed at d = 4096 and 14336 with 8k and 16k tokens in turns with cuBLAS bf16 `mm` (the full square, float32 result) on the
-same rows, round by round, medians.
+A variant runs in a process of its own with a time limit: a kernel with a wrong barrier hangs. One that this device or Triton
+cannot run, so that another would take its place, is skipped. First a variant must be exact on small integers, else it is not timed.
+Then its resolution δ = ‖E − αG‖ / ‖G‖ against float64 on rows with a real layer's spectrum (λ_128 / λ_max = 1e-6), in one launch
+and in four. Then its speed at d = 4096 and 14336 with 8k and 16k tokens in turns with cuBLAS bf16 `mm` (the full square, float32
+result) on the same rows, round by round, medians.
 
 "full" counts 2 · tokens · d², what a full product takes; "executed" what the tiles really multiply. "cycles a window" are the
 device's clock over the windows that one multiprocessor computes. "operands GB/s" is what all tiles together ask of the L2 cache. If
