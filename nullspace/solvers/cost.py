@@ -20,13 +20,19 @@ SUBSET_MIN_D = 128
 # (benchmarks/results/solvers-cpu.json): d = 2048: 1.1 to 1.2, d = 4096: 0.44 to 0.65, d = 8192: 0.36.
 INVERT_FRACTION = 1 / 24
 INVERT_MIN_D = 3072
-# Below this order the reduction to tridiagonal form is faster with one BLAS thread than with two: d = 576: 12 and 17 ms,
-# d = 1536: 230 and 155 ms.
-THREADS_MIN_D = 1024
 # Matrices side by side, one thread each, against one after the other with all threads, k = 32, 2 CPU cores: 90 of d = 576 in 1.0
 # and 2.0 s, 30 of d = 1536 in 4.5 and 5.6 s. Where other work takes one of the cores, BLAS threads wait for each other: the second
 # then takes ten times as long, and the first twice. No more matrices at once than take this many bytes, two of d² each.
 SIDE_BY_SIDE_BYTES = 2**30
+
+# Shift-invert, by compute capability (None: all others) and smallest d: into how many parts k + GUARD columns are divided, which
+# gives the width of a block, and the order of the blocks of L that are inverted (`triangular.Factor`). Nothing was timed on a GPU
+# yet; `python -m benchmarks.solvers --tune` prints such rows.
+INVERT_ON_CUDA: dict[tuple[int, int] | None, dict[int, tuple[int, int]]] = {None: {0: (12, 256), 2048: (12, 512)}}
+# On a CPU: the multiple of LEAST_WIDTH next to (k + GUARD) / 6. One thread, d = 4096, k = 128, seconds of the processor on a loaded
+# machine, the least of two: 3.6, 4.5, 3.4 and 3.5 with 12, 18, 24 and 36 columns; MKL's triangular solver prefers multiples of 12.
+INVERT_ON_CPU = 6
+LEAST_WIDTH = 12
 
 
 def choose_method(d: int, k: int, device: torch.device | str = "cpu", *, every: bool = False) -> str:
@@ -37,12 +43,27 @@ def choose_method(d: int, k: int, device: torch.device | str = "cpu", *, every: 
         device: where the matrix is.
         every: all eigenvalues are wanted, which shift-invert does not give.
     """
-    if torch.device(device).type == "cpu":
+    kind = torch.device(device).type
+    if kind == "cpu":
         if not every and d >= INVERT_MIN_D and k <= d * INVERT_FRACTION:
             return "shift-invert"
         if d >= SUBSET_MIN_D and k <= d * SUBSET_FRACTION:
             return "lapack-subset"
+    # By count: `invert_flops` at the largest k that shift-invert takes is below half of the 9 d³ of all pairs. Neither was timed.
+    elif kind == "cuda" and not every and krylov.LEAST_ORDER * (k + krylov.GUARD) <= d:
+        return "shift-invert"
     return "eigh"
+
+
+def tuning(d: int, k: int, device: torch.device | str = "cpu") -> krylov.Tuning:
+    """How shift-invert computes k eigenpairs of a matrix of order d on a device."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return krylov.Tuning(LEAST_WIDTH * max(1, round((k + krylov.GUARD) / INVERT_ON_CPU / LEAST_WIDTH)))
+    present = device.type == "cuda" and torch.cuda.is_available()
+    rows = INVERT_ON_CUDA.get(torch.cuda.get_device_capability(device) if present else None, INVERT_ON_CUDA[None])
+    parts, block = rows[max(least for least in rows if least <= d)]
+    return krylov.Tuning(max(8, (k + krylov.GUARD) // parts), block, cholesky=True)
 
 
 def side_by_side(d: int, device: torch.device | str = "cpu") -> int:
@@ -67,14 +88,23 @@ def decomposition_cost(d: int, rank: int, device: str) -> tuple[int, float, floa
     k, square = min(rank, d - 1), 8 * d * d
     method = choose_method(d, k, device)
     if method == "shift-invert":
-        wanted = k + krylov.GUARD
-        columns = krylov.MAX_COLUMNS * wanted
-        # A copy for the Cholesky factor, and PyTorch's own while it is made; later, the factor and the Krylov basis.
-        size = max(3 * square, 2 * square + 8 * (columns * d + columns**2 + 4 * d * wanted))
-        flops = d**3 / 3 + 20 * d * d * wanted
+        size, flops = invert_cost(d, k, tuning(d, k, device))
         return size, flops, flops / 0.45
     if method == "lapack-subset":
         # The reflectors lie in the square, and LAPACK works on them there; several small ones are at work at once.
         flops = 4 / 3 * d**3 + 4 * d * d * k
         return side_by_side(d) * (square + 64 * 8 * d + 32 * d * k), flops, 3 * flops
     return 4 * square + 16 * d * k, 9.0 * d**3, 9.0 * d**3  # vectors, and a workspace of two squares
+
+
+def invert_cost(d: int, k: int, tuning: krylov.Tuning) -> tuple[int, float]:
+    """Bytes at the peak, the square itself included, and flops of shift-invert where one Rayleigh–Ritz problem is enough."""
+    wanted = k + krylov.GUARD
+    space = krylov.first_check(wanted, tuning.width)
+    most = min(krylov.MAX_COLUMNS * wanted, d)
+    probes = krylov.PROBES * krylov.PROBE_STEPS
+    inverted = 2 / 3 * d * min(tuning.block, d) ** 2
+    solves = (2 if tuning.block < d else 4) * d * d * (space + probes)
+    # The product with C, the columns made orthogonal twice, and the small eigenproblem.
+    flops = d**3 / 3 + inverted + solves + 2 * d * d * wanted + 4 * d * space**2 + 4 / 3 * space**3
+    return 8 * (2 * d * d + most * (d + most) + 8 * d * wanted), flops

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
-import scipy.linalg
 import torch
 
 from nullspace.checks import check_between, check_one_of
@@ -13,13 +10,9 @@ from nullspace.errors import InputError
 from nullspace.solvers import cost, lapack
 from nullspace.solvers.checks import check_symmetric, with_fixed_signs
 from nullspace.solvers.krylov import shift_invert
-from nullspace.solvers.threads import one_blas_thread
 
 METHODS = ("auto", "eigh", "lapack-subset", "shift-invert")
 
-# Inverse iteration on the tridiagonal matrix leaves a residual of some 1e-15 of its norm; where it leaves more than this, another
-# driver computes the vectors.
-PAIR_TOLERANCE = 1e-13
 # Relative to the trace: rounding turns a zero eigenvalue into one up to this size.
 ZERO_EIGENVALUE = 16 * torch.finfo(torch.float64).eps
 
@@ -34,8 +27,9 @@ def bottom_eigenpairs(
         k: how many, 1 ≤ k ≤ d.
         method: `"lapack-subset"` (LAPACK's tridiagonal form and inverse iteration; on the CPU), `"eigh"` (all d pairs by
             `torch.linalg.eigh`, on the matrix's device), `"shift-invert"` (block Krylov on (C + σI)⁻¹, on the matrix's device;
-            it falls back to one of the others where it does not converge) or `"auto"`: for a CPU matrix, shift-invert from
-            d = 3072 on if k ≤ d / 24, the subset from d = 128 on if k ≤ d / 4; else `"eigh"`.
+            it falls back to one of the others where it does not converge, and for d < 10 (k + 16)) or `"auto"`. That is, for a CPU
+            matrix, shift-invert from d = 3072 on if k ≤ d / 24, the subset from d = 128 on if k ≤ d / 4; for a CUDA matrix,
+            shift-invert if d ≥ 10 (k + 16); else `"eigh"`.
         overwrite: `c` may be destroyed, which saves a copy of it.
 
     Returns:
@@ -44,8 +38,8 @@ def bottom_eigenpairs(
         one of them is returned. Rounding may turn a zero eigenvalue into ±eps · ‖C‖.
 
     Cost: 4/3 · d³ flops for the reduction to tridiagonal form (half of them bound by memory), then O(d² k) for the subset;
-    about 9 d³ in all for `"eigh"`; d³ / 3 + 2 d² (k + 16) a step for shift-invert, some ten steps. Beside C, 16 · d² bytes at
-    most (24 · d² for `"eigh"`), and for shift-invert its basis, 8 · d (k + 16) a step.
+    about 9 d³ in all for `"eigh"`; d³ / 3 + 12 d² (k + 16) for shift-invert. Beside C, 16 · d² bytes at most (24 · d² for
+    `"eigh"`); for shift-invert 8 · d² and 8 · d bytes a column, of which there are 20 (k + 16) at most.
 
     Raises:
         ValueError: if `c` is not square or holds NaN or Inf, k is out of range, or the method is unknown.
@@ -72,12 +66,12 @@ def partial_eigh(
     if method == "auto":
         method = cost.choose_method(d, k, c.device, every=every)
     if method == "shift-invert":
-        pairs = shift_invert(c.to(torch.float64), k)
+        pairs = shift_invert(c.to(torch.float64), k, cost.tuning(d, k, c.device))
         if pairs is not None:
             return pairs[0], with_fixed_signs(pairs[1])
         method = cost.choose_method(d, k, c.device, every=True)
     if method == "lapack-subset" and d > 2:
-        values, vectors = _lapack_subset(c.detach().to("cpu", torch.float64).numpy(), k, overwrite)
+        values, vectors = lapack.bottom_pairs(c.detach().to("cpu", torch.float64).numpy(), k, overwrite)
         eigenvalues, basis = torch.from_numpy(values).to(c.device), torch.from_numpy(vectors).to(c.device)
     else:
         eigenvalues, basis = torch.linalg.eigh(c.to(torch.float64))
@@ -152,37 +146,3 @@ def effective_rank(singular_values: torch.Tensor | np.ndarray) -> float:
     if total == 0:
         return 0.0
     return float(torch.exp(torch.special.entr(sigma / total).sum()))
-
-
-def _lapack_subset(c: np.ndarray, k: int, overwrite: bool) -> tuple[np.ndarray, np.ndarray]:
-    """All eigenvalues and k vectors, by LAPACK's steps one by one: its drivers give either a subset of both or all of both."""
-    # Scaling, as in dsyevr, keeps tiny and huge matrices away from the ends of the range.
-    scale = max(c.max(), -c.min()) or 1.0
-    work = np.divide(c, scale, out=c if overwrite and c.flags.c_contiguous else None, order="C")
-    with one_blas_thread if len(c) < cost.THREADS_MIN_D else contextlib.nullcontext():
-        diagonal, beside, tau = lapack.tridiagonal(work)
-    with one_blas_thread:
-        values = lapack.eigenvalues(diagonal, beside)
-        vectors = lapack.eigenvectors(diagonal, beside, values[:k])
-        if vectors is None or not _are_eigenpairs(diagonal, beside, values[:k], vectors):
-            vectors = _robust_eigenvectors(diagonal, beside, k)
-        return values * scale, lapack.rotate(work, tau, vectors)
-
-
-def _are_eigenpairs(diagonal: np.ndarray, beside: np.ndarray, values: np.ndarray, vectors: np.ndarray) -> bool:
-    """Whether T V = V Λ and VᵀV = I. With the k smallest of all eigenvalues in Λ, no pair can then be missing."""
-    residual = vectors * (diagonal[:, None] - values)
-    residual[1:] += vectors[:-1] * beside[:, None]
-    residual[:-1] += vectors[1:] * beside[:, None]
-    norm = max(np.abs(diagonal).max(), np.abs(beside).max())
-    # Written so that NaN fails too.
-    small = bool(np.abs(residual).max() <= PAIR_TOLERANCE * norm)
-    return small and bool(np.abs(vectors.T @ vectors - np.eye(len(values))).max() <= PAIR_TOLERANCE)
-
-
-def _robust_eigenvectors(diagonal: np.ndarray, beside: np.ndarray, k: int) -> np.ndarray:
-    _, vectors = scipy.linalg.eigh_tridiagonal(
-        diagonal, beside, select="i", select_range=(0, k - 1), lapack_driver="stemr", check_finite=False
-    )
-    # The vectors of close eigenvalues come out orthogonal to some 1e-12 only; QR restores that, and moves none by more.
-    return np.asfortranarray(np.linalg.qr(vectors)[0])

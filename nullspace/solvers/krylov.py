@@ -2,158 +2,303 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
+
+from nullspace.solvers.lapack import bottom_pairs
+from nullspace.solvers.triangular import Factor, shifted_cholesky
 
 # How often the shift is raised tenfold if Cholesky fails with eps · trace, the least that rounding allows.
 SHIFT_RAISES = 2
 # Vectors that are computed beside the k wanted ones, which makes k + GUARD: these converge last, and are not waited for.
 GUARD = 16
-# A block has (k + GUARD) / NARROW columns, or k + GUARD. Narrow blocks converge with fewer columns in all; wide ones take fewer and
-# larger products.
-NARROW = 4
-# In multiples of k + GUARD columns: the first check of convergence, and the limit. In steps: from one check to the next.
-FIRST_CHECK, MAX_COLUMNS = 5, 10
-CHECK_EVERY = 2
+# In multiples of k + GUARD: the least order of a matrix, and the most columns of the whole space.
+LEAST_ORDER, MAX_COLUMNS = 10, 12
+# The first check of convergence, in multiples of k + GUARD columns: FIRST_CHECK[0] + FIRST_CHECK[1] · width / (k + GUARD). On the
+# spectra of `benchmarks.solvers` most have converged then. From one check to the next: so many columns a missing decimal digit,
+# (k + GUARD) / DIGIT + width, since wide blocks need more columns.
+FIRST_CHECK, DIGIT = (3.6, 8.0), 6
 # A Ritz pair (θ, u) of the inverse has converged when ‖(C + σI)⁻¹u − θu‖ ≤ RITZ_TOLERANCE · θ, and the result is accepted when
-# ‖CU − UΛ‖ ≤ RESIDUAL · ‖C‖, after at most POLISHES steps of subspace iteration.
-RITZ_TOLERANCE, RESIDUAL = 1e-7, 1e-12
+# ‖CU − UΛ‖ ≤ RESIDUAL · ‖C‖ and ‖UᵀU − I‖ ≤ ORTHOGONAL, after at most POLISHES steps of subspace iteration.
+EPS = torch.finfo(torch.float64).eps
+RITZ_TOLERANCE, RESIDUAL, ORTHOGONAL = 1e-6, 1e-12, 1e-13
 POLISHES = 4
-# Columns and steps of the search for a pair that was missed.
-PROBES, PROBE_STEPS = 8, 4
+# Columns and steps of the search for a pair that was missed, and how much larger than the k-th its θ is then.
+PROBES, PROBE_STEPS, LARGER = 8, 4, 2e-3
 
 
-def shift_invert(c: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+class Tuning(NamedTuple):
+    """How shift-invert runs on a device; `cost.tuning` chooses.
+
+    Attributes:
+        width: columns of a block. Narrow blocks converge with fewer columns in all, wide ones take fewer and larger products.
+        block: how the factor is applied (`triangular.Factor`).
+        cholesky: blocks are made orthonormal by CholeskyQR, which is matrix products, instead of Householder's reflections; where
+            that fails, by reflections.
+    """
+
+    width: int
+    block: int = 0
+    cholesky: bool = False
+
+
+class Ritz(NamedTuple):
+    """Approximate eigenpairs of the inverse.
+
+    Attributes:
+        theta: (m,) float64 on the host, descending.
+        image: (d, m), column i is (C + σI)⁻¹ u_i / θ_i: a step of inverse iteration behind the Ritz vector u_i.
+    """
+
+    theta: torch.Tensor
+    image: torch.Tensor
+
+
+def shift_invert(c: torch.Tensor, k: int, tuning: Tuning) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The k smallest eigenpairs by block Krylov iteration on the inverse; None where that does not converge.
 
     The wanted end of C is the far end of (C + σI)⁻¹, where Krylov spaces converge fast, and a shift moves no vector. With
     LLᵀ = C + σI, a step is two triangular solves and a reorthogonalisation against all columns so far (Golub and Van Loan,
-    "Matrix Computations", block Lanczos). Rayleigh–Ritz on the last space takes the singular values of LᵀU, which keep more digits
-    of small eigenvalues than UᵀCU does. The result has been checked: ‖CU − UΛ‖ ≤ 1e-12 ‖C‖ (Frobenius norms), and a search in the
-    complement has met no smaller eigenvalue.
+    "Matrix Computations", block Lanczos). One Rayleigh–Ritz problem on the host ends it, of a matrix with as many columns as the
+    space has; a second one where the first shows that the space is too small. The recurrence gives (C + σI)⁻¹U of the Ritz vectors
+    without a solve, and that is the result. It has been checked: ‖CU − UΛ‖ ≤ 1e-12 ‖C‖ (Frobenius norms), U is orthonormal, and a
+    search in the complement has met no smaller eigenvalue.
 
     Args:
         c: (d, d) float64, symmetric positive semi-definite.
         k: how many, at least 1.
+        tuning: for the device and the size.
 
     Returns:
-        Eigenvalues (k + GUARD,), ascending, and orthonormal vectors (d, k). None as well where d < MAX_COLUMNS · (k + GUARD).
+        Eigenvalues (k + GUARD,), ascending, and orthonormal vectors (d, k). None as well where d < LEAST_ORDER · (k + GUARD).
+
+    Memory: beside C, a factor of 8 · d² bytes, and 8 · d · (MAX_COLUMNS + 4) · (k + GUARD) bytes at most.
     """
     wanted = k + GUARD
-    if MAX_COLUMNS * wanted > len(c):
+    if LEAST_ORDER * wanted > len(c):
         return None
-    least = shift = torch.finfo(torch.float64).eps * float(c.diagonal().sum())
-    narrow, estimate = max(8, wanted // NARROW), 0.0
+    trace, norm = torch.stack([c.diagonal().sum(), torch.linalg.matrix_norm(c)]).tolist()
+    if not (trace > 0 and norm < math.inf):
+        return None
+    # Squares of the factor's inverse stay within float64's range if the eigenvalues are near 1.
+    scale = 2.0 ** math.frexp(trace)[1]
+    norm, estimate = norm / scale, 0.0
+    least = shift = EPS * trace / scale
     # First narrow blocks and the least shift. With fewer than k zero eigenvalues, (C + σI)⁻¹ then spans 1e16, and rounding drowns
     # the other wanted pairs: the second attempt uses σ ≈ λ_k / 16, of which the first one has an estimate. An eigenvalue that is
     # repeated more often than a block has columns needs wide blocks.
-    for width in (narrow, narrow, wanted):
-        factor, shift = _shifted_cholesky(c, max(shift, estimate / 16))
-        if factor is None:
+    for attempt, width in enumerate((tuning.width, tuning.width, wanted)):
+        if attempt == 1 and estimate == 0:
+            continue
+        lower, shift = shifted_cholesky(c, scale, max(shift, estimate / 16), SHIFT_RAISES)
+        if lower is None:
             return None
-        columns, estimate = _inverse_krylov(factor, shift, least, wanted, width)
-        pairs = None if columns is None else _polished(c, factor, shift, columns, k)
-        if pairs is not None and not smaller_remains(factor, pairs[1], float((pairs[0][k - 1] + shift).clamp(min=0).sqrt())):
-            return pairs
+        factor = Factor(lower, tuning.block)
+        del lower
+        ritz, estimate = inverse_krylov(factor, shift, least, norm, k, tuning._replace(width=width))
+        pairs = None if ritz is None else _certified(c, scale, norm, factor, ritz, k)
+        if pairs is not None:
+            return pairs[0] * scale, pairs[1]
     return None
 
 
-def smaller_remains(factor: torch.Tensor, basis_dk: torch.Tensor, sigma: float) -> bool:
-    """Whether L has a singular value below σ in the complement of a basis, by a few steps of the iteration there.
-
-    Args:
-        factor: L, (d, d) lower triangular, LLᵀ = C + σI.
-        basis_dk: orthonormal columns.
-        sigma: the largest singular value that belongs to the basis.
-    """
-    generator = torch.Generator().manual_seed(1)
-    block = torch.randn(len(factor), PROBES, generator=generator, dtype=torch.float64).to(factor.device)
-    space: list[torch.Tensor] = []
-    for _ in range(PROBE_STEPS):
-        for known in (basis_dk, *space, basis_dk, *space):
-            block = block - known @ (known.mT @ block)
-        space.append(torch.linalg.qr(block).Q)
-        block = _solve(factor, space[-1])
-    smallest = torch.linalg.svdvals(factor.mT @ torch.cat(space, dim=1))[-1]
-    return bool(smallest < (1 - 1e-3) * sigma)
+def first_check(wanted: int, width: int) -> int:
+    """Columns of the space when the first Rayleigh–Ritz problem is solved, whole blocks."""
+    return width * math.ceil(FIRST_CHECK[0] * wanted / width + FIRST_CHECK[1])
 
 
-def _polished(
-    c: torch.Tensor, factor: torch.Tensor, shift: float, columns: torch.Tensor, k: int
+def _certified(
+    c: torch.Tensor, scale: float, norm: float, factor: Factor, ritz: Ritz, k: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Eigenvalues of all columns and the k bottom vectors, by subspace iteration; None if the residual stays large."""
-    norm = torch.linalg.matrix_norm(c)
+    """Eigenvalues of all columns and the k bottom vectors, of C / scale, by subspace iteration; None if the checks fail."""
+    image = ritz.image
     for _ in range(POLISHES):
         # A solve shrinks the part of vector i along eigenvector j by λ_i / λ_j: the parts along large eigenvalues, which dominate
         # the residual, vanish.
-        q = torch.linalg.qr(_solve(factor, columns)).Q
-        _, sigma, rotation = torch.linalg.svd(torch.linalg.qr(factor.mT @ q).R)
-        columns = (q @ rotation.mT).flip(1)
-        values = (sigma.square() - shift).flip(0)
+        columns = orthonormal(image)
+        product = c @ columns / scale
+        values = (columns * product).sum(0)
         basis = columns[:, :k]
-        if bool(torch.linalg.matrix_norm(c @ basis - basis * values[:k]) <= RESIDUAL * norm):
-            return values, basis
+        residual = torch.linalg.matrix_norm(product[:, :k] - basis * values[:k])
+        remaining = complement(factor, basis)
+        checks = torch.cat([torch.stack([residual, loss_of_orthogonality(basis)]), remaining.flatten()]).cpu()  # one wait
+        if checks[0] <= RESIDUAL * norm and checks[1] <= ORTHOGONAL:
+            if smaller_remains(checks[2:].reshape(remaining.shape), float(ritz.theta[k - 1])):
+                return None
+            order = values[:k].argsort()
+            behind = torch.maximum(values[k:], values[:k].max()).sort().values
+            return torch.cat([values[order], behind]), basis[:, order]
+        image = factor.solve(columns)
     return None
 
 
-def _shifted_cholesky(c: torch.Tensor, shift: float) -> tuple[torch.Tensor | None, float]:
-    """L and σ with LLᵀ = C + σI, σ raised a little where rounding asks for it; None if C is zero, or not positive semi-definite."""
-    for _ in range(SHIFT_RAISES + 1):
-        if not shift > 0:
-            break
-        factor = c.clone()
-        factor.diagonal().add_(shift)
-        info = torch.empty((), dtype=torch.int32, device=c.device)
-        torch.linalg.cholesky_ex(factor, out=(factor, info))
-        if int(info) == 0:
-            return factor, shift
-        shift *= 10
-    return None, 0.0
+def orthonormal(columns: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of the span of columns that are nearly orthogonal: CholeskyQR, twice."""
+    q = columns / torch.linalg.vector_norm(columns, dim=0)
+    for _ in range(2):
+        q = cholesky_qr(q)[0]
+    return q
 
 
-def _solve(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(LLᵀ)⁻¹ x."""
-    return torch.linalg.solve_triangular(factor.mT, torch.linalg.solve_triangular(factor, x, upper=False), upper=True)
+def cholesky_qr(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Q, R and `info` (not zero where it failed) of a QR decomposition by the Cholesky factor of BᵀB; no wait for the device.
+
+    Q is orthonormal to eps · κ(B)²: a second time makes it so to eps, for κ(B) below 1e7.
+    """
+    factor, info = torch.linalg.cholesky_ex(block.mT @ block)
+    return torch.linalg.solve_triangular(factor, block.mT, upper=False).mT, factor.mT, info
 
 
-def _inverse_krylov(factor: torch.Tensor, shift: float, least: float, wanted: int, width: int) -> tuple[torch.Tensor | None, float]:
-    """Columns that span the bottom of the spectrum, and an estimate of the largest wanted eigenvalue.
+def loss_of_orthogonality(basis: torch.Tensor) -> torch.Tensor:
+    """‖UᵀU − I‖, Frobenius."""
+    unit = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
+    return torch.linalg.matrix_norm(basis.mT @ basis - unit)
+
+
+def complement(factor: Factor, basis_dk: torch.Tensor) -> torch.Tensor:
+    """(C + σI)⁻¹ in a small Krylov space orthogonal to a basis: its largest eigenvalue is near that of the whole complement."""
+    generator = torch.Generator().manual_seed(1)
+    block = torch.randn(len(basis_dk), PROBES, generator=generator, dtype=torch.float64).to(basis_dk.device)
+    known, images = basis_dk, []
+    for _ in range(PROBE_STEPS):
+        for _ in range(2):
+            block = block - known @ (known.mT @ block)
+        known = torch.cat([known, torch.linalg.qr(block).Q], dim=1)
+        images.append(block := factor.solve(known[:, -PROBES:]))
+    small = known[:, basis_dk.shape[1] :].mT @ torch.cat(images, dim=1)
+    return (small + small.mT) / 2
+
+
+def smaller_remains(complement: torch.Tensor, theta: float) -> bool:
+    """Whether the inverse has an eigenvalue above θ, by more than rounding and convergence explain, in a complement."""
+    return not bool(torch.linalg.eigvalsh(complement)[-1] <= (1 + LARGER) * theta)
+
+
+def inverse_krylov(factor: Factor, shift: float, least: float, norm: float, k: int, tuning: Tuning) -> tuple[Ritz | None, float]:
+    """Pairs at the bottom of the spectrum.
 
     Args:
-        factor, shift: L and σ.
+        factor, shift: of C + σI.
         least: eps · tr C; eigenvalues below 100 times this count as zero, and are not waited for.
-        wanted: k + GUARD.
-        width: columns of a block.
+        norm: ‖C‖.
+        k: how many must converge.
+        tuning: of the space.
 
     Returns:
-        (d, wanted) orthonormal, all but the last GUARD converged to RITZ_TOLERANCE; None if MAX_COLUMNS · wanted columns are not
-        enough for that.
+        k + GUARD pairs, the first k converged, or None if so many columns as there may be are not enough for that. And λ_k where
+        the reason may be that θ_1 is much larger than θ_k, otherwise 0.
     """
-    estimate = 0.0
-    d = factor.shape[0]
-    steps = (MAX_COLUMNS * wanted - width) // width
-    start = torch.randn(d, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(factor.device)
-    basis = factor.new_empty(d, (steps + 1) * width)
-    projected = factor.new_zeros((steps + 1) * width, (steps + 1) * width)
-    basis[:, :width] = torch.linalg.qr(start).Q
-    for step in range(steps):
-        new = slice(step * width, (step + 1) * width)
-        behind = slice((step + 1) * width, (step + 2) * width)
-        so_far = basis[:, : new.stop]
-        image = _solve(factor, basis[:, new])
-        overlap = so_far.mT @ image
-        q, scale = torch.linalg.qr(image - so_far @ overlap)
-        again = so_far.mT @ q  # once more, or the columns of a nearly exhausted space would not be orthogonal
-        q, rescale = torch.linalg.qr(q - so_far @ again)
-        projected[: new.stop, new] = overlap + again @ scale
-        basis[:, behind] = q
-        if new.stop < FIRST_CHECK * wanted or (step + 1) % CHECK_EVERY != 0:
+    wanted = k + GUARD
+    most = min(MAX_COLUMNS * wanted, len(factor.lower))
+    space = Space(factor, most, tuning)
+    columns, before = first_check(wanted, tuning.width), math.inf
+    while True:
+        grown = space.extended(columns)
+        pairs = space.ritz(wanted)
+        if pairs is None and tuning.cholesky:
+            tuning = tuning._replace(cholesky=False)
+            space = Space(factor, most, tuning)
             continue
-        small = projected[: new.stop, : new.stop]
-        theta, y = torch.linalg.eigh(small.triu() + small.triu(1).mT)
-        theta, y = theta.flip(0)[:wanted], y.flip(1)[:, :wanted]
-        error = torch.linalg.vector_norm((rescale @ scale) @ y[new], dim=0) / theta
-        estimate = max(float(1 / theta[-1 - GUARD]) - shift, 0.0)
-        null = 1 / theta - shift < 100 * least  # zero, as far as float64 can tell
-        if bool(((error <= RITZ_TOLERANCE) | null)[: wanted - GUARD].all()):
-            return so_far @ y, estimate
-    return None, estimate
+        if pairs is None:
+            return None, 0.0
+        theta, y, error = pairs
+        values = 1 / theta - shift
+        # Of (C + σI)⁻¹U, column i has a residual of some λ_i · error_i.
+        allowed = (RESIDUAL / 2 / k**0.5 * norm * theta[:k]).clamp(max=RITZ_TOLERANCE)
+        # Zeros, as far as float64 can tell, have converged; if they are fewer than k, the other θ may drown in their rounding.
+        error = torch.where(values < 100 * least, 0.0, error)[:k]
+        if error[-1] > 0 and EPS * theta[0] > allowed[-1] * theta[k - 1]:
+            return None, float(values[k - 1])
+        excess = float((error / allowed).max())
+        if excess <= 1:
+            return Ritz(theta, space.image(theta, y)), 0.0
+        if float(error.max()) <= RITZ_TOLERANCE and (excess > before / 2 or not grown):
+            return Ritz(theta, factor.solve(orthonormal(space.image(theta, y)))), 0.0
+        if not grown:
+            return None, 0.0
+        columns, before = space.columns + math.ceil((wanted / DIGIT + tuning.width) * math.log10(excess)), excess
+
+
+class Space:
+    """A block Krylov space of (C + σI)⁻¹ from random columns, always the same.
+
+    Args:
+        factor: of C + σI.
+        most: columns that it may have.
+        tuning: the width of a block, and how it is made orthonormal.
+
+    Attributes:
+        columns: of the space so far; `basis` holds a block more.
+    """
+
+    def __init__(self, factor: Factor, most: int, tuning: Tuning) -> None:
+        self._factor, self._most, self._tuning = factor, most, tuning
+        d, width = len(factor.lower), tuning.width
+        start = torch.randn(d, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        self._basis = factor.lower.new_empty(most, d).mT
+        self._basis[:, :width] = torch.linalg.qr(start).Q
+        # Row block j + 1, column block j: what the recurrence leaves behind block j.
+        self._projected = self._basis.new_zeros(most, most)
+        self._failed = torch.zeros((), dtype=torch.int32, device=self._basis.device)
+        self.columns = 0
+
+    def extended(self, columns: int) -> bool:
+        """Add blocks up to so many columns, or as many as there may be; False if that adds none."""
+        before = self.columns
+        while self.columns < columns and self.columns + 2 * self._tuning.width <= self._most:
+            self._step()
+        return self.columns > before
+
+    def _step(self) -> None:
+        new = slice(self.columns, self.columns + self._tuning.width)
+        behind = slice(new.stop, new.stop + self._tuning.width)
+        so_far = self._basis[:, : new.stop]
+        image = self._factor.solve(so_far[:, new])
+        # But for rounding, an image is orthogonal to all blocks but the last two. Where a space is nearly exhausted rounding is all
+        # that is left of it, and only twice against all columns makes that orthogonal to them.
+        last = slice(max(0, new.start - self._tuning.width), new.stop)
+        overlap = so_far[:, last].mT @ image
+        q, scale = self._qr(image - so_far[:, last] @ overlap)
+        again = so_far.mT @ q
+        q = q - so_far @ again
+        more = so_far.mT @ q
+        q, rescale = self._qr(q - so_far @ more)
+        self._projected[: new.stop, new] = (again + more) @ scale
+        self._projected[last, new] += overlap
+        self._projected[behind, new] = rescale @ scale
+        self._basis[:, behind] = q
+        self.columns = new.stop
+
+    def _qr(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._tuning.cholesky:
+            return torch.linalg.qr(block)
+        q, r, info = cholesky_qr(block)
+        self._failed += info
+        return q, r
+
+    def ritz(self, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """The m largest Ritz values θ (m,) of the inverse, descending, their vectors in the space (columns, m), and the residuals.
+
+        The residual of pair i is ‖(C + σI)⁻¹u − θu‖ / θ. All three are on the host, where the eigenproblem is solved. None if
+        a block could not be made orthonormal.
+        """
+        n, width = self.columns, self._tuning.width
+        *projected, failed = (
+            torch.cat([self._projected[: n + width, :n].flatten(), self._failed[None]]).cpu().split((n + width) * n)
+        )
+        if failed[0] or not bool(projected[0].isfinite().all()):
+            return None
+        small = projected[0].reshape(n + width, n)
+        upper = small[:n].triu()
+        values, vectors = bottom_pairs(-(upper + upper.triu(1).mT).numpy(), m, overwrite=True)
+        theta, y = -torch.from_numpy(values[:m]), torch.from_numpy(vectors)
+        self._rest = small[n:, n - width :]
+        return theta, y, torch.linalg.vector_norm(self._rest @ y[n - width :], dim=0) / theta
+
+    def image(self, theta: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """(d, m): (C + σI)⁻¹ u_i / θ_i of the Ritz vectors, by the recurrence."""
+        n, width = self.columns, self._tuning.width
+        rest = self._rest @ y[n - width :] / theta
+        return self._basis[:, : n + width] @ torch.cat([y, rest]).to(self._basis.device)

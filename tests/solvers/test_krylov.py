@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -10,34 +11,53 @@ import torch
 from matrices import TINY, assert_eigenpairs, spectrum_of, with_eigenvalues
 
 from nullspace.solvers import bottom_eigenpairs
-from nullspace.solvers.krylov import shift_invert, smaller_remains
+from nullspace.solvers.cost import tuning
+from nullspace.solvers.krylov import Tuning, complement, shift_invert, smaller_remains
+from nullspace.solvers.triangular import Factor
+
+# As on a CPU; as on CUDA, with substitution by blocks, the library's triangular solver and the whole inverse.
+TUNINGS = {
+    "cpu": tuning(700, 40),
+    "cuda": tuning(700, 40, "cuda"),
+    "cuda, library": Tuning(8, 0, cholesky=True),
+    "cuda, inverse": Tuning(8, 700, cholesky=True),
+}
 
 
-@pytest.mark.parametrize("k", [1, 20, 40])
-@pytest.mark.parametrize("kind", ["layer", "steep", "massive", "some zeros", "wide null space", "all equal"])
-def test_shift_invert_finds_what_eigh_finds(kind: str, k: int) -> None:
+@functools.cache
+def known_matrix(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """X, C = XᵀX, and all pairs of C."""
     d = 700
     values = spectrum_of(kind, d)
     x = torch.from_numpy(np.sqrt(values))[:, None] * with_eigenvalues([1.0] * d, seed=3)[1].T
     c = x.T @ x
     c = (c + c.T) / 2
-    found = shift_invert(c, k)
-    assert found is not None, "it fell back"
-    known, vectors = found
+    return x, c, *torch.linalg.eigh(c)
+
+
+@pytest.mark.parametrize(
+    ("route", "k"), [("cpu", 1), ("cpu", 20), ("cpu", 40), ("cuda", 20), ("cuda, library", 40), ("cuda, inverse", 40)]
+)
+@pytest.mark.parametrize("kind", ["layer", "steep", "massive", "some zeros", "wide null space", "all equal"])
+def test_shift_invert_finds_what_eigh_finds(kind: str, k: int, route: str) -> None:
+    d = 700
+    x, c, every, all_vectors = known_matrix(kind)
+    result = shift_invert(c, k, TUNINGS[route])
+    assert result is not None, "it fell back"
+    known, vectors = result
     assert len(known) >= k + 1
     assert float((c @ vectors - vectors * known[:k]).norm() / c.norm()) <= TINY
     assert float((vectors.T @ vectors - torch.eye(k, dtype=torch.float64)).norm()) <= TINY
-    every = torch.linalg.eigvalsh(c)
     assert float((known[:k] - every[:k]).abs().max()) <= 1e-14 * float(every[-1]) * math.sqrt(d)
     # The next ones too, from which the gap and the estimate of rounding are taken: never below the truth.
     assert bool((known - every[: len(known)] >= -1e-13 * every[-1]).all())
-    ours, best = float((x @ vectors).norm()), float((x @ torch.linalg.eigh(c)[1][:, :k]).norm())
+    ours, best = float((x @ vectors).norm()), float((x @ all_vectors[:, :k]).norm())
     assert ours <= (1 + 1e-9) * best + 1e-8 * float(x.norm()) * ("null" in kind or "zeros" in kind)
 
 
 def test_shift_invert_falls_back_where_there_is_no_inverse() -> None:
     c = with_eigenvalues([-1.0, 0.0, *np.linspace(1, 2, 398)])[0]
-    assert shift_invert(c, 3) is None
+    assert all(shift_invert(c, 3, route) is None for route in TUNINGS.values())
     assert_eigenpairs(c, *bottom_eigenpairs(c, 3, method="shift-invert"), 3)
 
 
@@ -49,8 +69,17 @@ def test_a_repeated_eigenvalue_is_not_mistaken_for_a_few(k: int) -> None:
     torch.testing.assert_close(values, torch.linalg.eigvalsh(c)[:k], rtol=0.0, atol=1e-14)
 
 
+@pytest.mark.parametrize("route", ["cpu", "cuda"])
+def test_equal_inputs_give_equal_bits(route: str) -> None:
+    c = known_matrix("layer")[1]
+    first, second = (shift_invert(c, 20, TUNINGS[route]) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
 def test_what_was_missed_is_noticed() -> None:
     c, q = with_eigenvalues([0.5, *np.linspace(1, 4, 299)])
-    factor = torch.linalg.cholesky(c)
-    assert not smaller_remains(factor, q[:, :5], math.sqrt(1 + 3 * 3 / 298))
-    assert smaller_remains(factor, q[:, 1:6], math.sqrt(1 + 4 * 3 / 298))
+    factor = Factor(torch.linalg.cholesky(c))
+    assert not smaller_remains(complement(factor, q[:, :5]), 1 / (1 + 3 * 3 / 298))
+    assert smaller_remains(complement(factor, q[:, 1:6]), 1 / (1 + 4 * 3 / 298))
