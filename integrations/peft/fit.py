@@ -56,25 +56,27 @@ def fit_config(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraCon
             f"{compressed!r} is compressed until the model's first forward pass, and has no weight that PEFT could adapt: run the "
             "model once, or load it with CompressedTensorsConfig(dequantize=True)"
         )
-    fitted = _fitted(config, model, layers)
-    lost = _not_read_again(fitted, model)
+    fitted, adapted = _fitted(config, model, layers)
+    lost = _not_read_again(adapted, model)
     if lost:
         for name in [name for name in layers if pattern_name(name) in lost]:
             layers.leave_out(
                 name, "gets no adapter: PEFT saves its factors, and takes them for those of another layer when it loads them"
             )
         layers.refuse_empty()
-        fitted = _fitted(config, model, layers)
+        fitted, _ = _fitted(config, model, layers)
     return fitted
 
 
-def _fitted(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraConfig:
+def _fitted(config: LoraConfig, model: nn.Module, layers: Targets) -> tuple[LoraConfig, Any]:
+    """A configuration with which PEFT wraps exactly these layers, and what PEFT makes of it, without weights."""
     listed = _exact(config, layers, ())
     matched = copy.copy(listed)  # a name in full may be the ending of another one
     matched.target_modules = "|".join(map(re.escape, listed.target_modules or ()))
     for as_it_is in (config, listed, matched) if listed.target_modules else (config, listed):
-        if not _difference(as_it_is, model, layers):
-            return copy.deepcopy(as_it_is)
+        problem, adapted = _tried(as_it_is, model, layers)
+        if not problem:
+            return copy.deepcopy(as_it_is), adapted
     names: list[str] = []
     by_weight: list[str] = []
     for group in _alike(layers):
@@ -88,10 +90,10 @@ def _fitted(config: LoraConfig, model: nn.Module, layers: Targets) -> LoraConfig
                 layers.leave_out(name, f"gets no adapter from PEFT: {problem}")
     layers.refuse_empty()
     exact = _exact(config, names, by_weight)
-    problem = _difference(exact, model, layers)
+    problem, adapted = _tried(exact, model, layers)
     if problem:
         raise InputError(f"PEFT does not give adapters to exactly the layers that are wanted: {problem}")
-    return exact
+    return exact, adapted
 
 
 def refuse_other_layers(config: LoraConfig, model: nn.Module, layers: Targets) -> None:
@@ -110,10 +112,15 @@ def refuse_other_layers(config: LoraConfig, model: nn.Module, layers: Targets) -
 
 def _difference(config: LoraConfig, model: nn.Module, wanted: Iterable[str]) -> str:
     """How the layers that PEFT wraps differ from these; empty if they do not."""
+    return _tried(config, model, wanted)[0]
+
+
+def _tried(config: LoraConfig, model: nn.Module, wanted: Iterable[str]) -> tuple[str, Any]:
+    """`_difference`, and what PEFT makes of the configuration, without weights; None if it refuses."""
     try:
         adapted = _adapted(config, model)
     except ValueError as error:
-        return str(error).rstrip(".")
+        return str(error).rstrip("."), None
     wrapped = {}
     for name, module in adapted.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
@@ -124,7 +131,7 @@ def _difference(config: LoraConfig, model: nn.Module, wanted: Iterable[str]) -> 
     extra = sorted(wrapped.keys() - named)
     parts = [f"it leaves out {missing[0]!r}"] if missing else []
     parts += [f"it takes {extra[0]!r}"] if extra else []
-    return " and ".join(parts)
+    return " and ".join(parts), adapted
 
 
 def _adapted(config: LoraConfig, model: nn.Module) -> Any:
@@ -134,12 +141,15 @@ def _adapted(config: LoraConfig, model: nn.Module) -> Any:
         return get_peft_model(without_weights(model), copy.deepcopy(config), low_cpu_mem_usage=True)
 
 
-def _not_read_again(config: LoraConfig, model: nn.Module) -> set[str]:
+def _not_read_again(adapted: Any, model: nn.Module) -> set[str]:
     """Layers, and parameters of experts, whose factors PEFT saves under names that it takes for others when it loads them.
 
     It renames what it loads as transformers renames the weights of the model's checkpoint, whether they need it or not.
+
+    Args:
+        adapted: what PEFT makes of a configuration, without weights; changed.
+        model: the base model.
     """
-    adapted = _adapted(config, model)
     vars(adapted.get_base_model()).pop("_tp_size", None)  # of a model in parts, whose adapters PEFT would gather
     with warnings.catch_warnings(), unwrapped(model):
         warnings.simplefilter("ignore")

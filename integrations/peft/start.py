@@ -14,6 +14,7 @@ from nullspace.artifacts.spaces import NullSpaces
 from nullspace.errors import InputError
 from nullspace.integrations.peft.layers import ONE_AT_A_TIME
 from nullspace.methods import METHODS, Layer, Sources
+from nullspace.solvers.checks import is_finite
 
 
 def random_seed(method: str) -> int:
@@ -56,7 +57,7 @@ def start_of(
     dtype_a, dtype_b = (each[adapter].weight.dtype for each in (layer.lora_A, layer.lora_B))
     with _naming(name):
         weight = _exact(layer, stored) if METHODS[method].changes_base else None
-        if weight is not None and not bool(weight.isfinite().all()):
+        if weight is not None and not is_finite(stored):
             raise InputError("the weight holds NaN or Inf: load an undamaged model, or leave the layer out of target_modules")
         device = torch.device("cpu") if stored.device.type == "meta" else stored.device
         target = Layer(name, weight, layer.out_features, layer.in_features, layer.r[adapter], device)
@@ -64,7 +65,7 @@ def start_of(
         # s·BA is the product that counts, so where it is not zero each factor takes 1/√s.
         root = 1.0 if weight is None else math.sqrt(scaling)
         a, b = (a / (root / given.split)).to(dtype_a), (b / (root * given.split)).to(dtype_b)
-        if not bool(a.isfinite().all() and b.isfinite().all()):
+        if not (is_finite(a) and is_finite(b)):
             raise InputError(f"A or B holds NaN or Inf in {dtype_a}: check lora_alpha, sigma_scale and split")
         return a, b
 
@@ -90,7 +91,7 @@ def residual_of(name: str, layer: Any, stored: torch.Tensor, adapter: str, a: to
     with _naming(name):
         weight = _exact(layer, stored)
         rest = weight.addmm_(b.to(weight), a.to(weight), alpha=-layer.scaling[adapter]).to(stored.dtype)
-        if not bool(rest.isfinite().all()):
+        if not is_finite(rest):
             raise InputError(f"W₀ − s·BA is beyond the range of {stored.dtype}: load the model in another dtype")
         return rest.T if _is_transposed(layer) else rest
 

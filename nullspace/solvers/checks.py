@@ -21,8 +21,14 @@ def check_symmetric(c: torch.Tensor) -> int:
 
 def check_finite(m: torch.Tensor) -> None:
     """Raise `ValueError` if a matrix holds NaN or Inf."""
-    if m.numel() > 0 and not bool(torch.isfinite(torch.stack(torch.aminmax(m))).all()):
+    if not is_finite(m):
         raise InputError("the matrix holds NaN or Inf")
+
+
+def is_finite(m: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no Inf."""
+    # On a CPU, `isfinite` takes ten times as long: it writes a tensor of truth values, without vector instructions.
+    return m.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(m))).all())
 
 
 def column_signs(m_dk: torch.Tensor) -> torch.Tensor:
