@@ -23,10 +23,14 @@ OUTLIER_ROWS = 64
 # ‖E‖_F / ‖C‖_F of one float32 chain: an upper end of what was measured over the inputs of seven families of models and of SmolLM2.
 # The errors of several chains are independent, and partly cancel.
 FLOAT32_RESOLUTION = 2e-7
-# The first tokens, this many times d_in, are summed in float64, and show whether float32 chains would resolve the bottom of the
-# spectrum: see `_resolves_float32`. On a GPU they would cost as much as all others: there a second pass has to suffice.
-PROBE_TOKENS = 1.25
-PROBE_LIMIT = 0.1
+# The first tokens, at least PROBE_TOKENS · d_in, show whether float32 chains would resolve the bottom of the spectrum: see
+# `_resolves_float32`. Where one input has as many, PROBE_MOST · d_in of its rows are summed in float32, and in float64 instead if
+# that is too coarse; otherwise the first ones are summed in float64. On a GPU that would cost as much as all others: there a second
+# pass has to suffice.
+PROBE_TOKENS, PROBE_MOST = 1.25, 4
+PROBE_LIMIT = 0.25
+# Norms between these are as good in float32 as in float64, and so are their squares.
+PLAIN_NORMS = (1e-15, 1e15)
 
 
 class Probe:
@@ -47,8 +51,8 @@ class TorchSums(GramSums):
         d_in: width of the inputs.
         device: where the sums live; inputs are moved there.
         mixed: take products in float32; False: all in float64.
-        probe: sum the first tokens in float64, and decide by them whether float32 suffices; or the decision that these sums share
-            with others: the first that has enough tokens makes it for all.
+        probe: decide by the first tokens whether float32 suffices; or the decision that these sums share with others: the first
+            that has enough tokens makes it for all.
     """
 
     def __init__(self, d_in: int, device: torch.device, *, mixed: bool, probe: bool | Probe) -> None:
@@ -117,16 +121,33 @@ class TorchSums(GramSums):
         outlier = norms_n > OUTLIER_RATIO * median
         self.outliers += int(outlier.sum())
         if self._float32 is None:
-            wanted = math.ceil(PROBE_TOKENS * self.d_in)
-            head = max(wanted - self._absorbed, 0)
-            self._add_rows(rows_nd[:head], norms_n[:head], torch.float64)
-            self._probe_energy += float(norms_n[:head][~outlier[:head]].square().sum())
-            if self._absorbed >= wanted:
-                self._probe.float32 = self._resolves_float32()
+            head = self._probe_by(rows_nd, norms_n, outlier, self._product_dtype(rows_nd, median))
             rows_nd, norms_n, outlier = rows_nd[head:], norms_n[head:], outlier[head:]
-        dtype = self._product_dtype(rows_nd, median)
+        self._add_products(rows_nd, norms_n, outlier, self._product_dtype(rows_nd, median))
+
+    def _probe_by(self, rows_nd: torch.Tensor, norms_n: torch.Tensor, outlier: torch.Tensor, dtype: torch.dtype) -> int:
+        """Sum the first rows, and decide by them and those before, if that is enough. Returns how many were summed."""
+        wanted = math.ceil(PROBE_TOKENS * self.d_in)
+        is_whole = self._absorbed == 0 and len(rows_nd) >= wanted
+        head = PROBE_MOST * self.d_in if is_whole else max(wanted - self._absorbed, 0)
+        rows_nd, norms_n, outlier = rows_nd[:head], norms_n[:head], outlier[:head]
+        dtype = dtype if is_whole else torch.float64
+        self._probe_energy += float(norms_n[~outlier].square().sum())
+        self._add_products(rows_nd, norms_n, outlier, dtype)
+        if self._absorbed >= wanted:
+            self._add_outlier_rows()
+            self._probe.float32 = self._resolves_float32()
+            if dtype != torch.float64 and not self._probe.float32:  # there was nothing before these rows
+                self._absorbed, self._mixed_energy, self._independent_loss = 0, 0.0, 0.0
+                self.total.zero_()
+                self.triangle.packed.zero_()
+                self._add_rows(rows_nd, norms_n, torch.float64)
+        return len(rows_nd)
+
+    def _add_products(self, rows_nd: torch.Tensor, norms_n: torch.Tensor, outlier: torch.Tensor, dtype: torch.dtype) -> None:
         if dtype != torch.float64 and bool(outlier.any()):
             self._outlier_rows.append(rows_nd[outlier].double())
+            self._absorbed += len(self._outlier_rows[-1])
             rows_nd, norms_n = rows_nd[~outlier], norms_n[~outlier]
             if sum(map(len, self._outlier_rows)) >= OUTLIER_ROWS:
                 self._add_outlier_rows()
@@ -145,22 +166,29 @@ class TorchSums(GramSums):
                 self.triangle.add_gram(chain)
 
     def _resolves_float32(self) -> bool:
-        """Whether the bottom of the spectrum of the first tokens lies above what float32 chains would lose.
+        """Whether few eigenvalues of the first tokens lie as low as what float32 chains would lose.
 
-        With e the entry size of the loss and S = tr C⁻¹ = Σ 1/λ, dominated by the smallest λ: e S is about e over the smallest λ,
-        and e² S² / r bounds the energy that a basis of r vectors picks up by rounding, relative to its own. S is estimated from a
-        Cholesky factor and a few random signs (Hutchinson 1990), d³ / 3 flops. `NullSpace.excess_estimate` shows where True was
-        wrong; a wrong False costs time.
+        With e the entry size of the loss, 2 e √d is the spectral norm of a random loss, the noise. Σ noise / (λ + noise) is about
+        the number of eigenvalues below the noise, and small if most of the others are far above it; it is estimated from a Cholesky
+        factor and a few random signs (Hutchinson 1990), d³ / 3 flops. A basis tolerates a few such directions, whose energy is
+        nothing beside that of the others. With as few tokens the estimate is high, so that a sum of many tokens is safe.
+        `NullSpace.excess_estimate` shows where True was wrong; a wrong False costs time.
         """
-        c = self.triangle.square()
-        entry = FLOAT32_RESOLUTION * min(self.triangle.norm(), self._probe_energy) / self.d_in
-        factor, failed = torch.linalg.cholesky_ex(c)
-        if bool(failed):
+        norm = self.triangle.norm()
+        if norm == 0.0:
             return False
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (self.d_in, 8), generator=generator).to(c) * 2 - 1
-        inverse_trace = float(torch.linalg.solve_triangular(factor, signs, upper=False).square().sum(0).mean())
-        return entry * inverse_trace < PROBE_LIMIT
+        entry = FLOAT32_RESOLUTION * min(norm, self._probe_energy) / norm / self.d_in
+        c = self.triangle.square().div_(norm)
+        c.diagonal().add_(2 * entry * self.d_in**0.5)
+        # Rounding in float32 is about as large as the noise, and rarely too large for the first attempt.
+        for dtype in (torch.float32, torch.float64):
+            factor, failed = torch.linalg.cholesky_ex(c.to(dtype))
+            if not bool(failed):
+                generator = torch.Generator().manual_seed(0)
+                signs = torch.randint(0, 2, (self.d_in, 8), generator=generator).to(factor) * 2 - 1
+                inverse_trace = float(torch.linalg.solve_triangular(factor, signs, upper=False).square().sum(0).mean())
+                return entry * inverse_trace < PROBE_LIMIT
+        return False
 
     def _add_outlier_rows(self) -> None:
         if self._outlier_rows:
@@ -174,14 +202,19 @@ class TorchSums(GramSums):
         fits = median_norm == 0.0 or low < median_norm < high
         # A flush can leave fewer than STAGE_TOKENS rows. The median of so few may be that of outliers: these are summed in float64.
         few = len(rows_nd) < STAGE_TOKENS
-        if not self._float32 or rows_nd.dtype == torch.float64 or few or not fits:
+        if self._float32 is False or rows_nd.dtype == torch.float64 or few or not fits:
             return torch.float64
         return torch.float32
 
 
 def finite_norms(rows: torch.Tensor) -> torch.Tensor:
     """The norms of rows, (n,) float64; raises `ValueError`, naming the first row, if one is NaN or Inf."""
-    # Chain by chain: a norm in float64 copies its rows to float64.
+    if rows.dtype != torch.float64:
+        # A norm in float64 copies its rows to float64, which takes four times as long.
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        least, most = torch.aminmax(norms)
+        if bool((least > PLAIN_NORMS[0]) & (most < PLAIN_NORMS[1])):
+            return norms.double()
     norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows.split(CHAIN_TOKENS)])
     refuse_nonfinite([norms])
     return norms
