@@ -6,9 +6,9 @@ centre.
 `"fp64"` takes every product in float64. `"auto"` takes products in float32 over short chains of tokens, and adds each chain to a
 float64 sum. *Outlier tokens* (norm above 8 × the median) are left out of the chains and added by a float64 product: one massive
 activation in a float32 partial sum rounds away what directions of small energy have put there, and no wider sum restores it. Some
-spectra are too steep for float32 chains without any outlier. On a CPU the first tokens show whether the bottom of the spectrum would
-be lost; then they and all others are summed in float64. `error_norm` estimates what has been lost. `"mixed"` omits
-that test, for methods that damp the bottom of the spectrum (CorDA). `"qr"` takes no products, and keeps a triangular factor.
+spectra are too steep for float32 chains without any outlier. On a CPU the first tokens show whether the bottom of the spectrum
+would be lost; then they and all others are summed in float64. `error_norm` estimates what has been lost. `"mixed"` omits that test,
+for methods that damp the bottom of the spectrum (CorDA). `"qr"` takes no products, and keeps a triangular factor.
 
 The products are those of the Triton kernels on a CUDA device (`nullspace.moments.sums_triton`) and of PyTorch elsewhere
 (`nullspace.moments.sums_torch`).
