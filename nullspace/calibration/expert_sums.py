@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from nullspace.devices import on_host
 from nullspace.errors import InputError
 from nullspace.model.experts import LAST
 from nullspace.model.routing import Routed
@@ -86,6 +87,7 @@ def _that_count(routed: Routed, mask: TokenMask | None) -> tuple[torch.Tensor, l
     """The rows that count, and how many each expert has."""
     if mask is None or mask.count == mask.rows:
         return routed.rows, routed.counts
-    counts = mask.keep(routed.tokens.device)[routed.tokens]
-    of_expert = torch.arange(len(routed.counts)).repeat_interleave(torch.tensor(routed.counts))[counts.cpu()]
-    return routed.rows[counts], torch.bincount(of_expert, minlength=len(routed.counts)).tolist()
+    counts = TokenMask(on_host(mask.keep(routed.tokens.device)[routed.tokens]))  # the host waits once
+    of_expert = torch.arange(len(routed.counts)).repeat_interleave(torch.tensor(routed.counts))
+    kept = torch.bincount(of_expert[counts.indices(of_expert.device)], minlength=len(routed.counts))
+    return routed.rows.index_select(0, counts.indices(routed.rows.device)), kept.tolist()

@@ -247,6 +247,7 @@ class InputSums:
             each = self._sums.pop(0)
             site, covariance = Site(tuple(each.members), each.covariance.d_in), each.covariance
             del each
+            covariance.launch()
             yield site, covariance
             del covariance
 

@@ -122,6 +122,10 @@ class Covariance:
             self._samples.add(x.detach(), mask)
             self.count(count)
 
+    def launch(self) -> None:
+        """Begin to sum what is staged on a GPU, in the current stream; the host does not wait. For a reader on another stream."""
+        self._sums.launch()
+
     def merge(self, other: Covariance) -> None:
         """Add another covariance of the same width: the result is that of all tokens together. `other` keeps its sums.
 

@@ -15,7 +15,7 @@ from nullspace.moments.sums import Sums
 from nullspace.moments.sums_grouped import GroupedTritonSums
 from nullspace.moments.sums_qr import QrSums
 from nullspace.moments.sums_torch import Probe, TorchSums
-from nullspace.moments.sums_triton import TritonSums
+from nullspace.moments.sums_triton import Float64Sums, TritonSums
 
 PRECISIONS = ("auto", "mixed", "fp64", "qr")
 
@@ -64,6 +64,8 @@ def _has_kernels(device: torch.device, precision: str) -> bool:
 def _plain_sums(d_in: int, device: torch.device, precision: str, probe: bool | Probe) -> Sums:
     if precision == "qr":
         return QrSums(d_in, device)
+    if precision == "fp64" and device.type == "cuda":
+        return Float64Sums(d_in, device)
     is_probing = precision == "auto" and device.type == "cpu"
     return TorchSums(d_in, device, mixed=precision != "fp64", probe=probe if is_probing else False)
 

@@ -107,6 +107,9 @@ class Sums(abc.ABC):
     def add(self, x_nd: torch.Tensor, mask: TokenMask | None) -> None:
         """Add the rows of x, or those of them that the mask names. x may be overwritten as soon as this returns."""
 
+    def launch(self) -> None:  # noqa: B027
+        """Begin to sum all staged rows, without waiting for the device; `flush` is then left with reading what it needs."""
+
     @abc.abstractmethod
     def flush(self) -> None:
         """Sum all staged rows.

@@ -88,6 +88,15 @@ class GroupedTritonSums:
             if self._filled == self.launch_tokens:
                 self._absorb()
 
+    def launch(self) -> None:
+        """Begin to sum all staged rows, without waiting for the device."""
+        with self._reading:
+            self._launch()
+
+    def _launch(self) -> None:
+        self._absorb()
+        self._buffer = None
+
     def flush(self) -> None:
         """Sum all staged rows, and bring the counters to the host: one wait for all groups."""
         with self._reading:
@@ -98,12 +107,11 @@ class GroupedTritonSums:
         unchecked = self.unchecked.take()
         # The stream of a reader may be another one than that on which these were allocated: they are freed behind the wait.
         staged = self._buffer, self._staged
-        self._absorb()
+        self._launch()
         excess = unchecked.excess()
         counters = self._counters.flatten()
         numbers = (counters if excess is None else torch.cat([counters, excess[None]])).tolist()
         del staged
-        self._buffer = None
         self._counters.zero_()
         groups = len(self.members)
         if not all(map(math.isfinite, numbers[3 * groups :])):
@@ -195,6 +203,9 @@ class GroupSums(GramSums):
         x_nd = x_nd.to(self.device)
         rows = x_nd if mask is None else x_nd.index_select(0, mask.indices(self.device))
         self._group.add(rows, [len(rows) if number == self.group else 0 for number in range(len(self._group.members))])
+
+    def launch(self) -> None:
+        self._group.launch()
 
     def flush(self) -> None:
         self._group.flush()

@@ -15,6 +15,7 @@ import torch
 import nullspace.csrc_triton as csrc_triton
 from nullspace.errors import InputError
 from nullspace.moments.sums import FLOAT32_NORMS, STAGE_TOKENS, GramSums, TokenMask, find_outliers
+from nullspace.moments.sums_torch import CHAIN_TOKENS
 from nullspace.moments.triangle import PANEL_ROWS
 
 # ‖E‖_F / ‖C‖_F, the part of E that is proportional to C left out (it moves no eigenvector): tensor-core chains lose by rounding
@@ -93,6 +94,10 @@ class TritonSums(GramSums):
             if self._filled == self.launch_tokens:
                 self._absorb()
 
+    def launch(self) -> None:
+        self._absorb()
+        self._buffer = None  # a reader has had most of the tokens, and needs the memory
+
     def flush(self) -> None:
         if not self._is_read:
             self._read()
@@ -104,12 +109,11 @@ class TritonSums(GramSums):
         unchecked = self.unchecked.take()
         # The stream of a reader may be another one than that on which these were allocated: they are freed behind the wait.
         staged = self._buffer, self._norms
-        self._absorb()
+        self.launch()
         excess = unchecked.excess()
         counters = self._counters if excess is None else torch.cat([self._counters, excess[None]])
         outliers, energy, loss, *rest = counters.tolist()
         del staged
-        self._buffer = None  # a reader has had most of the tokens, and needs the memory
         self._counters.zero_()
         self._is_read = True
         if not all(map(math.isfinite, rest)):
@@ -149,3 +153,14 @@ class TritonSums(GramSums):
         self._counters[0].add_(find_outliers(norms)[0].sum())
         self.total += rows_nd.sum(0)
         self.triangle.add_gram(rows_nd)
+
+
+class Float64Sums(TritonSums):
+    """Sums with every product in float64. As above, the host never waits for the device while adding."""
+
+    def add(self, x_nd: torch.Tensor, mask: TokenMask | None) -> None:
+        """Add rows, without waiting for the device."""
+        x_nd = x_nd.to(self.device)
+        rows = x_nd if mask is None else x_nd.index_select(0, mask.indices(self.device))
+        for part in rows.split(CHAIN_TOKENS):  # in float64 they take up to four times their memory
+            super().add(part.double(), None)

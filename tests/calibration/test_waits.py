@@ -34,8 +34,10 @@ def count(model: nn.Module, batches: int, strategy: str, padding: str | None, mo
         return len(waits.seen)
 
 
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize(("strategy", "passes"), [("resident", 1), ("layerwise", 3)])
+@pytest.mark.parametrize(
+    ("strategy", "passes", "padding"),
+    [("resident", 1, None), ("resident", 1, "left"), ("layerwise", 3, None), ("layerwise", 3, "right")],
+)
 def test_the_host_waits_once_a_batch(
     strategy: str, passes: int, padding: str | None, llama: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +84,9 @@ def test_sums_wait_once_when_they_are_read_and_not_again(grouped: bool, monkeypa
             members = [TritonSums(8, torch.device("cpu"))]
             members[0].add(x, TokenMask(torch.arange(700) % 3 > 0))
         waits.seen.clear()
+        for member in members:
+            member.launch()
+        assert waits.seen == []
         for _ in range(2):
             for member in members:
                 member.flush()

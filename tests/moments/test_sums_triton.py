@@ -24,7 +24,7 @@ from nullspace.moments.finite import FiniteCheck
 from nullspace.moments.grouped import GroupedCovariance
 from nullspace.moments.sums import OUTLIER_RATIO, STAGE_TOKENS, TokenMask
 from nullspace.moments.sums_torch import TorchSums
-from nullspace.moments.sums_triton import TritonSums, new_buffer
+from nullspace.moments.sums_triton import Float64Sums, TritonSums, new_buffer
 from nullspace.solvers import bottom_eigenpairs
 from reference import excess_leak, recorded_inputs, relative_error, second_moment
 
@@ -319,6 +319,27 @@ def test_all_covariances_are_searched_at_once(device: torch.device) -> None:
     assert found[0] == "a"
 
 
+# ------------------------------------------------------------------------------------------------ float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_every_product_of_float64_sums_is_in_float64(dtype: torch.dtype, device: torch.device) -> None:
+    x = activations(1500, 20, quietest=1e-4, massive=1e3).to(dtype)
+    mask = torch.arange(len(x)) % 3 > 0
+    sums = Covariance.of_sums(Float64Sums(20, device), device, "fp64")
+    sums.update(x.to(device), mask.to(device))
+    sums.launch()
+    here = torch.device("cpu")
+    expected = Covariance.of_sums(TorchSums(20, here, mixed=False, probe=False), here, "fp64")
+    expected.update(x, mask)
+    assert relative_error(sums.matrix().cpu(), expected.matrix()) <= 1e-14
+    assert (sums.tokens, sums.products, sums.outliers) == (int(mask.sum()), "fp64", expected.outliers)
+    assert sums.error_norm == pytest.approx(expected.error_norm)
+    sums.update(torch.full((1, 20), float("nan"), device=device))
+    with pytest.raises(ValueError, match="NaN or Inf in 1 of 1 tokens"):
+        sums.mean()
+
+
 # ------------------------------------------------------------------------------------------------ nothing waits
 
 
@@ -418,6 +439,7 @@ def choice(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """Which sums a covariance of a given precision would get on a CUDA device."""
     monkeypatch.undo()
     monkeypatch.setattr(precision_module, "TritonSums", lambda d_in, device: "kernels")
+    monkeypatch.setattr(precision_module, "Float64Sums", lambda d_in, device: "float64")
     monkeypatch.setattr(precision_module, "TorchSums", lambda d_in, device, mixed, probe: f"PyTorch, {mixed=}, {probe=}")
     precision_module._warn_of_fallback.cache_clear()
     return lambda precision: precision_module.new_sums(8, torch.device("cuda"), precision)
@@ -426,7 +448,8 @@ def choice(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
 def test_the_kernels_are_used_where_they_can_be(choice: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(csrc_triton, "unavailable", lambda device: None)
     assert choice("auto") == "kernels"
-    assert choice("fp64") == "PyTorch, mixed=False, probe=False"
+    assert choice("fp64") == "float64"
+    assert precision_module.new_sums(8, torch.device("cpu"), "fp64") == "PyTorch, mixed=False, probe=False"
     assert precision_module.new_sums(8, torch.device("cpu"), "auto") == "PyTorch, mixed=True, probe=True"
     assert precision_module.new_sums(8, torch.device("cpu"), "mixed") == "PyTorch, mixed=True, probe=False"
 

@@ -50,11 +50,11 @@ class KlToBase:
 
     def __call__(self) -> float:
         """The divergence now."""
-        total = 0.0
+        parts = []
         for base, now in zip(self._base, self._log_probabilities(), strict=True):
             base = base.to(now.device)
-            total += float((base.exp() * (base - now)).sum(dtype=torch.float64))
-        return total / self.tokens
+            parts.append((base.exp() * (base - now)).sum(dtype=torch.float64))
+        return float(sum(torch.stack(parts).tolist())) / self.tokens
 
     @torch.no_grad()
     def _log_probabilities(self) -> Iterator[torch.Tensor]:
