@@ -51,13 +51,9 @@ class Fetched:
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        if tensor.device.type != "cuda":
-            self._copy = tensor
-            return
-        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._copy.copy_(tensor, non_blocking=True)
-        self._event = torch.cuda.current_stream(tensor.device).record_event()
+        self._copy = _begun(tensor)
+        is_there = tensor.device.type == "cuda"
+        self._event = torch.cuda.current_stream(tensor.device).record_event() if is_there else None
 
     def read(self) -> torch.Tensor:
         """The copy, when it is complete."""
@@ -68,6 +64,16 @@ class Fetched:
 
 
 def on_host(value: Any) -> Any:
-    """A tensor, or containers with tensors, on the host: it waits once for all that are on one GPU."""
-    begun = pytree.tree_map(lambda each: Fetched(each) if isinstance(each, torch.Tensor) else each, value)
-    return pytree.tree_map(lambda each: each.read() if isinstance(each, Fetched) else each, begun)
+    """A GPU's tensor, or containers with some, on the host: it waits once for each GPU. Other tensors stay where they are."""
+    leaves, spec = pytree.tree_flatten(value)
+    begun = [_begun(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    for device in {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda"}:
+        torch.cuda.current_stream(device).synchronize()
+    return pytree.tree_unflatten(begun, spec)
+
+
+def _begun(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory of a GPU's tensor, which its current stream is still to make; another tensor itself."""
+    if tensor.device.type != "cuda":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -157,7 +157,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.races: list[str] = []
-        self._used: dict[int, _Used] = {}
+        self._used: dict[tuple[int, int], _Used] = {}
 
     def on_stream(self, stream: Stream, clock: Clock, tensor: torch.Tensor, *, writes: bool) -> None:
         """An operation of a stream uses a tensor's memory."""
@@ -182,11 +182,13 @@ class Ledger:
         if not make and not self._used:
             return None
         storage = tensor.untyped_storage()
-        used = self._used.get(storage._cdata)
+        # Pinned memory is carved up: its pieces, which begin at different places, are used independently.
+        key = storage._cdata, tensor.storage_offset() * tensor.element_size() if tensor.is_pinned() else 0
+        used = self._used.get(key)
         if used is None or used.alive.expired():
             if not make:
                 return None
-            used = self._used[storage._cdata] = _Used(storage)
+            used = self._used[key] = _Used(storage)
             if len(self._used) % 4096 == 0:
                 self.forget_dead()
         return used
