@@ -183,7 +183,8 @@ class Ledger:
             return None
         storage = tensor.untyped_storage()
         # Pinned memory is carved up: its pieces, which begin at different places, are used independently.
-        key = storage._cdata, tensor.storage_offset() * tensor.element_size() if tensor.is_pinned() else 0
+        pinned = torch.cuda.simulation.is_pinned(tensor)  # type: ignore[attr-defined]
+        key = storage._cdata, tensor.storage_offset() * tensor.element_size() if pinned else 0
         used = self._used.get(key)
         if used is None or used.alive.expired():
             if not make:
