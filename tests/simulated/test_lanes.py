@@ -1,4 +1,4 @@
-"""Sites on simulated GPUs are solved in threads, on streams of their own, beside the next block: without a race, with equal bits."""
+"""Sites on simulated GPUs are solved in threads, on streams of their own, beside the next block: no race, and equal bits."""
 
 from __future__ import annotations
 
