@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from simulated.streams import Clock, Ledger, Stream, is_of_model, join, where
+from simulated.streams import Clock, Hold, Ledger, Stream, is_of_model, join, where
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,6 +66,7 @@ class OnDevice(torch.Tensor):
 
     held: torch.Tensor
     where: torch.device
+    hold: Hold
 
     @staticmethod
     def __new__(cls, held: torch.Tensor, device: torch.device | None = None, *, requires_grad: bool = False) -> OnDevice:
@@ -126,7 +127,7 @@ class OnDevice(torch.Tensor):
         return self.held.untyped_storage()
 
     def record_stream(self, stream: Stream) -> None:
-        current().ledger_record(self, stream)
+        current().ledger.record(self.held, stream)
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -169,6 +170,7 @@ class Simulation:
         self.waits: list[Wait] = []
         self.ledger = Ledger()
         self.operations = 0
+        self._waited_after = -1
         self.host: Clock = {}
         self._pinned: dict[int, torch.UntypedStorage] = {}
         self._default = [Stream(torch.device("cuda", n)) for n in range(devices)]
@@ -215,8 +217,11 @@ class Simulation:
         self.device = device
 
     def wait(self, why: str, clock: Clock, kind: str = "read") -> None:
-        """The host waits for what `clock` says."""
+        """The host waits for what `clock` says. Waits between which the device was given nothing to do count as one."""
         join(self.host, clock)
+        if kind != "upload" and self._waited_after == self.operations:
+            return
+        self._waited_after = self.operations
         self.waits.append(Wait(why, where(), "model" if is_of_model() else kind))
 
     # ---------------------------------------------------------------- operations
@@ -295,7 +300,7 @@ class Simulation:
             clock = stream.advance(self.host)
             for leaf in leaves:
                 if isinstance(leaf, OnDevice):
-                    self.ledger.on_stream(stream, clock, leaf.held, writes=id(leaf) in written)
+                    self.ledger.on_stream(stream, clock, leaf.held, writes=id(leaf) in written, host=self.host)
             self._look_for_waits(func, args, kwargs, clock)
         if func.overloadpacket is aten.histc and not inner_args[0].is_floating_point():  # a CPU does not have it
             out = func(inner_args[0].double(), *inner_args[1:], **inner_kwargs).to(inner_args[0].dtype)
@@ -310,8 +315,8 @@ class Simulation:
             if device.type != "cuda" or isinstance(value, OnDevice):
                 return value
             if not views:
-                self.ledger.on_stream(stream, clock, value, writes=True)
-            return OnDevice(value, device)
+                self.ledger.on_stream(stream, clock, value, writes=True, home=stream, host=self.host)
+            return self._placed(value, device)
 
         return _mapped(out, wrap)
 
@@ -348,23 +353,26 @@ class Simulation:
         clock = stream.advance(self.host)
         if len(streams) > 1:
             join(streams[1].clock, clock)
-        self.ledger.on_stream(stream, clock, _held(source), writes=False)
-        self.ledger.on_stream(stream, clock, _held(out), writes=True)
+        home = None if in_place or target == CPU else self.stream(target)
+        self.ledger.on_stream(stream, clock, _held(source), writes=False, host=self.host)
+        self.ledger.on_stream(stream, clock, _held(out), writes=True, home=home, host=self.host)
         if target == CPU and not (non_blocking and pinned):
             self.wait(f"{func} to the host", clock)
         if source.device == CPU and source.ndim > 0 and not (non_blocking and self.is_pinned(source)):
             self.wait(f"{func} from the host", clock, "upload")
         if in_place:
             return args[0]
-        return out if target == CPU else OnDevice(out, target)
+        return out if target == CPU else self._placed(out, target)
+
+    def _placed(self, held: torch.Tensor, device: torch.device) -> OnDevice:
+        made = OnDevice(held, device)
+        made.hold = self.ledger.hold(held, self.host)
+        return made
 
     def _copied(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         inner_args, inner_kwargs = _on_cpu(args), _on_cpu(kwargs)
         inner_kwargs.pop("pin_memory", None)
         return func(*inner_args, **inner_kwargs)  # type: ignore[no-any-return]
-
-    def ledger_record(self, tensor: OnDevice, stream: Stream) -> None:
-        pass
 
 
 class Mode(TorchDispatchMode):

@@ -10,6 +10,7 @@ if os.environ.get("NULLSPACE_SIMULATE_GPU") != "1":
 import contextlib
 import functools
 import math
+import sys
 import threading
 import types
 from collections.abc import Iterator
@@ -53,6 +54,14 @@ def _register_backend() -> None:
     _setup_privateuseone_for_python_backend(BACKEND, _OfCuda())
 
 
+def _forget() -> None:
+    """Empty the library's caches: they may hold streams, and facts about devices, of another simulation."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nullspace"]:
+        for value in list(vars(sys.modules[name]).values()):
+            if isinstance(value, functools._lru_cache_wrapper):
+                value.cache_clear()
+
+
 class _OfCuda:
     """PyTorch's module of the backend: `torch.cuda`."""
 
@@ -76,6 +85,7 @@ def simulated_cuda(devices: int = 1, capability: tuple[int, int] = (9, 0), memor
     swapping = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     lifted = torch._C._only_lift_cpu_tensors()
+    _forget()
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(…, device=…)` then makes a CPU tensor, and copies it
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -86,6 +96,7 @@ def simulated_cuda(devices: int = 1, capability: tuple[int, int] = (9, 0), memor
         torch._C._set_only_lift_cpu_tensors(lifted)
         torch.__future__.set_swap_module_params_on_conversion(swapping)
         simulated_device._current.pop()
+        _forget()
     assert not simulation.ledger.races, simulation.ledger.races
 
 
