@@ -302,10 +302,7 @@ class Simulation:
                 if isinstance(leaf, OnDevice):
                     self.ledger.on_stream(stream, clock, leaf.held, writes=id(leaf) in written, host=self.host)
             self._look_for_waits(func, args, kwargs, clock)
-        if func.overloadpacket is aten.histc and not inner_args[0].is_floating_point():  # a CPU does not have it
-            out = func(inner_args[0].double(), *inner_args[1:], **inner_kwargs).to(inner_args[0].dtype)
-        else:
-            out = func(*inner_args, **inner_kwargs)
+        out = _computed(func, inner_args, inner_kwargs)
         if func.overloadpacket in (aten._local_scalar_dense, aten.equal):
             return out
 
@@ -388,6 +385,16 @@ class Mode(TorchDispatchMode):
 
 def _held(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.held if isinstance(tensor, OnDevice) else tensor
+
+
+def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operation; of one that a CPU does not have, by another."""
+    if func is aten.histc.default and not args[0].is_floating_point():
+        return func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
+    if func in (aten.mm.dtype, aten.bmm.dtype):
+        left, right, dtype = args
+        return func.overloadpacket(left.to(dtype), right.to(dtype))
+    return func(*args, **kwargs)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -58,16 +59,22 @@ class Launch(NamedTuple):
 
 
 class Driver:
-    """Stands for Triton's driver of NVIDIA GPUs.
+    """Stands for Triton's driver of NVIDIA GPUs. Compiled kernels hold it: it serves one simulation after the other.
 
     Attributes:
-        launches: all that were made.
+        launches: all that the simulation made.
     """
 
-    def __init__(self, simulation: Simulation) -> None:
+    def __init__(self) -> None:
         self.launches: list[Launch] = []
-        self._simulation = simulation
         self.utils = self
+        self._compiled_for: tuple[int, int] | None = None
+
+    def serve(self, simulation: Simulation) -> None:
+        self._simulation, self.launches = simulation, []
+        if simulation.capability != self._compiled_for:
+            self._compiled_for = simulation.capability
+            _forget_kernels()
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         return functools.partial(self._launch, source, metadata)
@@ -130,24 +137,35 @@ def _check_descriptor(kernel: str, descriptor: Any) -> None:
         raise LaunchError(f"{kernel}: a descriptor's block of {descriptor.block_shape[-1]} columns")
 
 
+_driver = Driver()
+
+
+def _forget_kernels() -> None:
+    """Forget what is compiled, and for which device."""
+    from triton.compiler import compiler
+    from triton.runtime.jit import JITFunction
+
+    compiler.max_shared_mem.cache_clear()
+    for name in [name for name in sys.modules if name.startswith(csrc_triton.__name__)]:
+        for kernel in vars(sys.modules[name]).values():
+            if isinstance(kernel, JITFunction):
+                kernel.device_caches.clear()
+
+
 @contextlib.contextmanager
 def simulated_kernels(simulation: Simulation) -> Iterator[list[Launch]]:
     """Context manager, inside of `simulated_cuda`: launches are checked and recorded."""
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
-    simulated, before = Driver(simulation), driver._active
+    before = driver._active
+    _driver.serve(simulation)
     with pytest.MonkeyPatch.context() as patch:
-        for module in {importlib.import_module(f"{csrc_triton.__name__}.{name}") for name in csrc_triton._OPS.values()}:
-            for kernel in vars(module).values():
-                if isinstance(kernel, JITFunction):
-                    kernel.device_caches.clear()  # they hold the last driver's target
         for name, module in csrc_triton._OPS.items():
             place = importlib.import_module(f"{csrc_triton.__name__}.{module}")
             patch.setattr(place, name, _computed(getattr(place, name), TWINS.get(name) or getattr(naive, name)))
-        driver.set_active(simulated)
+        driver.set_active(_driver)
         try:
-            yield simulated.launches
+            yield _driver.launches
         finally:
             driver._active = before
 

