@@ -1,9 +1,10 @@
-"""What the simulated runs are compared with: second moments on the CPU, in float64."""
+"""What is run on simulated GPUs, and what it is compared with: second moments on the CPU, in float64."""
 
 from __future__ import annotations
 
 import functools
 
+import accelerate
 import torch
 from mixtures import MIXTURES, mixture
 from torch import nn
@@ -30,3 +31,11 @@ def sums_of(family: str, padding: str | None = None, experts: str = "auto") -> d
     )
     found = {site: (covariance.matrix(), covariance.tokens) for site, covariance in stream}
     return {name: values for site, values in found.items() for name in site.members}
+
+
+def spread(order: tuple[int, ...]) -> tuple[nn.Module, dict[str, torch.device]]:
+    """A Llama whose blocks are on these devices, by accelerate, and the devices by number of the block."""
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": order[-1], "lm_head": order[-1]}
+    places |= {f"model.layers.{number}": device for number, device in enumerate(order)}
+    model = accelerate.dispatch_model(model_of("llama"), places)
+    return model, {str(number): torch.device("cuda", device) for number, device in enumerate(order)}

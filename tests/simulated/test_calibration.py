@@ -10,11 +10,10 @@ import accelerate
 import pytest
 import torch
 from mixtures import MIXTURES
-from torch import nn
 
 pytest.importorskip("simulated.runtime", exc_type=ImportError)
 
-from simulated.references import batches_of, model_of, sums_of
+from simulated.references import batches_of, model_of, spread, sums_of
 
 from nullspace import Covariance, Site, compute_null_spaces, stream_covariances
 from nullspace.calibration.hidden_states import PLACES
@@ -128,11 +127,3 @@ def test_resident_over_two_devices(precision: str, gpu: Any) -> None:
     expected = sums_of("llama", "left")
     stream = stream_covariances(model, batches_of("left"), strategy="resident", precision=precision, progress=False)
     check(stream, expected, {name: where[name.rpartition(".layers.")[2][0]] for name in expected})
-
-
-def spread(order: tuple[int, ...]) -> tuple[nn.Module, dict[str, torch.device]]:
-    """A Llama whose blocks are on these devices, by accelerate, and the devices by number of the block."""
-    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": order[-1], "lm_head": order[-1]}
-    places |= {f"model.layers.{number}": device for number, device in enumerate(order)}
-    model = accelerate.dispatch_model(model_of("llama"), places)
-    return model, {str(number): torch.device("cuda", device) for number, device in enumerate(order)}

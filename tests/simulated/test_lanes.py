@@ -11,8 +11,7 @@ import torch
 
 pytest.importorskip("simulated.runtime", exc_type=ImportError)
 
-from simulated.references import batches_of, model_of
-from simulated.test_calibration import spread
+from simulated.references import batches_of, model_of, spread
 
 from nullspace import compute_null_spaces
 from nullspace.solvers.lanes import CudaLanes
