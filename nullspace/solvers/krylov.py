@@ -16,17 +16,17 @@ SHIFT_RAISES = 2
 GUARD = 16
 # In multiples of k + GUARD: the least order of a matrix, and the most columns of the whole space.
 LEAST_ORDER, MAX_COLUMNS = 10, 12
-# The first check of convergence, in multiples of k + GUARD columns: FIRST_CHECK[0] + FIRST_CHECK[1] · width / (k + GUARD). On the
-# spectra of `benchmarks.solvers` most have converged then. From one check to the next: so many columns a missing decimal digit,
-# (k + GUARD) / DIGIT + width, since wide blocks need more columns.
-FIRST_CHECK, DIGIT = (3.6, 8.0), 6
+# Columns when convergence is first checked: FIRST_CHECK[0] · (k + GUARD) + FIRST_CHECK[1] · width, since wide blocks need more. On
+# the spectra of `benchmarks.solvers`, k = 128, most have converged then. To the next check, (k + GUARD) / DIGIT + width columns a
+# decimal digit that is missing.
+FIRST_CHECK, DIGIT = (4.0, 9.0), 12
 # A Ritz pair (θ, u) of the inverse has converged when ‖(C + σI)⁻¹u − θu‖ ≤ RITZ_TOLERANCE · θ, and the result is accepted when
 # ‖CU − UΛ‖ ≤ RESIDUAL · ‖C‖ and ‖UᵀU − I‖ ≤ ORTHOGONAL, after at most POLISHES steps of subspace iteration.
 EPS = torch.finfo(torch.float64).eps
 RITZ_TOLERANCE, RESIDUAL, ORTHOGONAL = 1e-6, 1e-12, 1e-13
 POLISHES = 4
 # Columns and steps of the search for a pair that was missed, and how much larger than the k-th its θ is then.
-PROBES, PROBE_STEPS, LARGER = 8, 4, 2e-3
+PROBES, PROBE_STEPS, LARGER = 8, 3, 2e-3
 
 
 class Tuning(NamedTuple):
@@ -205,13 +205,13 @@ def inverse_krylov(factor: Factor, shift: float, least: float, norm: float, k: i
             return None, 0.0
         theta, y, error = pairs
         values = 1 / theta - shift
-        # Of (C + σI)⁻¹U, column i has a residual of some λ_i · error_i.
-        allowed = (RESIDUAL / 2 / k**0.5 * norm * theta[:k]).clamp(max=RITZ_TOLERANCE)
         # Zeros, as far as float64 can tell, have converged; if they are fewer than k, the other θ may drown in their rounding.
         error = torch.where(values < 100 * least, 0.0, error)[:k]
-        if error[-1] > 0 and EPS * theta[0] > allowed[-1] * theta[k - 1]:
+        # Of (C + σI)⁻¹U, column i has a residual of some λ_i · error_i.
+        allowed = RESIDUAL / 2 * norm
+        if error[-1] > 0 and EPS * theta[0] > min(allowed * theta[k - 1], RITZ_TOLERANCE) * theta[k - 1]:
             return None, float(values[k - 1])
-        excess = float((error / allowed).max())
+        excess = max(float(error.max()) / RITZ_TOLERANCE, float(torch.linalg.vector_norm(error / theta[:k])) / allowed)
         if excess <= 1:
             return Ritz(theta, space.image(theta, y)), 0.0
         if float(error.max()) <= RITZ_TOLERANCE and (excess > before / 2 or not grown):
