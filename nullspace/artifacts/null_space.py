@@ -203,7 +203,8 @@ def _eigenpairs(
         return *solvers.partial_eigh(c, rank, overwrite=True, every=spectrum), every
     root = covariance.root()
     every = torch.linalg.svdvals(root).square() if separately else None
-    return *solvers.bottom_right_singular(root if avoid is None else solvers.deflated_root(root, avoid.to(root)), rank), every
+    root = root if avoid is None else solvers.deflated_root(root, avoid.to(root))
+    return *solvers.bottom_right_singular(root, rank, every=spectrum), every
 
 
 def _check_tensors(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -97,7 +97,7 @@ def shift_invert(c: torch.Tensor, k: int, tuning: Tuning) -> tuple[torch.Tensor,
             return None
         factor = Factor(lower, tuning.block)
         del lower
-        ritz, estimate = inverse_krylov(factor, shift, least, norm, k, tuning._replace(width=width))
+        ritz, estimate = inverse_krylov(factor, shift, 100 * least, norm, k, tuning._replace(width=width))
         pairs = None if ritz is None else _certified(c, scale, norm, factor, ritz, k)
         if pairs is not None:
             return pairs[0] * scale, pairs[1]
@@ -176,15 +176,18 @@ def smaller_remains(complement: torch.Tensor, theta: float) -> bool:
     return not bool(torch.linalg.eigvalsh(complement)[-1] <= (1 + LARGER) * theta)
 
 
-def inverse_krylov(factor: Factor, shift: float, least: float, norm: float, k: int, tuning: Tuning) -> tuple[Ritz | None, float]:
+def inverse_krylov(
+    factor: Factor, shift: float, zero: float, norm: float, k: int, tuning: Tuning, *, power: float = 1.0
+) -> tuple[Ritz | None, float]:
     """Pairs at the bottom of the spectrum.
 
     Args:
         factor, shift: of C + σI.
-        least: eps · tr C; eigenvalues below 100 times this count as zero, and are not waited for.
-        norm: ‖C‖.
+        zero: eigenvalues below this count as zero, and are not waited for.
+        norm: ‖C‖, or that of its root.
         k: how many must converge.
         tuning: of the space.
+        power: 1 / 2 where the residual is to be that of a root.
 
     Returns:
         k + GUARD pairs, the first k converged, or None if so many columns as there may be are not enough for that. And λ_k where
@@ -206,12 +209,12 @@ def inverse_krylov(factor: Factor, shift: float, least: float, norm: float, k: i
         theta, y, error = pairs
         values = 1 / theta - shift
         # Zeros, as far as float64 can tell, have converged; if they are fewer than k, the other θ may drown in their rounding.
-        error = torch.where(values < 100 * least, 0.0, error)[:k]
+        error = torch.where(values < zero, 0.0, error)[:k]
         # Of (C + σI)⁻¹U, column i has a residual of some λ_i · error_i.
-        allowed = RESIDUAL / 2 * norm
-        if error[-1] > 0 and EPS * theta[0] > min(allowed * theta[k - 1], RITZ_TOLERANCE) * theta[k - 1]:
+        allowed, weight = RESIDUAL / 2 * norm, theta[:k] ** -power
+        if error[-1] > 0 and EPS * theta[0] > min(allowed / float(weight[-1]), RITZ_TOLERANCE) * theta[k - 1]:
             return None, float(values[k - 1])
-        excess = max(float(error.max()) / RITZ_TOLERANCE, float(torch.linalg.vector_norm(error / theta[:k])) / allowed)
+        excess = max(float(error.max()) / RITZ_TOLERANCE, float(torch.linalg.vector_norm(error * weight)) / allowed)
         if excess <= 1:
             return Ritz(theta, space.image(theta, y)), 0.0
         if float(error.max()) <= RITZ_TOLERANCE and (excess > before / 2 or not grown):

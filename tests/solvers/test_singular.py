@@ -7,10 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from matrices import TINY
+from matrices import TINY, spectrum_of, with_eigenvalues
 
 from nullspace import solvers
 from nullspace.solvers import singular
+from nullspace.solvers.cost import tuning
 
 
 def with_singular_values(n: int, d: int, sigma: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,3 +224,49 @@ def test_left_singular_refuses_what_it_cannot_do() -> None:
         for end in ("top", "bottom"):
             with pytest.raises(ValueError, match="NaN or Inf"):
                 solvers.left_singular(spoilt, 1, end=end)
+
+
+def root_of(kind: str, d: int) -> torch.Tensor:
+    """The triangular factor of a matrix with this spectrum, or of one with few rows, or with a few rows of 1e5 times the norm."""
+    values = spectrum_of(kind if kind in ("steep", "massive", "some zeros", "wide null space") else "layer", d)
+    x = torch.from_numpy(np.sqrt(values))[:, None] * with_eigenvalues([1.0] * d, seed=3)[1].T
+    if "few rows" in kind:
+        x[: d // 30] = 0
+    if "massive rows" in kind:
+        x = torch.cat([x, 1e5 * torch.randn(3, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)])
+    return torch.linalg.qr(x, mode="r").R
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["layer", "steep", "massive", "some zeros", "wide null space", "massive rows", "few massive rows"])
+def test_the_bottom_of_a_root_is_that_of_a_whole_svd(kind: str, device: str) -> None:
+    d, k = 520, 36
+    root = root_of(kind, d)
+    before = root.clone()
+    result = singular.inverse_of_root(root, k, tuning(d, k, device))
+    assert result is not None, "it fell back"
+    assert torch.equal(root, before)
+    squares, vectors = result
+    _, sigma, best = torch.linalg.svd(root)
+    sigma, best, norm = sigma.flip(0), best.flip(0)[:k].T, float(root.norm())
+    assert len(squares) > k
+    assert (squares.diff() >= 0).all()
+    assert float((vectors.T @ vectors - torch.eye(k)).norm()) <= TINY
+    # A backward stable SVD has an error of some eps · ‖R‖, and a squared matrix one of 1e-8 · ‖R‖.
+    assert float((squares[:k].sqrt() - sigma[:k]).abs().max()) <= 1e-14 * norm
+    assert float((root @ vectors).norm()) <= (1 + 1e-9) * float((root @ best).norm()) + 1e-13 * norm
+    again = singular.inverse_of_root(root, k, tuning(d, k, device))
+    assert again is not None
+    assert torch.equal(again[1], vectors)
+
+
+def test_a_root_of_any_shape_has_the_same_bottom_as_its_triangle(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = root_of("massive rows", 520)
+    tall = torch.cat([root[::2], torch.zeros(9, 520), root[1::2]])
+    one, other = solvers.bottom_right_singular(root, 8), solvers.bottom_right_singular(tall, 8)
+    torch.testing.assert_close(one[0], other[0], rtol=1e-9, atol=0.0)
+    assert len(one[0]) < 520 == len(solvers.bottom_right_singular(root, 8, every=True)[0])
+    monkeypatch.setattr(singular, "inverse_of_root", lambda *_: None)
+    whole = solvers.bottom_right_singular(root, 8)
+    torch.testing.assert_close(one[0][:8], whole[0][:8], rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(one[1], whole[1], rtol=0.0, atol=1e-7)
