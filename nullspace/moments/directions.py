@@ -31,7 +31,8 @@ class Directions:
     def __init__(self) -> None:
         self._looked_at: set[str] = set()
         self._short: dict[str, Short] = {}
-        self._known: weakref.WeakKeyDictionary[Covariance, tuple[int, int]] = weakref.WeakKeyDictionary()
+        # Covariance → how many directions are certain and possible, counted until so many were enough.
+        self._known: weakref.WeakKeyDictionary[Covariance, tuple[int, int, int]] = weakref.WeakKeyDictionary()
 
     def add(self, name: str, spanned: int, needed: int, d_in: int) -> None:
         """Record how many directions the data of a site span, and how many are needed."""
@@ -44,20 +45,20 @@ class Directions:
 
         Args:
             name: of the layer.
-            covariance: of its inputs; decomposed once, whatever the number of layers that share it.
+            covariance: of its inputs; decomposed once for layers that share it, unless a later one needs more.
             needed: how many directions must be present with certainty.
             c: (d_in, d_in) float64, its matrix; centred or not, but the same for every layer that shares the covariance.
             spared: all but so many directions must be present. Eigenvalues that float32 chains cannot tell from zero count as
                 present.
 
-        Cost: d_in³ / 3 flops, or 5/3 · d_in³ where some directions are missing.
+        Cost: m³ / 3 flops, where m directions are needed, or 4/3 · d_in³ more where some may be missing.
         """
         most = needed if spared is None else max(needed, len(c) - spared)
         certain = possible = covariance.tokens
         if certain >= most:
-            if covariance not in self._known:
-                self._known[covariance] = solvers.numerical_rank(c, noise_of(covariance))
-            certain, possible = (min(n, covariance.tokens) for n in self._known[covariance])
+            if covariance not in self._known or self._known[covariance][2] < most:
+                self._known[covariance] = (*solvers.numerical_rank(c, noise_of(covariance), enough=most), most)
+            certain, possible = (min(n, covariance.tokens) for n in self._known[covariance][:2])
         if certain < needed:
             self.add(name, certain, most, len(c))
         else:

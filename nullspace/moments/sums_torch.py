@@ -178,11 +178,11 @@ class TorchSums(GramSums):
         if norm == 0.0:
             return False
         entry = FLOAT32_RESOLUTION * min(norm, self._probe_energy) / norm / self.d_in
-        c = self.triangle.square().div_(norm)
-        c.diagonal().add_(2 * entry * self.d_in**0.5)
         # Rounding in float32 is about as large as the noise, and rarely too large for the first attempt.
         for dtype in (torch.float32, torch.float64):
-            factor, failed = torch.linalg.cholesky_ex(c.to(dtype))
+            c = self.triangle.lower(norm, dtype)
+            c.diagonal().add_(2 * entry * self.d_in**0.5)
+            factor, failed = torch.linalg.cholesky_ex(c)
             if not bool(failed):
                 generator = torch.Generator().manual_seed(0)
                 signs = torch.randint(0, 2, (self.d_in, 8), generator=generator).to(factor) * 2 - 1

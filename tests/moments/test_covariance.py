@@ -684,6 +684,25 @@ def test_mixed_stays_with_float32_chains_where_auto_does_not() -> None:
     assert 0 < torch.linalg.matrix_norm(mixed.matrix() - c) <= mixed.error_norm
 
 
+def test_rows_on_which_float32_chains_fail_are_summed_as_if_none_had_been_tried() -> None:
+    x = randn(LONG, 64) * torch.logspace(0, -5, 64)
+    x[5::97] *= 1e3
+    auto, fp64 = covariance_of(x), covariance_of(x, precision="fp64")
+    assert auto.products == "fp64"
+    assert_same_bits(auto, fp64)
+    assert (auto.outliers, auto.error_norm) == (fp64.outliers, fp64.error_norm)
+
+
+@pytest.mark.parametrize("tiny", [0, 2])
+def test_a_few_directions_below_the_noise_do_not_ask_for_float64(tiny: int) -> None:
+    """Beside the others' their energy is nothing. With more of them, a basis could consist of nothing else."""
+    x = randn(LONG, 256)
+    x[:, :tiny] *= 1e-6
+    assert covariance_of(x).products == "mixed"
+    x[:, :128] *= 1e-6
+    assert covariance_of(x).products == "fp64"
+
+
 @pytest.mark.parametrize("precision", ["fp32", "", "AUTO"])
 def test_an_unknown_precision_is_refused(precision: str) -> None:
     with pytest.raises(ValueError, match="precision must be one of 'auto', 'mixed', 'fp64', 'qr'"):

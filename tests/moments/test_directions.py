@@ -126,3 +126,5 @@ def test_the_rank_of_a_sum_is_that_of_its_data(rank: int, precision: str, scale:
     certain, possible = solvers.numerical_rank(covariance.matrix(), noise)
     assert certain == rank
     assert possible == rank or precision == "mixed"
+    for enough in range(31):
+        assert solvers.numerical_rank(covariance.matrix(), noise, enough=enough)[0] == min(rank, enough)

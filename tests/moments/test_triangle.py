@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from inputs import small_integers
-from nullspace.moments.triangle import BESIDE, PANEL_ROWS, LowerTriangle
+from nullspace.moments.triangle import BESIDE, PANEL_ROWS, SMALL_D, LowerTriangle
 
 # One row, one panel and its neighbours, two panels and their neighbours, and an order that is no multiple of anything.
 ORDERS = [1, 2, PANEL_ROWS - 1, PANEL_ROWS, PANEL_ROWS + 1, 2 * PANEL_ROWS, 2 * PANEL_ROWS + 1, 600]
@@ -21,7 +21,7 @@ def triangle_of(*parts_nd: torch.Tensor) -> LowerTriangle:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tokens", [0, 1, 40])
-@pytest.mark.parametrize("d", ORDERS)
+@pytest.mark.parametrize("d", [*ORDERS, SMALL_D + 1])
 def test_square_is_the_gram_matrix(d: int, tokens: int, dtype: torch.dtype) -> None:
     x = small_integers(tokens, d, dtype)
     square = triangle_of(x).square()
@@ -33,6 +33,13 @@ def test_square_is_the_gram_matrix(d: int, tokens: int, dtype: torch.dtype) -> N
 def test_grams_add_up(d: int) -> None:
     x, y = small_integers(9, d), small_integers(5, d, torch.float32, seed=1)
     assert torch.equal(triangle_of(x, y).square(), triangle_of(torch.cat([x, y.double()])).square())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d", ORDERS)
+def test_lower_is_the_lower_triangle_in_another_scale(d: int, dtype: torch.dtype) -> None:
+    triangle = triangle_of(small_integers(9, d))
+    assert torch.equal(triangle.lower(4.0, dtype).tril(), (triangle.square() / 4).to(dtype).tril())
 
 
 @pytest.mark.parametrize("d", ORDERS)
