@@ -107,8 +107,13 @@ class Sums(abc.ABC):
     def add(self, x_nd: torch.Tensor, mask: TokenMask | None) -> None:
         """Add the rows of x, or those of them that the mask names. x may be overwritten as soon as this returns."""
 
-    def launch(self) -> None:  # noqa: B027
-        """Begin to sum all staged rows, without waiting for the device; `flush` is then left with reading what it needs."""
+    def launch(self) -> None:
+        """Sum all staged rows in a GPU's current stream, for a reader on another stream: what `flush` drops was allocated here.
+
+        Sums for which the host need not wait only begin to, and `flush` is left with reading the counters.
+        """
+        if self.device.type == "cuda":
+            self.flush()
 
     @abc.abstractmethod
     def flush(self) -> None:

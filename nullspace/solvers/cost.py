@@ -69,7 +69,7 @@ def tuning(d: int, k: int, device: torch.device | str = "cpu") -> krylov.Tuning:
 def side_by_side(d: int, device: torch.device | str = "cpu") -> int:
     """How many d × d matrices are best decomposed at once: as many as PyTorch has threads, with one thread each.
 
-    One after the other on a GPU, where threads wait for the same device; from d = 3072 on, where most of the work is in large
+    One on a GPU, whose sites have lanes (`nullspace.solvers.lanes`); from d = 3072 on, where most of the work is in large
     products and n copies cost memory; and where n of them would take more than 1 GiB.
     """
     if torch.device(device).type != "cpu" or d >= INVERT_MIN_D:

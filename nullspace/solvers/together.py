@@ -10,7 +10,7 @@ import collections
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -125,6 +125,14 @@ class _Group(Generic[S, C, T]):
             yield self._solve(*large.pop())
 
 
+def _solved_on(lanes: Lanes, mark: Any, drawn: list[tuple[S, C]], solve: Callable[[S, C], T]) -> T:
+    """`solve` of the one pair in a list. The list holds the sums until the lane has done with them, and not longer."""
+    try:
+        return lanes.run(mark, lambda: solve(*drawn[0]))
+    finally:
+        drawn.clear()
+
+
 class _Queue(Generic[S, C, T]):
     """The sites on GPUs that are being solved, in their order."""
 
@@ -135,16 +143,13 @@ class _Queue(Generic[S, C, T]):
 
     def add(self, drawn: list[tuple[S, C]], lanes: Lanes) -> None:
         """Take the one pair in a list, and begin to solve it when there is room."""
-        (_, covariance), solve = drawn[0], self._solve
-        d = covariance.d_in
-        size, *_ = decomposition_cost(d, self._rank or d, covariance.device.type)
-        del covariance
+        d, kind = drawn[0][1].d_in, drawn[0][1].device.type
+        size, *_ = decomposition_cost(d, self._rank or d, kind)
         mark = lanes.mark()
         if lanes not in self._pools:
             self._pools[lanes] = ThreadPoolExecutor(LANES, "decomposition")
         lanes.begin(size)
-        # The list is emptied before the future is done: what it held is free then.
-        future = self._pools[lanes].submit(lanes.run, mark, lambda: solve(*drawn.pop()))
+        future = self._pools[lanes].submit(_solved_on, lanes, mark, drawn, self._solve)
         future.add_done_callback(lambda _: lanes.end(size))
         self._futures.append(future)
 

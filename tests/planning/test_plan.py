@@ -166,6 +166,17 @@ def test_layerwise_is_flat_in_depth_but_for_the_bases() -> None:
     assert deep.device_parts["sums"] > 5 * many.device_parts["sums"]
 
 
+def test_two_blocks_of_a_70b_model_fit_24_gb() -> None:
+    """The eigenproblem of `down_proj`, d = 28672, is the peak: two squares, and the sums and weights of the blocks beside it."""
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, num_hidden_layers=2, vocab_size=128256))
+    work = Workload(samples=256, length=1024, batch_size=4, rank=128, weights="host")
+    plan = find(forecast(model.to(torch.bfloat16), work), "layerwise", "host", "host")
+    assert plan.missing(24e9, 64e9) == {}
+    assert 2 * 8 * 28672**2 <= plan.device_parts["decomposition"] <= 2.2 * 8 * 28672**2
+
+
 def test_on_a_cpu_there_is_one_memory() -> None:
     plans = forecast(llama(), replace(WORK, device="cpu"))
     assert {(p.strategy, p.weights, p.hidden_states) for p in plans} >= {

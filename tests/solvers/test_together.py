@@ -206,9 +206,17 @@ def test_an_early_end_waits_for_the_solves_and_begins_no_other(lanes: HostLanes,
     assert solves.at_work == 0
 
 
-def test_sums_are_freed_when_their_site_is_solved(lanes: HostLanes) -> None:
+def test_sums_are_freed_when_their_lane_has_done_with_them(lanes: HostLanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when `solve` returns, while the lane's stream may still read them; and not later."""
     alive: list[weakref.ref[Matrix]] = []
     left: list[int] = []
+
+    def run(mark: Any, work: Callable[[], str]) -> str:
+        result = work()
+        assert alive[int(result)]() is not None
+        return result
+
+    monkeypatch.setattr(lanes, "run", run)
 
     def stream() -> Iterator[tuple[Site, Matrix]]:
         for number in range(6):
