@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # A release whose plain wheel for Linux is a CUDA build.
 GPU_TORCH := torch==2.14.1
 
-.PHONY: demo test quick lint bench docs preservation simulate-gpu clean
+.PHONY: demo test quick lint bench docs preservation simulate-gpu compile-triton clean
 
 demo: .venv/installed
 	$(BIN)/nullspace demo --overwrite
@@ -40,6 +40,10 @@ preservation: .venv/installed
 # to it. CONTRIBUTING.md says when.
 simulate-gpu: .venv-gpu/installed
 	NULLSPACE_SIMULATE_GPU=1 OMP_NUM_THREADS=1 .venv-gpu/bin/python -m pytest -q tests/simulated
+
+# The kernels by every supported Triton and for every capability, into benchmarks/results/compiled.json; 4 GB into build/triton.
+compile-triton: .venv/installed
+	$(BIN)/python -m benchmarks.compiled
 
 clean:
 	rm -rf .venv .venv-gpu build site *.egg-info nullspace-demo preservation

@@ -15,10 +15,12 @@ from collections.abc import Sequence
 import torch
 
 import nullspace.csrc_triton as csrc_triton
+from nullspace.csrc_triton.resolution import resolution_of
+from nullspace.csrc_triton.tiles import tiling_for
 from nullspace.devices import upload
 from nullspace.errors import InputError
 from nullspace.moments.sums import FLOAT32_NORMS, OUTLIER_RATIO, STAGE_TOKENS, GramSums, Norms, TokenMask, find_outliers
-from nullspace.moments.sums_triton import launch_tokens, new_buffer, resolution
+from nullspace.moments.sums_triton import launch_tokens, new_buffer
 from nullspace.moments.triangle import PANEL_ROWS, memory_size
 
 
@@ -46,8 +48,9 @@ class GroupedTritonSums:
         self._filled = 0
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []  # group and norm of each row in the buffer
         self.unchecked = Norms()
-        # Of each group: outliers, energy of what the fast kernel summed, and what it may have lost.
-        self._counters = torch.zeros(3, groups, dtype=torch.float64, device=device)
+        # Of each group: outliers, energy of what the fast kernel summed, what it may have lost, and the square of what it may have
+        # lost independently of other launches.
+        self._counters = torch.zeros(4, groups, dtype=torch.float64, device=device)
         self._is_read = True
         self._reading = threading.Lock()  # members may be read in several threads
         self._failures: dict[int, str] = {}
@@ -114,12 +117,12 @@ class GroupedTritonSums:
         del staged
         self._counters.zero_()
         groups = len(self.members)
-        if not all(map(math.isfinite, numbers[3 * groups :])):
+        if not all(map(math.isfinite, numbers[4 * groups :])):
             texts = {number: unchecked.failure(number) for number in range(groups)}
             self._failures |= {number: text for number, text in texts.items() if text is not None}
-        outliers, energies, losses = (numbers[i * groups : (i + 1) * groups] for i in range(3))
-        for member, count, energy, loss in zip(self.members, outliers, energies, losses, strict=True):
-            member.count(int(count), energy, loss)
+        by_counter = [numbers[i * groups : (i + 1) * groups] for i in range(4)]
+        for member, outliers, energy, common, independent in zip(self.members, *by_counter, strict=True):
+            member.count(int(outliers), energy, common, independent)
         self._is_read = True
 
     def failure_of(self, number: int) -> str | None:
@@ -147,7 +150,9 @@ class GroupedTritonSums:
         self._counters[0] += outlier.new_zeros(groups, dtype=torch.int64).index_add_(0, of, outlier.long())
         own = _ranges(energy[order], fast)
         self._counters[1] += own
-        self._counters[2] += resolution(rows.dtype) * own
+        lost = resolution_of(tiling_for(rows.dtype, rows.device, self.d_in), rows.dtype, rows.device, grouped=True)
+        self._counters[2] += lost.common * own
+        self._counters[3] += lost.independent_square(fast.diff().clamp(min=1)) * own.square()
 
     def _apart(self, of: torch.Tensor, norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which rows are outliers of their group, and which must be summed in float64."""
@@ -214,8 +219,9 @@ class GroupSums(GramSums):
         if failure:
             raise InputError(failure)
 
-    def count(self, outliers: int, energy: float, loss: float) -> None:
-        """Add to what is known of the tokens: outliers, and energy and loss of what the fast kernel summed."""
+    def count(self, outliers: int, energy: float, common: float, independent: float) -> None:
+        """Add to what is known of the tokens: outliers, and energy and losses of what the fast kernel summed."""
         self.outliers += outliers
         self._mixed_energy += energy
-        self._common_loss += loss
+        self._common_loss += common
+        self._independent_loss += independent

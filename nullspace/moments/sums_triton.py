@@ -13,18 +13,13 @@ import math
 import torch
 
 import nullspace.csrc_triton as csrc_triton
+from nullspace.csrc_triton.resolution import resolution_of
+from nullspace.csrc_triton.tiles import tiling_for
 from nullspace.errors import InputError
 from nullspace.moments.sums import FLOAT32_NORMS, STAGE_TOKENS, GramSums, TokenMask, find_outliers
 from nullspace.moments.sums_torch import CHAIN_TOKENS
 from nullspace.moments.triangle import PANEL_ROWS
 
-# ‖E‖_F / ‖C‖_F, the part of E that is proportional to C left out (it moves no eigenvector): tensor-core chains lose by rounding
-# toward zero, all the same way. For 16-bit inputs, an upper end of simulations of Hopper's rounding: 0.7e-8 to 2.5e-8 on Gaussian
-# inputs, 2.4e-8 to 5.7e-8 on those of SmolLM2, where most of it is harmless: a chain's early tokens weigh a little less than its
-# late ones, and what no token has, no weighted sum has either. For float32 inputs, which TF32 products stand for, float32's own.
-# To be measured on a device: `python -m benchmarks.gpu_syrk`.
-HALF_RESOLUTION = 6e-8
-SINGLE_RESOLUTION = 2e-7
 # Reading and writing the triangle takes about 1300 / tokens of a launch's arithmetic on a GPU of Hopper's balance.
 LAUNCH_TOKENS = 8192
 
@@ -38,11 +33,6 @@ def new_buffer(rows: int, like_nd: torch.Tensor) -> torch.Tensor:
     """(rows, d) of another tensor's dtype and device; rows begin at multiples of 16 bytes, as tensor descriptors want."""
     d, step = like_nd.shape[1], 16 // like_nd.dtype.itemsize
     return like_nd.new_empty(rows, -(-d // step) * step)[:, :d]
-
-
-def resolution(dtype: torch.dtype) -> float:
-    """What the fast kernel loses of inputs of this dtype, relative to their energy."""
-    return SINGLE_RESOLUTION if dtype == torch.float32 else HALF_RESOLUTION
 
 
 class TritonSums(GramSums):
@@ -59,8 +49,8 @@ class TritonSums(GramSums):
         self._buffer: torch.Tensor | None = None
         self._filled = 0
         self._norms: list[torch.Tensor] = []
-        # Outliers; energy of what the fast kernel summed, and what it may have lost.
-        self._counters = torch.zeros(3, dtype=torch.float64, device=device)
+        # Outliers; energy of what the fast kernel summed; what it may have lost, in common and (a square) independently.
+        self._counters = torch.zeros(4, dtype=torch.float64, device=device)
         self._is_read = True
         self._failure: str | None = None
 
@@ -112,7 +102,7 @@ class TritonSums(GramSums):
         self.launch()
         excess = unchecked.excess()
         counters = self._counters if excess is None else torch.cat([self._counters, excess[None]])
-        outliers, energy, loss, *rest = counters.tolist()
+        outliers, energy, common, independent, *rest = counters.tolist()
         del staged
         self._counters.zero_()
         self._is_read = True
@@ -120,7 +110,8 @@ class TritonSums(GramSums):
             self._failure = unchecked.failure()
         self.outliers += int(outliers)
         self._mixed_energy += energy
-        self._common_loss += loss
+        self._common_loss += common
+        self._independent_loss += independent
 
     def _absorb(self) -> None:
         if self._buffer is None or self._filled == 0:
@@ -144,7 +135,9 @@ class TritonSums(GramSums):
             csrc_triton.syrk_accumulate(packed, rows, panel_rows=PANEL_ROWS)
             energy = torch.where(in_float64, 0.0, norms).square().sum()
             self._counters[1].add_(energy)
-            self._counters[2].add_(energy, alpha=resolution(rows.dtype))
+            lost = resolution_of(tiling_for(rows.dtype, rows.device, self.d_in), rows.dtype, rows.device)
+            self._counters[2].add_(energy, alpha=lost.common)
+            self._counters[3].add_(energy.square(), alpha=lost.independent_square(len(rows)))
 
     def _add_float64(self, rows_nd: torch.Tensor) -> None:
         self._absorb()
