@@ -120,13 +120,17 @@ def syrk_accumulate_rows(
 
 
 def has_matrix_products(device: torch.device) -> bool:
-    """Whether this Triton compiles float64 matrix products for a device."""
-    return device.type != "cuda" or compiles_float64(torch.cuda.get_device_capability(device), triton_version())
+    """Whether to multiply by matrix instructions on a device."""
+    return device.type != "cuda" or multiplies_float64(torch.cuda.get_device_capability(device), triton_version())
 
 
-def compiles_float64(capability: tuple[int, int], version: tuple[int, int]) -> bool:
-    """Whether Triton of a version compiles float64 matrix products for a compute capability."""
-    return capability[0] != 10 or version >= (3, 8)
+def multiplies_float64(capability: tuple[int, int], version: tuple[int, int]) -> bool:
+    """Whether Triton of a version compiles float64 matrix products for a compute capability, within registers.
+
+    For 10 it does from version 3.8 on. 12 has no such instruction: what Triton makes of the product keeps 700 bytes a thread in
+    local memory, and the outer products keep none (`benchmarks/results/compiled.json`).
+    """
+    return capability[0] < 10 or (capability[0] == 10 and version >= (3, 8))
 
 
 def _programs(device: torch.device) -> int:

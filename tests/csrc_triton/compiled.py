@@ -176,7 +176,7 @@ FLOAT64_OPTIONS = {"num_warps": DOUBLE.warps, "num_stages": DOUBLE.stages, "enab
 
 
 def float64_constants(capability: int, matrix: bool | None) -> dict[str, Any]:
-    chosen = selected.compiles_float64(divmod(capability, 10), syrk.triton_version())
+    chosen = selected.multiplies_float64(divmod(capability, 10), syrk.triton_version())
     return {"BLOCK": DOUBLE.block, "BLOCK_K": DOUBLE.block_k, "MATRIX": chosen if matrix is None else matrix}
 
 

@@ -61,7 +61,7 @@ def test_nothing_spills_and_everything_fits(compiled: dict[str, Any]) -> None:
     for kernel in ("syrk", "gluon", "grouped", "float64", "stage"):
         for name, facts in compiled[kernel].items():
             assert all(loop.get("spills", 0) == 0 for loop in facts["loops"]), (kernel, name)
-            assert facts["stack"] <= (384 if kernel == "gluon" else 256), (kernel, name)  # the epilogue
+            assert facts["stack"] <= (768 if kernel == "gluon" else 256), (kernel, name)  # the epilogue
             assert facts["shared"] <= SHARED[capability_of(name)], (kernel, name)
 
 
@@ -121,7 +121,7 @@ def test_selected_rows_are_multiplied_in_float64(compiled: dict[str, Any]) -> No
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "compiled.json"
 VERSIONS = json.loads(RESULT.read_text())["versions"]
-# Cells that do not compile, and what happens instead: `Tiling.in_triton`, and `selected.compiles_float64`.
+# Cells that do not compile, and what happens instead: `Tiling.in_triton`, and `selected.multiplies_float64`.
 GAPS = {("3.5.1", "gluon"): "", **dict.fromkeys([(v, "float64") for v in ("3.5.1", "3.6.0", "3.7.0")], "bf16 sm_100 matrix")}
 
 
@@ -150,7 +150,7 @@ def test_every_cell_compiles_or_is_a_stated_gap() -> None:
     }
     for version, kernel in GAPS:  # what takes their place does compile
         if kernel == "float64":
-            assert not selected.compiles_float64((10, 0), tuple(map(int, version.split(".")[:2])))
+            assert not selected.multiplies_float64((10, 0), tuple(map(int, version.split(".")[:2])))
             assert "error" not in VERSIONS[version]["rows"]["bf16 sm_100"]
         else:
             assert tuple(map(int, version.split(".")[:2])) < syrk.GLUON_VERSION
@@ -159,6 +159,8 @@ def test_every_cell_compiles_or_is_a_stated_gap() -> None:
 def test_no_version_spills_in_the_loop() -> None:
     for *where, facts in cells():
         assert all(loop.get("spills", 0) == 0 for loop in facts["loops"]), where
+    for version, kernel, name, facts in cells("rows", "grouped rows", "stage", "zero", "sum rows"):
+        assert facts["stack"] <= 80, (version, kernel, name)
 
 
 def test_every_version_keeps_the_levels_apart() -> None:

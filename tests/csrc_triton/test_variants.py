@@ -208,8 +208,9 @@ def test_a_run_never_tunes() -> None:
 
 @pytest.mark.parametrize("version", [(3, 5), (3, 7), (3, 8), (3, 9)])
 def test_a_compiler_without_float64_products_gets_none(version: tuple[int, int]) -> None:
-    assert selected.compiles_float64((10, 0), version) == (version >= (3, 8))
-    assert all(selected.compiles_float64(capability, version) for capability in ((8, 0), (9, 0), (12, 0)))
+    assert selected.multiplies_float64((10, 0), version) == (version >= (3, 8))
+    assert all(selected.multiplies_float64(capability, version) for capability in ((8, 0), (8, 9), (9, 0)))
+    assert not selected.multiplies_float64((12, 0), version)
 
 
 @pytest.mark.parametrize("count", [0, 1, 17])
