@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from nullspace.csrc_triton import grouped, naive, selected, stage, syrk
+from nullspace.csrc_triton.tiles import Tiling, table_of
 
 # 16-bit inputs take one way through the compiler, and float32 another.
 DTYPES = (torch.bfloat16, torch.float32)
@@ -42,8 +43,9 @@ def launches(device: torch.device) -> Iterator[tuple[str, Callable[[], bool]]]:
         yield f"stage_rows on listed {kind}", partial(_stages, x, rows)
         yield f"syrk_accumulate_rows on {kind}", partial(_sums_rows, x, rows)
         yield f"zero_rows on {kind}", partial(_zeros, x, rows)
-        yield f"syrk_accumulate on {kind}", partial(_sums, x)
-        yield f"syrk_accumulate_grouped on {kind}", partial(_sums_groups, x, rows, offsets)
+        for tiling in dict.fromkeys(table_of(dtype, device).values()):
+            yield f"syrk_accumulate on {kind}", partial(_sums, x, tiling)
+            yield f"syrk_accumulate_grouped on {kind}", partial(_sums_groups, x, rows, offsets, tiling)
         yield f"syrk_accumulate_rows_grouped on {kind}", partial(_sums_rows_of_groups, x, rows, offsets)
         yield f"sum_rows_grouped on {kind}", partial(_adds_rows_of_groups, x, rows, offsets)
 
@@ -62,9 +64,9 @@ def _zeros(x: torch.Tensor, rows: torch.Tensor) -> bool:
     return torch.equal(ours, expected)
 
 
-def _sums(x: torch.Tensor) -> bool:
+def _sums(x: torch.Tensor, tiling: Tiling) -> bool:
     ours, expected = _zero_sums(x), _zero_sums(x)
-    syrk.syrk_accumulate(ours.view(-1), x, panel_rows=PANEL)
+    syrk.syrk_accumulate(ours.view(-1), x, panel_rows=PANEL, tiling=tiling)
     naive.syrk_accumulate(expected, x)
     return torch.equal(ours, expected)
 
@@ -76,9 +78,9 @@ def _sums_rows(x: torch.Tensor, rows: torch.Tensor) -> bool:
     return torch.equal(ours, expected)
 
 
-def _sums_groups(x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> bool:
+def _sums_groups(x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, tiling: Tiling) -> bool:
     ours, expected = _zero_sums(x, 2), _zero_sums(x, 2)
-    grouped.syrk_accumulate_grouped(ours.view(2, -1), x, offsets, rows=rows, panel_rows=PANEL)
+    grouped.syrk_accumulate_grouped(ours.view(2, -1), x, offsets, rows=rows, panel_rows=PANEL, tiling=tiling)
     naive.syrk_accumulate_grouped(expected, x, offsets, rows)
     return torch.equal(ours, expected)
 

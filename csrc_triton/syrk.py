@@ -291,15 +291,16 @@ def gluon_obstacle(device: torch.device) -> str | None:
         return "Gluon's variants were written for compute capability 9.0"
     if triton_version() < GLUON_VERSION:
         return f"Triton {triton.__version__} is older than {GLUON_VERSION[0]}.{GLUON_VERSION[1]}"
-    x = torch.ones(256, 128, dtype=torch.bfloat16, device=device)
+    tokens = 8 * 128  # the ring of windows goes round
+    x = torch.ones(tokens, 128, dtype=torch.bfloat16, device=device)
     try:
         from nullspace.csrc_triton import hopper
 
         for variant in ("kahan", "plain"):
             g = torch.zeros(128, 128, dtype=torch.float64, device=device)
             with _on(device):
-                hopper.launch(g, x, _tiles(g, 128, 128, None), 256, 0, block_k=128, stages=3, variant=variant)
-            if not torch.equal(g, torch.full_like(g, 256.0).tril()):
+                hopper.launch(g, x, _tiles(g, 128, 128, None), tokens, 0, block_k=128, stages=3, variant=variant)
+            if not torch.equal(g, torch.full_like(g, tokens).tril()):
                 return f"gluon-{variant} gives wrong sums"
     except Exception as error:  # Gluon's names and semantics change with versions
         return f"Gluon of Triton {triton.__version__}: {type(error).__name__}: {error}".splitlines()[0]

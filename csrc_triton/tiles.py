@@ -70,12 +70,16 @@ SINGLE = Tiling(block=64, block_k=16, window=128, warps=4, stages=3, descriptor=
 DOUBLE = Tiling(block=64, block_k=16, window=0, warps=4, stages=1, descriptor=False)
 
 
+def table_of(dtype: torch.dtype, device: torch.device) -> dict[int, Tiling]:
+    """The tilings for inputs of `dtype` on `device`, by the smallest width that each serves."""
+    if dtype == torch.float32:
+        return {1: SINGLE}
+    return HALF.get(torch.cuda.get_device_capability(device), HALF_DEFAULT) if device.type == "cuda" else HALF_DEFAULT
+
+
 def tiling_for(dtype: torch.dtype, device: torch.device, d: int) -> Tiling:
     """The tiling of `syrk_accumulate` for inputs of `dtype` and d columns on `device`."""
-    if dtype == torch.float32:
-        return SINGLE
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    by_width = HALF.get(capability, HALF_DEFAULT) if capability else HALF_DEFAULT
+    by_width = table_of(dtype, device)
     return by_width[max(width for width in by_width if width <= d)]
 
 

@@ -11,7 +11,8 @@ import torch
 import nullspace.csrc_triton as csrc_triton
 
 pytest.importorskip("triton")
-from nullspace.csrc_triton import grouped, probe, selected, stage, syrk
+from nullspace.csrc_triton import grouped, probe, selected, stage, syrk, tiles
+from nullspace.csrc_triton.tiles import HALF_DEFAULT
 
 MODULES = {"stage_rows": stage, "zero_rows": stage, "syrk_accumulate": syrk, "syrk_accumulate_rows": selected}
 MODULES |= dict.fromkeys(["syrk_accumulate_grouped", "syrk_accumulate_rows_grouped", "sum_rows_grouped"], grouped)
@@ -25,6 +26,19 @@ def test_every_kernel_of_a_run_is_launched_on_both_kinds_of_input() -> None:
     assert set(MODULES) == set(csrc_triton._OPS)
     for kind in ("bfloat16", "float32"):
         assert {name.split()[0] for name in names(torch.device("cpu")) if name.endswith(kind)} == set(MODULES)
+
+
+def test_every_tiling_of_the_table_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_stubs(monkeypatch)
+    table = {1: HALF_DEFAULT[1]._replace(splits=2), 2048: HALF_DEFAULT[1], 4096: HALF_DEFAULT[1]._replace(variant="plain")}
+    monkeypatch.setattr(tiles, "HALF_DEFAULT", table)
+    launched = []
+    stub = syrk.syrk_accumulate
+    monkeypatch.setattr(
+        syrk, "syrk_accumulate", lambda g, x, **options: (launched.append(options["tiling"]), stub(g, x, **options))
+    )
+    assert probe.first_failure(torch.device("cpu")) is None
+    assert launched == [*table.values(), tiles.SINGLE]
 
 
 def test_the_kernels_pass(device: torch.device) -> None:
@@ -68,11 +82,11 @@ def with_stubs(monkeypatch: pytest.MonkeyPatch) -> None:
         "stage_rows": naive.stage_rows,
         "zero_rows": naive.zero_rows,
         "sum_rows_grouped": naive.sum_rows_grouped,
-        "syrk_accumulate": lambda g, x, panel_rows: naive.syrk_accumulate(square(g, x.shape[1]), x),
+        "syrk_accumulate": lambda g, x, panel_rows, tiling: naive.syrk_accumulate(square(g, x.shape[1]), x),
         "syrk_accumulate_rows": lambda g, x, rows, count, panel_rows: naive.syrk_accumulate_rows(
             square(g, x.shape[1]), x, rows, count
         ),
-        "syrk_accumulate_grouped": lambda g, x, offsets, rows, panel_rows: naive.syrk_accumulate_grouped(
+        "syrk_accumulate_grouped": lambda g, x, offsets, rows, panel_rows, tiling: naive.syrk_accumulate_grouped(
             square(g, x.shape[1]), x, offsets, rows
         ),
         "syrk_accumulate_rows_grouped": lambda g, x, rows, offsets, panel_rows: naive.syrk_accumulate_grouped(

@@ -42,25 +42,31 @@ def test_the_account_covers_what_was_simulated_and_little_more(resolution_on: An
     ratios = {}
     for row in rows:
         lost = resolution_on(CAPABILITIES[row["core"]], variant=row["variant"], window=row["window"])
-        ratio = account(lost, row["tokens"], row["launches"]) / row["delta"]
+        ratio = account(lost, row["tokens"], row["launches"]) / row["rest"]
         ratios[tuple(row[key] for key in ("core", "input", "variant", "window", "tokens", "launches"))] = ratio
     assert min(ratios.values()) >= 1.0, min(ratios, key=ratios.__getitem__)
-    # Gaussian inputs have no direction in which early tokens of a chain differ from late ones: little of their error is common.
-    real = {key: ratio for key, ratio in ratios.items() if key[1] != "random"}
-    assert max(real.values()) <= 8.0, max(real, key=real.__getitem__)
-    assert np.median(list(real.values())) <= 3.0
+    # Of Gaussian inputs no entry's chains take the same way through the roundings: nearly nothing of their error is common.
+    others = {key: ratio for key, ratio in ratios.items() if key[1] != "random"}
+    assert max(others.values()) <= 15.0, max(others, key=others.__getitem__)
+    # The tightest of the inputs, at each tiling.
+    by_tiling: dict[Any, float] = {}
+    for (core, _, variant, window, *_), ratio in ratios.items():
+        by_tiling[core, variant, window] = min(ratio, by_tiling.get((core, variant, window), np.inf))
+    assert max(by_tiling.values()) <= 2.0, by_tiling
 
 
 def test_the_account_falls_with_launches_as_the_error_does(resolution_on: Any) -> None:
     kahan, plain = (resolution_on((9, 0), variant=variant) for variant in ("kahan", "plain"))
-    assert account(kahan, 8192, 32) >= 0.7 * account(kahan, 8192, 1)  # a bias
-    assert account(plain, 8192, 1) >= 2 * account(kahan, 8192, 1)
-    assert account(plain, 8192, 32) <= 1.7 * account(kahan, 8192, 32)  # random
+    assert account(kahan, 8192, 32) == account(kahan, 8192, 1)  # a bias
+    assert account(plain, 8192, 1) >= 1.5 * account(kahan, 8192, 1)
+    assert account(plain, 8192, 32) <= 1.2 * account(kahan, 8192, 32)  # random
     assert plain.independent_square(8192) > plain.independent_square(1024)  # more additions a launch lose more
     # Gluon's sums are those of Triton, and float64 adds as exactly as Kahan's pair.
     for variant, same in (("gluon-kahan", kahan), ("gluon-plain", plain), ("gemm", kahan)):
         assert resolution_on((9, 0), variant=variant) == same
-    assert resolution_on((10, 0) if (10, 0) in HALF else (8, 0), window=64) == resolution_on((8, 0))
+    shorter, same, longer = (resolution_on((9, 0), window=window).common for window in (64, 128, 512))
+    assert shorter < same
+    assert longer > 4 * same
 
 
 def test_tokens_that_programs_share_are_added_less_often(resolution_on: Any) -> None:
@@ -73,6 +79,7 @@ def test_tokens_that_programs_share_are_added_less_often(resolution_on: Any) -> 
 def test_float32_inputs_have_their_own(resolution_on: Any) -> None:
     lost = resolution_of(SINGLE, torch.float32, torch.device("cpu"))
     assert 1e-7 <= lost.common <= 3e-7
+    assert lost.independent_square(8192) == 0.0
 
 
 @pytest.mark.interpreter
@@ -101,4 +108,4 @@ def test_sums_know_what_rounding_toward_zero_costs_them(variant: str, monkeypatc
     exact = second_moment(x)
     error = sums.square() - exact
     rest = error - (error * exact).sum() / exact.square().sum() * exact
-    assert float(rest.norm()) <= sums.error_norm <= 12 * float(rest.norm())
+    assert float(rest.norm()) <= sums.error_norm <= 20 * float(rest.norm())
