@@ -17,26 +17,51 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def run_child(module: str, arguments: list[str], *, timeout: float | None = None) -> dict[str, Any]:
     """`python -m module arguments`: the JSON on the last line that it prints; `{"failed": why}` if it fails or takes too long."""
     began = time.perf_counter()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=timeout,
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done in {timeout:.0f} s", "wall": time.perf_counter() - began}
+    done = run_limited([sys.executable, "-m", module, *arguments], timeout=timeout)
     wall = time.perf_counter() - began
+    if done.returncode is None:
+        return {"failed": f"not done in {timeout:.0f} s", "wall": wall}
     if done.returncode != 0:
         return {"failed": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1][:500], "wall": wall}
     return {**json.loads(done.stdout.splitlines()[-1]), "wall": wall}
+
+
+class Done(NamedTuple):
+    """A program's end: its exit code, None if it was ended for taking too long, and what it printed."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+
+
+def run_limited(command: Sequence[str], *, timeout: float | None, cwd: Path | None = None) -> Done:
+    """Run a program, and end its whole process group if it takes longer than `timeout` seconds.
+
+    Its output goes to files, and after its end it is waited for ten seconds at most: what hangs on a device may not end, and would
+    keep a pipe open.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = subprocess.Popen(command, stdout=out, stderr=err, cwd=cwd, start_new_session=True)
+        code: int | None = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = child.wait(timeout)
+        _end_group(child)
+        for file in (out, err):
+            file.seek(0)
+        return Done(code, out.read(), err.read())
+
+
+def _end_group(child: subprocess.Popen[Any]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(10)
 
 
 def lines_of(module: str, arguments: Sequence[str], *, timeout: float) -> Iterator[dict[str, Any]]:
@@ -44,7 +69,7 @@ def lines_of(module: str, arguments: Sequence[str], *, timeout: float) -> Iterat
 
     Yields:
         The objects; other lines are left out. The last one is `{"failed": why}` if the child fails or takes longer than `timeout`
-        seconds; its process group is then ended, and not waited for longer than that takes a process that can be ended.
+        seconds; its process group is then ended.
     """
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
@@ -69,10 +94,7 @@ def lines_of(module: str, arguments: Sequence[str], *, timeout: float) -> Iterat
                 errors.seek(0)
                 yield {"failed": (errors.read().strip() or f"exit code {code}").splitlines()[-1][:500]}
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a hanging device may not end
-                child.wait(10)
+            _end_group(child)
 
 
 def _forward_lines(stream: Any, lines: queue.Queue[str | None]) -> None:

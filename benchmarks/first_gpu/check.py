@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import lines_of
+from benchmarks.children import lines_of, run_limited
 from benchmarks.first_gpu.command import Command, options_of
 
 ANSWERS = [
@@ -306,13 +305,9 @@ def by_pytest(seconds: float, marks: str = "gpu") -> dict[str, Any]:
         workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
         arguments = ["-q", "-m", marks, f"--junitxml={report}", "-p", "no:cacheprovider", *workers, *TESTS]
         began = time.perf_counter()
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds
-            )
-        except subprocess.TimeoutExpired as cut:
-            last = (cut.stdout or b"").decode(errors="replace")[-400:]
-            return {"tests": None, "failed": f"not done in {seconds:.0f} s", "last_output": last}
+        done = run_limited([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, timeout=seconds)
+        if done.returncode is None:
+            return {"tests": None, "failed": f"not done in {seconds:.0f} s", "last_output": done.stdout[-400:]}
         if not report.exists():
             return {"tests": None, "failed": (done.stdout + done.stderr)[-500:]}
         cases = list(ElementTree.parse(report).iter("testcase"))

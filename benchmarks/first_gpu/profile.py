@@ -13,12 +13,11 @@ import argparse
 import csv
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.children import lines_of
+from benchmarks.children import lines_of, run_limited
 from benchmarks.first_gpu.command import Command, options_of
 
 ANSWERS = [
@@ -64,15 +63,8 @@ def by_ncu(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     program = [sys.executable, "-m", __spec__.name, "--out", str(options.out), "--device", options.device, "--run", "launch"]
     sections = [text for section in SECTIONS for text in ("--section", section)]
     how = ["--clock-control", "none", "--kernel-name", "regex:syrk", "--launch-skip", "1", "--launch-count", "1"]
-    try:
-        done = subprocess.run(
-            ["ncu", "--csv", "--page", "raw", *how, *sections, *program],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=seconds,
-        )
-    except subprocess.TimeoutExpired:
+    done = run_limited(["ncu", "--csv", "--page", "raw", *how, *sections, *program], timeout=seconds)
+    if done.returncode is None:
         return {"failed": f"not done in {seconds:.0f} s"}
     metrics = metrics_of(done.stdout)
     return {"metrics": metrics} if metrics else {"failed": (done.stdout + done.stderr).strip()[-500:] or "no metrics"}

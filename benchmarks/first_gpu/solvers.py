@@ -112,14 +112,14 @@ def _best(run: Callable[[], Any], device: Any) -> float:
     return min(timed(run, device)[0] for _ in range(3))
 
 
-def whole(d: int, k: int, device: Any) -> Iterator[dict[str, Any]]:
+def whole(x: Any, c: Any, k: int) -> Iterator[dict[str, Any]]:
     """The solvers, the first call apart, `torch.linalg.eigh` last: a run that is cut has the others."""
     import torch
 
     from benchmarks.solvers import by_torch, quality
     from nullspace import solvers
 
-    x, c = matrix(d, device)
+    d, device = len(c), c.device
     rows: dict[str, dict[str, Any]] = {}
     methods: dict[str, Callable[[], Any]] = {
         **{name: lambda name=name: solvers.bottom_eigenpairs(c, k, method=name) for name in ("auto", "shift-invert")},
@@ -163,14 +163,14 @@ def _twice(run: Callable[[], Any], device: Any, square: int) -> dict[str, Any]:
     return {"first_call_s": first, "seconds": seconds, **memory, "pairs": pairs}
 
 
-def side_by_side(d: int, k: int, counts: tuple[int, ...], device: Any) -> Iterator[dict[str, Any]]:
+def side_by_side(c: Any, k: int, counts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """Seconds of n solves at once, each in a thread and a stream of its own."""
     import torch
 
     from benchmarks.first_gpu.timing import timed
     from nullspace import solvers
 
-    _, c = matrix(d, device)
+    d, device = len(c), c.device
 
     def solve(stream: Any) -> Any:
         with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
@@ -195,19 +195,22 @@ def run(command: Command) -> None:
     for row in small_problems(sizes["small"], device):
         command.add(what="small eigenproblem", **row)
     for d in sizes["orders"]:
-        # `eigh` by its flops at 1 TFLOP/s, twice; unsure by a factor of two, and shift-invert comes first.
-        if command.has_time(f"solvers, d = {d}", 10 + 2 * 9 * d**3 / 1e12 if not command.dry else 0):
-            for row in whole(d, sizes["k"], device):
-                command.add(what="solver", **row)
-                judge(command)
-        if command.has_time(f"parts, d = {d}", 10 if not command.dry else 0):
-            for row in parts(matrix(d, device)[1], sizes["widths"]):
-                command.add(what="part", d=d, **row)
+        # `eigh` and the matrix by flops at 1 TFLOP/s, unsure by a factor of two; shift-invert comes first.
+        if not command.has_time(f"everything of d = {d}", 10 + 22 * d**3 / 1e12 if not command.dry else 0):
+            continue
+        x, c = matrix(d, device)
+        for row in whole(x, c, sizes["k"]):
+            command.add(what="solver", **row)
+            judge(command)
+        del x
+        if d == sizes["orders"][0]:
+            for row in side_by_side(c, sizes["k"], sizes["at once"]):
+                command.add(what="several at once", **row)
+        for row in parts(c, sizes["widths"]):
+            command.add(what="part", d=d, **row)
+        del c
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    if command.has_time("several at once", 20 if not command.dry else 0):
-        for row in side_by_side(sizes["orders"][0], sizes["k"], sizes["at once"], device):
-            command.add(what="several at once", **row)
 
 
 def judge(command: Command) -> None:
