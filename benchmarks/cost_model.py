@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 from nullspace.moments.sums_triton import launch_tokens
 from nullspace.planning.plan import Rates
 from nullspace.solvers import krylov
+from nullspace.solvers.cost import tuning
 
 TILE, WINDOW = 128, 128
 """Rows of a tile and tokens of a window, on Hopper."""
 # Of an update: masks and indices, staging, norms. Of a launch besides: outliers, their order and count, their kernels, counters.
 LAUNCHES_AN_UPDATE, LAUNCHES_A_LAUNCH = 4, 16
-# Columns that are solved besides the space: the certificate's probes.
-PROBED = krylov.PROBES * krylov.PROBE_STEPS
+# Of a step of shift-invert besides the factor's application, whose every inverted block takes four: products, Cholesky, QR.
+LAUNCHES_A_STEP = 30
 
 
 class Figure(NamedTuple):
@@ -92,7 +93,7 @@ class Gpu:
         copy: bytes a second read and written in its memory.
         launch: small kernels a second, one after the other.
         cholesky: float64 flops a second, counted as d³ / 3.
-        solves: float64 flops a second of two triangular solves, counted as 2 d² a column.
+        solves: float64 flops a second of two triangular solves, counted as 2 d² a column, where they do not wait for memory.
         eigh: float64 flops a second of `torch.linalg.eigh`, counted as 9 d³.
         host_eigh: the host's flops a second in a symmetric eigenproblem of some hundred, counted as 4/3 n³.
         transfer: bytes a second from pinned host memory.
@@ -131,12 +132,19 @@ class Gpu:
         return at(4.0 * d * tokens, self.copy).plus(at(small, self.launch))
 
     def solve_seconds(self, d: int, k: int) -> Seconds:
-        """Shift-invert: a Cholesky decomposition, the space's and the probes' columns solved, one small problem on the host."""
-        columns = space_columns(d, k)
-        cholesky, solves = at(d**3 / 3, self.cholesky), at(2.0 * d * d * (columns + PROBED), self.solves)
-        # Reorthogonalisation twice and the certificate: products of about 4 · d · columns² flops, no slower than the solves.
-        products = at(4.0 * d * columns**2, self.solves)
-        return cholesky.plus(solves, products, at(4 / 3 * columns**3, self.host_eigh))
+        """Shift-invert by `nullspace.solvers.cost.tuning`.
+
+        Cholesky, the steps of the space and of the search for what was missed, products of the columns among themselves, one small
+        problem on the host. A step multiplies or reads the factor twice, whichever takes longer, and launches its small kernels.
+        """
+        wanted, chosen = k + krylov.GUARD, tuning(d, k, "cuda")
+        columns = krylov.first_check(wanted, chosen.width)
+        steps = -(-columns // chosen.width) + krylov.PROBE_STEPS
+        block = min(chosen.block, d) or d
+        step = _longer(at(2.0 * d * d * chosen.width, self.solves), at(8.0 * d * d, self.copy))
+        step = step.plus(at(LAUNCHES_A_STEP + 4 * -(-d // block), self.launch))
+        products = at(2 / 3 * d * block**2 + 2.0 * d * d * wanted + 4.0 * d * columns**2, self.solves)
+        return at(d**3 / 3, self.cholesky).plus(step.times(steps), products, at(4 / 3 * columns**3, self.host_eigh))
 
     def eigh_seconds(self, d: int) -> Seconds:
         """`torch.linalg.eigh`."""
@@ -156,9 +164,9 @@ class Gpu:
         )
 
 
-def space_columns(d: int, k: int) -> int:
-    """Columns of the Krylov space at the first check of convergence, which most spectra pass."""
-    return krylov.FIRST_CHECK * (k + krylov.GUARD)
+def _longer(one: Seconds, other: Seconds) -> Seconds:
+    """Two that go on together."""
+    return Seconds(max(one.low, other.low), max(one.high, other.high), one.measured and other.measured)
 
 
 H100 = Gpu(
@@ -300,8 +308,9 @@ def measured_on(results: Mapping[str, Mapping[str, Any]], gpu: Gpu = H100) -> Gp
     ]
     know("cycles", windows, "kernels: the default variant, at the nominal clock, the triangle's traffic included")
     know("cholesky", [row["cholesky_tflops"] * 1e12 for row in rows if "cholesky_tflops" in row], "solvers: parts")
-    solves = [4.0 * row["d"] ** 2 * row["width"] / 2 / row["two_solves_s"] for row in rows if row.get("width") in (36, 72, 144)]
-    know("solves", solves, "solvers: two triangular solves of 36 to 144 columns")
+    wide = [row for row in rows if row.get("width", 0) >= 72 and "solve_s" in row]
+    solves = [max(2.0 * d * d * row["width"] / row["solve_s"] for row in wide if row["d"] == d) for d in {row["d"] for row in wide}]
+    know("solves", solves, "solvers: the fastest application of the factor to 72 columns or more")
     eighs = [9.0 * row["d"] ** 3 / row["seconds"] for row in rows if row.get("method") == "torch.linalg.eigh" and "seconds" in row]
     know("eigh", eighs, "solvers: torch.linalg.eigh")
     small = [4 / 3 * row["n"] ** 3 / row["host_s"] for row in rows if row.get("n", 0) >= 432 and "host_s" in row]

@@ -4,9 +4,9 @@
 
 Workload: C in float64 with a real layer's spectrum along random directions, d = 4096, 11008, 14336; the bottom 128 pairs.
 
-1. Parts, by order: Cholesky (the first time, and again), two triangular solves at widths from 16 to 288, the explicit inverse and a
-   product with it at the same widths, QR and Cholesky-QR of d × w, a float64 product. Their ratio decides whether a step solves or
-   multiplies (the table in `nullspace.solvers.cost`), and how wide a block is.
+1. Parts, by order: Cholesky (the first time, and again), the factor's application to 12 to 144 columns by triangular solves and by
+   products with inverted blocks of 256 columns up to the whole inverse, QR and CholeskyQR of as many columns, a float64 product.
+   Whole solves by width and block of the factor: the best is a row of `INVERT_ON_CUDA` in `nullspace.solvers.cost`.
 2. The small eigenproblem, 144 to 1440, on the GPU and on the host, copies included.
 3. Whole solvers: `auto` and shift-invert against `torch.linalg.eigh`: seconds, excess leak ‖XU‖ / ‖XU_eigh‖ − 1, residual
    ‖CU − UΛ‖ / ‖C‖, orthogonality ‖UᵀU − I‖, peak memory in squares of 8 d² bytes. The first call of each is apart.
@@ -24,19 +24,21 @@ from benchmarks.first_gpu.command import Command, options_of
 
 ANSWERS = [
     "is shift-invert 20 times as fast as torch.linalg.eigh at d = 11008 and 14336, and as exact?",
-    "what is faster, two triangular solves or a product with the inverse, and from which width on?",
-    "is QR or Cholesky-QR faster; is a small eigenproblem faster on the host?",
+    "what is faster, triangular solves, inverted blocks or the whole inverse, and with how many columns at a time?",
+    "is QR or CholeskyQR faster; is a small eigenproblem faster on the host?",
     "do several sites at once take less time than one after the other?",
 ]
 SIZES: dict[str, dict[str, Any]] = {
     "cuda": {
         "orders": (4096, 11008, 14336),
-        "widths": (16, 36, 72, 144, 288),
+        "widths": (12, 24, 36, 72, 144),
+        "tuned": (12, 24, 36, 72),
+        "blocks": (0, 256, 512, 1024),
         "small": (144, 288, 432, 720, 1440),
         "k": 128,
         "at once": (1, 2, 3, 4),
     },
-    "cpu": {"orders": (192,), "widths": (8,), "small": (24,), "k": 4, "at once": (1, 2)},
+    "cpu": {"orders": (192,), "widths": (8,), "tuned": (10,), "blocks": (0, 64), "small": (24,), "k": 4, "at once": (1, 2)},
 }
 SPECTRUM = "layer"
 
@@ -49,45 +51,64 @@ def matrix(d: int, device: Any) -> tuple[Any, Any]:
     return x, second_moment(x)
 
 
-def parts(c: Any, widths: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+def parts(c: Any, widths: tuple[int, ...], blocks: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """Seconds of everything that a shift-invert is made of."""
     import torch
 
     from benchmarks.first_gpu.timing import timed
+    from nullspace.solvers.krylov import cholesky_qr
+    from nullspace.solvers.triangular import Factor, shifted_cholesky
 
     d, device = len(c), c.device
-    shifted = c.clone()
-    shifted.diagonal().add_(float(c.diagonal().mean()) * 1e-6)
-    first, _ = timed(lambda: torch.linalg.cholesky_ex(shifted), device)
-    again, (factor, _) = timed(lambda: torch.linalg.cholesky_ex(shifted), device)
-    product = min(timed(lambda: c @ shifted, device)[0] for _ in range(2))
-    inverting, inverse = timed(lambda: torch.cholesky_inverse(factor), device)
+
+    def new_factor() -> Any:
+        return shifted_cholesky(c, 1.0, float(c.diagonal().mean()) * 1e-6, 0)[0]
+
+    first, _ = timed(new_factor, device)
+    again, lower = timed(new_factor, device)
+    product = min(timed(lambda: c @ c, device)[0] for _ in range(2))
     yield {
         "cholesky_first_s": first,
         "cholesky_s": again,
         "cholesky_tflops": d**3 / 3 / again / 1e12,
-        "inverse_s": inverting,
         "product_tflops": 2 * d**3 / product / 1e12,
     }
-    for width in widths:
-        b = torch.randn(d, width, generator=torch.Generator(device).manual_seed(0), dtype=torch.float64, device=device)
-
-        def solves(b: Any = b) -> Any:
-            below = torch.linalg.solve_triangular(factor, b, upper=False)
-            return torch.linalg.solve_triangular(factor.mT, below, upper=True)
-
-        def cholesky_qr(b: Any = b) -> Any:
-            upper = torch.linalg.cholesky_ex(b.mT @ b)[0].mT
-            return torch.linalg.solve_triangular(upper, b, upper=True, left=False)
-
+    columns = {
+        width: torch.randn(d, width, generator=torch.Generator(device).manual_seed(0), dtype=torch.float64, device=device)
+        for width in widths
+    }
+    for width, b in columns.items():
         runs: dict[str, Callable[[], Any]] = {
-            "two_solves_s": solves,
-            "inverse_product_s": lambda b=b: inverse @ b,
             "product_s": lambda b=b: c @ b,
             "qr_s": lambda b=b: torch.linalg.qr(b),
-            "cholesky_qr_s": cholesky_qr,
+            "cholesky_qr_s": lambda b=b: cholesky_qr(b),
         }
         yield {"width": width, **{name: _best(run, device) for name, run in runs.items()}}
+    for block in blocks:
+        seconds, factor = timed(lambda block=block: Factor(lower.clone(), min(block, d)), device)
+        for width, b in columns.items():
+            solving = _best(lambda factor=factor, b=b: factor.solve(b), device)
+            yield {"block": min(block, d), "width": width, "inverting_s": seconds, "solve_s": solving}
+        del factor
+
+
+def tunings(c: Any, k: int, widths: tuple[int, ...], blocks: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """Seconds of whole solves by width and block of the factor; last the row for `INVERT_ON_CUDA` in `nullspace.solvers.cost`."""
+    from benchmarks.first_gpu.timing import timed
+    from nullspace.solvers.krylov import GUARD, Tuning, shift_invert
+
+    seconds: dict[tuple[int, int], float] = {}
+    for width in widths:
+        for block in blocks:
+            tuning = Tuning(width, min(block, len(c)), cholesky=True)
+            if shift_invert(c, k, tuning) is None:
+                yield {"tuning": tuple(tuning), "failed": "it does not converge"}
+                continue
+            seconds[width, block], _ = timed(lambda tuning=tuning: shift_invert(c, k, tuning), c.device)
+            yield {"tuning": tuple(tuning), "tuned_s": seconds[width, block]}
+    if seconds:
+        width, block = min(seconds, key=lambda key: seconds[key])
+        yield {"table row": {len(c): ((k + GUARD) // width, block)}, "tuned_s": seconds[width, block]}
 
 
 def small_problems(sizes: tuple[int, ...], device: Any) -> Iterator[dict[str, Any]]:
@@ -206,8 +227,12 @@ def run(command: Command) -> None:
         if d == sizes["orders"][0]:
             for row in side_by_side(c, sizes["k"], sizes["at once"]):
                 command.add(what="several at once", **row)
-        for row in parts(c, sizes["widths"]):
-            command.add(what="part", d=d, **row)
+        if command.has_time(f"tunings, d = {d}", 15 if not command.dry else 0):
+            for row in tunings(c, sizes["k"], sizes["tuned"], sizes["blocks"]):
+                command.add(what="tuning", d=d, **row)
+        if command.has_time(f"parts, d = {d}", 10 if not command.dry else 0):
+            for row in parts(c, sizes["widths"], (*sizes["blocks"], d)):
+                command.add(what="part", d=d, **row)
         del c
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -128,7 +128,7 @@ def test_the_solvers_run_at_a_tiny_size(tmp_path: Path) -> None:
     with dry("solvers", tmp_path) as run:
         solvers.run(run)
     rows = result_of("solvers", tmp_path)["rows"]
-    assert {row["what"] for row in rows} == {"small eigenproblem", "solver", "part", "several at once"}
+    assert {row["what"] for row in rows} == {"small eigenproblem", "solver", "part", "several at once", "tuning"}
     assert all(row["residual"] <= 1e-12 for row in rows if "residual" in row)
     assert all(abs(row["excess"]) <= 1e-9 for row in rows if "excess" in row)
     goals = result_of("solvers", tmp_path)["goals"]
