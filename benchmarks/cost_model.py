@@ -26,6 +26,8 @@ TILE, WINDOW = 128, 128
 LAUNCHES_AN_UPDATE, LAUNCHES_A_LAUNCH = 4, 16
 # Of a step of shift-invert besides the factor's application, whose every inverted block takes four: products, Cholesky, QR.
 LAUNCHES_A_STEP = 30
+# Of a tridiagonal reduction: a guess.
+LAUNCHES_A_COLUMN = 4
 
 
 class Figure(NamedTuple):
@@ -147,8 +149,8 @@ class Gpu:
         return at(d**3 / 3, self.cholesky).plus(step.times(steps), products, at(4 / 3 * columns**3, self.host_eigh))
 
     def eigh_seconds(self, d: int) -> Seconds:
-        """`torch.linalg.eigh`."""
-        return at(9.0 * d**3, self.eigh)
+        """`torch.linalg.eigh`: its flops, and the launches that each column of the tridiagonal reduction waits for."""
+        return at(9.0 * d**3, self.eigh).plus(at(LAUNCHES_A_COLUMN * d, self.launch))
 
     def rates(self) -> Rates:
         """For `nullspace.planning`: the middle of each range, sums as n · d² flops by the kernel at d = 8192."""

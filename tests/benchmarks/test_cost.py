@@ -95,7 +95,7 @@ def test_what_first_gpu_has_measured_replaces_the_forecast(tmp_path: Path) -> No
     _, _, flops, _ = Work("Llama-3-8B").counts()
     assert gpu.forward.middle == pytest.approx(2 * flops)
     assert not gpu.rates().estimated
-    assert gpu.eigh_seconds(4096).status == "from measured rates"
+    assert gpu.kernel_seconds(4096, 8192).status == "from measured rates"
     text = cost_page.page({"first_gpu-a": results})
     assert "| shift-invert, d = 4,096 | 1 | " in text
     assert "Nothing on this page was measured" not in text
