@@ -134,6 +134,14 @@ def _patch(patch: pytest.MonkeyPatch, simulation: Simulation, mode: Mode) -> Non
         simulation.wait("torch.cuda.synchronize", dict.fromkeys(range(2**12), 2**62))
 
     state = torch.zeros(16, dtype=torch.uint8)
+    numbers: dict[str, Any] = {
+        "get_rng_state": lambda device="cuda": state.clone(),
+        "set_rng_state": lambda new_state, device="cuda": None,
+        "get_rng_state_all": lambda: [state.clone() for _ in range(simulation.devices)],
+        "set_rng_state_all": lambda new_states: None,
+        "manual_seed_all": lambda seed: None,
+        "manual_seed": lambda seed: None,
+    }
     values: dict[str, Any] = {
         "simulation": simulation,
         "Stream": Stream,
@@ -164,13 +172,11 @@ def _patch(patch: pytest.MonkeyPatch, simulation: Simulation, mode: Mode) -> Non
         "get_per_process_memory_fraction": lambda device=None: 1.0,
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
-        "get_rng_state": lambda device="cuda": state.clone(),
-        "set_rng_state": lambda new_state, device="cuda": None,
-        "manual_seed_all": lambda seed: None,
-        "manual_seed": lambda seed: None,
         "_is_in_bad_fork": lambda: False,
     }
-    for name, value in values.items():
+    for name, value in numbers.items():
+        patch.setattr(cuda.random, name, value)
+    for name, value in {**values, **numbers}.items():
         patch.setattr(cuda, name, value, raising=False)
     patch.setattr(functional, "scaled_dot_product_attention", attention)
 

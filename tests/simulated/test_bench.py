@@ -101,6 +101,41 @@ def test_one_pinned_buffer_between_two_devices() -> None:
         through(ordered=False)
 
 
+@pytest.mark.parametrize("way", ["record_stream", "an event", "the host"])
+def test_memory_is_not_freed_while_another_stream_uses_it(way: str) -> None:
+    def use(*, ordered: bool) -> None:
+        with simulated_cuda():
+            x, side = torch.ones(3, device="cuda"), torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                y = x + 1
+            if ordered and way == "record_stream":
+                x.record_stream(side)
+            elif ordered and way == "an event":
+                torch.cuda.current_stream().wait_event(side.record_event())
+            elif ordered:
+                side.synchronize()
+            del x
+            del y
+
+    use(ordered=True)
+    with pytest.raises(AssertionError, match="without record_stream"):
+        use(ordered=False)
+
+
+def test_pieces_of_one_pinned_buffer_are_used_independently() -> None:
+    def use(size: int) -> None:
+        with simulated_cuda():
+            memory = torch.ones(8, pin_memory=True)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                memory[:size].copy_(torch.zeros(size, device="cuda"), non_blocking=True)
+            assert memory[4:].to("cuda", non_blocking=True).tolist() == [1, 1, 1, 1]
+
+    use(4)
+    with pytest.raises(RaceError, match="may still be writing"):
+        use(5)
+
+
 def test_a_launch_on_another_device_is_refused(gpu: Any) -> None:
     from nullspace.csrc_triton.stage import _stage
 
