@@ -10,7 +10,7 @@
 The constants are an upper end of simulations, in which Kahan's pair added nothing to the error of the chains, as float64 would
 (`python -m benchmarks.resolution`); none was measured on a device yet (`python -m benchmarks.first_gpu.kernels`). `common` is that
 of inputs with a few large and nearly constant channels (layer 1's down projection in SmolLM2): all chains of an entry take the
-same way through the same roundings. Other inputs lose a third to an eighth of it. float32 inputs, which TF32 products stand for,
+same way through the same roundings. Other inputs lose 2e-8 to 8e-8. float32 inputs, which TF32 products stand for,
 have float32's own resolution.
 """
 
