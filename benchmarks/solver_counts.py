@@ -113,13 +113,12 @@ class Counts(TorchDispatchMode):
 def second_moment(d: int, seed: int = 0) -> torch.Tensor:
     """(d, d) float64 with a real layer's spectrum, along directions made by cosine transforms."""
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], (2, d))
-    x = np.diag(10 ** (np.interp(np.linspace(0, 1, d), FRACTIONS, LOG_SPECTRUM) / 2))
+    c = np.diag(10 ** np.interp(np.linspace(0, 1, d), FRACTIONS, LOG_SPECTRUM))
     for sign in signs:
-        x = scipy.fft.dct(x, axis=1, norm="ortho", overwrite_x=True)
-        x *= sign
-    rows = torch.from_numpy(x)
-    c = rows.mT @ rows
-    return c.add_(c.mT.clone()).div_(2)
+        for axis in (0, 1):
+            c = scipy.fft.dct(c, axis=axis, norm="ortho", overwrite_x=True)
+            c *= np.expand_dims(sign, 1 - axis)
+    return torch.from_numpy(c).add_(torch.from_numpy(c.T.copy())).div_(2)
 
 
 def counted(d: int, k: int, device: str) -> dict[str, Any]:

@@ -26,9 +26,13 @@ INVERT_MIN_D = 3072
 SIDE_BY_SIDE_BYTES = 2**30
 
 # Shift-invert, by compute capability (None: all others) and smallest d: into how many parts k + GUARD columns are divided, which
-# gives the width of a block, and the order of the blocks of L that are inverted (`triangular.Factor`). Nothing was timed on a GPU
-# yet; `python -m benchmarks.solvers --tune` prints such rows.
-INVERT_ON_CUDA: dict[tuple[int, int] | None, dict[int, tuple[int, int]]] = {None: {0: (12, 256), 2048: (12, 512)}}
+# gives the width of a block, and the order of the blocks of L that are inverted (`triangular.Factor`). Computed for an H100 and
+# k = 128, timed nowhere yet: a pass over L reads it twice at 3.3 TB/s and launches 4 d / block + 14 kernels of 5 µs; narrow blocks
+# take more passes, wide ones more columns, and the eigenproblem on the host their cube (684 columns 20 ms, 792 30 ms, one thread).
+# `python -m benchmarks.first_gpu.solvers` prints such rows.
+INVERT_ON_CUDA: dict[tuple[int, int] | None, dict[int, tuple[int, int]]] = {
+    None: {0: (12, 256), 2048: (12, 512), 4096: (12, 1024), 8192: (6, 1024)}
+}
 # On a CPU: the multiple of LEAST_WIDTH next to (k + GUARD) / 6. One thread, d = 4096, k = 128, seconds of the processor on a loaded
 # machine, the least of two: 3.6, 4.5, 3.4 and 3.5 with 12, 18, 24 and 36 columns; MKL's triangular solver prefers multiples of 12.
 INVERT_ON_CPU = 6
@@ -106,7 +110,10 @@ def decomposition_cost(d: int, rank: int, device: str) -> tuple[int, float, floa
 
 
 def invert_cost(d: int, k: int, tuning: krylov.Tuning) -> tuple[int, float]:
-    """Bytes at the peak, the square itself included, and flops of shift-invert where one Rayleigh–Ritz problem is enough."""
+    """Bytes at the peak, the square itself included, and flops of shift-invert where one Rayleigh–Ritz problem is enough.
+
+    The bytes are those of C, of its factor and of the largest space. Where it does not converge, `"eigh"` takes its own.
+    """
     wanted = k + krylov.GUARD
     space = krylov.first_check(wanted, tuning.width)
     most = min(krylov.MAX_COLUMNS * wanted, d)
@@ -115,4 +122,4 @@ def invert_cost(d: int, k: int, tuning: krylov.Tuning) -> tuple[int, float]:
     solves = (2 if tuning.block < d else 4) * d * d * (space + probes)
     # The product with C, the columns made orthogonal twice, and the small eigenproblem.
     flops = d**3 / 3 + inverted + solves + 2 * d * d * wanted + 4 * d * space**2 + 4 / 3 * space**3
-    return 8 * (2 * d * d + most * (d + most) + 8 * d * wanted), flops
+    return 8 * (2 * d * d + most * (d + 3 * most) + 8 * d * wanted), flops

@@ -96,11 +96,11 @@ def shift_invert(c: torch.Tensor, k: int, tuning: Tuning) -> tuple[torch.Tensor,
         if lower is None:
             return None
         factor = Factor(lower, tuning.block)
-        del lower
         ritz, estimate = inverse_krylov(factor, shift, 100 * least, norm, k, tuning._replace(width=width))
         pairs = None if ritz is None else _certified(c, scale, norm, factor, ritz, k)
         if pairs is not None:
             return pairs[0] * scale, pairs[1]
+        del lower, factor, ritz  # before the next factor is made
     return None
 
 
@@ -202,6 +202,7 @@ def inverse_krylov(
         pairs = space.ritz(wanted)
         if pairs is None and tuning.cholesky:
             tuning = tuning._replace(cholesky=False)
+            del space
             space = Space(factor, most, tuning)
             continue
         if pairs is None:

@@ -18,7 +18,7 @@ from nullspace.solvers.triangular import Factor
 SQUARE_LIMIT, NEARLY_SINGULAR = 1e5, 1e12
 # Relative to ‖R‖: singular values of a root that count as zero. How many shifts are tried: each divides the range of the inverse's
 # eigenvalues by 1 / eps until the wanted ones are the largest.
-ZERO, SHIFTS = 100 * krylov.EPS, 4
+ZERO, SHIFTS = 100 * krylov.EPS, 5
 # Below this order a whole SVD takes no longer. What ‖RV‖² may exceed its bound by.
 ROOT_MIN_D, EXCESS = 512, 1e-9
 
@@ -67,12 +67,12 @@ def inverse_of_root(root: torch.Tensor, k: int, tuning: krylov.Tuning) -> tuple[
     scale = 2.0 ** math.frexp(norm)[1]
     norm /= scale
     zero, shift = (ZERO * norm) ** 2, 0.0
-    lower = _lower(root, scale, 0.0)
-    if not bool(lower.diagonal().abs().min() > ZERO * norm):
-        shift = krylov.EPS * norm**2
     for _ in range(SHIFTS):
-        if shift:
-            lower = _lower(root, scale, shift)
+        lower = _lower(root, scale, shift)
+        if shift == 0 and not bool(lower.diagonal().abs().min() > ZERO * norm):
+            shift = krylov.EPS * norm**2
+            del lower
+            continue
         factor = Factor(lower, tuning.block)
         ritz, estimate = krylov.inverse_krylov(factor, shift, zero, norm, k, tuning, power=0.5)
         largest = estimate if ritz is None else 1 / float(ritz.theta[k - 1]) - shift
@@ -82,6 +82,7 @@ def inverse_of_root(root: torch.Tensor, k: int, tuning: krylov.Tuning) -> tuple[
         if not largest > 0:
             break
         shift = largest / 16
+        del lower, factor, ritz  # before the next factor is made
     return None
 
 

@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from matrices import TINY, assert_eigenpairs, spectrum_of, with_eigenvalues
+from matrices import TINY, assert_eigenpairs, psd, spectrum_of, with_eigenvalues
 
-from nullspace.solvers import bottom_eigenpairs
-from nullspace.solvers.cost import tuning
+from benchmarks.solver_counts import Counts
+from nullspace.solvers import bottom_eigenpairs, decomposition_cost, triangular
+from nullspace.solvers.cost import choose_method, invert_cost, tuning
 from nullspace.solvers.krylov import Tuning, complement, shift_invert, smaller_remains
 from nullspace.solvers.triangular import Factor
 
@@ -83,3 +84,50 @@ def test_what_was_missed_is_noticed() -> None:
     factor = Factor(torch.linalg.cholesky(c))
     assert not smaller_remains(complement(factor, q[:, :5]), 1 / (1 + 3 * 3 / 298))
     assert smaller_remains(complement(factor, q[:, 1:6]), 1 / (1 + 4 * 3 / 298))
+
+
+@pytest.mark.parametrize(("kind", "device"), [("layer", "cpu"), ("layer", "cuda"), ("some zeros", "cuda")])
+def test_beside_c_and_its_factor_nothing_has_d_squared_entries(kind: str, device: str) -> None:
+    d, k = 900, 24
+    c = with_eigenvalues(list(spectrum_of(kind, d)))[0]
+    with Counts() as counts:
+        assert shift_invert(c, k, tuning(d, k, device)) is not None
+    assert counts.peak >= 8 * d * d  # the factor
+    # One matrix more would not fit into what the space and the small problem leave of this.
+    assert counts.peak <= invert_cost(d, k, tuning(d, k, device))[0] - 8 * d * d
+    assert counts.ritz <= 3
+
+
+def test_the_widest_layer_of_a_70b_model_fits_24_gb_beside_the_sums_of_its_block() -> None:
+    triangles = 4 * (28672**2 + 3 * 8192**2)
+    assert choose_method(28672, 128, "cuda") == "shift-invert"
+    assert decomposition_cost(28672, 128, "cuda")[0] + triangles <= 24e9
+
+
+@pytest.mark.parametrize(
+    ("d", "k", "every", "method"),
+    [(4096, 128, False, "shift-invert"), (576, 32, False, "shift-invert"), (576, 128, False, "eigh"), (4096, 128, True, "eigh")],
+)
+def test_what_auto_takes_on_cuda(d: int, k: int, every: bool, method: str) -> None:
+    assert choose_method(d, k, "cuda", every=every) == method
+    # By count, shift-invert is the cheaper one wherever it is taken.
+    if method == "shift-invert":
+        assert decomposition_cost(d, k, "cuda")[1] <= 9.0 * d**3 / 2
+
+
+@pytest.mark.parametrize("block", [0, 1, 7, 64, 99, 100, 1000])
+def test_the_factor_is_applied_alike_by_blocks_of_any_order(block: int) -> None:
+    d = 100
+    c = psd(d)
+    x = torch.randn(d, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    solved = Factor(torch.linalg.cholesky(c), block).solve(x)
+    torch.testing.assert_close(c @ solved, x, rtol=0.0, atol=1e-9)
+
+
+def test_a_large_triangle_is_inverted_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triangular, "PANEL", 16)
+    lower = torch.linalg.cholesky(psd(90))
+    inverse = lower.clone()
+    triangular.invert_(inverse)
+    assert torch.equal(inverse, inverse.tril())
+    torch.testing.assert_close(inverse @ lower, torch.eye(90, dtype=torch.float64), rtol=0.0, atol=1e-9)
