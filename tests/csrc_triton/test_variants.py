@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import nullspace.csrc_triton as csrc_triton
 from inputs import randn, small_integers
 from nullspace.csrc_triton import naive, syrk_accumulate, syrk_accumulate_grouped, syrk_accumulate_rows
 from nullspace.csrc_triton.tiles import DOUBLE, HALF, IN_TRITON, NARROW, SINGLE, VARIANTS, Tiling, candidates, tiling_for
@@ -143,8 +147,6 @@ def test_what_cannot_run_is_replaced_by_the_same_sum_in_triton(
 
 
 def test_what_gluon_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     import triton
 
     obstacle, cuda = syrk.gluon_obstacle.__wrapped__, torch.device("cuda", 0)
@@ -162,6 +164,22 @@ def test_what_gluon_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nullspace.csrc_triton.hopper", None)
     monkeypatch.delattr("nullspace.csrc_triton.hopper", raising=False)
     assert "Gluon of Triton 4.0.0: ImportError" in obstacle(cuda) or "ModuleNotFoundError" in obstacle(cuda)
+    # One that launches: what it computes decides.
+    monkeypatch.setattr(syrk, "_on", lambda device: contextlib.nullcontext())
+
+    def launch(g: torch.Tensor, x: torch.Tensor, *arguments: Any, variant: str, **options: Any) -> None:
+        if variant in works:
+            naive.syrk_accumulate(g, x)
+        elif variant in refused:
+            raise RuntimeError("PassManager::run failed\nmore")
+
+    monkeypatch.setattr(csrc_triton, "hopper", SimpleNamespace(launch=launch), raising=False)
+    works, refused = {"kahan", "plain"}, set()
+    assert obstacle(cuda) is None
+    works.remove("plain")
+    assert obstacle(cuda) == "gluon-plain gives wrong sums"
+    refused.add("plain")
+    assert obstacle(cuda) == "Gluon of Triton 4.0.0: RuntimeError: PassManager::run failed"
 
 
 def test_every_device_keeps_kahans_sum_until_one_was_timed() -> None:
