@@ -12,29 +12,18 @@ and then computes the result on the CPU. Values are therefore right, and the pro
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from simulated.operations import INDEXING, MIXING, READING, aten, computed, is_view, mapped, tensors, written
 from simulated.streams import Clock, Hold, Ledger, Stream, is_of_model, join, where
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-aten = torch.ops.aten
 CPU = torch.device("cpu")
 # PyTorch's own name for the device of the wrappers: autograd asks the driver about tensors that are on "cuda" for it.
 BACKEND = "simulated"
-
-# Operations that bring a number, or the size of their result, to the host.
-READING = {
-    aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.unique_dim, aten._unique2, aten.unique_consecutive,
-    aten.bincount, aten.equal, aten._linalg_check_errors, aten._linalg_svd, aten.nanmedian, aten.linalg_lstsq,
-}  # fmt: skip
-# Operations whose tensors may be on several devices.
-MIXING = {aten._to_copy, aten.copy_, aten.set_}
-INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index, aten._unsafe_index_put}
 
 
 class DeviceMismatchError(RuntimeError):
@@ -232,7 +221,7 @@ class Simulation:
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         packet = func.overloadpacket
-        leaves = list(_tensors((args, kwargs)))
+        leaves = list(tensors((args, kwargs)))
         there = [leaf for leaf in leaves if isinstance(leaf, OnDevice)]
         wanted = kwargs.get("device")
         wanted = None if wanted is None else self.resolve(torch.device(wanted))
@@ -268,10 +257,10 @@ class Simulation:
 
     def _on_host(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[torch.Tensor]) -> Any:
         pin = kwargs.pop("pin_memory", None)
-        written = _written(func, args, kwargs)
-        if not _is_view(func):
+        writes = written(func, args, kwargs)
+        if not is_view(func):
             for leaf in leaves:
-                self.ledger.on_host(self.host, leaf, writes=id(leaf) in written)
+                self.ledger.on_host(self.host, leaf, writes=id(leaf) in writes)
         out = func(*args, **kwargs)
         return self._pin(out) if pin else out
 
@@ -279,7 +268,7 @@ class Simulation:
         """The device of an operation: that of all its tensors, but for CPU scalars, and indices on the CPU."""
         free = set()
         if func.overloadpacket in INDEXING:
-            free = {id(leaf) for leaf in _tensors(args[1]) if leaf.device == CPU}
+            free = {id(leaf) for leaf in tensors(args[1]) if leaf.device == CPU}
         devices = {leaf.device for leaf in leaves if id(leaf) not in free and not (leaf.device == CPU and leaf.ndim == 0)}
         if len(devices) > 1 and func.overloadpacket not in MIXING:
             shown = ", ".join(f"{tuple(leaf.shape)} on {leaf.device}" for leaf in leaves)
@@ -293,16 +282,16 @@ class Simulation:
         kwargs.pop("pin_memory", None)
         held = {id(leaf.held): leaf for leaf in leaves if isinstance(leaf, OnDevice)}
         inner_args, inner_kwargs = _on_cpu(args), _on_cpu(kwargs)
-        written = _written(func, args, kwargs)
-        views = _is_view(func)
+        writes = written(func, args, kwargs)
+        views = is_view(func)
         if device.type == "cuda" and not views:
             stream = self.stream(device)
             clock = stream.advance(self.host)
             for leaf in leaves:
                 if isinstance(leaf, OnDevice):
-                    self.ledger.on_stream(stream, clock, leaf.held, writes=id(leaf) in written, host=self.host)
+                    self.ledger.on_stream(stream, clock, leaf.held, writes=id(leaf) in writes, host=self.host)
             self._look_for_waits(func, args, kwargs, clock)
-        out = _computed(func, inner_args, inner_kwargs)
+        out = computed(func, inner_args, inner_kwargs)
         if func.overloadpacket in (aten._local_scalar_dense, aten.equal):
             return out
 
@@ -315,13 +304,13 @@ class Simulation:
                 self.ledger.on_stream(stream, clock, value, writes=True, home=stream, host=self.host)
             return self._placed(value, device)
 
-        return _mapped(out, wrap)
+        return mapped(out, wrap)
 
     def _look_for_waits(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], clock: Clock) -> None:
         packet = func.overloadpacket
         reading = packet in READING
         if packet in INDEXING:
-            indices = list(_tensors(args[1]))
+            indices = list(tensors(args[1]))
             reading = any(leaf.dtype in (torch.bool, torch.uint8) and isinstance(leaf, OnDevice) for leaf in indices)
             if any(not isinstance(leaf, OnDevice) for leaf in indices):
                 self.wait(f"{func}, indices on the CPU", clock, "upload")
@@ -387,34 +376,6 @@ def _held(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.held if isinstance(tensor, OnDevice) else tensor
 
 
-def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of an operation; of one that a CPU does not have, by another."""
-    if func is aten.histc.default and not args[0].is_floating_point():
-        return func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
-    if func in (aten.mm.dtype, aten.bmm.dtype):
-        left, right, dtype = args
-        return func.overloadpacket(left.to(dtype), right.to(dtype))
-    return func(*args, **kwargs)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _tensors(each)
-
-
-def _mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """An operation's results with every tensor replaced."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    return type(value)(_mapped(each, function) for each in value) if isinstance(value, (tuple, list)) else value
-
-
 def _on_cpu(value: Any) -> Any:
     """Arguments of an operation, for the CPU."""
     if isinstance(value, torch.Tensor):
@@ -424,27 +385,3 @@ def _on_cpu(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _on_cpu(each) for name, each in value.items()}
     return CPU if isinstance(value, torch.device) else value
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
-    """The identities of the tensors that an operation writes to."""
-    written = set()
-    for place, name in _writing(func):
-        written |= {id(leaf) for leaf in _tensors(args[place] if place < len(args) else kwargs.get(name))}
-    return written
-
-
-@functools.cache
-def _writing(func: Any) -> list[tuple[int, str]]:
-    """Place and name of the arguments that an operation writes to."""
-    arguments = enumerate(func._schema.arguments)
-    return [(place, each.name) for place, each in arguments if each.alias_info is not None and each.alias_info.is_write]
-
-
-@functools.cache
-def _is_view(func: Any) -> bool:
-    """Whether an operation touches no memory."""
-    returns = func._schema.returns
-    own = (aten.detach, aten.lift_fresh, aten.alias, aten._unsafe_view, aten._reshape_alias)
-    views = bool(returns) and all(each.alias_info is not None and not each.alias_info.is_write for each in returns)
-    return views or func.overloadpacket in own
