@@ -127,8 +127,11 @@ def _sorted(index: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]
     if pairs.device.type == "meta":  # a forecast: tokens are routed evenly
         share, rest = divmod(len(pairs), experts)
         return torch.empty_like(pairs), [share + (number < rest) for number in range(experts)]
-    counts: list[int] = torch.bincount(pairs.clamp(max=experts), minlength=experts + 1)[:experts].tolist()
-    return torch.argsort(pairs, stable=True)[: sum(counts)], counts
+    order = torch.argsort(pairs, stable=True)
+    # Not `bincount`: on a GPU it waits for the largest number, and reading the counts is a second wait.
+    bounds = torch.searchsorted(pairs[order], torch.arange(experts + 1, dtype=pairs.dtype, device=pairs.device))
+    counts: list[int] = bounds.diff().tolist()
+    return order[: sum(counts)], counts
 
 
 def _product(experts: Any, parameter: str, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
