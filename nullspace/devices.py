@@ -41,7 +41,7 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.device.type != "cpu" or device.type != "cuda":
         return tensor.to(device, non_blocking=device.type == "cuda")
     # The allocator of pinned memory does not hand out the copy's again before the transfer has ended.
-    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Fetched:

@@ -49,7 +49,7 @@ def decompose(stream: Iterator[tuple[S, C]], solve: Callable[[S, C], T], *, rank
     """`solve` of every site, in the stream's order.
 
     A small site on the host is solved in the pool even when it is the only one: with one thread its bits do not depend on the
-    others. What was drawn before the stream or a site fails is solved and yielded before the error is raised.
+    others. An error of `solve` is raised in its site's place, and one of the stream behind the results of what was drawn before.
 
     Args:
         stream: yields (site, covariance), as `stream_covariances` does; no covariance is held longer than it takes to solve it.
