@@ -49,7 +49,8 @@ def decompose(stream: Iterator[tuple[S, C]], solve: Callable[[S, C], T], *, rank
     """`solve` of every site, in the stream's order.
 
     A small site on the host is solved in the pool even when it is the only one: with one thread its bits do not depend on the
-    others. An error of `solve` is raised in its site's place, and one of the stream behind the results of what was drawn before.
+    others. An error of `solve` is raised in its site's place, and one of the stream behind the results of a GPU's sites that were
+    drawn before.
 
     Args:
         stream: yields (site, covariance), as `stream_covariances` does; no covariance is held longer than it takes to solve it.
@@ -76,7 +77,8 @@ def decompose(stream: Iterator[tuple[S, C]], solve: Callable[[S, C], T], *, rank
             elif group.add(drawn):
                 yield from group.rest()
         yield from queue.rest()
-        yield from group.rest()
+        if failure is None:
+            yield from group.rest()
     if failure is not None:
         try:
             raise failure

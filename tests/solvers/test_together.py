@@ -167,10 +167,7 @@ def test_an_error_of_a_solve_is_raised_in_its_place(lanes: HostLanes) -> None:
     assert solves.at_work == 0
 
 
-@pytest.mark.parametrize("on_host", [False, True])
-def test_what_was_drawn_before_the_stream_fails_is_yielded_first(monkeypatch: pytest.MonkeyPatch, on_host: bool) -> None:
-    monkeypatch.setattr(together, "lanes_of", lambda device: None if on_host else HostLanes())
-
+def test_what_was_drawn_before_the_stream_fails_is_yielded_first(lanes: HostLanes) -> None:
     def failing() -> Iterator[tuple[Site, Matrix]]:
         yield from pairs("a", "b")
         raise ValueError("batch 7")
