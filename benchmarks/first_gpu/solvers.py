@@ -38,7 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "k": 128,
         "at once": (1, 2, 3, 4),
     },
-    "cpu": {"orders": (192,), "widths": (8,), "tuned": (10,), "blocks": (0, 64), "small": (24,), "k": 4, "at once": (1, 2)},
+    "cpu": {"orders": (240,), "widths": (8,), "tuned": (10,), "blocks": (0, 64), "small": (24,), "k": 4, "at once": (1, 2)},
 }
 SPECTRUM = "layer"
 

@@ -131,6 +131,7 @@ def test_the_solvers_run_at_a_tiny_size(tmp_path: Path) -> None:
     assert {row["what"] for row in rows} == {"small eigenproblem", "solver", "part", "several at once", "tuning"}
     assert all(row["residual"] <= 1e-12 for row in rows if "residual" in row)
     assert all(abs(row["excess"]) <= 1e-9 for row in rows if "excess" in row)
+    assert not any("failed" in row for row in rows)
     goals = result_of("solvers", tmp_path)["goals"]
     assert goals["solver 14336"]["value"] is None
     assert goals["excess"]["verdict"] == "not judged: a dry run"
