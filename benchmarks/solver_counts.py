@@ -1,6 +1,7 @@
 """What shift-invert computes, counted: flops by operation, columns that are solved for, Rayleigh–Ritz problems.
 
-    python -m benchmarks.solver_counts --widths 4096 14336 --as-on cuda
+    python -m benchmarks.solver_counts --widths 4096 14336                                   # solver-counts.json
+    python -m benchmarks.solver_counts --widths 2048 --certify --name solver-as-on-cuda    # every spectrum, against eigh
 
 The matrices have a real layer's spectrum along random directions, made by cosine transforms, which makes d = 14336 cheap.
 Counts do not depend on the device, nor on what else runs there. Seconds are not recorded. The command counts whatever
@@ -27,6 +28,7 @@ from benchmarks.solvers import FRACTIONS, LOG_SPECTRUM
 from nullspace.solvers import cost, krylov, lapack
 
 K = 128
+SPECTRA = ("layer", "steep", "massive", "some zeros", "wide null space", "repeated", "all equal", "flat")
 # Eigenproblems of a smaller order are not counted as Rayleigh–Ritz problems: those of a search for missed pairs.
 SMALL = 64
 
@@ -110,20 +112,64 @@ class Counts(TorchDispatchMode):
         super().__exit__(*error)
 
 
-def second_moment(d: int, seed: int = 0) -> torch.Tensor:
-    """(d, d) float64 with a real layer's spectrum, along directions made by cosine transforms."""
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (2, d))
-    c = np.diag(10 ** np.interp(np.linspace(0, 1, d), FRACTIONS, LOG_SPECTRUM))
-    for sign in signs:
-        for axis in (0, 1):
-            c = scipy.fft.dct(c, axis=axis, norm="ortho", overwrite_x=True)
-            c *= np.expand_dims(sign, 1 - axis)
+def eigenvalues(spectrum: str, d: int) -> np.ndarray:
+    """(d,), from the top."""
+    at = np.linspace(0, 1, d)
+    values = 10 ** (-12 * at if spectrum == "steep" else np.interp(at, FRACTIONS, LOG_SPECTRUM))
+    if spectrum == "massive":
+        values[:4] *= 1e7
+    if spectrum == "some zeros":
+        values[-5:] = 0
+    if spectrum == "wide null space":
+        values[-2 * K :] = 0
+    if spectrum == "repeated":
+        values[-2 * K :] = values[-2 * K]
+    if spectrum == "all equal":
+        values[:] = 3
+    if spectrum == "flat":
+        values = 2 - at
+    return values
+
+
+def turned(m: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """A matrix times an orthogonal one, made of cosine transforms, along these axes; overwritten."""
+    for sign in np.random.default_rng(0).choice([-1.0, 1.0], (2, m.shape[1])):
+        for axis in axes:
+            m = scipy.fft.dct(m, axis=axis, norm="ortho", overwrite_x=True)
+            m *= np.expand_dims(sign, 1 - axis)
+    return m
+
+
+def second_moment(spectrum: str, d: int) -> torch.Tensor:
+    """(d, d) float64 with a spectrum, along directions that are no axes."""
+    c = turned(np.diag(eigenvalues(spectrum, d)), (0, 1))
     return torch.from_numpy(c).add_(torch.from_numpy(c.T.copy())).div_(2)
+
+
+def certified(spectrum: str, d: int, device: str) -> dict[str, Any]:
+    """What a tuning's pairs are worth beside those of `torch.linalg.eigh`; None for those that it leaves to `eigh`."""
+    c = second_moment(spectrum, d)
+    x = torch.from_numpy(turned(np.diag(np.sqrt(eigenvalues(spectrum, d))), (1,)))
+    first, second = (krylov.shift_invert(c, K, cost.tuning(d, K, device)) for _ in range(2))
+    if first is None or second is None:
+        return {"d": d, "spectrum": spectrum, "by eigh": True}
+    values, vectors = first[0][:K], first[1]
+    best = torch.linalg.eigh(c)[1][:, :K]
+    norm, leak, least = (float(torch.linalg.matrix_norm(m)) for m in (x, x @ vectors, x @ best))
+    return {
+        "d": d,
+        "spectrum": spectrum,
+        "leak": leak / norm,
+        "excess": leak / least - 1,
+        "residual": float(torch.linalg.matrix_norm(c @ vectors - vectors * values) / torch.linalg.matrix_norm(c)),
+        "orthogonality": float(torch.linalg.matrix_norm(vectors.mT @ vectors - torch.eye(K, dtype=c.dtype))),
+        "equal bits twice": all(torch.equal(one, other) for one, other in zip(first, second, strict=True)),
+    }
 
 
 def counted(d: int, k: int, device: str) -> dict[str, Any]:
     """The counts of one solve, with the tuning of a device where there are tunings."""
-    c = second_moment(d)
+    c = second_moment("layer", d)
     with Counts() as counts:
         tuned = (cost.tuning(d, k, device),) if hasattr(cost, "tuning") else ()
         pairs = krylov.shift_invert(c, k, *tuned)
@@ -143,15 +189,18 @@ def counted(d: int, k: int, device: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="*", default=(4096,))
-    parser.add_argument("--as-on", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--as-on", default="cuda", choices=("cpu", "cuda"), help="whose tuning is taken; computed on the CPU")
+    parser.add_argument("--certify", nargs="*", choices=SPECTRA, help="compare with torch.linalg.eigh on these spectra; no counts")
     parser.add_argument("--name", default="solver-counts", help="of the result file")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"k": K, "as on": arguments.as_on, "runs": []}
     for d in arguments.widths:
-        result["runs"].append(counted(d, K, arguments.as_on))
-        print(result["runs"][-1], flush=True)
-        path = write_result(arguments.name, result, arguments.out)
+        for spectrum in ["layer"] if arguments.certify is None else arguments.certify or SPECTRA:
+            certify = arguments.certify is not None
+            result["runs"].append(certified(spectrum, d, arguments.as_on) if certify else counted(d, K, arguments.as_on))
+            print(result["runs"][-1], flush=True)
+            path = write_result(arguments.name, result, arguments.out)
     print(f"wrote {path}")
 
 

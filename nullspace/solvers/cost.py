@@ -28,10 +28,10 @@ SIDE_BY_SIDE_BYTES = 2**30
 # Shift-invert, by compute capability (None: all others) and smallest d: into how many parts k + GUARD columns are divided, which
 # gives the width of a block, and the order of the blocks of L that are inverted (`triangular.Factor`). Computed for an H100 and
 # k = 128, timed nowhere yet: a pass over L reads it twice at 3.3 TB/s and launches 4 d / block + 14 kernels of 5 µs; narrow blocks
-# take more passes, wide ones more columns, and the eigenproblem on the host their cube (684 columns 20 ms, 792 30 ms, one thread).
+# take more passes, wide ones more columns, and the eigenproblem on the host their cube (612 columns 14 ms, 720 24 ms, one thread).
 # `python -m benchmarks.first_gpu.solvers` prints such rows.
 INVERT_ON_CUDA: dict[tuple[int, int] | None, dict[int, tuple[int, int]]] = {
-    None: {0: (12, 256), 2048: (12, 512), 4096: (12, 1024), 8192: (6, 1024)}
+    None: {0: (12, 256), 2048: (12, 512), 4096: (12, 1024)},
 }
 # On a CPU: the multiple of LEAST_WIDTH next to (k + GUARD) / 6. One thread, d = 4096, k = 128, seconds of the processor on a loaded
 # machine, the least of two: 3.6, 4.5, 3.4 and 3.5 with 12, 18, 24 and 36 columns; MKL's triangular solver prefers multiples of 12.

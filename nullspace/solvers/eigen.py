@@ -10,6 +10,7 @@ from nullspace.errors import InputError
 from nullspace.solvers import cost, lapack
 from nullspace.solvers.checks import check_symmetric, with_fixed_signs
 from nullspace.solvers.krylov import shift_invert
+from nullspace.solvers.triangular import shifted_cholesky
 
 METHODS = ("auto", "eigh", "lapack-subset", "shift-invert")
 
@@ -121,9 +122,7 @@ def numerical_rank(c: torch.Tensor, noise: float = 0.0, *, enough: int | None = 
     c = c.to(torch.float64)
     least = ZERO_EIGENVALUE * float(c.diagonal().sum())
     order = d if enough is None else min(max(enough, 0), d)
-    shifted = c[:order, :order].clone()
-    shifted.diagonal().sub_(max(noise, least))
-    if not int(torch.linalg.cholesky_ex(shifted).info):
+    if shifted_cholesky(c[:order, :order], 1.0, -max(noise, least), 0)[0] is not None:
         return order, order
     values = torch.linalg.eigvalsh(c)
     return int((values > max(noise, least)).sum()), int((values > least).sum())

@@ -16,10 +16,9 @@ SHIFT_RAISES = 2
 GUARD = 16
 # In multiples of k + GUARD: the least order of a matrix, and the most columns of the whole space.
 LEAST_ORDER, MAX_COLUMNS = 10, 12
-# Columns when convergence is first checked: FIRST_CHECK[0] · (k + GUARD) + FIRST_CHECK[1] · width, since wide blocks need more. On
-# the spectra of `benchmarks.solvers`, k = 128, most have converged then. To the next check, (k + GUARD) / DIGIT + width columns a
-# decimal digit that is missing.
-FIRST_CHECK, DIGIT = (4.0, 9.0), 12
+# Columns when convergence is first checked: FIRST_CHECK[0] · (k + GUARD) + FIRST_CHECK[1] · width, since wide blocks need more. To
+# the next check, (k + GUARD) / DIGIT + width columns a decimal digit that is missing.
+FIRST_CHECK, DIGIT = (3.5, 9.0), 12
 # A Ritz pair (θ, u) of the inverse has converged when ‖(C + σI)⁻¹u − θu‖ ≤ RITZ_TOLERANCE · θ, and the result is accepted when
 # ‖CU − UΛ‖ ≤ RESIDUAL · ‖C‖ and ‖UᵀU − I‖ ≤ ORTHOGONAL, after at most POLISHES steps of subspace iteration.
 EPS = torch.finfo(torch.float64).eps
