@@ -36,7 +36,8 @@ def assert_as_good(found: NullSpaces, model: nn.Module, loader: Any, **options: 
     assert found.sites == expected.sites
     for site in expected.sites:
         ours, theirs = found[site.name], expected[site.name]
-        assert (ours.tokens, ours.precision, ours.outliers) == (theirs.tokens, theirs.precision, theirs.outliers), site
+        assert (ours.tokens, ours.outliers) == (theirs.tokens, theirs.outliers), site
+        assert ours.precision in (theirs.precision, "fp64"), site  # a share may have too few tokens for float32 products
         torch.testing.assert_close(ours.trace, theirs.trace, rtol=1e-6, atol=0)
         assert ours.basis.device.type == "cpu"
     sums = stream(model, loader, precision="fp64", job=Job.alone())
