@@ -150,9 +150,7 @@ def test_cost_of_ranks(survey: Survey, cluster: Cluster, strategy: str) -> None:
         assert found.seconds["eigenproblems"] >= max(*each, sum(each) / at_once) * (1 - 1e-9)
         assert found.seconds["forward"] == pytest.approx(one.seconds["forward"] / min(at_once, WORK.samples))
         assert found.busy == min(n, WORK.samples)
-    if (
-        strategy == "resident" or cluster.cores is None
-    ):  # dealt for balance over all blocks, a block may go unevenly on shared cores
+    if strategy == "resident":  # within a block, sites that are dealt by d³ may go unevenly: a small solve is mostly launches
         solving = [found.seconds["eigenproblems"] for found in costs.values()]
         assert solving == pytest.approx(sorted(solving, reverse=True))
     assert cost(survey, WORK, 4, cluster, strategy=strategy, solved=False).seconds["eigenproblems"] == 0
