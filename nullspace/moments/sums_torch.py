@@ -26,10 +26,10 @@ FLOAT32_RESOLUTION = 2e-7
 # The first tokens, at least PROBE_TOKENS · d_in, show whether float32 chains would resolve the bottom of the spectrum: see
 # `_resolves_float32`. Where one input has as many, PROBE_MOST · d_in of its rows are summed in float32, and in float64 instead if
 # that is too coarse; otherwise the first ones are summed in float64. On a GPU that would cost as much as all others: there a second
-# pass has to suffice. Six of SmolLM2's 120 inputs are above PROBE_LIMIT; below it no excess leak of 4 to 128 vectors is estimated
-# at more than 4e-7.
+# pass has to suffice. Seven of SmolLM2's 120 inputs are above PROBE_LIMIT; below it no excess leak of 4 to 128 vectors is estimated
+# at more than 1e-8.
 PROBE_TOKENS, PROBE_MOST = 1.25, 4
-PROBE_LIMIT = 0.15
+PROBE_LIMIT = 0.1
 # Norms between these are as good in float32 as in float64, and so are their squares.
 PLAIN_NORMS = (1e-15, 1e15)
 
