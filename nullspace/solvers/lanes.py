@@ -51,7 +51,7 @@ class Lanes(abc.ABC):
             self._ended.wait_for(lambda: self._has_room(size))
 
     def _has_room(self, size: int) -> bool:
-        # What the solves at work have allocated already is counted twice, since nobody knows how much that is.
+        # What the solves at work have allocated already is counted twice: how much that is, is not known.
         return not self._sizes or size <= self.free() - sum(self._sizes)
 
     @abc.abstractmethod
