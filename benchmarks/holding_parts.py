@@ -212,14 +212,28 @@ def read_change(path: Path) -> tuple[Change, dict[str, torch.Tensor]]:
     return change, {key.partition(":")[2]: value for key, value in tensors.items() if key.startswith("other:")}
 
 
-def factors_of(peft_model: Any) -> dict[str, LowRank]:
+def factors_of(peft_model: Any, adapter: str = "default") -> dict[str, LowRank]:
     """A and s B of every layer, copies."""
     return {
-        name: LowRank(
-            layer.lora_A["default"].weight.detach().clone(), layer.scaling["default"] * layer.lora_B["default"].weight.detach()
-        )
-        for name, layer in lora_layers(peft_model, "default").items()
+        name: LowRank(layer.lora_A[adapter].weight.detach().clone(), layer.scaling[adapter] * layer.lora_B[adapter].weight.detach())
+        for name, layer in lora_layers(peft_model, adapter).items()
     }
+
+
+def with_adapters(model: Any, changes: Mapping[str, Mapping[str, LowRank]]) -> Any:
+    """A model with changes as adapters of PEFT: adapter name → change, all of one rank and of the same layers."""
+    one = next(iter(changes.values()))
+    rank = len(next(iter(one.values())).A)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(one), task_type="CAUSAL_LM")
+    first, *others = changes
+    peft_model = get_peft_model(model, config, adapter_name=first)
+    for name in others:
+        peft_model.add_adapter(name, config)
+    for name, change in changes.items():
+        for layer_name, layer in lora_layers(peft_model, name).items():
+            layer.lora_A[name].weight.data.copy_(change[layer_name].A)
+            layer.lora_B[name].weight.data.copy_(change[layer_name].B)
+    return peft_model
 
 
 def penalise(peft_model: Any, keep: Covariances, strength: float) -> None:
@@ -237,26 +251,14 @@ def penalise(peft_model: Any, keep: Covariances, strength: float) -> None:
 def merged_by_peft(model: Any, changes: Sequence[Mapping[str, LowRank]], how: str, weights: Sequence[float], seed: int) -> Change:
     """PEFT's `add_weighted_adapter` of several adapters of one rank, densities of 0.5."""
     rank = len(next(iter(changes[0].values())).A)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(changes[0]), task_type="CAUSAL_LM")
-    names = [f"task{number}" for number in range(len(changes))]
-    peft_model = get_peft_model(model, config, adapter_name=names[0])
-    for name in names[1:]:
-        peft_model.add_adapter(name, config)
-    for name, change in zip(names, changes, strict=True):
-        for layer_name, layer in lora_layers(peft_model, name).items():
-            layer.lora_A[name].weight.data.copy_(change[layer_name].A)
-            layer.lora_B[name].weight.data.copy_(change[layer_name].B)
+    adapters = {f"task{number}": change for number, change in enumerate(changes)}
+    peft_model = with_adapters(model, adapters)
     density = 0.5 if how.startswith(("dare", "ties")) else None
     torch.manual_seed(seed)
     peft_model.add_weighted_adapter(
-        names, list(weights), "merged", combination_type=how, density=density, svd_rank=rank, svd_full_matrices=False
+        list(adapters), list(weights), "merged", combination_type=how, density=density, svd_rank=rank, svd_full_matrices=False
     )
-    merged = {
-        name: LowRank(
-            layer.lora_A["merged"].weight.detach().clone(), layer.scaling["merged"] * layer.lora_B["merged"].weight.detach()
-        )
-        for name, layer in lora_layers(peft_model, "merged").items()
-    }
+    merged = factors_of(peft_model, "merged")
     peft_model.unload()
     return merged
 

@@ -1,0 +1,205 @@
+"""The methods of the study: how each one starts, what holds it while it trains, and at which learning rates it runs.
+
+All have adapters on all linear layers but the head, α = r, unless a method names other targets, and all are trained by AdamW. A
+start that is random is drawn after `torch.manual_seed(seed)`; the others depend on the weights and on second moments alone.
+
+Two learning rates a method. The study chooses between them, and t, on its validation split. The pairs come from the records of
+earlier studies (`benchmarks/results/holding-cpu.jsonl`, `preservation-cpu.jsonl`: 10 steps on GSM8K, rank 16): one of the two
+reaches 90 % of what LoRA learns with t ≤ 1.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import TrainerCallback
+
+from benchmarks.holding_parts import factors_of, penalise
+from nullspace import Covariances, analysis, factors
+from nullspace.factors import LowRank
+from nullspace.integrations.peft import confine, decay_to_start, freeze_a, inject_adapters, lora_layers
+from nullspace.model.sites import find_targets
+
+
+class Method(NamedTuple):
+    """How a method starts and what holds it while it trains."""
+
+    rates: tuple[float, ...]
+    """learning rates"""
+    needs: tuple[str, ...] = ()
+    """of "keep" and "task": whose second moments it takes"""
+    filtered: bool = False
+    """whether the study also filters its trained change"""
+    intruder: bool = False
+    """whether the study also applies PEFT's `reduce_intruder_dimension` to it"""
+    start: str | None = None
+    """the `method` of `inject_adapters`; None: PEFT's own LoRA, started by `init`"""
+    init: bool | str = True
+    """PEFT's `init_lora_weights`"""
+    freeze_a: bool | None = None
+    """train B alone; None: as the start does it"""
+    split: float = 1.0
+    """of `inject_adapters`"""
+    targets: str = "all-linear"
+    """of `find_targets`"""
+    weight_decay: float = 0.0
+    """AdamW's, towards A = 0 and B = 0"""
+    start_decay: float = 0.0
+    """the rate of `decay_to_start`"""
+    leak: float = 0.0
+    """of `confine`"""
+    penalty: float = 0.0
+    """the factor of `penalty` in the loss"""
+    spared: int = 0
+    """k of OPLoRA"""
+    corrected: bool = False
+    """LoRA-FA's gradient of B"""
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method((2e-3, 4e-3), filtered=True, intruder=True),
+    "lora decay 0.3": Method((2e-3, 4e-3), weight_decay=0.3),
+    "lora decay to start 0.3": Method((2e-3, 4e-3), start_decay=0.3),
+    "lora-mlp": Method((2e-3, 4e-3), targets="mlp"),
+    # LoRA-FA (arXiv 2308.03303): A is random and frozen.
+    "lora-fa": Method((4e-3, 1.6e-2), freeze_a=True, corrected=True),
+    # MiCA (arXiv 2604.01694): B = the left singular vectors of the r smallest singular values, frozen; A starts at zero.
+    "mica": Method((2e-3, 8e-3), init="mica"),
+    # OPLoRA (arXiv 2510.13003): the change has no part in the spaces of the k largest singular values of W₀.
+    "oplora": Method((2e-3, 4e-3), spared=128),
+    "milora": Method((5e-4, 1e-3), start="milora"),
+    "pissa": Method((2.5e-4, 5e-4), start="pissa"),
+    "lora-null v1": Method((5e-4, 1e-3), ("keep",), start="lora-null"),
+    "lora-null v1 split 8": Method((2.5e-4, 5e-4), ("keep",), start="lora-null", split=8.0),
+    "lora-null v2": Method((2e-3, 4e-3), ("keep",), filtered=True, start="lora-null", freeze_a=True),
+    "b-zero": Method((2e-3, 4e-3), ("keep",), start="b-zero"),
+    "corda-kpm": Method((2.5e-4, 5e-4), ("keep",), filtered=True, start="corda-kpm"),
+    "sc-lora": Method((2.5e-4, 1e-3), ("keep", "task"), start="sc-lora"),
+    "contrast": Method((4e-3, 8e-3), ("keep", "task"), filtered=True, start="contrast"),
+    "confine": Method((4e-3, 8e-3), ("keep",), leak=0.05),
+    "penalty": Method((2e-3, 4e-3), ("keep",), penalty=30.0),
+}
+
+
+class Prepared(NamedTuple):
+    """A model with adapters that are ready to be trained."""
+
+    model: PeftModel
+    callbacks: list[TrainerCallback]
+    """for transformers' `Trainer`"""
+    weight_decay: float
+    """for AdamW"""
+    before: Mapping[str, LowRank]
+    """layer → A and s·B before training, against which the change is measured"""
+
+
+def prepare(
+    model: nn.Module, method: str, *, rank: int, seed: int, keep: Covariances | None = None, task: Covariances | None = None
+) -> Prepared:
+    """Add a method's adapters to a base model, in place. Its outputs stay what they were, but for the rounding of a residual base.
+
+    Args:
+        model: the base, whose weights no change was added to.
+        method: a key of `METHODS`.
+        rank: r of the adapters.
+        seed: of a random start.
+        keep: second moments of what must be kept; for methods that need "keep".
+        task: second moments of the task; for methods that need "task".
+
+    Raises:
+        KeyError: for another method.
+        ValueError: if second moments that the method needs are missing.
+    """
+    how = METHODS[method]
+    missing = [name for name, given in (("keep", keep), ("task", task)) if name in how.needs and given is None]
+    if missing:
+        raise ValueError(f"method {method!r} needs second moments: {' and '.join(missing)}")
+    torch.manual_seed(seed)
+    peft_model = _started(model, how, rank, keep, task)
+    callbacks: list[TrainerCallback] = []
+    if how.spared:
+        _spare(peft_model, how.spared)
+    if how.corrected:
+        _correct_gradients(peft_model)
+    if how.leak:
+        assert keep is not None
+        callbacks.append(confine(peft_model, keep, how.leak))  # changes A, so it stands before what remembers the start
+    if how.start_decay:
+        callbacks.append(decay_to_start(peft_model, how.start_decay))
+    if how.penalty:
+        assert keep is not None
+        penalise(peft_model, keep, how.penalty)
+    return Prepared(peft_model, callbacks, how.weight_decay, factors_of(peft_model))
+
+
+def change_of(prepared: Prepared) -> dict[str, LowRank | torch.Tensor]:
+    """What training has added to the weights of the base as it was before `prepare`: layer → ΔW, copies in float64."""
+    return {name: analysis.update(prepared.before[name], after) for name, after in factors_of(prepared.model).items()}
+
+
+def _started(model: Any, how: Method, rank: int, keep: Covariances | None, task: Covariances | None) -> PeftModel:
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(find_targets(model, how.targets)),
+        task_type="CAUSAL_LM",
+        init_lora_weights=how.init,  # type: ignore[arg-type]
+    )
+    if how.start is None:
+        peft_model: Any = get_peft_model(model, config)
+        if how.freeze_a:
+            freeze_a(peft_model)
+        return peft_model
+    # A method of two sets of data takes those of the task as its covariances; a method of one takes those that it needs.
+    sources: dict[str, Covariances | None] = {"covariances": keep} if "keep" in how.needs else {}
+    if "task" in how.needs:
+        sources = {"covariances": task, "preserve": keep}
+    return inject_adapters(model, config, method=how.start, freeze_a=how.freeze_a, split=how.split, **sources)  # type: ignore[arg-type]
+
+
+class _Outside(nn.Module):
+    """(I − Q Qᵀ) M, or M (I − Q Qᵀ) with `right`, for Q (d, k) with orthonormal columns: M's part outside of their span."""
+
+    basis: torch.Tensor
+
+    def __init__(self, basis: torch.Tensor, *, right: bool) -> None:
+        super().__init__()
+        self.register_buffer("basis", basis)
+        self._right = right
+
+    def forward(self, matrix: torch.Tensor) -> torch.Tensor:
+        if self._right:
+            return matrix - (matrix @ self.basis) @ self.basis.mT
+        return matrix - self.basis @ (self.basis.mT @ matrix)
+
+
+@torch.no_grad()
+def _spare(peft_model: PeftModel, k: int) -> None:
+    """OPLoRA: every use of A and B reads A (I − V Vᵀ) and (I − U Uᵀ) B, with W₀'s k leading singular vectors U, V.
+
+    k is at most half of a weight's smaller side, so that half of its singular directions are left to the adapter.
+    """
+    for layer in lora_layers(peft_model, "default").values():
+        weight = layer.get_base_layer().weight
+        leading = factors.pissa(weight, rank=min(k, min(weight.shape) // 2))
+        for part, basis, right in (("lora_A", leading.A.mT, True), ("lora_B", leading.B, False)):
+            outside = _Outside(nn.functional.normalize(basis, dim=0).to(weight), right=right)
+            parametrize.register_parametrization(getattr(layer, part)["default"], "weight", outside)
+
+
+def _correct_gradients(peft_model: PeftModel) -> None:
+    """LoRA-FA's gradient of B: G (A Aᵀ)⁻¹ / s², with which a step of SGD changes s·BA as the gradient of W₀ would, in A's rows.
+
+    PEFT's `create_lorafa_optimizer` computes the same inside of a copy of Adam, with the product in bfloat16 and ε = 1e-6. As a
+    hook of B it serves the `Trainer`'s own AdamW, in float32, with ε and clipping as for all methods.
+    """
+    for layer in lora_layers(peft_model, "default").values():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        rows = a.detach().double()
+        inverse = (torch.linalg.inv(rows @ rows.mT) / layer.scaling["default"] ** 2).to(b.dtype)
+        b.register_hook(lambda gradient, inverse=inverse: gradient @ inverse)
