@@ -16,6 +16,8 @@ import psutil
 # Processes that used less than IDLE_CPU seconds of CPU time in IDLE_SECONDS wait for something that does not come.
 IDLE_SECONDS = 60.0
 IDLE_CPU = 3.0
+# psutil reads the table of all processes to find the descendants, and would take a third of a core if it did so at every turn.
+LOOK_SECONDS = 0.5
 # More CPU time than this is an endless loop: the longest group takes about 60 s.
 MOST_CPU = 900.0
 # Of `reference_work` on a core of an AMD EPYC of 2021 with nothing else to do.
@@ -55,9 +57,11 @@ class Patience:
 
 def wait_for(condition: Callable[[], Any], processes: Iterable[int]) -> None:
     """Return as soon as the condition holds; fail if the processes stand still before."""
-    patience = Patience(processes)
+    patience, looked = Patience(processes), time.monotonic()
     while not condition():
-        patience.check()
+        if time.monotonic() - looked >= LOOK_SECONDS:
+            patience.check()
+            looked = time.monotonic()
         time.sleep(0.005)
 
 
