@@ -1,0 +1,192 @@
+"""The sentences of `benchmarks.evidence.page` whose wording follows from the numbers.
+
+Two ways are told apart if the 95 % interval of the ratio of their KL, questions and seeds resampled, leaves out 1.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+from benchmarks.evidence.names import KEEP, PROBES, TASKS, label, method, needs
+from benchmarks.evidence.statistics import LORA, Comparison, Way, drift_correlation, geometric_mean, resolution
+from benchmarks.evidence.tables import ELSEWHERE, Table, between, part, signed, significant, with_interval
+
+FILTERED = Way("lora", "filter")
+CORDA = Way("corda-kpm")
+
+
+def listed(names: Iterable[str]) -> str:
+    """`a, b and c`."""
+    *first, last = list(names)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _against(compared: Comparison, way: Way, to: Way, name: str) -> str:
+    """`, 1/6 of CorDA-KPM's (95 %: 1/7 to 1/5)`; nothing, if there is nothing to compare."""
+    ratio = compared.ratio(way, to) if way != to and to in compared.points else None
+    return f"{part(ratio.value)} of {name} (95 %: {part(ratio.questions[0])} to {part(ratio.questions[1])})" if ratio else ""
+
+
+def apart(compared: Comparison, way: Way, other: Way) -> int:
+    """−1 if the KL of `way` is smaller, 1 if it is larger, 0 if that cannot be told."""
+    ratio = compared.ratio(way, other)
+    if ratio is None or ratio.both[0] <= 1 <= ratio.both[1]:
+        return 0
+    return -1 if ratio.both[1] < 1 else 1
+
+
+def answer(compared: Comparison) -> str:
+    """Which way holds most, filtered LoRA against the starts, and what the gold answers lose: three sentences."""
+    return " ".join((_least(compared), _filtered(compared), _lost(compared)))
+
+
+def _least(compared: Comparison) -> str:
+    ranked = compared.ranked()
+    best = ranked[0]
+    if best == LORA:
+        return (
+            f"None of {len(ranked)} ways to learn {_learning(compared)} moves the model less than plain LoRA that is scaled down."
+        )
+    parts = [
+        _against(compared, best, LORA, "plain LoRA's, scaled to the same learning"),
+        _against(compared, best, CORDA, "CorDA-KPM's"),
+    ]
+    same = [label(way) for way in ranked[1:] if not apart(compared, best, way)]
+    close = f"; {listed(same)} cannot be told apart from it" if same else ""
+    return (
+        f"Of {len(ranked)} ways to learn {_learning(compared)}, **{label(best)}** moves the model least on what it knew: KL(base "
+        f"‖ model) at the gold answers of {listed(PROBES[name] for name in compared.sets)} is "
+        f"{significant(compared.kl(best).value, 2)} nats a token, {listed(text for text in parts if text)}{close}."
+    )
+
+
+def _learning(compared: Comparison) -> str:
+    return f"{compared.level:.0%} of what plain LoRA can learn of {TASKS.get(compared.cell.task, compared.cell.task)}".replace(
+        "%", " %"
+    )
+
+
+def _filtered(compared: Comparison) -> str:
+    """Plain LoRA, filtered, against every start and constraint as it is trained."""
+    if FILTERED not in compared.points:
+        return "Plain LoRA, filtered, does not reach this learning."
+    others = [way for way in compared.points if way.how == "none" and method(way).kind != "plain"]
+    groups = {sign: listed([label(way) for way in others if apart(compared, FILTERED, way) == sign] or [""]) for sign in (-1, 0, 1)}
+    words = {-1: "less than {}", 1: "more than {}", 0: "and it cannot be told apart from {}"}
+    shown = [words[sign].format(groups[sign]) for sign in (-1, 1, 0) if groups[sign]]
+    beside = f": {', '.join(shown)}" if shown else ""
+    return f"**Plain LoRA, filtered after training**, has a KL of {_against(compared, FILTERED, LORA, 'it')}{beside}."
+
+
+def _lost(compared: Comparison) -> str:
+    """What the gold answers lose with LoRA, and how much less with the way with the least KL."""
+    best = next((way for way in compared.ranked() if way != LORA), None)
+    less = compared.forgotten_less(best) if best else None
+    lora = compared.forgotten(LORA)
+    head = f"The gold answers become {signed(lora.value, 3)} nats less likely with LoRA (95 %: {_signed(lora.questions)})"
+    if best is None or less is None:
+        return f"{head}."
+    told = (
+        ""
+        if less.both[0] > 0 or less.both[1] < 0
+        else ", which the spread over questions and seeds does not tell from no difference"
+    )
+    own = signed(compared.forgotten(best).value, 3)
+    return f"{head} and {own} with {label(best)}: {signed(less.value, 3)} less ({_signed(less.questions)}){told}."
+
+
+def _signed(interval: tuple[float, float]) -> str:
+    return " to ".join(signed(value, 3) for value in interval)
+
+
+def resolved(compared: Comparison) -> str:
+    """How wide the interval of the main difference is."""
+    found = resolution(compared)
+    if found is None:
+        return ""
+    return (
+        f"KL of LoRA − KL of {label(found.best)} is {significant(found.difference.value)} nats a token. Its 95 % interval over "
+        f"questions ({between(found.difference.questions)}) is {significant(found.questions, 2)} of it wide; with the seeds "
+        f"resampled too ({between(found.difference.both)}), {significant(found.both, 2)}."
+    )
+
+
+Allowed = Callable[[Way], bool]
+SITUATIONS: dict[str, Allowed] = {
+    "an adapter is trained already": lambda way: way.method == LORA.method,
+    "a run to come; text that stands for what must be kept, and examples of the task": lambda way: True,
+    "the same, and the base's weights must stay as they are (quantised, tied, shared)": lambda way: not method(way).residual,
+    "a run to come; the text, but no examples of the task before training": lambda way: needs(way) <= {KEEP},
+    "nothing to calibrate on": lambda way: not needs(way),
+}
+
+
+def whom(compared: Comparison) -> Table:
+    """The way with the least KL in each situation, and the next."""
+    table = [["what there is", "least KL", "KL ÷ LoRA's", "next", "KL ÷ LoRA's"]]
+    ranked = compared.ranked()
+    for situation, allowed in SITUATIONS.items():
+        row = [situation]
+        for way in [way for way in ranked if allowed(way)][:2]:
+            row += [label(way), "1" if way == LORA else with_interval(compared.ratio(way), 2)]
+        table.append(row + [""] * (len(table[0]) - len(row)))
+    return table
+
+
+def starts(compared: Comparison) -> list[str]:
+    """What a start does by itself, what freezing A and holding it while it trains add, and what a filter takes from each."""
+    kinds = {"start": "train A and B", "frozen start": "freeze A", "held": "act on every step"}
+    sentences = []
+    for kind, what in kinds.items():
+        ways = [way for way in compared.ranked() if way.how == "none" and method(way).kind == kind]
+        shown = [f"{label(way)} {part(ratio.value)}" for way in ways if (ratio := compared.ratio(way))]
+        if shown:
+            sentences.append(f"Of LoRA's KL, the methods that {what} leave: {listed(shown)}.")
+    filtered = []
+    for way in (way for way in compared.ranked() if way.how == "filter"):
+        ratio = compared.ratio(way, way._replace(how="none")) if way._replace(how="none") in compared.points else None
+        if ratio:
+            filtered.append(f"{label(way._replace(how='none'))} {part(ratio.value)} ({between(ratio.questions, 2)})")
+    if filtered:
+        sentences.append(
+            f"Filtered after training, each with its own rate, strength and t, is left of the KL of: {listed(filtered)}."
+        )
+    return sentences
+
+
+def drifts(compared: Comparison) -> str:
+    """How well the drift on the calibrated inputs orders models by their KL, probe by probe."""
+    points = [point for seeds in compared.points.values() for point in seeds.values()]
+    found = {name: drift_correlation(points, name) for name in (*compared.sets, *ELSEWHERE)}
+    shown = [f"{PROBES[name]} {significant(each, 2)}" for name, (each, number) in found.items() if number > 2]
+    if not shown:
+        return ""
+    number = max(number for _, number in found.values())
+    return (
+        f"The drift on the calibrated inputs orders these {number} models (all ways and seeds, at equal learning) by their KL "
+        f"with a rank correlation of: {listed(shown)}. It is what these methods lower, so they gain where it is high."
+    )
+
+
+def behind(compared: Comparison) -> Table:
+    """Probe by probe: the way with the least KL, the best without calibration, and what is calibrated and has more than LoRA."""
+    table = [["", "least KL", "÷ LoRA's", "least without calibration", "÷ LoRA's", "calibrated, and more KL than LoRA's"]]
+    for name in (*compared.sets, *ELSEWHERE):
+        ratios = {way: geometric_mean(each) for way in compared.points if (each := compared.probe_ratio(way, name))}
+        if len(ratios) < 2:
+            continue
+        ranked = sorted(ratios, key=lambda way: (ratios[way], way))
+        free = next((way for way in ranked if not needs(way)), None)
+        worse = [f"{label(way)} ({significant(ratios[way], 2)})" for way in reversed(ranked) if needs(way) and ratios[way] > 1]
+        row = [PROBES[name], label(ranked[0]), significant(ratios[ranked[0]], 2)]
+        row += [label(free), significant(ratios[free], 2)] if free else ["", ""]
+        table.append([*row, ", ".join(worse) or "none"])
+    return table
+
+
+def unequal(compared: Comparison) -> str:
+    """How equal the learning is on the test split, for which nothing was chosen."""
+    losses = {way: statistics.fmean(compared.values(way, "task", "loss")) for way in compared.points}
+    low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
+    return f"{losses[low]:.3f} ({label(low)}) to {losses[high]:.3f} ({label(high)}) nats a token"

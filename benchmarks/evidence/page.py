@@ -1,0 +1,225 @@
+"""The page of the evidence (`docs/evidence.md`) and its picture, from the records of `benchmarks.evidence`.
+
+    python -m benchmarks.evidence.page [RECORDS] [--page docs/evidence.md] [--picture docs/images/evidence.svg]
+
+Every number and every sentence about which method is ahead follows from the records. The same records give the same page.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import RESULTS
+from benchmarks.evidence import figure, findings, sceptic, tables
+from benchmarks.evidence.findings import listed
+from benchmarks.evidence.names import FORMS, PROBES, TASKS
+from benchmarks.evidence.statistics import LORA, RESAMPLES, Cell, Comparison, Evidence, evidence
+from benchmarks.evidence.tables import markdown
+from nullspace.errors import InputError
+from nullspace.reporting.study import read_records
+
+ROOT = Path(__file__).parents[2]
+RECORDS = RESULTS / "evidence-cpu.jsonl"
+PAGE, PICTURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "images" / "evidence.svg"
+
+
+class Compared:
+    """All cells of the records: that of the main table, and those that differ from it in one thing."""
+
+    def __init__(self, found: Evidence) -> None:
+        self.found, self.level = found, found.level()
+        cells = {cell: Comparison(found, cell, self.level) for cell in found.cells()}
+        self.cells = {cell: each for cell, each in cells.items() if each.points}
+        self.main = max(self.cells.values(), key=lambda each: len(each.points))
+        if LORA not in self.main.points or not self.main.sets:
+            raise InputError(
+                "the records have no plain LoRA of the test split yet, question by question: the page compares with it"
+            )
+
+    def beside(self, field: str) -> dict[Cell, Comparison]:
+        """Cells that differ from the main one in this field alone."""
+        same = self.main.cell._replace(**{field: None})
+        return {c: each for c, each in self.cells.items() if c != self.main.cell and c._replace(**{field: None}) == same}
+
+
+def command(experiment: str) -> str:
+    return f"`python -m benchmarks.evidence --out OUT --data FOLDER --experiments {experiment}`"
+
+
+def page(records: list[dict[str, Any]], name: str) -> str:
+    """The whole page, from the records of a file of this name."""
+    compared = Compared(evidence(records))
+    sections = (_asked, _measured, _main, _picture, _factors, _whom, _starts, _behind, _weak, _left_out)
+    return "\n\n".join(["# Evidence", *(section(compared, name) for section in sections)]) + "\n"
+
+
+def _asked(compared: Compared, name: str) -> str:
+    main = compared.main
+    return f"""How much of what a model knew does each method keep, where all of them have learned as much? All methods may scale
+their change after training, which is free. Rates, strengths and scales are chosen on other data than those that are reported.
+
+{findings.answer(main)}
+
+{findings.resolved(main)} What all of this does not show is [below](#what-is-weak-here-and-what-would-settle-it). This page is
+made by `python -m benchmarks.evidence.page` from `benchmarks/results/{name}`; the wording follows from the numbers."""
+
+
+MEASURED = """## How it was measured
+
+*Not run by the tests: it trains for hours.*
+
+```sh
+python -m benchmarks.evidence --out OUT --data FOLDER --workers 2
+python -m benchmarks.evidence.page OUT/results.jsonl
+```
+
+- **Model and training**: {model}, {task}, {steps} steps by transformers' `Trainer`, rank {rank} on all linear layers but the
+  head (where a method does not name others), seeds {seeds}{machine}.
+- **Calibration**: what must be kept is calibrated on questions of NQ-open's *train* part; in the main table in {form}, {samples}
+  samples, the same for all methods that take any. WebQuestions, TriviaQA, HumanEval, Alpaca and WikiText are not calibrated on.
+- **What is chosen**: every run is scored on a validation split (other examples of the task; questions of NQ-open's train part on
+  which nothing was calibrated) at scales t = 0.5, 1 and 1.2 of its change, with and without a filter of several strengths. For
+  each method and seed, that rate, strength and t (interpolated) which reaches the target with the least KL there is scored on the
+  test split: once, and nothing else is.
+- **Equal learning**: the target of a seed is base loss − {level:g} · (base loss − the lowest loss of plain LoRA over rate and t),
+  on the validation split. On the test split the task losses then are {unequal}.
+- **KL**: KL(base ‖ model), nats a token of the gold answers; {counts}; the mean of the sets. *Forgotten*: how many nats an answer
+  has become less likely.
+- **Intervals**: 95 %, in brackets, over {resamples:,} resamples of the questions, the same for all methods and seeds, so that
+  differences and ratios are paired. They contain what other questions of the same sets would change, and no training noise: that
+  is in the column *over seeds* (least to largest, and standard deviation). Ratios are geometric means over the seeds' ratios."""
+
+
+def _measured(compared: Compared, name: str) -> str:
+    settings, environment, main = compared.found.settings, compared.found.environment, compared.main
+    cell = main.cell
+    packages = [f"{key} {environment['versions'][key]}" for key in ("torch", "transformers", "peft") if "versions" in environment]
+    machine = ", ".join(filter(None, [environment.get("gpu") or environment.get("cpu"), *packages]))
+    seeds = sorted({seed for points in main.points.values() for seed in points})
+    return MEASURED.format(
+        model=settings.get("model", "a model"),
+        task=TASKS.get(cell.task, cell.task),
+        steps=cell.steps,
+        rank=cell.rank,
+        seeds=listed(map(str, seeds)),
+        machine=f" ({machine})" if machine else "",
+        form=FORMS.get(cell.form, cell.form),
+        samples=cell.samples,
+        level=main.level,
+        unequal=findings.unequal(main),
+        counts=listed(f"{_questions(main, each):,} questions of {PROBES[each]}" for each in main.sets),
+        resamples=RESAMPLES,
+    )
+
+
+def _questions(main: Comparison, name: str) -> int:
+    point = next(iter(main.points[LORA].values()))
+    return len(point.scores[name]["rows"]["kl"])
+
+
+def _main(compared: Compared, name: str) -> str:
+    main = compared.main
+    parts = [f"## Forgetting at equal learning\n\n{command('main')}", markdown(tables.main(main))]
+    if main.missed:
+        parts += ["These do not learn as much at any of their rates and t ≤ 1.2:", markdown(tables.missing(main))]
+    parts += [
+        "### Where nothing was calibrated\n\nThe same models: KL over that of LoRA (geometric mean over seeds) on questions in other "
+        "forms, on code, instructions and running text; and the median drift ‖ΔW X‖ / ‖W₀ X‖ on the calibrated inputs.",
+        markdown(tables.elsewhere(main)),
+        "What the losses themselves do there (negative: better than the base):",
+        markdown(tables.abilities(main)),
+    ]
+    return "\n\n".join(parts)
+
+
+def _picture(compared: Compared, name: str) -> str:
+    return """## The fronts
+
+![KL to the base on knowledge questions against the share of LoRA's learning](images/evidence.svg)
+
+The least KL of each method over its rates, strengths and scales, for every amount of learning; on the *validation* split, where
+the choice is made; geometric mean over seeds. Dashed: filtered."""
+
+
+FACTORS = {
+    "form": ("Calibration: the form", "forms", "KL over that of the same method calibrated in the form of the first column; in brackets each seed."),
+    "samples": ("Calibration: the number of samples", "samples", "The same for the number of samples."),
+    "task": ("Other tasks", "tasks", "KL at equal learning of each task, and over LoRA's there."),
+    "steps": ("Longer training", "longer", "KL at equal learning, and over LoRA's at as many steps."),
+    "rank": ("Ranks", "ranks", "KL at equal learning, and over LoRA's of the same rank."),
+}  # fmt: skip
+
+
+def _factors(compared: Compared, name: str) -> str:
+    parts = ["## Factors"]
+    for field, (title, experiment, what) in FACTORS.items():
+        others = compared.beside(field)
+        if not others:
+            continue
+        together = {compared.main.cell: compared.main, **others}
+        table = tables.factors(compared.main, others) if field in ("form", "samples") else tables.across(together)
+        parts += [f"### {title}\n\n{command(experiment)}", what, markdown(table)]
+        if field == "form":
+            parts += [
+                "Which form of asking each form of calibration keeps (KL over LoRA's on the same questions):",
+                markdown(tables.kept_forms(together)),
+            ]
+    return "\n\n".join(parts) if len(parts) > 1 else "## Factors\n\nOnly the main table has been measured so far."
+
+
+def _whom(compared: Compared, name: str) -> str:
+    return f"""## Which method for whom
+
+From the main table: the way with the least KL of those that a situation allows, and the next.
+
+{markdown(findings.whom(compared.main))}
+
+How to use them: [Keeping what is known](holding.md)."""
+
+
+def _starts(compared: Compared, name: str) -> str:
+    lines = [f"- {sentence}" for sentence in (*findings.starts(compared.main), findings.drifts(compared.main)) if sentence]
+    return "## What a start alone does, and what it does not\n\n" + "\n".join(lines)
+
+
+def _behind(compared: Compared, name: str) -> str:
+    return f"""## Where it is not ahead
+
+By what is asked, at equal learning (geometric means over seeds). A method that calibrates lowers what its update reads of the
+calibrated inputs; on inputs unlike them nothing holds it.
+
+{markdown(findings.behind(compared.main))}"""
+
+
+def _weak(compared: Compared, name: str) -> str:
+    return f"""## What is weak here, and what would settle it
+
+{markdown(sceptic.weaknesses(compared.found, compared.main))}"""
+
+
+def _left_out(compared: Compared, name: str) -> str:
+    unmeasured = [
+        f"{title[0].lower()}{title[1:]} (`--experiments {experiment}`)"
+        for field, (title, experiment, _) in FACTORS.items()
+        if not compared.beside(field)
+    ]
+    lines = [*sceptic.LEFT_OUT, *([f"Not measured yet: {listed(unmeasured)}."] if unmeasured else [])]
+    return "## What was left out\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path, nargs="?", default=RECORDS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    options = parser.parse_args()
+    records = read_records(options.records)
+    options.page.write_text(page(records, options.records.name), encoding="utf-8")
+    compared = Compared(evidence(records))
+    figure.write(compared.found, compared.main.cell, options.picture)
+
+
+if __name__ == "__main__":
+    main()

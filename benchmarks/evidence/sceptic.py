@@ -1,0 +1,75 @@
+"""What is weak in the evidence, the command that would settle it, and what was left out."""
+
+from __future__ import annotations
+
+from benchmarks.evidence.findings import unequal
+from benchmarks.evidence.names import PROBES, TASKS
+from benchmarks.evidence.statistics import LORA, Comparison, Evidence
+from benchmarks.evidence.tables import Table
+
+STUDY = "python -m benchmarks.evidence --out OUT --data FOLDER"
+LEFT_OUT = (
+    "Models that were trained whole, and merging: [Holding on through training](results.md#holding-on-through-training) has both, "
+    "with one seed.",
+    "Other methods of the same aim: OSF, CLoRA, KeepLoRA, Null-LoRA, InfLoRA, Astra. `eva` and `corda-ipm`, which start from the "
+    "task's inputs to learn it better and not to keep anything.",
+    "Hyperparameters beside rate, strength and t: the leak of `confine`, the factor of `penalty`, the damping of CorDA and contrast, "
+    "SC-LoRA's β, OPLoRA's k, the decays of 0.3. Their values stand in `benchmarks/evidence/methods.py`.",
+    "Replay of kept text in training, and distillation from the base: both see the kept text at every step.",
+    "Time and memory: [Results](results.md#time-and-memory).",
+)
+
+
+def weaknesses(found: Evidence, main: Comparison) -> Table:
+    """A row each, with the command."""
+    settings, cell = found.settings, main.cell
+    place = "a CPU" if settings.get("device", "cpu") == "cpu" else settings["device"]
+    seeds = len(main.points[LORA])
+    rows = [
+        (
+            f"One model of one family, {settings.get('model', 'as above')}.",
+            f"`{STUDY} --model meta-llama/Llama-3.2-3B --device cuda --dtype bfloat16`, the same with `Qwen/Qwen3-4B`",
+        ),
+        (f"{settings.get('dtype', 'float32')} on {place}: no rounding of bfloat16, no quantised base.", "the same command"),
+        (
+            f"{cell.steps} steps in the main table; a fine-tuning has thousands.",
+            f"`{STUDY} --experiments longer`; `python -m benchmarks.method_comparison` (PEFT's own benchmark, 5,000 steps)",
+        ),
+        (
+            "The base is small and knows little. KL says how far a model has moved, not whether what it lost was worth keeping; where "
+            "few answers are right, exact match shows nothing.",
+            "the first command: larger models answer, and exact match is scored",
+        ),
+        (f"{seeds} seeds: a bootstrap sees little of what others would do.", f"`{STUDY} --seeds 0 1 2 3 4 5 6 7`"),
+        (
+            f"Learning is equal on the validation split; on the test split task losses are {unequal(main)}. Part of that is sampling "
+            "of the task's examples, and a method that learned less has kept more.",
+            f"`{STUDY}` with more held-out examples in FOLDER",
+        ),
+        (
+            "Few learning rates a method. One whose best rate lies elsewhere is wronged, although t makes up for much of it.",
+            "more `rates` in `benchmarks/evidence/methods.py`; the same command keeps what is finished",
+        ),
+        (
+            "What must be kept is calibrated on questions of the same source, and in the main table in the same form, as the test "
+            f"questions of {PROBES['nq']}. Methods that calibrate gain most there.",
+            f"`{STUDY} --experiments forms`, and the columns of what was not calibrated",
+        ),
+        (
+            "Rate, strength and t are chosen by KL on questions. For code or running text another choice would be best.",
+            f"`{STUDY} --show` lists every point of the validation split",
+        ),
+        (
+            "Knowledge is short answers here. Long generation, safety training and other languages are not scored.",
+            "`lm_eval` on exported adapters: [whole benchmarks](results.md#whole-benchmarks)",
+        ),
+        (
+            "All methods are run by this repository's code, and PEFT's where it has them, not by their authors'.",
+            "`make test` compares them with PEFT's and with independent computations",
+        ),
+    ]
+    if not main.values(LORA, "triviaqa", "kl"):
+        rows.append(("TriviaQA, further from the calibration, was not at hand.", f"`{STUDY} --triviaqa mandarjoshi/trivia_qa`"))
+    if len({each.task for each in found.cells()}) < 2:
+        rows.append((f"One task, {TASKS.get(cell.task, cell.task)}.", f"`{STUDY} --experiments tasks`"))
+    return [["weakness", "what would settle it"], *map(list, rows)]
