@@ -6,7 +6,7 @@ Two ways are told apart if the 95 % interval of the ratio of their KL, questions
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from benchmarks.evidence.names import KEEP, PROBES, TASKS, label, method, needs
 from benchmarks.evidence.statistics import LORA, Comparison, Way, drift_correlation, geometric_mean, resolution
@@ -84,16 +84,16 @@ def _lost(compared: Comparison) -> str:
     best = next((way for way in compared.ranked() if way != LORA), None)
     less = compared.forgotten_less(best) if best else None
     lora = compared.forgotten(LORA)
-    head = f"The gold answers become {signed(lora.value, 3)} nats less likely with LoRA (95 %: {_signed(lora.questions)})"
+    head = f"The gold answers become {_likely(lora.value)} with LoRA (95 %: {_signed(lora.questions)} nats an answer)"
     if best is None or less is None:
         return f"{head}."
-    told = (
-        ""
-        if less.both[0] > 0 or less.both[1] < 0
-        else ", which the spread over questions and seeds does not tell from no difference"
-    )
-    own = signed(compared.forgotten(best).value, 3)
+    told = "" if less.both[0] > 0 or less.both[1] < 0 else ", which questions and seeds together do not tell from no difference"
+    own = _likely(compared.forgotten(best).value)
     return f"{head} and {own} with {label(best)}: {signed(less.value, 3)} less ({_signed(less.questions)}){told}."
+
+
+def _likely(forgotten: float) -> str:
+    return f"{abs(forgotten):.3f} nats {'less' if forgotten >= 0 else 'more'} likely"
 
 
 def _signed(interval: tuple[float, float]) -> str:
@@ -136,13 +136,17 @@ def whom(compared: Comparison) -> Table:
 
 def starts(compared: Comparison) -> list[str]:
     """What a start does by itself, what freezing A and holding it while it trains add, and what a filter takes from each."""
-    kinds = {"start": "train A and B", "frozen start": "freeze A", "held": "act on every step"}
+    kinds = {
+        "start": "Starts after which A and B train leave",
+        "frozen start": "Starts that freeze A leave",
+        "held": "What acts on every step leaves",
+    }
     sentences = []
     for kind, what in kinds.items():
         ways = [way for way in compared.ranked() if way.how == "none" and method(way).kind == kind]
         shown = [f"{label(way)} {part(ratio.value)}" for way in ways if (ratio := compared.ratio(way))]
         if shown:
-            sentences.append(f"Of LoRA's KL, the methods that {what} leave: {listed(shown)}.")
+            sentences.append(f"{what}, of LoRA's KL: {listed(shown)}.")
     filtered = []
     for way in (way for way in compared.ranked() if way.how == "filter"):
         ratio = compared.ratio(way, way._replace(how="none")) if way._replace(how="none") in compared.points else None
@@ -164,8 +168,8 @@ def drifts(compared: Comparison) -> str:
         return ""
     number = max(number for _, number in found.values())
     return (
-        f"The drift on the calibrated inputs orders these {number} models (all ways and seeds, at equal learning) by their KL "
-        f"with a rank correlation of: {listed(shown)}. It is what these methods lower, so they gain where it is high."
+        f"The drift on the calibrated inputs orders these {number} models (all methods and seeds, at equal learning) by their KL "
+        f"with a rank correlation of: {listed(shown)}. Where it is low, holding the calibrated inputs does not hold what is asked."
     )
 
 

@@ -45,10 +45,8 @@ def _curve(points: Sequence[Point], base: Scores) -> Curve:
 def fronts(found: Evidence, cell: Cell, shares: Sequence[float]) -> dict[Way, np.ndarray]:
     """Way → KL at each share of LoRA's learning: the geometric mean over seeds; NaN where a seed does not learn as much."""
     base = found.bases[cell.task, "validation"]
-    of_seed: dict[Way, dict[int, list[Point]]] = {}
-    for point in found.within(cell, "validation"):
-        of_seed.setdefault(point.way, {}).setdefault(point.seed, []).append(point)
-    best = {seed: min(curve.loss.min() for curve in curves(points, base)) for seed, points in of_seed.get(LORA, {}).items()}
+    of_seed = _by_way(found, cell)
+    best = lowest_losses(found, cell)
     begin = base["task"]["loss"]
     lines = {}
     for way, seeds in of_seed.items():
@@ -60,6 +58,19 @@ def fronts(found: Evidence, cell: Cell, shares: Sequence[float]) -> dict[Way, np
         if rows:
             lines[way] = np.exp(np.log(np.array(rows)).mean(axis=0))
     return lines
+
+
+def lowest_losses(found: Evidence, cell: Cell) -> dict[int, float]:
+    """Seed → the lowest task loss of plain LoRA over its rates and scales, nats a token."""
+    base = found.bases[cell.task, "validation"]
+    return {seed: min(each.loss.min() for each in curves(points, base)) for seed, points in _by_way(found, cell)[LORA].items()}
+
+
+def _by_way(found: Evidence, cell: Cell) -> dict[Way, dict[int, list[Point]]]:
+    of_seed: dict[Way, dict[int, list[Point]]] = {}
+    for point in found.within(cell, "validation"):
+        of_seed.setdefault(point.way, {}).setdefault(point.seed, []).append(point)
+    return of_seed
 
 
 def least(lines: Sequence[Curve], loss: float) -> float:

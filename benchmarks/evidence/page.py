@@ -78,7 +78,7 @@ python -m benchmarks.evidence.page OUT/results.jsonl
 - **Model and training**: {model}, {task}, {steps} steps by transformers' `Trainer`, rank {rank} on all linear layers but the
   head (where a method does not name others), seeds {seeds}{machine}.
 - **Calibration**: what must be kept is calibrated on questions of NQ-open's *train* part; in the main table in {form}, {samples}
-  samples, the same for all methods that take any. WebQuestions, TriviaQA, HumanEval, Alpaca and WikiText are not calibrated on.
+  samples, the same for all methods that take any. {others} are not calibrated on.
 - **What is chosen**: every run is scored on a validation split (other examples of the task; questions of NQ-open's train part on
   which nothing was calibrated) at scales t = 0.5, 1 and 1.2 of its change, with and without a filter of several strengths. For
   each method and seed, that rate, strength and t (interpolated) which reaches the target with the least KL there is scored on the
@@ -107,6 +107,7 @@ def _measured(compared: Compared, name: str) -> str:
         machine=f" ({machine})" if machine else "",
         form=FORMS.get(cell.form, cell.form),
         samples=cell.samples,
+        others=listed(text for probe, text in PROBES.items() if probe in main.base and not probe.startswith("nq")),
         level=main.level,
         unequal=findings.unequal(main),
         counts=listed(f"{_questions(main, each):,} questions of {PROBES[each]}" for each in main.sets),
@@ -125,8 +126,11 @@ def _main(compared: Compared, name: str) -> str:
     if main.missed:
         parts += ["These do not learn as much at any of their rates and t ≤ 1.2:", markdown(tables.missing(main))]
     parts += [
-        "### Where nothing was calibrated\n\nThe same models: KL over that of LoRA (geometric mean over seeds) on questions in other "
-        "forms, on code, instructions and running text; and the median drift ‖ΔW X‖ / ‖W₀ X‖ on the calibrated inputs.",
+        "How much less likely the gold answers have become; what is negative has become likelier:",
+        markdown(tables.forgotten(main)),
+        "### Where nothing was calibrated\n\nThe same models: KL over that of LoRA (geometric mean over seeds) on questions in "
+        "other forms, on code, instructions and running text (in brackets the least and the largest seed); the median drift "
+        "‖ΔW X‖ / ‖W₀ X‖ on the calibrated inputs.",
         markdown(tables.elsewhere(main)),
         "What the losses themselves do there (negative: better than the base):",
         markdown(tables.abilities(main)),
@@ -143,13 +147,18 @@ The least KL of each method over its rates, strengths and scales, for every amou
 the choice is made; geometric mean over seeds. Dashed: filtered."""
 
 
+# Field of a cell → title, experiment, what the table shows.
 FACTORS = {
-    "form": ("Calibration: the form", "forms", "KL over that of the same method calibrated in the form of the first column; in brackets each seed."),
+    "form": (
+        "Calibration: the form",
+        "forms",
+        "KL over that of the same method calibrated in the first form; in brackets each seed.",
+    ),
     "samples": ("Calibration: the number of samples", "samples", "The same for the number of samples."),
     "task": ("Other tasks", "tasks", "KL at equal learning of each task, and over LoRA's there."),
     "steps": ("Longer training", "longer", "KL at equal learning, and over LoRA's at as many steps."),
     "rank": ("Ranks", "ranks", "KL at equal learning, and over LoRA's of the same rank."),
-}  # fmt: skip
+}
 
 
 def _factors(compared: Compared, name: str) -> str:
@@ -185,7 +194,7 @@ def _starts(compared: Compared, name: str) -> str:
 
 
 def _behind(compared: Compared, name: str) -> str:
-    return f"""## Where it is not ahead
+    return f"""## Where calibration is not ahead
 
 By what is asked, at equal learning (geometric means over seeds). A method that calibrates lowers what its update reads of the
 calibrated inputs; on inputs unlike them nothing holds it.

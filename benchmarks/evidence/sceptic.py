@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from benchmarks.evidence.findings import unequal
+from benchmarks.evidence.fronts import fronts, lowest_losses
 from benchmarks.evidence.names import PROBES, TASKS
 from benchmarks.evidence.statistics import LORA, Comparison, Evidence
-from benchmarks.evidence.tables import Table
+from benchmarks.evidence.tables import Table, significant
 
 STUDY = "python -m benchmarks.evidence --out OUT --data FOLDER"
 LEFT_OUT = (
@@ -13,11 +16,21 @@ LEFT_OUT = (
     "with one seed.",
     "Other methods of the same aim: OSF, CLoRA, KeepLoRA, Null-LoRA, InfLoRA, Astra. `eva` and `corda-ipm`, which start from the "
     "task's inputs to learn it better and not to keep anything.",
-    "Hyperparameters beside rate, strength and t: the leak of `confine`, the factor of `penalty`, the damping of CorDA and contrast, "
-    "SC-LoRA's β, OPLoRA's k, the decays of 0.3. Their values stand in `benchmarks/evidence/methods.py`.",
+    "Hyperparameters beside rate, strength and t: the leak of `confine`, the factor of `penalty`, the damping of CorDA and "
+    "contrast, SC-LoRA's β, OPLoRA's k, the decays of 0.3. Their values stand in `benchmarks/evidence/methods.py`.",
     "Replay of kept text in training, and distillation from the base: both see the kept text at every step.",
     "Time and memory: [Results](results.md#time-and-memory).",
 )
+
+
+def _worth(found: Evidence, main: Comparison) -> str:
+    """What so much learning is worth in KL, along LoRA's own front on the validation split."""
+    losses = [np.mean(main.values(way, "task", "loss")) for way in main.points]
+    begin = found.bases[main.cell.task, "validation"]["task"]["loss"]
+    lowest = np.mean(list(lowest_losses(found, main.cell).values()))
+    share = (max(losses) - min(losses)) / (begin - lowest)
+    front = fronts(found, main.cell, [main.level - share, main.level])[LORA]
+    return f"Along LoRA's own front so much is worth a factor of {significant(front[1] / front[0], 2)} in KL."
 
 
 def weaknesses(found: Evidence, main: Comparison) -> Table:
@@ -36,14 +49,14 @@ def weaknesses(found: Evidence, main: Comparison) -> Table:
             f"`{STUDY} --experiments longer`; `python -m benchmarks.method_comparison` (PEFT's own benchmark, 5,000 steps)",
         ),
         (
-            "The base is small and knows little. KL says how far a model has moved, not whether what it lost was worth keeping; where "
-            "few answers are right, exact match shows nothing.",
+            "The base is small and knows little. KL says how far a model has moved, not whether what it lost was worth keeping; "
+            "where few answers are right, exact match shows nothing.",
             "the first command: larger models answer, and exact match is scored",
         ),
         (f"{seeds} seeds: a bootstrap sees little of what others would do.", f"`{STUDY} --seeds 0 1 2 3 4 5 6 7`"),
         (
-            f"Learning is equal on the validation split; on the test split task losses are {unequal(main)}. Part of that is sampling "
-            "of the task's examples, and a method that learned less has kept more.",
+            f"Learning is equal on the validation split; on the test split task losses are {unequal(main)}. Part of that is "
+            f"sampling of the task's examples; a method that learned less has kept more. {_worth(found, main)}",
             f"`{STUDY}` with more held-out examples in FOLDER",
         ),
         (

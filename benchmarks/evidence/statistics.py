@@ -86,8 +86,8 @@ class Evidence(NamedTuple):
     """of training, all runs together"""
 
     def cells(self, split: str = "test") -> list[Cell]:
-        """Cells with points of a split, in the order of the records; those without calibration belong to every other cell."""
-        found = list(dict.fromkeys(point.cell for point in self.points if point.split == split))
+        """Cells with points of a split, sorted; what needs no calibration belongs to every other cell."""
+        found = sorted({point.cell for point in self.points if point.split == split})
         return [cell for cell in found if cell.form] or found
 
     def within(self, cell: Cell, split: str) -> list[Point]:
@@ -100,7 +100,7 @@ class Evidence(NamedTuple):
         levels = [point.level for point in self.points if point.split == "test" and point.level is not None]
         if not levels:
             raise InputError("the records have no point of the test split")
-        return max(dict.fromkeys(levels), key=levels.count)
+        return max(sorted(set(levels)), key=levels.count)
 
 
 def evidence(records: Sequence[Mapping[str, Any]]) -> Evidence:
@@ -218,7 +218,7 @@ class Comparison:
     def __init__(self, found: Evidence, cell: Cell, level: float) -> None:
         self.cell, self.level = cell, level
         self.points: dict[Way, dict[int, Point]] = {}
-        for point in found.within(cell, "test"):
+        for point in sorted(found.within(cell, "test"), key=lambda point: (point.way, point.seed)):
             if point.level == level:
                 self.points.setdefault(point.way, {})[point.seed] = point
         self.missed: dict[Way, dict[int, float]] = {}

@@ -13,12 +13,7 @@ Table = list[list[str]]
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number to so many significant digits, without an exponent and with a true minus sign.
-
-    Example:
-        >>> significant(0.000123456), significant(-12.34, 2), significant(0.0)
-        ('0.000123', '−12', '0')
-    """
+    """A number to so many significant digits, without an exponent and with a true minus sign."""
     if math.isnan(value):
         return "–"
     if value == 0:
@@ -37,7 +32,7 @@ def signed(value: float, digits: int) -> str:
 def part(ratio: float) -> str:
     """A ratio in words: `1/25`, `0.84`, `2.1 times`."""
     if ratio < 0.5:
-        return f"1/{significant(1 / ratio, 2)}"
+        return f"1/{significant(1 / ratio, 2).removesuffix('.0')}"
     return significant(ratio, 2) if ratio < 1 else f"{significant(ratio, 2)} times"
 
 
@@ -64,14 +59,25 @@ def markdown(table: Table) -> str:
     return "\n".join([rows[0], "|" + "---|" * len(kept), *rows[1:]])
 
 
-def _each(values: Sequence[float]) -> str:
+def _each(values: Sequence[float], form: str = "g") -> str:
     """One value, if all seeds have it; otherwise that of each."""
-    shown = [significant(value, 2) for value in values]
+    shown = [f"{value:{form}}" for value in values]
     return shown[0] if len(set(shown)) == 1 else ", ".join(shown)
 
 
-def _mean(values: Sequence[float], digits: int = 3) -> str:
-    return f"{statistics.fmean(values):.{digits}f}".replace("-", "−") if values else ""
+def _losses(values: Sequence[float]) -> str:
+    """The mean over seeds, and the standard deviation."""
+    return " ± ".join(
+        f"{each:.3f}" for each in (statistics.fmean(values), *([statistics.stdev(values)] if len(values) > 1 else []))
+    )
+
+
+def _geometric(ratios: Sequence[float]) -> str:
+    """The geometric mean, and the least and the largest."""
+    if not ratios:
+        return ""
+    ends = f" ({between((min(ratios), max(ratios)), 2)})" if len(ratios) > 1 else ""
+    return significant(geometric_mean(ratios), 2) + ends
 
 
 def named(compared: Comparison, way: Way) -> str:
@@ -83,28 +89,41 @@ def named(compared: Comparison, way: Way) -> str:
 
 def main(compared: Comparison) -> Table:
     """What each way costs at equal learning."""
-    sets = [PROBES[name] for name in compared.sets]
-    head = ["method", "rate", "strength", "t", "task loss, test", "KL, nats a token", "over seeds", "KL ÷ LoRA's"]
-    table = [head + [f"forgotten, {name}" for name in sets]]
+    table = [["method", "rate", "strength", "t", "task loss, test", "KL, nats a token", "over seeds", "KL ÷ LoRA's", "each seed"]]
     for way in compared.ranked():
         points = list(compared.points[way].values())
-        losses = compared.values(way, "task", "loss")
-        spread = f" ± {significant(statistics.stdev(losses), 1)}" if len(losses) > 1 else ""
         kl, ratio = compared.kl(way), compared.ratio(way)
         strengths = [point.strength for point in points]
         row = [
             named(compared, way),
             _each([point.rate for point in points]),
             _each(strengths) if any(strengths) else "",
-            _each([point.t for point in points]),
-            _mean(losses) + spread,
+            _each([point.t for point in points], ".2f"),
+            _losses(compared.values(way, "task", "loss")),
             with_interval(kl),
             over_seeds(kl),
             "1" if way == LORA else with_interval(ratio, 2),
+            ", ".join(significant(value, 2) for value in ratio.seeds) if ratio and way != LORA else "",
         ]
+        table.append(row)
+    return table
+
+
+def forgotten(compared: Comparison) -> Table:
+    """How much less likely the gold answers are, nats an answer; the share that is given by greedy decoding, where it was scored."""
+    sets = [PROBES[name] for name in compared.sets]
+    matches = [f"exact match, {name}" for name in sets]
+    table = [["forgotten, nats an answer", *(text for name in sets for text in (name, f"{name}, over seeds")), *matches]]
+    for way in compared.ranked():
+        row = [named(compared, way)]
         for name in compared.sets:
             lost = compared.forgotten(way, (name,))
-            row.append(f"{signed(lost.value, 3)} ({signed(lost.questions[0], 3)} to {signed(lost.questions[1], 3)})")
+            low, high = (signed(value, 3) for value in lost.questions)
+            least, most = (signed(value, 3) for value in (min(lost.seeds), max(lost.seeds)))
+            row += [f"{signed(lost.value, 3)} ({low} to {high})", f"{least} to {most}" if len(lost.seeds) > 1 else ""]
+        for name in compared.sets:
+            right = compared.values(way, name, "exact_match")
+            row.append(f"{100 * statistics.fmean(right):.1f} %" if right else "")
         table.append(row)
     return table
 
@@ -122,13 +141,13 @@ ELSEWHERE = ("triviaqa", "nq, chat", "nq, template", "humaneval", "alpaca", "wik
 
 
 def elsewhere(compared: Comparison) -> Table:
-    """KL over LoRA's where nothing was calibrated, in other forms of asking, and the drift."""
+    """KL over LoRA's where nothing was calibrated and in other forms of asking, from the least to the largest seed; the drift."""
     table = [["KL ÷ LoRA's", *(PROBES[name] for name in ELSEWHERE), "drift"]]
     for way in compared.ranked():
         row = [named(compared, way)]
         for name in ELSEWHERE:
             ratios = compared.probe_ratio(way, name)
-            row.append(significant(geometric_mean(ratios), 2) if ratios else "")
+            row.append("1" if way == LORA and ratios else _geometric(ratios))
         drifts = [point.drift["median"] for point in compared.points[way].values() if "median" in point.drift]
         table.append([*row, significant(statistics.fmean(drifts), 2) if drifts else ""])
     return table
@@ -209,7 +228,6 @@ def kept_forms(comparisons: Mapping[Cell, Comparison]) -> Table:
     for way in _in_several(comparisons):
         for cell, compared in comparisons.items():
             if way in compared.points and any(point.cell.form for point in compared.points[way].values()):
-                ratios = [compared.probe_ratio(way, name) for name in ASKING]
-                cells_text = [significant(geometric_mean(each), 2) if each else "" for each in ratios]
-                table.append([label(way), named_cell(cell, cells), *cells_text])
+                ratios = [_geometric(compared.probe_ratio(way, name)) for name in ASKING]
+                table.append([label(way), named_cell(cell, cells), *ratios])
     return table

@@ -1,0 +1,258 @@
+"""The numbers of the evidence page, from records whose numbers are known; and that the page that is kept is made by its records."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("benchmarks.evidence.page", reason="needs the repository's root on the path: python -m pytest")
+from benchmarks.evidence import figure, findings, fronts, names, page, tables
+from benchmarks.evidence import statistics as measures
+from benchmarks.evidence.statistics import LORA, Cell, Comparison, Way, evidence
+from nullspace.reporting.study import read_records
+
+Record = dict[str, Any]
+QUESTIONS = {"nq": 120, "webq": 90}
+SEEDS = (0, 1, 2)
+MAIN = Cell("gsm8k", 10, 16, "prompt", 64)
+CONTRAST, FILTERED, CORDA = Way("contrast"), Way("lora", "filter"), Way("corda-kpm")
+# Way → KL over LoRA's.
+SIZES = {LORA: 1.0, FILTERED: 0.1, CORDA: 0.5, CONTRAST: 0.05, Way("confine"): 0.2, Way("lora", "intruder"): 0.9}
+BASE_LOSS, LORA_BEST = 1.6, 0.9
+
+
+def rows(name: str, size: float, seed: int) -> Mapping[str, list[Any]]:
+    """KL of each question in proportion to a size, another one with each seed, and as much less likely an answer."""
+    generator = np.random.default_rng([len(name), 5])
+    tokens = generator.integers(1, 9, QUESTIONS[name])
+    kl = size * (1 + seed) * tokens * generator.exponential(0.05, QUESTIONS[name])
+    return {"tokens": tokens.tolist(), "kl": kl.tolist(), "log_likelihood": (-10 - 2 * kl).tolist()}
+
+
+def asked(name: str, size: float, seed: int) -> Record:
+    each = rows(name, size, seed)
+    tokens = sum(each["tokens"])
+    return {"loss": 3.0, "log_likelihood": float(np.mean(each["log_likelihood"])), "kl": sum(each["kl"]) / tokens, "rows": each}
+
+
+def run_and_post(way: Way, cell: Cell, seed: int, rate: float) -> Record:
+    """With the calibration where it belongs: to the run, to the filter or to neither."""
+    calibrated = {"form": cell.form, "samples": cell.samples}
+    free = way.method == "lora"
+    run = {"method": way.method, "seed": seed, "rate": rate, **cell._asdict(), **({"form": "", "samples": 0} if free else {})}
+    filtered = way.how == "filter"
+    return {"run": run, "post": {"how": way.how, "strength": float(filtered), **(calibrated if filtered else {})}}
+
+
+def scored(way: Way, size: float, seed: int, cell: Cell = MAIN) -> Record:
+    other = {"loss": 2.0 + 0.1 * size, "log_likelihood": -20.0, "kl": 0.01 * size**0.5, "tokens": 50}
+    scores = {name: asked(name, size, seed) for name in QUESTIONS} | dict.fromkeys(("humaneval", "alpaca", "wikitext"), other)
+    task = {"loss": 1.0 + 0.01 * seed, "log_likelihood": -40.0, "kl": 0.5}
+    record = {"kind": "score", **run_and_post(way, cell, seed, 2e-3), "t": 0.9, "split": "test", "level": 0.9}
+    return record | {"scores": {"task": task, **scores}, "drift": {"median": 0.01 * size, "largest": 0.1}, "seconds": 1.0}
+
+
+def tried(way: Way, size: float, seed: int, t: float, rate: float = 2e-3) -> Record:
+    """Task loss falls from the base's to LoRA's best at t = 1, and KL is size · t²."""
+    scores = {"task": {"loss": LORA_BEST + (BASE_LOSS - LORA_BEST) * (1 - t) ** 2}, "nq": {"kl": size * t * t}}
+    record = {"kind": "score", **run_and_post(way, MAIN, seed, rate), "t": t, "split": "validation", "level": None}
+    return record | {"scores": scores, "drift": {}}
+
+
+def base(task: str = "gsm8k") -> list[Record]:
+    scores = {name: asked(name, 0.0, 0) for name in QUESTIONS}
+    scores |= {name: {"loss": 2.0, "kl": 0.0} for name in ("humaneval", "alpaca", "wikitext")} | {"task": {"loss": BASE_LOSS}}
+    return [{"kind": "base", "task": task, "split": split, "scores": scores} for split in ("validation", "test")]
+
+
+def study(sizes: Mapping[Way, float] = SIZES) -> list[Record]:
+    first = {"kind": "study", "settings": {"model": "a tiny model"}, "environment": {}}
+    points = [scored(way, size, seed) for way, size in sizes.items() for seed in SEEDS]
+    curves = [tried(way, size, seed, t) for way, size in sizes.items() for seed in SEEDS for t in (0.5, 1.0, 1.2)]
+    return [first, *base(), *curves, *points]
+
+
+def compared(records: Iterable[Record], cell: Cell = MAIN) -> Comparison:
+    return Comparison(evidence(list(records)), cell, 0.9)
+
+
+@pytest.fixture(scope="module")
+def whole() -> Comparison:
+    return compared(study())
+
+
+def test_kl_is_that_of_all_tokens_of_a_set_and_the_mean_of_sets_and_seeds(whole: Comparison) -> None:
+    wanted = [np.mean([asked(name, 0.5, seed)["kl"] for name in QUESTIONS]) for seed in SEEDS]
+    found = whole.kl(CORDA)
+    assert found.seeds == pytest.approx(wanted)
+    assert found.value == pytest.approx(np.mean(wanted))
+    assert found.deviation == pytest.approx(np.std(wanted, ddof=1))
+    assert found.questions[0] < found.value < found.questions[1]
+
+
+def test_the_interval_is_that_of_the_delta_method(whole: Comparison) -> None:
+    variances = []
+    for name, questions in QUESTIONS.items():
+        each = rows(name, 1.0, 1)
+        kl, tokens = np.array(each["kl"]), np.array(each["tokens"])
+        residual = kl - tokens * kl.sum() / tokens.sum()
+        variances.append(residual.var() / questions / tokens.mean() ** 2)
+    low, high = whole.kl(LORA).questions
+    # The mean over seeds, which are as 1 : 2 : 3, is that of seed 1; the mean of two sets has half the root of both variances.
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(np.sum(variances)) / 2, rel=0.1)
+
+
+def test_what_differs_by_a_factor_differs_by_it_in_every_resample(whole: Comparison) -> None:
+    ratio = whole.ratio(CONTRAST)
+    assert ratio is not None
+    for value in (ratio.value, *ratio.questions, *ratio.both, *ratio.seeds):
+        assert value == pytest.approx(0.05)
+    assert whole.ratio(LORA, CONTRAST).value == pytest.approx(20)  # type: ignore[union-attr]
+    assert whole.probe_ratio(FILTERED, "wikitext") == pytest.approx([0.1**0.5] * 3)
+    assert whole.ranked()[:2] == [CONTRAST, FILTERED]
+
+
+def test_seeds_widen_the_interval_and_the_resolution_is_its_width_over_the_difference(whole: Comparison) -> None:
+    found = measures.resolution(whole)
+    assert found is not None
+    assert found.best == CONTRAST
+    assert found.difference.value == pytest.approx(0.95 * whole.kl(LORA).value)
+    low, high = found.difference.questions
+    assert found.questions == pytest.approx((high - low) / found.difference.value)
+    assert found.both > 2 * found.questions  # KL of the seeds is as 1 : 2 : 3
+
+
+def test_forgetting_counts_from_the_base(whole: Comparison) -> None:
+    lost = whole.forgotten(LORA, ("nq",))
+    assert lost.value == pytest.approx(2 * np.mean([rows("nq", 1.0, seed)["kl"] for seed in SEEDS]))
+    less = whole.forgotten_less(CONTRAST)
+    assert less is not None
+    assert less.value == pytest.approx(0.95 * whole.forgotten(LORA).value)
+
+
+def test_tokens_may_stand_in_the_records_of_the_base_alone(whole: Comparison) -> None:
+    records = study()
+    for record in records:
+        if record["kind"] == "score":
+            for each in (each for each in record["scores"].values() if "rows" in each):
+                each["rows"] = {name: values for name, values in each["rows"].items() if name != "tokens"}
+    assert compared(records).kl(CORDA) == whole.kl(CORDA)
+
+
+def test_a_seed_that_misses_is_left_out_of_both_sides() -> None:
+    gone = scored(CORDA, 0.5, 2)
+    records = [record for record in study() if record != gone]
+    records.append({"kind": "missed", "run": gone["run"], "post": "none", "level": 0.9, "reached": 0.84})
+    found = compared(records)
+    ratio = found.ratio(CORDA)
+    assert ratio is not None
+    assert ratio.seeds == pytest.approx([0.5, 0.5])
+    assert found.missed == {CORDA: {2: 0.84}}
+    assert "CorDA-KPM (2 of 3 seeds)" in tables.markdown(tables.main(found))
+    assert tables.missing(found)[1] == ["CorDA-KPM", "2", "0.84"]
+    assert compared([*records, gone]).missed == {}
+
+
+def test_the_point_that_was_chosen_last_counts() -> None:
+    found = compared([*study(), *(scored(CONTRAST, 0.3, seed) for seed in SEEDS)])
+    assert found.ratio(CONTRAST).value == pytest.approx(0.3)  # type: ignore[union-attr]
+
+
+def test_a_form_makes_a_factor_and_what_is_not_calibrated_belongs_to_every_form() -> None:
+    text = MAIN._replace(form="text")
+    more = [scored(way, size, seed, text) for way, size in ((FILTERED, 0.25), (CONTRAST, 0.15)) for seed in SEEDS]
+    found = page.Compared(evidence([*study(), *more]))
+    assert found.main.cell == MAIN
+    others = found.beside("form")
+    assert others[text].ratio(FILTERED).value == pytest.approx(0.25)  # type: ignore[union-attr]
+    table = tables.factors(found.main, others)
+    factors = {row[0]: row[-1] for row in table[1:]}
+    assert factors == {"contrast": "3.0 (3.0, 3.0, 3.0)", "LoRA, filtered": "2.5 (2.5, 2.5, 2.5)"}
+    kept = tables.kept_forms({MAIN: found.main, **others})
+    assert next(row[:4] for row in kept if row[1] == "plain text") == ["contrast", "plain text", "0.15", "0.15"]
+
+
+def test_fronts_take_the_least_kl_over_rates_at_equal_learning() -> None:
+    slow = [tried(CONTRAST, 0.01, seed, t, rate=1e-3) for seed in SEEDS for t in (0.5, 1.0, 1.2)]
+    for record in slow:
+        record["scores"]["task"]["loss"] += 0.3 * record["t"]  # less KL, but it learns half as much
+    lines = fronts.fronts(evidence([*study(), *slow]), MAIN, [0.3, 0.9, 1.05])
+    # A share s is learned at t = 1 − √(1 − s).
+    assert lines[LORA][:2] == pytest.approx([(1 - 0.7**0.5) ** 2, (1 - 0.1**0.5) ** 2], rel=0.02)
+    assert lines[CONTRAST][0] < 0.05 * lines[LORA][0]
+    assert lines[CONTRAST][1] == pytest.approx(0.05 * lines[LORA][1])
+    assert np.isnan(lines[LORA][2])
+
+
+def test_the_page_says_what_the_numbers_say_and_not_in_which_order_they_came() -> None:
+    records = study()
+    text = page.page(records, "records.jsonl")
+    assert "**contrast** moves the model least" in text
+    assert "1/20 of plain LoRA's" in text
+    assert "1/10 of CorDA-KPM's" in text
+    assert "less than CorDA-KPM and confine, more than contrast" in text
+    assert "Only the main table has been measured so far" in text
+    shuffled = [records[0], *random.Random(0).sample(records[1:], len(records) - 1)]
+    assert page.page(shuffled, "records.jsonl") == text
+    assert "None of 2 ways" in page.page(study({LORA: 1.0, CORDA: 2.0}), "records.jsonl")
+    assert "cannot be told apart" in findings.answer(compared(close()))
+
+
+def close() -> list[Record]:
+    """Confine has less KL than contrast with one seed, and more with the others."""
+    records = [record for record in study() if record["kind"] != "score" or record["run"]["method"] != "confine"]
+    return [*records, *(scored(Way("confine"), size, seed) for seed, size in zip(SEEDS, (0.04, 0.055, 0.06), strict=True))]
+
+
+def test_every_table_of_the_page_has_its_rows_and_links_lead_to_it() -> None:
+    text = page.page(study(), "records.jsonl")
+    widths: list[int] = []
+    for line in text.splitlines():
+        if line.startswith("|"):
+            widths.append(line.count("|"))
+            assert widths[-1] == widths[0], line
+        else:
+            widths = []
+    assert "nan" not in text.lower().replace("unanswered", "")
+    assert text.count("LoRA, intruders reduced") >= 3
+
+
+def test_the_picture_is_the_same_twice(tmp_path: Path) -> None:
+    found = evidence(study())
+    for name in ("a.svg", "b.svg"):
+        figure.write(found, MAIN, tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_records_that_are_no_study_or_have_nothing_to_compare_with_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not begin with those of a study"):
+        evidence(study()[1:])
+    with pytest.raises(ValueError, match="no point of the test split"):
+        page.page(study({}), "records.jsonl")
+    with pytest.raises(ValueError, match="no plain LoRA"):
+        page.page(study({CONTRAST: 0.1}), "records.jsonl")
+
+
+def test_numbers_are_shown_to_their_digits() -> None:
+    assert [tables.significant(value, 2) for value in (0.0123, 9.96, 123.0, -0.0005)] == ["0.012", "10", "120", "−0.00050"]
+    assert [tables.signed(value, 2) for value in (0.123, -0.1, -0.001)] == ["+0.12", "−0.10", "0.00"]
+    assert [tables.part(value) for value in (0.04, 0.84, 2.13)] == ["1/25", "0.84", "2.1 times"]
+
+
+def test_the_page_knows_the_methods_of_the_study() -> None:
+    methods = pytest.importorskip("benchmarks.evidence.methods").METHODS
+    words = {"keep": names.KEEP, "task": names.TASK}
+    assert {name: set(names.METHODS[name].needs) for name in methods} == {
+        name: {words[need] for need in method.needs} for name, method in methods.items()
+    }
+
+
+@pytest.mark.skipif(not page.RECORDS.exists(), reason="the study has not been recorded yet")
+def test_the_page_that_is_kept_is_made_by_the_records_that_are_kept() -> None:
+    text = page.page(read_records(page.RECORDS), page.RECORDS.name)
+    assert text == page.PAGE.read_text(encoding="utf-8"), "python -m benchmarks.evidence.page"
