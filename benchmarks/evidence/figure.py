@@ -25,11 +25,11 @@ WAYS = [
 ]
 
 
-def draw(found: Evidence, cell: Cell) -> Figure:
-    """One line a way, the geometric mean over seeds."""
+def draw(found: Evidence, cell: Cell, level: float) -> Figure:
+    """One line a way, the geometric mean over seeds; a vertical line at the level of the tables."""
     lines = {way: line for way, line in fronts(found, cell, SHARES).items() if way in WAYS and np.isfinite(line).any()}
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(7.2, 4.4))
+    axes = figure.add_axes((0.1, 0.115, 0.655, 0.865))
     ends = {}
     for way, line in lines.items():
         style = "--" if way.how == "filter" else "-"
@@ -40,12 +40,19 @@ def draw(found: Evidence, cell: Cell) -> Figure:
     for way, height in _spread(
         {way: end[1] for way, end in ends.items()}, 0.045 * float(np.ptp(np.log10(axes.get_ylim())))
     ).items():
-        axes.plot([ends[way][0], 101.5], 10 ** np.array([ends[way][1], height]), ":", color=COLORS[way.method], linewidth=0.8)
+        axes.plot(
+            [ends[way][0], 101.5],
+            10 ** np.array([ends[way][1], height]),
+            ":",
+            color=COLORS[way.method],
+            linewidth=0.8,
+            clip_on=False,
+        )
         axes.text(102, 10**height, label(way), color=COLORS[way.method], va="center", fontsize=9)
-    axes.set_xlim(100 * SHARES[0], 124)
-    axes.set_xticks(range(30, 101, 10))
+    axes.axvline(100 * level, color="#999999", linewidth=0.8)
+    axes.set_xlim(100 * SHARES[0], 100)
     axes.set_xlabel(f"learned of {TASKS.get(cell.task, cell.task)}: % of the most that plain LoRA learns")
-    axes.set_ylabel("KL(base ‖ model) on knowledge questions, nats a token")
+    axes.set_ylabel("KL to the base on knowledge questions, nats a token")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -61,7 +68,7 @@ def _spread(heights: dict[Way, float], gap: float) -> dict[Way, float]:
     return placed
 
 
-def write(found: Evidence, cell: Cell, path: Path) -> None:
+def write(found: Evidence, cell: Cell, level: float, path: Path) -> None:
     """An SVG that is the same for the same records and version of matplotlib."""
     with matplotlib.rc_context({"svg.hashsalt": "nullspace", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
-        FigureCanvasSVG(draw(found, cell)).print_svg(path, metadata={"Date": None, "Creator": None})
+        FigureCanvasSVG(draw(found, cell, level)).print_svg(path, metadata={"Date": None, "Creator": None})

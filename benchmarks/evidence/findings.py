@@ -71,7 +71,7 @@ def _filtered(compared: Comparison) -> str:
     """Plain LoRA, filtered, against every start and constraint as it is trained."""
     if FILTERED not in compared.points:
         return "Plain LoRA, filtered, does not reach this learning."
-    others = [way for way in compared.points if way.how == "none" and method(way).kind != "plain"]
+    others = [way for way in compared.ranked() if way.how == "none" and method(way).kind != "plain"]
     groups = {sign: listed([label(way) for way in others if apart(compared, FILTERED, way) == sign] or [""]) for sign in (-1, 0, 1)}
     words = {-1: "less than {}", 1: "more than {}", 0: "and it cannot be told apart from {}"}
     shown = [words[sign].format(groups[sign]) for sign in (-1, 1, 0) if groups[sign]]

@@ -144,7 +144,7 @@ def _picture(compared: Compared, name: str) -> str:
 ![KL to the base on knowledge questions against the share of LoRA's learning](images/evidence.svg)
 
 The least KL of each method over its rates, strengths and scales, for every amount of learning; on the *validation* split, where
-the choice is made; geometric mean over seeds. Dashed: filtered."""
+the choice is made; geometric mean over seeds. Dashed: filtered. The grey line is the learning at which the tables compare."""
 
 
 # Field of a cell → title, experiment, what the table shows.
@@ -227,7 +227,7 @@ def main() -> None:
     records = read_records(options.records)
     options.page.write_text(page(records, options.records.name), encoding="utf-8")
     compared = Compared(evidence(records))
-    figure.write(compared.found, compared.main.cell, options.picture)
+    figure.write(compared.found, compared.main.cell, compared.level, options.picture)
 
 
 if __name__ == "__main__":

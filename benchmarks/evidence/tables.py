@@ -110,7 +110,7 @@ def main(compared: Comparison) -> Table:
 
 
 def forgotten(compared: Comparison) -> Table:
-    """How much less likely the gold answers are, nats an answer; the share that is given by greedy decoding, where it was scored."""
+    """How much less likely the gold answers are, nats an answer; the share that greedy decoding gives, where it was scored."""
     sets = [PROBES[name] for name in compared.sets]
     matches = [f"exact match, {name}" for name in sets]
     table = [["forgotten, nats an answer", *(text for name in sets for text in (name, f"{name}, over seeds")), *matches]]
