@@ -114,17 +114,17 @@ class Study:
         parts.calibrate(model, self.tokenizer, self.data, settings, sizes, self.code, out)
         self.probes = parts.probes_of(self.data, self.tokenizer, folder, sizes) | {"mbpp": parts.Probe(solved, [])}
         self.targets = [name for site in parts.moments(out, "text").sites for name in site.members]
-        self.judge = Judge(model, self.probes, self.targets, out)
-        self._filters: Filters | None = None
+        self.judge = Judge(model, self.probes, self.targets, parts.kept_moments(out, parts.FORM))
+        self._filters: tuple[str, Filters] | None = None
         if not any(record["kind"] == "base" for record in self.lines.read()):
             self.lines.write({"kind": "base", "scores": self.judge.scores(list(self.probes))})
 
     def filters(self, form: str) -> Filters:
         """Those of one form at a time: 1.6 GB."""
-        if self._filters is None or self._filters.form != form:
+        if self._filters is None or self._filters[0] != form:
             self._filters = None
-            self._filters = Filters(self.out, form)
-        return self._filters
+            self._filters = form, Filters(parts.moments(self.out, "task"), parts.kept_moments(self.out, form))
+        return self._filters[1]
 
     def score(
         self, part: str, run: str, variant: Variant, make: Callable[[], Change], names: list[str], others: Any = None

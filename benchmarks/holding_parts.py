@@ -52,10 +52,14 @@ class Probe(NamedTuple):
     batch_size: int = 8
 
 
+def bare(question: Question) -> str:
+    """A question without the words of the few-shot form."""
+    return question.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+
+
 def in_template(tokenizer: Any, question: Question) -> dict[str, list[int]]:
     """A question and its first answer in the template of the task."""
-    bare = question.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
-    return evaluation.tokenized(tokenizer, preservation.PROMPT.format(bare), question.answers[0])
+    return evaluation.tokenized(tokenizer, preservation.PROMPT.format(bare(question)), question.answers[0])
 
 
 def code_examples(file: Path, tokenizer: Any, longest: int, numbers: range, limit: int) -> list[dict[str, list[int]]]:
@@ -113,11 +117,10 @@ def kept_moments(out: Path, form: str) -> Covariances:
 
 
 class Filters:
-    """The filters of one form, site by site, made when the first change needs them."""
+    """Filters, site by site, made when the first change needs them."""
 
-    def __init__(self, out: Path, form: str) -> None:
-        self.form = form
-        self._task, self._keep = moments(out, "task"), kept_moments(out, form)
+    def __init__(self, task: Covariances, keep: Covariances) -> None:
+        self._task, self._keep = task, keep
         self._site = {name: site.name for site in self._keep.sites for name in site.members}
         self._made: dict[str, Filter] = {}
 
@@ -134,39 +137,59 @@ class Filters:
         return self._made[site].apply(delta, strength).float()
 
 
-class Judge:
-    """The base model, which takes changes and is scored, against itself without one."""
+def base_log_probabilities(model: Any, probe: Probe) -> list[torch.Tensor]:
+    """Of each row of a probe, what `Judge` takes as a reference."""
+    return evaluation.log_probabilities(model, probe.rows, probe.batch_size, context=probe.context)
 
-    def __init__(self, model: Any, probes: Mapping[str, Probe], targets: Sequence[str], out: Path) -> None:
+
+def in_short(scored: evaluation.Scored) -> dict[str, float]:
+    """`log_likelihood` in nats a row, `loss` and `kl` to the reference in nats a token."""
+    tokens = sum(scored.tokens)
+    return {
+        "log_likelihood": statistics.fmean(scored.log_likelihood),
+        "loss": -sum(scored.log_likelihood) / tokens,
+        "kl": sum(scored.divergence) / tokens,
+    }
+
+
+class Judge:
+    """The base model, which takes changes and is scored, against itself without one.
+
+    `keep`: second moments by which drift is measured. `reference`: probe → log-probabilities of the base at its labelled tokens, as
+    `evaluation.log_probabilities` gives them; computed now where it is None.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        probes: Mapping[str, Probe],
+        targets: Sequence[str],
+        keep: Covariances,
+        reference: Mapping[str, Sequence[torch.Tensor]] | None = None,
+    ) -> None:
         self._model, self._probes = model, probes
         self._layers = {name: model.get_submodule(name) for name in targets}
         self._base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        keep = kept_moments(out, FORM)
         self._keep = [(site, keep[site.name].matrix()) for site in keep.sites]
         self._norms: dict[str, float] = {}
-        self._reference = {
-            name: evaluation.log_probabilities(model, probe.rows, probe.batch_size, context=probe.context)
-            for name, probe in probes.items()
-        }
+        self._reference = reference or {name: base_log_probabilities(model, probe) for name, probe in probes.items()}
+
+    @property
+    def probes(self) -> Mapping[str, Probe]:
+        return self._probes
 
     @property
     def base(self) -> Mapping[str, torch.Tensor]:
         return self._base
 
+    def scored(self, name: str, limit: int | None = None) -> evaluation.Scored:
+        """A probe row by row, or its first rows."""
+        probe, reference = self._probes[name], self._reference[name][:limit]
+        return evaluation.score(self._model, probe.rows[:limit], probe.batch_size, context=probe.context, reference=reference)
+
     def scores(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Probe → `log_likelihood` (nats a row), `loss` and `kl` to the base (nats a token)."""
-        scores = {}
-        for name in names:
-            probe = self._probes[name]
-            reference = self._reference[name]
-            scored = evaluation.score(self._model, probe.rows, probe.batch_size, context=probe.context, reference=reference)
-            tokens = sum(scored.tokens)
-            scores[name] = {
-                "log_likelihood": statistics.fmean(scored.log_likelihood),
-                "loss": -sum(scored.log_likelihood) / tokens,
-                "kl": sum(scored.divergence) / tokens,
-            }
-        return scores
+        return {name: in_short(self.scored(name)) for name in names}
 
     @torch.no_grad()
     def take(self, change: Change, scale: float = 1.0, others: Mapping[str, torch.Tensor] | None = None) -> None:

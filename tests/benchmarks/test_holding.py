@@ -37,7 +37,7 @@ def judge(model: Any, rows: list[dict[str, list[int]]], tmp_path_factory: pytest
     batches = [{"input_ids": torch.tensor([row["input_ids"]])} for row in rows]
     for name in ("text", "questions in shots"):
         compute_covariances(model, batches, out / "moments" / name, targets=TARGETS, progress=False)
-    return Judge(model, {"asked": Probe(rows, [])}, TARGETS, out)
+    return Judge(model, {"asked": Probe(rows, [])}, TARGETS, holding_parts.kept_moments(out, holding_parts.FORM))
 
 
 def changes(model: Any, number: int) -> list[dict[str, LowRank]]:

@@ -1,0 +1,421 @@
+"""A worker of the evidence study: it trains, scores and writes records."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks import evaluation, holding_parts, preservation
+from benchmarks.environment import environment
+from benchmarks.evidence import choice, methods, posts
+from benchmarks.evidence import settings as declared
+from benchmarks.evidence.choice import Curve, Point
+from benchmarks.evidence.data import Data
+from benchmarks.evidence.settings import Sizes
+from benchmarks.holding_parts import Change, Filters, Judge, Probe
+from nullspace import Covariances, compute_covariances
+from nullspace.reporting import study as records
+
+_PATIENCE = 3600.0
+"""seconds in which what a unit builds on must appear"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A study: the model, where the data are, and sizes."""
+
+    model: str
+    folder: Path | None
+    dtype: str = "float32"
+    device: str | None = "cpu"
+    triviaqa: str | None = None
+    sizes: Sizes = field(default_factory=Sizes)
+
+
+class Unit(NamedTuple):
+    """What one worker does in one go: a method, or what is done afterwards to its trained changes, with all seeds.
+
+    `samples` is 0 and `form` empty where a method takes no calibration. `post` is `none`, `filter` or `intruder`; `kept` are form
+    and samples of a filter. `whole`: all questions of NQ-open are asked.
+    """
+
+    method: str
+    task: str
+    steps: int
+    rank: int
+    form: str
+    samples: int
+    seeds: tuple[int, ...]
+    post: str = "none"
+    kept: tuple[str, int] = ("", 0)
+    whole: bool = True
+
+    def run(self, rate: float, seed: int) -> dict[str, Any]:
+        names = ("method", "task", "steps", "rank", "form", "samples")
+        return {name: getattr(self, name) for name in names} | {"rate": rate, "seed": seed}
+
+    def done_to(self, strength: float = 0.0) -> dict[str, Any]:
+        form, samples = self.kept
+        return {"how": self.post, "strength": strength} | ({"form": form, "samples": samples} if self.post == "filter" else {})
+
+    @property
+    def plain(self) -> Unit:
+        """The unit whose learning is the measure: plain LoRA with the same task, steps and rank."""
+        return self._replace(method="lora", form="", samples=0, post="none", kept=("", 0))
+
+
+def moments(out: Path, name: str) -> Covariances:
+    return Covariances.load(out / "moments" / name)
+
+
+def kept(out: Path, form: str, samples: int) -> Covariances:
+    """Second moments of what must be kept: the components of a form, with equal trace."""
+    return Covariances.merge([moments(out, f"{name}-{samples}") for name in declared.FORMS[form]], normalise=True)
+
+
+def prepare(settings: Settings, out: Path, units: Iterable[Unit]) -> None:
+    """OUT/moments, OUT/reference and the records of the base, where they are missing."""
+    units = list(units)
+    model, tokenizer = preservation.load_model(preservation_settings(settings, units[0]))
+    data = Data(tokenizer, settings.sizes, settings.folder, settings.triviaqa)
+    wanted = {(each.form, each.samples) for each in units if each.form} | {each.kept for each in units if each.kept[0]}
+    wanted.add((declared.FORM, settings.sizes.samples))  # drift is measured on it
+    components = sorted({(name, samples) for form, samples in wanted for name in declared.FORMS[form]})
+    batches: dict[str, Callable[[], Any]] = {
+        f"{name}-{samples}": lambda name=name, samples=samples: data.component(name, samples) for name, samples in components
+    }
+    tasks = sorted({each.task for each in units})
+    batches |= {f"task {task}": lambda task=task: data.of_task(task) for task in tasks}
+    for name, make in batches.items():
+        if not (out / "moments" / name).exists():
+            compute_covariances(model, make(), out / "moments" / name, strategy="resident", progress=False)
+            print(f"moments of {name}", flush=True)
+    lines = preservation.Lines(out / records.RESULTS)
+    there = {(each["task"], each["split"]) for each in lines.read() if each["kind"] == "base"}
+    for task in tasks:
+        for split, probes in (("validation", data.validation(task)), ("test", data.test(task))):
+            scores = {name: base_scores(model, probe, reference_file(out, task, split, name)) for name, probe in probes.items()}
+            if (task, split) not in there:
+                if split == "test" and settings.sizes.answered:
+                    for name in data.sets:
+                        scores[name]["exact_match"] = data.exact_match(model, name)
+                lines.write({"kind": "base", "task": task, "split": split, "scores": scores})
+
+
+def reference_file(out: Path, task: str, split: str, probe: str) -> Path:
+    """Only the probe of the task differs between tasks."""
+    of = f"{split} {task}" if probe == "task" or split == "validation" else split
+    return out / "reference" / f"{of} {probe}.npy"
+
+
+def base_scores(model: Any, probe: Probe, file: Path) -> dict[str, Any]:
+    """Of the untouched model; its log-probabilities at the labelled tokens (n, vocabulary) become a file that all workers map."""
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        kept_rows = holding_parts.base_log_probabilities(model, probe)
+        with file.with_suffix(".part").open("wb") as stream:
+            np.save(stream, torch.cat(kept_rows).cpu().numpy())
+        file.with_suffix(".part").rename(file)
+    log_nv = torch.from_numpy(np.load(file, mmap_mode="c"))
+    gold = [[label for label in row["labels"] if label != evaluation.IGNORED] for row in probe.rows]
+    own = [log_nv[number : number + len(row)] for number, row in zip(offsets(gold), gold, strict=True)]
+    likely = [
+        float(each.gather(1, torch.tensor(row)[:, None]).sum(dtype=torch.float64)) for each, row in zip(own, gold, strict=True)
+    ]
+    tokens = list(map(len, gold))
+    rows = {"log_likelihood": rounded(likely), "tokens": tokens}
+    total = sum(tokens)
+    return {"loss": -sum(likely) / total, "log_likelihood": sum(likely) / len(likely), "kl": 0.0, "tokens": total, "rows": rows}
+
+
+def offsets(rows: Iterable[list[int]]) -> list[int]:
+    """Where each row's labelled tokens begin in a reference file."""
+    starts, at = [], 0
+    for row in rows:
+        starts.append(at)
+        at += len(row)
+    return starts
+
+
+def read_reference(file: Path, probe: Probe) -> list[torch.Tensor]:
+    log_nv = torch.from_numpy(np.load(file, mmap_mode="c"))
+    gold = [[label for label in row["labels"] if label != evaluation.IGNORED] for row in probe.rows]
+    return [log_nv[number : number + len(row)] for number, row in zip(offsets(gold), gold, strict=True)]
+
+
+def rounded(values: Iterable[float]) -> list[float]:
+    """To 6 significant digits, which is what float32 holds."""
+    return [float(f"{value:.6g}") for value in values]
+
+
+def preservation_settings(settings: Settings, unit: Unit) -> preservation.Settings:
+    """What `preservation.train` and `load_model` look at."""
+    sizes = settings.sizes
+    return preservation.Settings(
+        model=settings.model, calibrate="", knowledge=(), text=(), train="", test="",
+        dtype=settings.dtype, device=settings.device, rank=unit.rank, steps=unit.steps,
+        batch_size=sizes.batch_size, accumulation=1, max_length=sizes.max_length,
+    )  # fmt: skip
+
+
+def key(record: Mapping[str, Any]) -> str:
+    """What identifies a scored point."""
+    return json.dumps([record["run"], record["post"], record["t"], record["split"]], sort_keys=True)
+
+
+class Worker:
+    """Model, data and calibration of one process."""
+
+    def __init__(self, settings: Settings, out: Path) -> None:
+        self.settings, self.out, self.commit = settings, out, environment()["commit"]
+        self.lines = preservation.Lines(out / records.RESULTS)
+        model, tokenizer = preservation.load_model(preservation_settings(settings, Unit("lora", "gsm8k", 1, 1, "", 0, ())))
+        self.model, self.tokenizer = model, tokenizer
+        self.data = Data(tokenizer, settings.sizes, settings.folder, settings.triviaqa)
+        self._judges: dict[str, Judge] = {}
+        self._filters: dict[tuple[str, str, int], Filters] = {}
+        self._prepared: dict[tuple[Any, ...], tuple[methods.Prepared, dict[str, torch.Tensor]]] = {}
+
+    def judge(self, task: str) -> Judge:
+        """Its probes are named `split probe`."""
+        if task not in self._judges:
+            self._judges.clear()
+            keep = kept(self.out, declared.FORM, self.settings.sizes.samples)
+            targets = [name for site in keep.sites for name in site.members]
+            probes, reference = {}, {}
+            for split, of_split in (("validation", self.data.validation(task)), ("test", self.data.test(task))):
+                for name, probe in of_split.items():
+                    probes[f"{split} {name}"] = probe
+                    reference[f"{split} {name}"] = read_reference(reference_file(self.out, task, split, name), probe)
+            self._judges[task] = Judge(self.model, probes, targets, keep, reference)
+        return self._judges[task]
+
+    def work(self, unit: Unit) -> None:
+        """Train, score on the validation split, choose, and score what is chosen on the test split: what is missing of it."""
+        for seed in unit.seeds:
+            for rate in methods.METHODS[unit.method].rates:
+                if unit.post == "none":
+                    self._train(unit.run(rate, seed), unit)
+                if unit.post != "intruder":
+                    self._validate(unit, rate, seed)
+        for seed in unit.seeds:
+            if unit.post == "intruder":
+                self._validate(unit, self._chosen_rate(unit, seed), seed)
+            self._report(unit, seed)
+
+    # Training
+
+    def _change_file(self, run: Mapping[str, Any]) -> Path:
+        return self.out / "changes" / ("-".join(str(value).replace(" ", "_") for value in run.values()) + ".safetensors")
+
+    def _change(self, run: Mapping[str, Any]) -> Change:
+        return holding_parts.read_change(self._change_file(run))[0]
+
+    def _train(self, run: Mapping[str, Any], unit: Unit) -> None:
+        path = self._change_file(run)
+        if path.exists():
+            return
+        began = time.perf_counter()
+        prepared = self._start(unit, run["seed"])
+        started = time.perf_counter()
+        train = self.data.examples(declared.TASKS[unit.task].train)
+        losses = preservation.train(
+            prepared.model,
+            self.tokenizer,
+            preservation.Data([], {}, {}, train, [], []),
+            preservation_settings(self.settings, unit),
+            run["rate"],
+            run["seed"],
+            weight_decay=prepared.weight_decay,
+            callbacks=prepared.callbacks,
+        )
+        change = {
+            name: type(delta)(*(part.cpu() for part in delta)) if isinstance(delta, tuple) else delta.cpu()
+            for name, delta in methods.change_of(prepared).items()
+        }
+        holding_parts.write_change(path, change, {})
+        seconds = {"start": started - began, "train": time.perf_counter() - started}
+        self.lines.write({"kind": "run", "run": dict(run), "train_losses": losses, "seconds": seconds, "commit": self.commit})
+        print(
+            f"trained {path.stem}: {losses[0]:.3f} to {losses[-1]:.3f}, {seconds['start']:.0f} + {seconds['train']:.0f} s",
+            flush=True,
+        )
+
+    def _start(self, unit: Unit, seed: int) -> methods.Prepared:
+        """A model with adapters; where the data alone decide how they start, that of the last unit again, put back to its start."""
+        method = methods.METHODS[unit.method]
+        key = (*unit._replace(seeds=(), whole=True, steps=0), None if method.start else seed)
+        if key in self._prepared:
+            prepared, start = self._prepared[key]
+            for name, parameter in prepared.model.named_parameters():
+                if name in start:
+                    parameter.data.copy_(start[name])
+            return prepared
+        self._prepared.clear()
+        model, _ = preservation.load_model(preservation_settings(self.settings, unit))
+        prepared = methods.prepare(
+            model,
+            unit.method,
+            rank=unit.rank,
+            seed=seed,
+            keep=kept(self.out, unit.form, unit.samples) if "keep" in method.needs else None,
+            task=moments(self.out, f"task {unit.task}") if "task" in method.needs else None,
+        )
+        if method.start:
+            start = {name: p.detach().clone() for name, p in prepared.model.named_parameters() if "lora_" in name}
+            self._prepared[key] = prepared, start
+        return prepared
+
+    # Scoring
+
+    def _made(self, unit: Unit, run: Mapping[str, Any], strength: float) -> Change:
+        """The change of a run after what is done to it."""
+        change = self._change(run)
+        if unit.post == "filter":
+            name = (unit.task, *unit.kept)
+            if name not in self._filters:
+                self._filters.clear()
+                self._filters[name] = Filters(moments(self.out, f"task {unit.task}"), kept(self.out, *unit.kept))
+            return self._filters[name].of(change, strength)
+        if unit.post == "intruder":
+            return self._intruder(run, change)
+        return change
+
+    def _intruder(self, run: Mapping[str, Any], change: Change) -> Change:
+        path = self._change_file({**run, "post": "intruder"})
+        if not path.exists():
+            model, _ = preservation.load_model(preservation_settings(self.settings, Unit("lora", "", 1, run["rank"], "", 0, ())))
+            holding_parts.write_change(path, posts.intruder(model, change), {})
+        return holding_parts.read_change(path)[0]
+
+    def _validate(self, unit: Unit, rate: float, seed: int) -> None:
+        if unit.post != "none":
+            self._await(lambda: self._change_file(unit.run(rate, seed)).exists(), f"the training of {unit.method}")
+        for strength in declared.STRENGTHS if unit.post == "filter" else (0.0,):
+            for t in declared.SCALES if unit.post == "none" else declared.SCALES_AFTER:
+                self._score(unit, unit.run(rate, seed), strength, t, "validation")
+
+    def _score(self, unit: Unit, run: Mapping[str, Any], strength: float, t: float, split: str, level: float | None = None) -> None:
+        record = {"kind": "score", "run": dict(run), "post": unit.done_to(strength), "t": t, "split": split}
+        if key(record) in {key(each) for each in self._scored()}:
+            return
+        judge = self.judge(unit.task)
+        began = time.perf_counter()
+        change = self._made(unit, run, strength)
+        judge.take(change, t)
+        made = time.perf_counter()
+        scores = {name: self._scores(judge, name, unit, split) for name in self._names(judge, split)}
+        drift = judge.drift(change, t)
+        judge.take({})
+        seconds = {"make": made - began, "score": time.perf_counter() - made}
+        self.lines.write({**record, "level": level, "scores": scores, "drift": drift, "seconds": seconds, "commit": self.commit})
+        brief = " ".join(f"{name} {each['loss' if name == 'task' else 'kl']:.4f}" for name, each in scores.items())
+        print(
+            f"{split} {self._change_file(run).stem} {unit.post} {strength:g} t {t:g}: {brief} ({sum(seconds.values()):.0f} s)",
+            flush=True,
+        )
+
+    def _names(self, judge: Judge, split: str) -> list[str]:
+        return [name.partition(" ")[2] for name in judge.probes if name.startswith(split)]
+
+    def _scores(self, judge: Judge, name: str, unit: Unit, split: str) -> dict[str, Any]:
+        fewer = split == "test" and name == "nq" and not unit.whole
+        scored = judge.scored(f"{split} {name}", self.settings.sizes.fewer_questions if fewer else None)
+        scores: dict[str, Any] = {**holding_parts.in_short(scored), "tokens": sum(scored.tokens)}
+        if split == "test" and name in self.data.sets:
+            scores["rows"] = {"log_likelihood": rounded(scored.log_likelihood), "kl": rounded(scored.divergence)}
+            if self.settings.sizes.answered:
+                scores["exact_match"] = self.data.exact_match(self.model, name)
+        return scores
+
+    # Choosing
+
+    def _scored(self) -> list[dict[str, Any]]:
+        return [record for record in self.lines.read() if record["kind"] == "score"]
+
+    def _await(self, there: Callable[[], Any], what: str) -> None:
+        until = time.monotonic() + _PATIENCE
+        while not there():
+            if time.monotonic() > until:
+                raise SystemExit(f"waited {_PATIENCE:.0f} s for {what}")
+            time.sleep(2)
+
+    def curves(self, unit: Unit, seed: int) -> dict[tuple[float, float], Curve]:
+        """(rate, strength) → the curve over scales, of what is scored on the validation split."""
+        points: dict[tuple[float, float], list[Point]] = {}
+        for record in self._scored():
+            run = record["run"]
+            if record["split"] == "validation" and run == unit.run(run["rate"], seed):
+                strength = record["post"]["strength"]
+                if record["post"] == unit.done_to(strength):
+                    point = Point(record["t"], record["scores"]["task"]["loss"], record["scores"]["nq"]["kl"])
+                    points.setdefault((run["rate"], strength), []).append(point)
+        base = self.base_loss(unit.task)
+        return {key: choice.curve(base, each) for key, each in points.items()}
+
+    def base_loss(self, task: str) -> float:
+        of = (
+            each for each in self.lines.read() if each["kind"] == "base" and (each["task"], each["split"]) == (task, "validation")
+        )
+        return float(next(of)["scores"]["task"]["loss"])
+
+    def _plain(self, unit: Unit, seed: int) -> list[Curve]:
+        """The curves of plain LoRA, as soon as all of its points are there."""
+        rates = methods.METHODS["lora"].rates
+        wanted = {(rate, t) for rate in rates for t in declared.SCALES}
+
+        def complete() -> bool:
+            there = {
+                (each["run"]["rate"], each["t"])
+                for each in self._scored()
+                if each["run"] == unit.plain.run(each["run"]["rate"], seed) and each["post"]["how"] == "none"
+            }
+            return wanted <= there
+
+        self._await(complete, f"plain LoRA with {unit.steps} steps on {unit.task}, rank {unit.rank}, seed {seed}")
+        return list(self.curves(unit.plain, seed).values())
+
+    def _chosen(self, unit: Unit, seed: int, plain: list[Curve]) -> choice.Chosen | None:
+        loss = choice.target(self.base_loss(unit.task), plain, declared.LEVEL)
+        return choice.chosen(self.curves(unit, seed), loss)
+
+    def _chosen_rate(self, unit: Unit, seed: int) -> float:
+        plain = self._plain(unit, seed)
+        chosen = self._chosen(unit.plain, seed, plain)
+        assert chosen is not None  # plain LoRA reaches what it learns
+        rate: float = chosen.key[0]  # type: ignore[index]
+        return rate
+
+    def _report(self, unit: Unit, seed: int) -> None:
+        """Score the chosen point on the test split, or say how near the method came."""
+        label = {
+            "run": {k: v for k, v in unit.run(0.0, seed).items() if k != "rate"},
+            "post": unit.done_to(),
+            "level": declared.LEVEL,
+        }
+        there = self.lines.read()
+        if any(
+            each["kind"] == "score" and each["level"] == declared.LEVEL and each["post"] == unit.done_to(each["post"]["strength"])
+            and each["run"] == unit.run(each["run"]["rate"], seed) for each in there
+        ):  # fmt: skip
+            return
+        plain = self._plain(unit, seed)
+        chosen = self._chosen(unit, seed, plain)
+        if chosen is not None:  # the chosen point is scored too, and the curves go through it
+            rate, strength = chosen.key  # type: ignore[misc]
+            self._score(unit, unit.run(rate, seed), strength, chosen.t, "validation")
+            chosen = self._chosen(unit, seed, plain)
+        if chosen is None:
+            reached = choice.share(self.base_loss(unit.task), plain, self.curves(unit, seed).values())
+            self.lines.write({"kind": "missed", **label, "reached": reached})
+            print(f"{unit.method} {unit.post} seed {seed} reaches {reached:.3f} of what LoRA learns", flush=True)
+            return
+        rate, strength = chosen.key  # type: ignore[misc]
+        self._score(unit, unit.run(rate, seed), strength, chosen.t, "test", declared.LEVEL)
