@@ -20,22 +20,17 @@ import multiprocessing
 import os
 import sys
 import time
-import traceback
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
-
-import torch
 
 from benchmarks import preservation
 from benchmarks.environment import environment
 from benchmarks.evidence import methods, runs
 from benchmarks.evidence import settings as declared
-from benchmarks.evidence.runs import Settings, Unit, Worker
+from benchmarks.evidence.runs import Settings, Unit
 from benchmarks.evidence.settings import EXPERIMENTS, Experiment, Sizes
 from nullspace.reporting import study as records
-
-_worker: Worker | None = None
 
 
 def units_of(name: str, experiment: Experiment, sizes: Sizes, seeds: tuple[int, ...], only: list[str] | None) -> list[Unit]:
@@ -51,7 +46,9 @@ def units_of(name: str, experiment: Experiment, sizes: Sizes, seeds: tuple[int, 
                     needs = methods.METHODS[method].needs
                     for form, samples in forms:
                         own = (form, samples) if "keep" in needs else ("", 0)
-                        unit = Unit(method, task, steps, rank, *own, seeds, whole=name == "main")
+                        unit = Unit(
+                            method, task, steps, rank, *own, seeds, whole=name == "main", rate_factor=experiment.rate_factor
+                        )
                         units.append(unit)
                         if methods.METHODS[method].filtered and (name != "forms" or method == "lora"):
                             after.append(unit._replace(post="filter", kept=(form, samples)))
@@ -79,22 +76,6 @@ def begin(settings: Settings, out: Path) -> None:
         lines.write({"kind": "study", "settings": mine, "environment": environment()})
     elif there[0]["settings"] != mine:
         raise SystemExit(f"{lines.path} is of other settings: {there[0]['settings']}, now {mine}. Choose another --out.")
-
-
-def start_worker(settings: Settings, out: Path, threads: int) -> None:
-    global _worker
-    torch.set_num_threads(threads)
-    _worker = Worker(settings, out)
-
-
-def work(unit: Unit) -> str | None:
-    """What has failed, if anything has."""
-    assert _worker is not None
-    try:
-        _worker.work(unit)
-    except Exception:
-        return f"{unit}:\n{traceback.format_exc()}"
-    return None
 
 
 def compare(path: Path, other: Path) -> None:
@@ -169,8 +150,8 @@ def main() -> None:
     print(f"calibration and base: {time.perf_counter() - began:.0f} s", flush=True)
     threads = max(1, (os.cpu_count() or 1) // options.workers)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, context, start_worker, (settings, options.out, threads)) as pool:
-        failed = [failure for failure in pool.map(work, units) if failure]
+    with ProcessPoolExecutor(options.workers, context, runs.start_worker, (settings, options.out, threads)) as pool:
+        failed = [failure for failure in pool.map(runs.work, units) if failure]
     print(f"{(time.perf_counter() - began) / 60:.1f} minutes; {options.out / records.RESULTS}")
     if failed:
         raise SystemExit("\n".join([*failed, f"{len(failed)} of {len(units)} units failed; the same command tries them again"]))

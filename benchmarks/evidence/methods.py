@@ -63,26 +63,26 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "lora": Method((2e-3, 4e-3), filtered=True, intruder=True),
-    "lora decay 0.3": Method((2e-3, 4e-3), weight_decay=0.3),
-    "lora decay to start 0.3": Method((2e-3, 4e-3), start_decay=0.3),
-    "lora-mlp": Method((2e-3, 4e-3), targets="mlp"),
+    "contrast": Method((4e-3, 8e-3), ("keep", "task"), filtered=True, start="contrast"),
+    "corda-kpm": Method((2.5e-4, 5e-4), ("keep",), filtered=True, start="corda-kpm"),
+    "lora-null v2": Method((2e-3, 4e-3), ("keep",), filtered=True, start="lora-null", freeze_a=True),
+    "confine": Method((4e-3, 8e-3), ("keep",), leak=0.05),
+    "lora-null v1 split 8": Method((2.5e-4, 5e-4), ("keep",), start="lora-null", split=8.0),
     # LoRA-FA (arXiv 2308.03303): A is random and frozen.
     "lora-fa": Method((4e-3, 1.6e-2), freeze_a=True, corrected=True),
     # MiCA (arXiv 2604.01694): B = the left singular vectors of the r smallest singular values, frozen; A starts at zero.
     "mica": Method((2e-3, 8e-3), init="mica"),
+    "sc-lora": Method((2.5e-4, 1e-3), ("keep", "task"), start="sc-lora"),
+    "lora-mlp": Method((2e-3, 4e-3), targets="mlp"),
     # OPLoRA (arXiv 2510.13003): the change has no part in the spaces of the k largest singular values of W₀.
     "oplora": Method((2e-3, 4e-3), spared=128),
+    "penalty": Method((2e-3, 4e-3), ("keep",), penalty=30.0),
+    "b-zero": Method((2e-3, 4e-3), ("keep",), start="b-zero"),
+    "lora-null v1": Method((5e-4, 1e-3), ("keep",), start="lora-null"),
+    "lora decay 0.3": Method((2e-3, 4e-3), weight_decay=0.3),
+    "lora decay to start 0.3": Method((2e-3, 4e-3), start_decay=0.3),
     "milora": Method((5e-4, 1e-3), start="milora"),
     "pissa": Method((2.5e-4, 5e-4), start="pissa"),
-    "lora-null v1": Method((5e-4, 1e-3), ("keep",), start="lora-null"),
-    "lora-null v1 split 8": Method((2.5e-4, 5e-4), ("keep",), start="lora-null", split=8.0),
-    "lora-null v2": Method((2e-3, 4e-3), ("keep",), filtered=True, start="lora-null", freeze_a=True),
-    "b-zero": Method((2e-3, 4e-3), ("keep",), start="b-zero"),
-    "corda-kpm": Method((2.5e-4, 5e-4), ("keep",), filtered=True, start="corda-kpm"),
-    "sc-lora": Method((2.5e-4, 1e-3), ("keep", "task"), start="sc-lora"),
-    "contrast": Method((4e-3, 8e-3), ("keep", "task"), filtered=True, start="contrast"),
-    "confine": Method((4e-3, 8e-3), ("keep",), leak=0.05),
-    "penalty": Method((2e-3, 4e-3), ("keep",), penalty=30.0),
 }
 
 

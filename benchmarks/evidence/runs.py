@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,8 @@ class Unit(NamedTuple):
     """What one worker does in one go: a method, or what is done afterwards to its trained changes, with all seeds.
 
     `samples` is 0 and `form` empty where a method takes no calibration. `post` is `none`, `filter` or `intruder`; `kept` are form
-    and samples of a filter. `whole`: all questions of NQ-open are asked.
+    and samples of a filter. `whole`: all questions of NQ-open are asked. `rate_factor`: of the
+    method's learning rates.
     """
 
     method: str
@@ -56,6 +58,11 @@ class Unit(NamedTuple):
     post: str = "none"
     kept: tuple[str, int] = ("", 0)
     whole: bool = True
+    rate_factor: float = 1.0
+
+    @property
+    def rates(self) -> list[float]:
+        return [rate * self.rate_factor for rate in methods.METHODS[self.method].rates]
 
     def run(self, rate: float, seed: int) -> dict[str, Any]:
         names = ("method", "task", "steps", "rank", "form", "samples")
@@ -200,7 +207,7 @@ class Worker:
     def work(self, unit: Unit) -> None:
         """Train, score on the validation split, choose, and score what is chosen on the test split: what is missing of it."""
         for seed in unit.seeds:
-            for rate in methods.METHODS[unit.method].rates:
+            for rate in unit.rates:
                 if unit.post == "none":
                     self._train(unit.run(rate, seed), unit)
                 if unit.post != "intruder":
@@ -368,8 +375,7 @@ class Worker:
 
     def _plain(self, unit: Unit, seed: int) -> list[Curve]:
         """The curves of plain LoRA, as soon as all of its points are there."""
-        rates = methods.METHODS["lora"].rates
-        wanted = {(rate, t) for rate in rates for t in declared.SCALES}
+        wanted = {(rate, t) for rate in unit.plain.rates for t in declared.SCALES}
 
         def complete() -> bool:
             there = {
@@ -419,3 +425,23 @@ class Worker:
             return
         rate, strength = chosen.key  # type: ignore[misc]
         self._score(unit, unit.run(rate, seed), strength, chosen.t, "test", declared.LEVEL)
+
+
+_worker: Worker | None = None
+
+
+def start_worker(settings: Settings, out: Path, threads: int) -> None:
+    """In a process of its own, once."""
+    global _worker
+    torch.set_num_threads(threads)
+    _worker = Worker(settings, out)
+
+
+def work(unit: Unit) -> str | None:
+    """In such a process: what has failed, if anything has."""
+    assert _worker is not None
+    try:
+        _worker.work(unit)
+    except Exception:
+        return f"{unit}:\n{traceback.format_exc()}"
+    return None
