@@ -420,8 +420,10 @@ class Worker:
             chosen = self._chosen(unit, seed, plain)
         if chosen is None:
             reached = choice.share(self.base_loss(unit.task), plain, self.curves(unit, seed).values())
-            self.lines.write({"kind": "missed", **label, "reached": reached})
-            print(f"{unit.method} {unit.post} seed {seed} reaches {reached:.3f} of what LoRA learns", flush=True)
+            missed = {"kind": "missed", **label, "reached": reached}
+            if missed not in there:
+                self.lines.write(missed)
+                print(f"{unit.method} {unit.post} seed {seed} reaches {reached:.3f} of what LoRA learns", flush=True)
             return
         rate, strength = chosen.key  # type: ignore[misc]
         self._score(unit, unit.run(rate, seed), strength, chosen.t, "test", declared.LEVEL)
