@@ -56,7 +56,7 @@ def _least(compared: Comparison) -> str:
     close = f"; {listed(same)} cannot be told apart from it" if same else ""
     return (
         f"Of {len(ranked)} ways to learn {_learning(compared)}, **{label(best)}** moves the model least on what it knew: KL(base "
-        f"‖ model) at the gold answers of {listed(PROBES[name] for name in compared.sets)} is "
+        f"‖ model) at the gold answers of {listed(PROBES[name] for name in compared.questions)} is "
         f"{significant(compared.kl(best).value, 2)} nats a token, {listed(text for text in parts if text)}{close}."
     )
 
@@ -162,7 +162,7 @@ def starts(compared: Comparison) -> list[str]:
 def drifts(compared: Comparison) -> str:
     """How well the drift on the calibrated inputs orders models by their KL, probe by probe."""
     points = [point for seeds in compared.points.values() for point in seeds.values()]
-    found = {name: drift_correlation(points, name) for name in (*compared.sets, *ELSEWHERE)}
+    found = {name: drift_correlation(points, name) for name in (*compared.questions, *ELSEWHERE)}
     shown = [f"{PROBES[name]} {significant(each, 2)}" for name, (each, number) in found.items() if number > 2]
     if not shown:
         return ""
@@ -176,7 +176,7 @@ def drifts(compared: Comparison) -> str:
 def behind(compared: Comparison) -> Table:
     """Probe by probe: the way with the least KL, the best without calibration, and what is calibrated and has more than LoRA."""
     table = [["", "least KL", "÷ LoRA's", "least without calibration", "÷ LoRA's", "calibrated, and more KL than LoRA's"]]
-    for name in (*compared.sets, *ELSEWHERE):
+    for name in (*compared.questions, *ELSEWHERE):
         ratios = {way: geometric_mean(each) for way in compared.points if (each := compared.probe_ratio(way, name))}
         if len(ratios) < 2:
             continue
@@ -187,6 +187,13 @@ def behind(compared: Comparison) -> Table:
         row += [label(free), significant(ratios[free], 2)] if free else ["", ""]
         table.append([*row, ", ".join(worse) or "none"])
     return table
+
+
+def no_intruders(compared: Comparison) -> str:
+    """Whether PEFT's reduction of intruder dimensions has changed anything: it leaves a change alone in which it finds none."""
+    own, plain = compared.points.get(Way("lora", "intruder"), {}), compared.points[LORA]
+    same = all(seed in plain and each.scores == plain[seed].scores for seed, each in own.items())
+    return "PEFT's `reduce_intruder_dimension` found nothing to reduce in these changes: its row is LoRA's." if own and same else ""
 
 
 def unequal(compared: Comparison) -> str:

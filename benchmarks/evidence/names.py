@@ -51,10 +51,10 @@ PROBES = {
     "nq": "NQ-open", "webq": "WebQuestions", "triviaqa": "TriviaQA", "nq, chat": "NQ in the chat template",
     "nq, template": "NQ in the task's template", "humaneval": "HumanEval", "alpaca": "Alpaca", "wikitext": "WikiText",
 }  # fmt: skip
-TASKS = {"gsm8k": "GSM8K", "mbpp": "MBPP", "codealpaca": "CodeAlpaca", "code": "MBPP and CodeAlpaca", "alpaca": "Alpaca"}
+TASKS = {"gsm8k": "GSM8K", "code": "code (MBPP, CodeAlpaca)", "instructions": "instructions (Alpaca)"}
 FORMS = {
-    "prompt": "the few-shot form of the questions", "text": "plain text", "chat": "the chat template",
-    "wikitext": "WikiText", "template": "the task's template",
+    "text": "text", "prompt": "text and few-shot questions", "chat": "text and questions in the chat template",
+    "wikitext": "WikiText", "mixed": "all of these and the task's template",
 }  # fmt: skip
 
 

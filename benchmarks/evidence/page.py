@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.environment import RESULTS
 from benchmarks.evidence import figure, findings, sceptic, tables
+from benchmarks.evidence import settings as declared
 from benchmarks.evidence.findings import listed
 from benchmarks.evidence.names import FORMS, PROBES, TASKS
 from benchmarks.evidence.statistics import LORA, RESAMPLES, Cell, Comparison, Evidence, evidence
@@ -33,7 +34,7 @@ class Compared:
         cells = {cell: Comparison(found, cell, self.level) for cell in found.cells()}
         self.cells = {cell: each for cell, each in cells.items() if each.points}
         self.main = max(self.cells.values(), key=lambda each: len(each.points))
-        if LORA not in self.main.points or not self.main.sets:
+        if LORA not in self.main.points or not self.main.questions:
             raise InputError(
                 "the records have no plain LoRA of the test split yet, question by question: the page compares with it"
             )
@@ -71,25 +72,28 @@ MEASURED = """## How it was measured
 *Not run by the tests: it trains for hours.*
 
 ```sh
-python -m benchmarks.evidence --out OUT --data FOLDER --workers 2
+python -m benchmarks.evidence --out OUT --data FOLDER --workers 2 --experiments main forms tasks longer samples ranks
 python -m benchmarks.evidence.page OUT/results.jsonl
 ```
 
-- **Model and training**: {model}, {task}, {steps} steps by transformers' `Trainer`, rank {rank} on all linear layers but the
-  head (where a method does not name others), seeds {seeds}{machine}.
-- **Calibration**: what must be kept is calibrated on questions of NQ-open's *train* part; in the main table in {form}, {samples}
-  samples, the same for all methods that take any. {others} are not calibrated on.
-- **What is chosen**: every run is scored on a validation split (other examples of the task; questions of NQ-open's train part on
-  which nothing was calibrated) at scales t = 0.5, 1 and 1.2 of its change, with and without a filter of several strengths. For
-  each method and seed, that rate, strength and t (interpolated) which reaches the target with the least KL there is scored on the
-  test split: once, and nothing else is.
+- **Model and training**: {model}, {task}, {steps} steps of {batch} examples by transformers' `Trainer`, rank {rank} on all linear
+  layers but the head (where a method does not name others), seeds {seeds}{machine}.
+- **Calibration**: what must be kept is calibrated on NQ-open's *train* part; in the main table on {form}, with equal trace,
+  {samples} samples each, the same for all methods that take any. {others} are not calibrated on
+  (but for the form WikiText, which is its train part).
+- **What is chosen**: every run, of two learning rates a method, is scored on a validation split (other examples of the task;
+  questions of NQ-open's train part on which nothing was calibrated) at t = {scales} times its change, and, filtered with strengths
+  {strengths}, at t = {after}. For each method and seed, that rate, strength and t (interpolated between these) which reaches
+  the target with the least KL there is scored on the test split: once, and nothing else is.
 - **Equal learning**: the target of a seed is base loss − {level:g} · (base loss − the lowest loss of plain LoRA over rate and t),
   on the validation split. On the test split the task losses then are {unequal}.
 - **KL**: KL(base ‖ model), nats a token of the gold answers; {counts}; the mean of the sets. *Forgotten*: how many nats an answer
   has become less likely.
 - **Intervals**: 95 %, in brackets, over {resamples:,} resamples of the questions, the same for all methods and seeds, so that
   differences and ratios are paired. They contain what other questions of the same sets would change, and no training noise: that
-  is in the column *over seeds* (least to largest, and standard deviation). Ratios are geometric means over the seeds' ratios."""
+  is in the column *over seeds* (least to largest, and standard deviation). Ratios are geometric means over the seeds' ratios.
+- **The same numbers again**: run a part into another folder (`--out AGAIN --methods lora contrast --seeds 0`), then
+  `python -m benchmarks.evidence --out AGAIN --compare OUT` says whether all numbers that both have are the same to the last bit."""
 
 
 def _measured(compared: Compared, name: str) -> str:
@@ -108,21 +112,22 @@ def _measured(compared: Compared, name: str) -> str:
         form=FORMS.get(cell.form, cell.form),
         samples=cell.samples,
         others=listed(text for probe, text in PROBES.items() if probe in main.base and not probe.startswith("nq")),
+        batch=settings.get("sizes", {}).get("batch_size", "some"),
+        scales=listed(f"{scale:g}" for scale in declared.SCALES),
+        strengths=listed(f"{strength:g}" for strength in declared.STRENGTHS),
+        after=listed(f"{scale:g}" for scale in declared.SCALES_AFTER),
         level=main.level,
         unequal=findings.unequal(main),
-        counts=listed(f"{_questions(main, each):,} questions of {PROBES[each]}" for each in main.sets),
+        counts=listed(f"{number:,} questions of {PROBES[each]}" for each, number in main.questions.items()),
         resamples=RESAMPLES,
     )
-
-
-def _questions(main: Comparison, name: str) -> int:
-    point = next(iter(main.points[LORA].values()))
-    return len(point.scores[name]["rows"]["kl"])
 
 
 def _main(compared: Compared, name: str) -> str:
     main = compared.main
     parts = [f"## Forgetting at equal learning\n\n{command('main')}", markdown(tables.main(main))]
+    if sentence := findings.no_intruders(main):
+        parts.append(sentence)
     if main.missed:
         parts += ["These do not learn as much at any of their rates and t ≤ 1.2:", markdown(tables.missing(main))]
     parts += [
@@ -152,7 +157,7 @@ FACTORS = {
     "form": (
         "Calibration: the form",
         "forms",
-        "KL over that of the same method calibrated in the first form; in brackets each seed.",
+        "KL over that of the first calibration; in brackets each seed.",
     ),
     "samples": ("Calibration: the number of samples", "samples", "The same for the number of samples."),
     "task": ("Other tasks", "tasks", "KL at equal learning of each task, and over LoRA's there."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.evidence.findings import unequal
-from benchmarks.evidence.fronts import fronts, lowest_losses
+from benchmarks.evidence.fronts import fronts, learned
 from benchmarks.evidence.names import PROBES, TASKS
 from benchmarks.evidence.statistics import LORA, Comparison, Evidence
 from benchmarks.evidence.tables import Table, significant
@@ -26,9 +26,7 @@ LEFT_OUT = (
 def _worth(found: Evidence, main: Comparison) -> str:
     """What so much learning is worth in KL, along LoRA's own front on the validation split."""
     losses = [np.mean(main.values(way, "task", "loss")) for way in main.points]
-    begin = found.bases[main.cell.task, "validation"]["task"]["loss"]
-    lowest = np.mean(list(lowest_losses(found, main.cell).values()))
-    share = (max(losses) - min(losses)) / (begin - lowest)
+    share = (max(losses) - min(losses)) / learned(found, main.cell)
     front = fronts(found, main.cell, [main.level - share, main.level])[LORA]
     return f"Along LoRA's own front so much is worth a factor of {significant(front[1] / front[0], 2)} in KL."
 
@@ -37,7 +35,7 @@ def weaknesses(found: Evidence, main: Comparison) -> Table:
     """A row each, with the command."""
     settings, cell = found.settings, main.cell
     place = "a CPU" if settings.get("device", "cpu") == "cpu" else settings["device"]
-    seeds = len(main.points[LORA])
+    seeds, sizes = len(main.points[LORA]), settings.get("sizes", {})
     rows = [
         (
             f"One model of one family, {settings.get('model', 'as above')}.",
@@ -51,17 +49,19 @@ def weaknesses(found: Evidence, main: Comparison) -> Table:
         (
             "The base is small and knows little. KL says how far a model has moved, not whether what it lost was worth keeping; "
             "where few answers are right, exact match shows nothing.",
-            "the first command: larger models answer, and exact match is scored",
+            "the first command with `--answered 500`: larger models answer, and exact match is scored",
         ),
         (f"{seeds} seeds: a bootstrap sees little of what others would do.", f"`{STUDY} --seeds 0 1 2 3 4 5 6 7`"),
         (
             f"Learning is equal on the validation split; on the test split task losses are {unequal(main)}. Part of that is "
             f"sampling of the task's examples; a method that learned less has kept more. {_worth(found, main)}",
-            f"`{STUDY}` with more held-out examples in FOLDER",
+            f"`{STUDY} --examples 400 --validation-examples 300`",
         ),
         (
-            "Few learning rates a method. One whose best rate lies elsewhere is wronged, although t makes up for much of it.",
-            "more `rates` in `benchmarks/evidence/methods.py`; the same command keeps what is finished",
+            f"Two learning rates a method, and a choice on {sizes.get('validation_examples', 'few')} examples and "
+            f"{sizes.get('validation_questions', 'few')} questions. A method whose best rate lies elsewhere is wronged, although t "
+            "makes up for much of it.",
+            f"`{STUDY} --validation-examples 300 --validation-questions 400`; more `rates` in `benchmarks/evidence/methods.py`",
         ),
         (
             "What must be kept is calibrated on questions of the same source, and in the main table in the same form, as the test "
@@ -70,7 +70,7 @@ def weaknesses(found: Evidence, main: Comparison) -> Table:
         ),
         (
             "Rate, strength and t are chosen by KL on questions. For code or running text another choice would be best.",
-            f"`{STUDY} --show` lists every point of the validation split",
+            "records of the validation split, of every point (`split` `validation`)",
         ),
         (
             "Knowledge is short answers here. Long generation, safety training and other languages are not scored.",

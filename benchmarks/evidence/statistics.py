@@ -82,8 +82,6 @@ class Evidence(NamedTuple):
     bases: Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]]
     points: list[Point]
     missed: list[Missed]
-    seconds: float
-    """of training, all runs together"""
 
     def cells(self, split: str = "test") -> list[Cell]:
         """Cells with points of a split, sorted; what needs no calibration belongs to every other cell."""
@@ -124,8 +122,7 @@ def evidence(records: Sequence[Mapping[str, Any]]) -> Evidence:
             each = Missed(Way(run["method"], post["how"]), _cell(run, post), run["seed"], record["level"], record["reached"])
             missed[each[:4]] = each
     bases = {(record["task"], record["split"]): record["scores"] for record in records if record["kind"] == "base"}
-    seconds = math.fsum(record.get("seconds", 0.0) for record in records if record["kind"] == "run")
-    return Evidence(study["settings"], study.get("environment", {}), bases, list(points.values()), list(missed.values()), seconds)
+    return Evidence(study["settings"], study.get("environment", {}), bases, list(points.values()), list(missed.values()))
 
 
 def _point(record: Mapping[str, Any]) -> Point:
@@ -212,7 +209,7 @@ class Comparison:
     Attributes:
         points: way → seed → point.
         missed: way → seed → the share of LoRA's learning that it reaches, below the level.
-        sets: those of `ASKED` that every point has been asked, question by question.
+        questions: of each set of `ASKED` that every point has been asked, question by question: how many (the first ones).
     """
 
     def __init__(self, found: Evidence, cell: Cell, level: float) -> None:
@@ -227,77 +224,90 @@ class Comparison:
             if here and each.seed not in self.points.get(each.way, {}):
                 self.missed.setdefault(each.way, {})[each.seed] = each.reached
         self.base = found.bases.get((cell.task, "test"), {})
-        self.sets = tuple(name for name in ASKED if all("rows" in p.scores.get(name, {}) for p in self._all()))
-
-    def _all(self) -> list[Point]:
-        return [point for seeds in self.points.values() for point in seeds.values()]
+        self._found = found  # keeps alive the scores whose ids are keys below
+        self._known: dict[tuple[int, str, int], np.ndarray] = {}
+        scores = [point.scores for seeds in self.points.values() for point in seeds.values()]
+        self.questions = {
+            name: min(len(each[name]["rows"]["kl"]) for each in scores)
+            for name in ASKED
+            if scores and all("rows" in each.get(name, {}) for each in scores)
+        }
 
     def ranked(self) -> list[Way]:
         """Ways by rising KL."""
         return sorted(self.points, key=lambda way: (self.kl(way).value, way))
 
-    def kl(self, way: Way, names: Sequence[str] = ()) -> Estimate:
+    def kl(self, way: Way) -> Estimate:
         """Nats a token, the mean over sets."""
-        return estimate(self._kl(list(self.points[way].values()), names))
+        return estimate(self._kl(list(self.points[way].values()), self.questions))
 
     def forgotten(self, way: Way, names: Sequence[str] = ()) -> Estimate:
         """Base log-likelihood − the model's, nats an answer, the mean over sets."""
         return estimate(self._forgotten(list(self.points[way].values()), names))
 
-    def ratio(self, way: Way, to: Way = LORA, names: Sequence[str] = (), other: Comparison | None = None) -> Estimate | None:
-        """KL over that of another way, or over that of a way in another cell: the geometric mean over the seeds that both have.
-        None without such a seed."""
-        own, others = self._paired(way, to, other or self)
-        return estimate(np.log(self._kl(own, names)) - np.log(self._kl(others, names)), np.exp) if own else None
+    def ratio(self, way: Way, to: Way = LORA, other: Comparison | None = None) -> Estimate | None:
+        """KL over that of another way, or over that of a way in another cell: the geometric mean over the seeds that both have, on
+        the questions that both were asked. None without such a seed."""
+        own, others = self._paired(way, to, other)
+        asked = self._asked(other)
+        return estimate(np.log(self._kl(own, asked)) - np.log(self._kl(others, asked)), np.exp) if own and asked else None
 
     def difference(self, way: Way, of: Way = LORA) -> Estimate | None:
         """How much lower KL is than that of another way, nats a token, over the seeds that both have."""
-        own, others = self._paired(way, of, self)
-        return estimate(self._kl(others, ()) - self._kl(own, ())) if own else None
+        own, others = self._paired(way, of)
+        return estimate(self._kl(others, self.questions) - self._kl(own, self.questions)) if own else None
 
     def forgotten_less(self, way: Way, of: Way = LORA) -> Estimate | None:
         """How much less is forgotten than by another way, nats an answer, over the seeds that both have."""
-        own, others = self._paired(way, of, self)
-        return estimate(self._forgotten(others, ()) - self._forgotten(own, ())) if own else None
+        own, others = self._paired(way, of)
+        return estimate(self._forgotten(others) - self._forgotten(own)) if own else None
 
-    def _paired(self, way: Way, to: Way, other: Comparison) -> tuple[list[Point], list[Point]]:
-        own, others = self.points.get(way, {}), other.points.get(to, {})
-        seeds = [seed for seed in own if seed in others]
-        return [own[seed] for seed in seeds], [others[seed] for seed in seeds]
-
-    def _kl(self, points: Sequence[Point], names: Sequence[str]) -> np.ndarray:
-        means = []
-        for name in names or self.sets:
-            rows = [point.scores[name]["rows"] for point in points]
-            kl_ns = np.array([each["kl"] for each in rows], dtype=float).T
-            tokens_n = np.array(self._tokens(name, rows), dtype=float)
-            drawn = weights(name, len(kl_ns))
-            means.append(drawn @ kl_ns / (drawn @ tokens_n)[:, None])
-        return np.maximum(np.mean(means, axis=0), _LEAST_KL)
-
-    def _tokens(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Sequence[int]:
-        """Of each answer: the same for all models, so the base's records may have them alone."""
-        return rows[0].get("tokens") or self.base[name]["rows"]["tokens"]
-
-    def _forgotten(self, points: Sequence[Point], names: Sequence[str]) -> np.ndarray:
-        means = []
-        for name in names or self.sets:
-            after_ns = np.array([point.scores[name]["rows"]["log_likelihood"] for point in points], dtype=float).T
-            before_n = np.array(self.base[name]["rows"]["log_likelihood"], dtype=float)
-            drawn = weights(name, len(after_ns))
-            means.append(drawn @ (before_n[:, None] - after_ns) / drawn.sum(axis=1)[:, None])
-        return np.mean(means, axis=0)
+    def probe_ratio(self, way: Way, probe: str, to: Way = LORA) -> list[float]:
+        """KL on a probe over that of another way, of every seed that both have."""
+        pairs = [pair for pair in zip(*self._paired(way, to), strict=True) if all(probe in point.scores for point in pair)]
+        if probe in self.questions:
+            asked = {probe: self.questions[probe]}
+            return [float(self._kl([own], asked)[0, 0] / self._kl([other], asked)[0, 0]) for own, other in pairs]
+        return [max(own.scores[probe]["kl"], _LEAST_KL) / max(other.scores[probe]["kl"], _LEAST_KL) for own, other in pairs]
 
     def values(self, way: Way, probe: str, field: str) -> list[float]:
         """A field of a probe's scores, of every seed that has it."""
         scores = [point.scores[probe] for point in self.points[way].values() if probe in point.scores]
         return [float(each[field]) for each in scores if field in each]
 
-    def probe_ratio(self, way: Way, probe: str, to: Way = LORA) -> list[float]:
-        """KL on a probe over that of another way, of every seed that both have."""
-        pairs = zip(*self._paired(way, to, self), strict=True)
-        scores = [(own.scores.get(probe), other.scores.get(probe)) for own, other in pairs]
-        return [max(a["kl"], _LEAST_KL) / max(b["kl"], _LEAST_KL) for a, b in scores if a and b]
+    def _paired(self, way: Way, to: Way, other: Comparison | None = None) -> tuple[list[Point], list[Point]]:
+        own, others = self.points.get(way, {}), (other or self).points.get(to, {})
+        seeds = [seed for seed in own if seed in others]
+        return [own[seed] for seed in seeds], [others[seed] for seed in seeds]
+
+    def _asked(self, other: Comparison | None) -> dict[str, int]:
+        theirs = (other or self).questions
+        return {name: min(number, theirs[name]) for name, number in self.questions.items() if name in theirs}
+
+    def _kl(self, points: Sequence[Point], asked: Mapping[str, int]) -> np.ndarray:
+        """Of the first questions of each set: (1 + RESAMPLES, points), not below a least positive number."""
+        means = [[self._kl_of(point, *each) for point in points] for each in asked.items()]
+        return np.maximum(np.mean(means, axis=0).T, _LEAST_KL)
+
+    def _kl_of(self, point: Point, name: str, number: int) -> np.ndarray:
+        key = (id(point.scores), name, number)
+        if key not in self._known:
+            drawn = weights(name, number)
+            kl_n, tokens_n = (
+                np.array(rows[:number], dtype=float)
+                for rows in (point.scores[name]["rows"]["kl"], self.base[name]["rows"]["tokens"])
+            )
+            self._known[key] = drawn @ kl_n / (drawn @ tokens_n)
+        return self._known[key]
+
+    def _forgotten(self, points: Sequence[Point], names: Sequence[str] = ()) -> np.ndarray:
+        means = []
+        for name in names or self.questions:
+            number = self.questions[name]
+            after_ns = np.array([point.scores[name]["rows"]["log_likelihood"][:number] for point in points], dtype=float).T
+            before_n = np.array(self.base[name]["rows"]["log_likelihood"][:number], dtype=float)
+            means.append(weights(name, number) @ (before_n[:, None] - after_ns) / number)
+        return np.mean(means, axis=0)
 
 
 class Resolution(NamedTuple):

@@ -111,17 +111,17 @@ def main(compared: Comparison) -> Table:
 
 def forgotten(compared: Comparison) -> Table:
     """How much less likely the gold answers are, nats an answer; the share that greedy decoding gives, where it was scored."""
-    sets = [PROBES[name] for name in compared.sets]
+    sets = [PROBES[name] for name in compared.questions]
     matches = [f"exact match, {name}" for name in sets]
     table = [["forgotten, nats an answer", *(text for name in sets for text in (name, f"{name}, over seeds")), *matches]]
     for way in compared.ranked():
         row = [named(compared, way)]
-        for name in compared.sets:
+        for name in compared.questions:
             lost = compared.forgotten(way, (name,))
             low, high = (signed(value, 3) for value in lost.questions)
             least, most = (signed(value, 3) for value in (min(lost.seeds), max(lost.seeds)))
             row += [f"{signed(lost.value, 3)} ({low} to {high})", f"{least} to {most}" if len(lost.seeds) > 1 else ""]
-        for name in compared.sets:
+        for name in compared.questions:
             right = compared.values(way, name, "exact_match")
             row.append(f"{100 * statistics.fmean(right):.1f} %" if right else "")
         table.append(row)

@@ -19,7 +19,7 @@ from nullspace.reporting.study import read_records
 Record = dict[str, Any]
 QUESTIONS = {"nq": 120, "webq": 90}
 SEEDS = (0, 1, 2)
-MAIN = Cell("gsm8k", 10, 16, "prompt", 64)
+MAIN = Cell("gsm8k", 10, 16, "prompt", 256)
 CONTRAST, FILTERED, CORDA = Way("contrast"), Way("lora", "filter"), Way("corda-kpm")
 # Way → KL over LoRA's.
 SIZES = {LORA: 1.0, FILTERED: 0.1, CORDA: 0.5, CONTRAST: 0.05, Way("confine"): 0.2, Way("lora", "intruder"): 0.9}
@@ -135,13 +135,19 @@ def test_forgetting_counts_from_the_base(whole: Comparison) -> None:
     assert less.value == pytest.approx(0.95 * whole.forgotten(LORA).value)
 
 
-def test_tokens_may_stand_in_the_records_of_the_base_alone(whole: Comparison) -> None:
-    records = study()
-    for record in records:
-        if record["kind"] == "score":
-            for each in (each for each in record["scores"].values() if "rows" in each):
-                each["rows"] = {name: values for name, values in each["rows"].items() if name != "tokens"}
-    assert compared(records).kl(CORDA) == whole.kl(CORDA)
+def test_models_that_were_asked_fewer_questions_are_compared_on_the_first_ones(whole: Comparison) -> None:
+    fewer = [scored(CONTRAST, 0.05, seed) for seed in SEEDS]
+    for record in fewer:
+        kept = record["scores"]["nq"]["rows"]
+        record["scores"]["nq"] = {"kl": 77.0, "rows": {name: kept[name][:50] for name in ("kl", "log_likelihood")}}
+    found = compared([*study(), *fewer])
+    assert found.questions == {"nq": 50, "webq": 90}
+    for ratio in (found.ratio(CONTRAST), whole.ratio(CORDA, LORA, found)):
+        assert ratio is not None
+        assert ratio.seeds == pytest.approx([0.05 if ratio.value < 0.1 else 0.5] * 3)
+    assert found.probe_ratio(CONTRAST, "nq") == pytest.approx([0.05] * 3)
+    first = rows("nq", 1.0, 0)
+    assert found.forgotten(LORA, ("nq",)).seeds[0] == pytest.approx(2 * np.mean(first["kl"][:50]))
 
 
 def test_a_seed_that_misses_is_left_out_of_both_sides() -> None:
@@ -174,9 +180,9 @@ def test_a_form_makes_a_factor_and_what_is_not_calibrated_belongs_to_every_form(
     factors = {row[0]: row[-1] for row in table[1:]}
     assert factors == {"contrast": "3.0 (3.0, 3.0, 3.0)", "LoRA, filtered": "2.5 (2.5, 2.5, 2.5)"}
     kept = tables.kept_forms({MAIN: found.main, **others})
-    assert next(row[:4] for row in kept if row[1] == "plain text") == [
+    assert next(row[:4] for row in kept if row[1] == "text") == [
         "contrast",
-        "plain text",
+        "text",
         "0.15 (0.15 to 0.15)",
         "0.15 (0.15 to 0.15)",
     ]
