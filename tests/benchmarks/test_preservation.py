@@ -194,6 +194,17 @@ def test_the_command(
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     monkeypatch.setattr(sys, "argv", command.split())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings, run_child = preservation.settings_of(preservation.parse()), preservation.run_child
+
+    def run_child_but_for_lora(module: str, arguments: list[str]) -> dict[str, Any]:
+        """Two children at once are enough, and each imports everything anew."""
+        method, sigma, seed = arguments[-3:]
+        if method != "lora":
+            return run_child(module, arguments)
+        runs = preservation.run_unit(settings, tmp_path, Variant(method, float(sigma)), int(seed), [1e-2], first=True)
+        return {"runs": runs, "wall": 0.0}
+
+    monkeypatch.setattr(preservation, "run_child", run_child_but_for_lora)
     preservation.main()
     said = capsys.readouterr().out
     assert "start of lora-null-v2 x4: " in said
