@@ -26,36 +26,11 @@ from pathlib import Path
 
 from benchmarks import preservation
 from benchmarks.environment import environment
-from benchmarks.evidence import methods, runs
+from benchmarks.evidence import base, methods, runs
 from benchmarks.evidence import settings as declared
-from benchmarks.evidence.runs import Settings, Unit
-from benchmarks.evidence.settings import EXPERIMENTS, Experiment, Sizes
+from benchmarks.evidence.settings import EXPERIMENTS, Sizes
+from benchmarks.evidence.units import Settings, units_of
 from nullspace.reporting import study as records
-
-
-def units_of(name: str, experiment: Experiment, sizes: Sizes, seeds: tuple[int, ...], only: list[str] | None) -> list[Unit]:
-    """The units of an experiment, plain LoRA first, since the others are measured by it; what is done afterwards comes last."""
-    chosen = [each for each in experiment.methods or methods.METHODS if only is None or each in only]
-    units: list[Unit] = []
-    after: list[Unit] = []
-    for task in experiment.tasks:
-        for steps in experiment.steps:
-            for rank in experiment.ranks:
-                forms = [(form, samples or sizes.samples) for form in experiment.forms for samples in experiment.samples]
-                for method in chosen:
-                    needs = methods.METHODS[method].needs
-                    for form, samples in forms:
-                        own = (form, samples) if "keep" in needs else ("", 0)
-                        unit = Unit(
-                            method, task, steps, rank, *own, seeds, whole=name == "main", rate_factor=experiment.rate_factor
-                        )
-                        units.append(unit)
-                        if methods.METHODS[method].filtered and (name != "forms" or method == "lora"):
-                            after.append(unit._replace(post="filter", kept=(form, samples)))
-                        if methods.METHODS[method].intruder and name == "main":
-                            after.append(unit._replace(post="intruder"))
-    units.sort(key=lambda unit: unit.method != "lora")
-    return list(dict.fromkeys([*units, *after]))
 
 
 def begin(settings: Settings, out: Path) -> None:
@@ -146,7 +121,7 @@ def main() -> None:
         for unit in units_of(name, EXPERIMENTS[name]._replace(**given), settings.sizes, tuple(options.seeds), options.methods)
     ]
     began = time.perf_counter()
-    runs.prepare(settings, options.out, units)
+    base.prepare(settings, options.out, units)
     print(f"calibration and base: {time.perf_counter() - began:.0f} s", flush=True)
     threads = max(1, (os.cpu_count() or 1) // options.workers)
     context = multiprocessing.get_context("spawn")

@@ -5,171 +5,25 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks import evaluation, holding_parts, preservation
+from benchmarks import holding_parts, preservation
 from benchmarks.environment import environment
 from benchmarks.evidence import choice, methods, posts
 from benchmarks.evidence import settings as declared
+from benchmarks.evidence.base import kept, moments, read_reference, reference_file, rounded
 from benchmarks.evidence.choice import Curve, Point
 from benchmarks.evidence.data import Data
-from benchmarks.evidence.settings import Sizes
-from benchmarks.holding_parts import Change, Filters, Judge, Probe
-from nullspace import Covariances, compute_covariances
+from benchmarks.evidence.units import Settings, Unit, preservation_settings
+from benchmarks.holding_parts import Change, Filters, Judge
 from nullspace.reporting import study as records
 
 _PATIENCE = 3600.0
 """seconds in which what a unit builds on must appear"""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A study: the model, where the data are, and sizes."""
-
-    model: str
-    folder: Path | None
-    dtype: str = "float32"
-    device: str | None = "cpu"
-    triviaqa: str | None = None
-    sizes: Sizes = field(default_factory=Sizes)
-
-
-class Unit(NamedTuple):
-    """What one worker does in one go: a method, or what is done afterwards to its trained changes, with all seeds.
-
-    `samples` is 0 and `form` empty where a method takes no calibration. `post` is `none`, `filter` or `intruder`; `kept` are form
-    and samples of a filter. `whole`: all questions of NQ-open are asked. `rate_factor`: of the
-    method's learning rates.
-    """
-
-    method: str
-    task: str
-    steps: int
-    rank: int
-    form: str
-    samples: int
-    seeds: tuple[int, ...]
-    post: str = "none"
-    kept: tuple[str, int] = ("", 0)
-    whole: bool = True
-    rate_factor: float = 1.0
-
-    @property
-    def rates(self) -> list[float]:
-        return [rate * self.rate_factor for rate in methods.METHODS[self.method].rates]
-
-    def run(self, rate: float, seed: int) -> dict[str, Any]:
-        names = ("method", "task", "steps", "rank", "form", "samples")
-        return {name: getattr(self, name) for name in names} | {"rate": rate, "seed": seed}
-
-    def done_to(self, strength: float = 0.0) -> dict[str, Any]:
-        form, samples = self.kept
-        return {"how": self.post, "strength": strength} | ({"form": form, "samples": samples} if self.post == "filter" else {})
-
-    @property
-    def plain(self) -> Unit:
-        """The unit whose learning is the measure: plain LoRA with the same task, steps and rank."""
-        return self._replace(method="lora", form="", samples=0, post="none", kept=("", 0))
-
-
-def moments(out: Path, name: str) -> Covariances:
-    return Covariances.load(out / "moments" / name)
-
-
-def kept(out: Path, form: str, samples: int) -> Covariances:
-    """Second moments of what must be kept: the components of a form, with equal trace."""
-    return Covariances.merge([moments(out, f"{name}-{samples}") for name in declared.FORMS[form]], normalise=True)
-
-
-def prepare(settings: Settings, out: Path, units: Iterable[Unit]) -> None:
-    """OUT/moments, OUT/reference and the records of the base, where they are missing."""
-    units = list(units)
-    model, tokenizer = preservation.load_model(preservation_settings(settings, units[0]))
-    data = Data(tokenizer, settings.sizes, settings.folder, settings.triviaqa)
-    wanted = {(each.form, each.samples) for each in units if each.form} | {each.kept for each in units if each.kept[0]}
-    wanted.add((declared.FORM, settings.sizes.samples))  # drift is measured on it
-    components = sorted({(name, samples) for form, samples in wanted for name in declared.FORMS[form]})
-    batches: dict[str, Callable[[], Any]] = {
-        f"{name}-{samples}": lambda name=name, samples=samples: data.component(name, samples) for name, samples in components
-    }
-    tasks = sorted({each.task for each in units})
-    batches |= {f"task {task}": lambda task=task: data.of_task(task) for task in tasks}
-    for name, make in batches.items():
-        if not (out / "moments" / name).exists():
-            compute_covariances(model, make(), out / "moments" / name, strategy="resident", progress=False)
-            print(f"moments of {name}", flush=True)
-    lines = preservation.Lines(out / records.RESULTS)
-    there = {(each["task"], each["split"]) for each in lines.read() if each["kind"] == "base"}
-    for task in tasks:
-        for split, probes in (("validation", data.validation(task)), ("test", data.test(task))):
-            scores = {name: base_scores(model, probe, reference_file(out, task, split, name)) for name, probe in probes.items()}
-            if (task, split) not in there:
-                if split == "test" and settings.sizes.answered:
-                    for name in data.sets:
-                        scores[name]["exact_match"] = data.exact_match(model, name)
-                lines.write({"kind": "base", "task": task, "split": split, "scores": scores})
-
-
-def reference_file(out: Path, task: str, split: str, probe: str) -> Path:
-    """Only the probe of the task differs between tasks."""
-    of = f"{split} {task}" if probe == "task" or split == "validation" else split
-    return out / "reference" / f"{of} {probe}.npy"
-
-
-def base_scores(model: Any, probe: Probe, file: Path) -> dict[str, Any]:
-    """Of the untouched model; its log-probabilities at the labelled tokens (n, vocabulary) become a file that all workers map."""
-    if not file.exists():
-        file.parent.mkdir(exist_ok=True)
-        kept_rows = holding_parts.base_log_probabilities(model, probe)
-        with file.with_suffix(".part").open("wb") as stream:
-            np.save(stream, torch.cat(kept_rows).cpu().numpy())
-        file.with_suffix(".part").rename(file)
-    log_nv = torch.from_numpy(np.load(file, mmap_mode="c"))
-    gold = [[label for label in row["labels"] if label != evaluation.IGNORED] for row in probe.rows]
-    own = [log_nv[number : number + len(row)] for number, row in zip(offsets(gold), gold, strict=True)]
-    likely = [
-        float(each.gather(1, torch.tensor(row)[:, None]).sum(dtype=torch.float64)) for each, row in zip(own, gold, strict=True)
-    ]
-    tokens = list(map(len, gold))
-    rows = {"log_likelihood": rounded(likely), "tokens": tokens}
-    total = sum(tokens)
-    return {"loss": -sum(likely) / total, "log_likelihood": sum(likely) / len(likely), "kl": 0.0, "tokens": total, "rows": rows}
-
-
-def offsets(rows: Iterable[list[int]]) -> list[int]:
-    """Where each row's labelled tokens begin in a reference file."""
-    starts, at = [], 0
-    for row in rows:
-        starts.append(at)
-        at += len(row)
-    return starts
-
-
-def read_reference(file: Path, probe: Probe) -> list[torch.Tensor]:
-    log_nv = torch.from_numpy(np.load(file, mmap_mode="c"))
-    gold = [[label for label in row["labels"] if label != evaluation.IGNORED] for row in probe.rows]
-    return [log_nv[number : number + len(row)] for number, row in zip(offsets(gold), gold, strict=True)]
-
-
-def rounded(values: Iterable[float]) -> list[float]:
-    """To 6 significant digits, which is what float32 holds."""
-    return [float(f"{value:.6g}") for value in values]
-
-
-def preservation_settings(settings: Settings, unit: Unit) -> preservation.Settings:
-    """What `preservation.train` and `load_model` look at."""
-    sizes = settings.sizes
-    return preservation.Settings(
-        model=settings.model, calibrate="", knowledge=(), text=(), train="", test="",
-        dtype=settings.dtype, device=settings.device, rank=unit.rank, steps=unit.steps,
-        batch_size=sizes.batch_size, accumulation=1, max_length=sizes.max_length,
-    )  # fmt: skip
 
 
 def key(record: Mapping[str, Any]) -> str:

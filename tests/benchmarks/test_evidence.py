@@ -15,11 +15,12 @@ pytest.importorskip("benchmarks.evidence", reason="needs the repository's root o
 from benchmarks import evaluation, preservation
 from benchmarks.evidence import choice, runs
 from benchmarks.evidence import settings as declared
-from benchmarks.evidence.__main__ import units_of
+from benchmarks.evidence.base import prepare
 from benchmarks.evidence.choice import Point
 from benchmarks.evidence.data import Data, after_common_tokens
-from benchmarks.evidence.runs import Settings, Unit, Worker
+from benchmarks.evidence.runs import Worker
 from benchmarks.evidence.settings import EXPERIMENTS, Sizes
+from benchmarks.evidence.units import Settings, Unit, preservation_settings, units_of
 from nullspace.reporting import study as records
 
 # A template that answers behind a marker, as instruction-tuned models have.
@@ -102,7 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(model: Path, folder: Path) -> None:
     base, tokenizer = preservation.load_model(
-        runs.preservation_settings(Settings(str(model), folder), Unit("lora", "", 1, 1, "", 0, ()))
+        preservation_settings(Settings(str(model), folder), Unit("lora", "", 1, 1, "", 0, ()))
     )
     data = Data(tokenizer, SIZES, folder)
     rows = [data._in_chat(text, answer) for text, answer in (("who is it", "me"), ("who was it then", "you, or they"))]
@@ -150,7 +151,7 @@ def finished(model: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory
         plain._replace(post="intruder", whole=False),
     ]  # fmt: skip
     (out / records.RESULTS).write_text(json.dumps({"kind": "study", "settings": {}}) + "\n")
-    runs.prepare(settings, out, units)
+    prepare(settings, out, units)
     worker = Worker(settings, out)
     for unit in units:
         worker.work(unit)
@@ -185,7 +186,7 @@ def test_a_scored_point_is_what_the_adapted_model_scores(finished: tuple[Setting
     (scored,) = (each for each in lines if each["kind"] == "score" and each["run"] == run and each["t"] == 1.0)
     change = worker._change(run)
     probe = worker.data.validation("gsm8k")["nq"]
-    base, _ = preservation.load_model(runs.preservation_settings(settings, units[0]))
+    base, _ = preservation.load_model(preservation_settings(settings, units[0]))
     reference = evaluation.log_probabilities(base, probe.rows, context=probe.context)
     with torch.no_grad():
         for name, delta in change.items():
@@ -198,7 +199,7 @@ def test_a_scored_point_is_what_the_adapted_model_scores(finished: tuple[Setting
 def test_a_finished_study_does_nothing_more(finished: tuple[Settings, Path, list[Unit]]) -> None:
     settings, out, units = finished
     before = (out / records.RESULTS).read_bytes()
-    runs.prepare(settings, out, units)
+    prepare(settings, out, units)
     assert [runs_of(settings, out, unit) for unit in units] == [None] * len(units)
     assert (out / records.RESULTS).read_bytes() == before
 
