@@ -88,6 +88,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=declared.TASKS, help="in the place of the experiments' own")
     parser.add_argument("--steps", nargs="+", type=int, help="in the place of the experiments' own")
     parser.add_argument("--ranks", nargs="+", type=int, help="in the place of the experiments' own")
+    parser.add_argument(
+        "--forms", nargs="+", choices=declared.FORMS, help="of the calibration, in the place of the experiments' own"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--compare", type=Path, help="say whether the records of another study have the same numbers, and stop")
@@ -114,7 +117,7 @@ def main() -> None:
         compare(options.out, options.compare)
     settings = settings_of(options)
     begin(settings, options.out)
-    given = {name: tuple(getattr(options, name)) for name in ("tasks", "steps", "ranks") if getattr(options, name)}
+    given = {name: tuple(getattr(options, name)) for name in ("tasks", "steps", "ranks", "forms") if getattr(options, name)}
     units = [
         unit
         for name in options.experiments

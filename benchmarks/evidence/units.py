@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,24 +65,19 @@ class Unit(NamedTuple):
 def units_of(name: str, experiment: Experiment, sizes: Sizes, seeds: tuple[int, ...], only: list[str] | None) -> list[Unit]:
     """The units of an experiment, plain LoRA first, since the others are measured by it; what is done afterwards comes last."""
     chosen = [each for each in experiment.methods or methods.METHODS if only is None or each in only]
+    first = name == "main"
     units: list[Unit] = []
     after: list[Unit] = []
-    for task in experiment.tasks:
-        for steps in experiment.steps:
-            for rank in experiment.ranks:
-                forms = [(form, samples or sizes.samples) for form in experiment.forms for samples in experiment.samples]
-                for method in chosen:
-                    needs = methods.METHODS[method].needs
-                    for form, samples in forms:
-                        own = (form, samples) if "keep" in needs else ("", 0)
-                        unit = Unit(
-                            method, task, steps, rank, *own, seeds, whole=name == "main", rate_factor=experiment.rate_factor
-                        )
-                        units.append(unit)
-                        if methods.METHODS[method].filtered and (name != "forms" or method == "lora"):
-                            after.append(unit._replace(post="filter", kept=(form, samples)))
-                        if methods.METHODS[method].intruder and name == "main":
-                            after.append(unit._replace(post="intruder"))
+    cells = product(experiment.tasks, experiment.steps, experiment.ranks, chosen, experiment.forms, experiment.samples)
+    for task, steps, rank, method, form, given in cells:
+        samples, how = given or sizes.samples, methods.METHODS[method]
+        own = (form, samples) if "keep" in how.needs else ("", 0)
+        unit = Unit(method, task, steps, rank, *own, seeds, whole=first, rate_factor=experiment.rate_factor)
+        units.append(unit)
+        if how.filtered and (first or method == "lora"):
+            after.append(unit._replace(post="filter", kept=(form, samples)))
+        if how.intruder and first:
+            after.append(unit._replace(post="intruder"))
     units.sort(key=lambda unit: unit.method != "lora")
     return list(dict.fromkeys([*units, *after]))
 
