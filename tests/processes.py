@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,13 +24,15 @@ import transformers
 
 # The server that all processes are forked from imports these once for all of them.
 from models import tiny
+from nullspace.cli import app
+from nullspace.integrations.peft import inject_adapters
 from patience import wait_for
 
 # The group's own timeout. A test never waits for it: `patience` ends a group that stands still earlier.
 GROUP_SECONDS = 1800
 Check = Callable[[int, int, Path], None]
 # For the server that all processes are forked from: classes that transformers would import once in each of them.
-PRELOADED = (transformers.LlamaForCausalLM, tiny)
+PRELOADED = (transformers.LlamaForCausalLM, tiny, peft.PeftModel, inject_adapters, app)
 
 
 def forking() -> BaseContext:
