@@ -26,7 +26,7 @@ RATES = [1e-3, 1e-2]
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     asked = [{"question": f"how many are {n} and {n}", "answer": [str(2 * n)]} for n in range(40)]
-    taught = [{"question": f"What is {n} plus one?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(40)]
+    taught = [{"question": f"{n} plus one?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(40)]
     for name, rows in (("nq_open_train", asked), ("nq_open_dev", asked[:6]), ("webq_test", asked[6:9])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, rows in (("gsm8k_train", taught), ("gsm8k_test", taught[:5])):
@@ -52,7 +52,7 @@ def settings(tiny_checkpoint: Path, data: Path) -> Settings:
         steps=3,
         batch_size=4,
         accumulation=1,
-        max_length=128,
+        max_length=64,  # and so many tokens are written for each of `solved`
         shots=1,
         new_tokens=2,
         windows=2,
@@ -190,7 +190,7 @@ def test_the_command(
 ) -> None:
     sizes = "--rank 4 --samples 8 --length 64 --steps 2 --windows 2 --window 64 --examples 4 --questions 3 --answered 2"
     command = f"preservation --reduced --model {tiny_checkpoint} --data {data} --out {tmp_path} --workers 2 {sizes}"
-    command += " --max-length 128 --methods lora lora-null-v2 --sigma-scales 1 4 --learning-rates 1e-2 --seeds 5 --report"
+    command += " --max-length 64 --methods lora lora-null-v2 --sigma-scales 1 4 --learning-rates 1e-2 --seeds 5 --report"
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     monkeypatch.setattr(sys, "argv", command.split())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
