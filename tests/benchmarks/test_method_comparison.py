@@ -371,7 +371,7 @@ def test_results_stand_beside_the_published_ones(tmp_path: Path, capsys: pytest.
     published = tmp_path / "peft" / checkout.FOLDER / "results"
     for folder in (tmp_path / "results", tmp_path / "cancelled_results", published):
         folder.mkdir(parents=True)
-    failed, theirs, again = result(status="canceled"), result(0.427, 0.0166), result(status="canceled")
+    failed, theirs, again = result(None, None, "canceled"), result(0.427, 0.0166), result(status="canceled")
     failed["run_info"] |= {"experiment_name": "corda/y", "error_msg": "out of memory"}
     theirs["run_info"]["experiment_name"] = "osf/z"
     (tmp_path / "results" / "a.json").write_text(json.dumps(result()))
