@@ -874,7 +874,8 @@ def assert_as_of_one_process(told: str, checkpoint: Path, data: Path, tmp_path: 
     assert NullSpaces.load(tmp_path / "out" / "spaces").sites == NullSpaces.load(tmp_path / "one" / "spaces").sites
 
 
-# Two machines: network namespaces, each of which has nothing but its end of a cable and a file system that both see.
+# Two machines, with two processes and with one: network namespaces, each of which has nothing but its end of a cable and a file
+# system that both see.
 CABLE = """
 set -e
 mount -t tmpfs none /run
@@ -904,13 +905,13 @@ def test_torchrun_makes_the_adapter_of_one_process(tiny_checkpoint: Path, letter
 
 @pytest.mark.skipif(not has_namespaces(), reason="needs network namespaces")
 def test_two_machines_make_the_adapter_of_one_process(tiny_checkpoint: Path, letters: Path, tmp_path: Path) -> None:
-    rendezvous = "--nnodes 2 --nproc-per-node 2 --master-addr 10.0.0.1 --master-port 29500"
+    rendezvous = "--nnodes 2 --master-addr 10.0.0.1 --master-port 29500"
     init = f"-m nullspace init {tiny_checkpoint} --out {tmp_path / 'out'} --data {letters} {' '.join(SMALL)}"
     node = f"{sys.executable} -m torch.distributed.run {rendezvous} --node-rank"
     script = f"""{CABLE}
 export OMP_NUM_THREADS=1
-GLOO_SOCKET_IFNAME=right ip netns exec b {node} 1 {init} &
-GLOO_SOCKET_IFNAME=left ip netns exec a {node} 0 {init}
+GLOO_SOCKET_IFNAME=right ip netns exec b {node} 1 --nproc-per-node 1 {init} &
+GLOO_SOCKET_IFNAME=left ip netns exec a {node} 0 --nproc-per-node 2 {init}
 wait $!
 """
     done = run([*NAMESPACES, script])
