@@ -31,6 +31,11 @@ SITES = [
 ] + ["model.layers.18.self_attn.o_proj"]  # λ_r / λ_max = 5e-9: float32 chains alone miss its null space by 6 %
 
 
+def recorded(model: nn.Module, batches: PackedBatches, names: list[str]) -> dict[str, torch.Tensor]:
+    """`recorded_inputs` without the logits, whose product with the output head is a fifth of the forward pass."""
+    return recorded_inputs(model, ({**batch, "logits_to_keep": 1} for batch in batches), names)
+
+
 @pytest.fixture(scope="module")
 def model_and_tokenizer(smollm2: Path) -> tuple[nn.Module, Any]:
     return load_model(smollm2, device="cpu")
@@ -39,7 +44,7 @@ def model_and_tokenizer(smollm2: Path) -> tuple[nn.Module, Any]:
 @pytest.fixture(scope="module")
 def inputs(model_and_tokenizer: tuple[nn.Module, Any], prose: list[str]) -> dict[str, torch.Tensor]:
     model, tokenizer = model_and_tokenizer
-    return recorded_inputs(model, PackedBatches(prose, tokenizer, samples=8, length=512), SITES)
+    return recorded(model, PackedBatches(prose, tokenizer, samples=8, length=512), SITES)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +150,7 @@ def test_v2_training_stays_in_the_null_space(walk: tuple[Path, dict[str, Any]], 
         a, b = (layer.get_parameter(f"lora_{factor}.default.weight").detach() for factor in "AB")
         a0, b0 = (start[name][f"lora_{factor}.default.weight"] for factor in "AB")
         assert torch.equal(a, a0), name
-        x, scale = inputs[name].double(), layer.scaling["default"]
+        x, scale = inputs[name][::4].double(), layer.scaling["default"]  # of the walk's tokens, and of others
         moved = scale * (b.double() - b0.double())
         hidden = x @ a0.double().T
         update = scale * (b.double() @ a.double() - b0.double() @ a0.double())
@@ -162,7 +167,7 @@ def test_a_second_tasks_adapter_avoids_the_first_tasks_activations_too(
     names = [name for name in SITES if ".15." in name]
     monkeypatch.setattr(model.model, "layers", model.model.layers[:16])  # no input of a later one is recorded
     source = [path.read_text(encoding="utf-8") for path in sorted(Path(json.__file__).parent.glob("*.py"))]
-    code = recorded_inputs(model, PackedBatches(source, tokenizer, samples=8, length=512), names)
+    code = recorded(model, PackedBatches(source, tokenizer, samples=8, length=512), names)
 
     def covariances(tokens: dict[str, torch.Tensor]) -> Covariances:
         found = {name: Covariance(tokens[name].shape[1], precision="fp64") for name in names}
