@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-_STEP = 1e-3
+STEP = 1e-3
+"""of the scales among which is chosen"""
 
 
 class Point(NamedTuple):
@@ -39,7 +40,7 @@ def curve(base_loss: float, points: Iterable[Point]) -> Curve:
     """Through the base and the scored points, interpolated monotonically: √KL, since KL is quadratic in a small scale."""
     scored = sorted({point.t: point for point in points}.values())
     knots = [Point(0.0, base_loss, 0.0), *scored]
-    grid = np.arange(0, round(scored[-1].t / _STEP) + 1) * _STEP
+    grid = np.arange(0, round(scored[-1].t / STEP) + 1) * STEP
     t = [point.t for point in knots]
     loss = PchipInterpolator(t, [point.loss for point in knots])(grid)
     root = PchipInterpolator(t, [max(point.kl, 0.0) ** 0.5 for point in knots])(grid)

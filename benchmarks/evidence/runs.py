@@ -160,7 +160,7 @@ class Worker:
         if unit.post != "none":
             self._await(lambda: self._change_file(unit.run(rate, seed)).exists(), f"the training of {unit.method}")
         for strength in declared.STRENGTHS if unit.post == "filter" else (0.0,):
-            for t in declared.SCALES if unit.post == "none" else declared.SCALES_AFTER:
+            for t in unit.scales:
                 self._score(unit, unit.run(rate, seed), strength, t, "validation")
 
     def _score(self, unit: Unit, run: Mapping[str, Any], strength: float, t: float, split: str, level: float | None = None) -> None:
@@ -208,18 +208,21 @@ class Worker:
                 raise SystemExit(f"waited {_PATIENCE:.0f} s for {what}")
             time.sleep(2)
 
-    def curves(self, unit: Unit, seed: int) -> dict[tuple[float, float], Curve]:
-        """(rate, strength) → the curve over scales, of what is scored on the validation split."""
+    def points(self, unit: Unit, seed: int) -> dict[tuple[float, float], list[Point]]:
+        """(rate, strength) → what is scored on the validation split."""
         points: dict[tuple[float, float], list[Point]] = {}
         for record in self._scored():
-            run = record["run"]
-            if record["split"] == "validation" and run == unit.run(run["rate"], seed):
-                strength = record["post"]["strength"]
-                if record["post"] == unit.done_to(strength):
-                    point = Point(record["t"], record["scores"]["task"]["loss"], record["scores"]["nq"]["kl"])
-                    points.setdefault((run["rate"], strength), []).append(point)
+            run, strength = record["run"], record["post"]["strength"]
+            own = run == unit.run(run["rate"], seed) and record["post"] == unit.done_to(strength)
+            if own and record["split"] == "validation":
+                point = Point(record["t"], record["scores"]["task"]["loss"], record["scores"]["nq"]["kl"])
+                points.setdefault((run["rate"], strength), []).append(point)
+        return points
+
+    def curves(self, unit: Unit, seed: int) -> dict[tuple[float, float], Curve]:
+        """(rate, strength) → the curve over scales, on the validation split."""
         base = self.base_loss(unit.task)
-        return {key: choice.curve(base, each) for key, each in points.items()}
+        return {key: choice.curve(base, each) for key, each in self.points(unit, seed).items()}
 
     def base_loss(self, task: str) -> float:
         of = (
@@ -229,7 +232,7 @@ class Worker:
 
     def _plain(self, unit: Unit, seed: int) -> list[Curve]:
         """The curves of plain LoRA, as soon as all of its points are there."""
-        wanted = {(rate, t) for rate in unit.plain.rates for t in declared.SCALES}
+        wanted = {(rate, t) for rate in unit.plain.rates for t in unit.plain.scales}
 
         def complete() -> bool:
             there = {
@@ -254,33 +257,28 @@ class Worker:
         return rate
 
     def _report(self, unit: Unit, seed: int) -> None:
-        """Score the chosen point on the test split, or say how near the method came."""
-        label = {
-            "run": {k: v for k, v in unit.run(0.0, seed).items() if k != "rate"},
-            "post": unit.done_to(),
-            "level": declared.LEVEL,
-        }
-        there = self.lines.read()
-        if any(
-            each["kind"] == "score" and each["level"] == declared.LEVEL and each["post"] == unit.done_to(each["post"]["strength"])
-            and each["run"] == unit.run(each["run"]["rate"], seed) for each in there
-        ):  # fmt: skip
-            return
+        """Score the chosen point on the test split, or say how near the method came.
+
+        A point between the scales is scored on the validation split before it is relied on, once for each rate and strength.
+        """
         plain = self._plain(unit, seed)
-        chosen = self._chosen(unit, seed, plain)
-        if chosen is not None:  # the chosen point is scored too, and the curves go through it
+        while (chosen := self._chosen(unit, seed, plain)) is not None:
             rate, strength = chosen.key  # type: ignore[misc]
-            self._score(unit, unit.run(rate, seed), strength, chosen.t, "validation")
-            chosen = self._chosen(unit, seed, plain)
-        if chosen is None:
-            reached = choice.share(self.base_loss(unit.task), plain, self.curves(unit, seed).values())
-            missed = {"kind": "missed", **label, "reached": reached}
-            if missed not in there:
-                self.lines.write(missed)
-                print(f"{unit.method} {unit.post} seed {seed} reaches {reached:.3f} of what LoRA learns", flush=True)
-            return
-        rate, strength = chosen.key  # type: ignore[misc]
-        self._score(unit, unit.run(rate, seed), strength, chosen.t, "test", declared.LEVEL)
+            if any(point.t not in unit.scales for point in self.points(unit, seed)[rate, strength]):
+                self._score(unit, unit.run(rate, seed), strength, chosen.t, "test", declared.LEVEL)
+                return
+            self._score(unit, unit.run(rate, seed), strength, between(chosen.t, unit.scales), "validation")
+        run = {name: value for name, value in unit.run(0.0, seed).items() if name != "rate"}
+        reached = choice.share(self.base_loss(unit.task), plain, self.curves(unit, seed).values())
+        missed = {"kind": "missed", "run": run, "post": unit.done_to(), "level": declared.LEVEL, "reached": reached}
+        if missed not in self.lines.read():
+            self.lines.write(missed)
+            print(f"{unit.method} {unit.post} seed {seed} reaches {reached:.3f} of what LoRA learns", flush=True)
+
+
+def between(t: float, scales: tuple[float, ...]) -> float:
+    """A scale that is not one of those that are scored anyway: `t`, or just below it."""
+    return t if t not in scales else t - choice.STEP
 
 
 _worker: Worker | None = None

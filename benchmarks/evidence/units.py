@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import preservation
 from benchmarks.evidence import methods
+from benchmarks.evidence import settings as declared
 from benchmarks.evidence.settings import Experiment, Sizes
 
 
@@ -47,6 +48,11 @@ class Unit(NamedTuple):
     @property
     def rates(self) -> list[float]:
         return [rate * self.rate_factor for rate in methods.METHODS[self.method].rates]
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """At which every change is scored on the validation split."""
+        return declared.SCALES if self.post == "none" else declared.SCALES_AFTER
 
     def run(self, rate: float, seed: int) -> dict[str, Any]:
         names = ("method", "task", "steps", "rank", "form", "samples")
