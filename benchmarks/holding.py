@@ -1,4 +1,4 @@
-"""What a fine-tuned model still knows, after a filter, a merge, a start or a constraint, against scaling its change down.
+"""What a fine-tuned model still knows, after a filter or a merge, against scaling its change down.
 
     python -m benchmarks.holding --out held --data FOLDER                # SmolLM2-135M, one CPU thread, hours
     python -m benchmarks.holding --out held --show                       # the tables of what is finished
@@ -12,7 +12,6 @@ log-likelihood of what is right, and KL(base ‖ model) at the same tokens. WebQ
 A  plain LoRA of several seeds and rates: scaled, filtered; `forms`: filtered with what must be kept in the other forms.
 B  a model trained whole: its linear layers' change scaled, filtered.
 C  two adapters, of GSM8K and of MBPP, in one: `factors.combined` against PEFT's merges.
-D  other starts, weight decay and constraints: as trained, scaled, filtered.
 
 OUT/results.jsonl gets a line when a variant is scored: `kind` `score`, `part`, `run` (method, rate, seed), `variant` (`how`, and
 what it depends on), `scores`, `drift`. The same command resumes. OUT/changes holds what each run has changed, OUT/moments the
@@ -37,37 +36,10 @@ from benchmarks.environment import environment
 from benchmarks.holding_parts import Change, Filters, Judge, Sizes
 from nullspace import analysis
 from nullspace.factors import LowRank
-from nullspace.integrations.peft import confine, inject_adapters
 from nullspace.reporting import study as fronts
 
 STRENGTHS = (0.1, 1.0, 10.0)
 RATES = (2e-3, 8e-3)
-
-
-class Start(NamedTuple):
-    """How a method begins (None: PEFT's own LoRA), at which learning rates, and what it is held by."""
-
-    rates: tuple[float, float]
-    method: str | None = None
-    freeze_a: bool | None = None
-    split: float = 1.0
-    weight_decay: float = 0.0
-    leak: float = 0.0
-    """of `confine`"""
-    penalty: float = 0.0
-    """the factor of `penalty` in the loss"""
-
-
-STARTS = {
-    "contrast": Start((2e-3, 8e-3), "contrast"),
-    "confine": Start((2e-3, 8e-3), leak=0.05),
-    "corda-kpm": Start((5e-4, 2e-3), "corda-kpm"),
-    "lora-null-v1 split 8": Start((2.5e-4, 1e-3), "lora-null", split=8.0),
-    "lora-null-v2": Start((2e-3, 8e-3), "lora-null", freeze_a=True),
-    "lora-null-v1": Start((5e-4, 2e-3), "lora-null"),
-    "penalty": Start((2e-3, 8e-3), penalty=30.0),
-    "lora decay 0.3": Start((2e-3, 8e-3), weight_decay=0.3),
-}
 WHOLE_RATES = (5e-5, 2e-5)
 # PEFT's, with the scale of the sum.
 MERGES = [("cat", 1.0), ("cat", 0.5), ("linear", 1.0), ("ties", 1.0), ("dare_linear", 1.0), ("dare_ties", 1.0), ("svd", 1.0)]
@@ -167,25 +139,11 @@ class Study:
     def _train(self, run: Run) -> tuple[Change, dict[str, torch.Tensor], list[float]]:
         model, _ = preservation.load_model(self.settings)
         data = self.data._replace(train=self.code) if run.method == CODE else self.data
-        start, callbacks = STARTS.get(run.method, Start((0.0, 0.0))), []
         if run.method != "whole":
-            model = self._started(model, start, run.seed)
+            torch.manual_seed(run.seed)
+            model = get_peft_model(model, preservation.config_of(model, self.settings))
             before = parts.factors_of(model)
-        if start.leak:
-            callbacks.append(confine(model, parts.kept_moments(self.out, parts.FORM), start.leak))
-            before = parts.factors_of(model)
-        if start.penalty:
-            parts.penalise(model, parts.kept_moments(self.out, parts.FORM), start.penalty)
-        losses = preservation.train(
-            model,
-            self.tokenizer,
-            data,
-            self.settings,
-            run.rate,
-            run.seed,
-            weight_decay=start.weight_decay,
-            callbacks=callbacks,
-        )
+        losses = preservation.train(model, self.tokenizer, data, self.settings, run.rate, run.seed)
         if run.method != "whole":
             after = parts.factors_of(model)
             return {name: analysis.update(before[name], after[name]) for name in after}, {}, losses
@@ -198,17 +156,6 @@ class Study:
             else:
                 others[name] = parameter.detach()
         return change, others, losses
-
-    def _started(self, model: Any, start: Start, seed: int) -> Any:
-        """The model with adapters before training."""
-        config = preservation.config_of(model, self.settings)
-        if start.method is None:
-            torch.manual_seed(seed)
-            return get_peft_model(model, config)
-        keep = parts.kept_moments(self.out, parts.FORM)
-        if start.method == "contrast":
-            return inject_adapters(model, config, method="contrast", covariances=parts.moments(self.out, "task"), preserve=keep)
-        return inject_adapters(model, config, method=start.method, covariances=keep, freeze_a=start.freeze_a, split=start.split)
 
 
 def scaled_and_filtered(scales: Sequence[float], strengths: Sequence[float]) -> list[Variant]:
@@ -271,16 +218,7 @@ def merging(study: Study, seeds: list[int]) -> None:
         study.score("C", "both", Variant(how, scale), merge, names)
 
 
-def starts(study: Study, seeds: list[int]) -> None:
-    """D."""
-    wanted = [Variant("trained"), Variant("filtered", 1.0, 1.0, parts.FORM), Variant("scaled", 0.5)]
-    for place in range(2):
-        for method, start in STARTS.items():
-            run = Run(method, start.rates[place], seeds[0])
-            study.variants("D", run.name, wanted, study.trained(run)[0], NAMES)
-
-
-PARTS = {"A": plain, "forms": forms, "B": whole, "C": merging, "D": starts}
+PARTS = {"A": plain, "forms": forms, "B": whole, "C": merging}
 
 
 def begin(settings: preservation.Settings, sizes: Sizes, out: Path) -> None:

@@ -268,21 +268,7 @@ def merges(held: Held) -> Table:
     return table
 
 
-def starts(held: Held) -> Table:
-    """D: other starts, and plain LoRA's first seed beside them."""
-    table = [["start", *SCORES, "KL, HumanEval, WikiText"]]
-    rows = [("as trained", "trained", {}), ("× 0.5", "scaled", {"scale": 0.5}), FILTERED[1]]
-    others = [("D", run) for run in held.runs("D")]
-    first = [("A", run) for run in held.runs("A") if run.endswith("seed0") and others]
-    for part, run in first + others:
-        name = run.rsplit(" seed", 1)[0].replace(" lr", " at ")
-        for label, how, wanted in rows:
-            if records := _records(held, part, [run], how, **wanted):
-                table.append([f"{name}, {label}", *_scores(held, records), _kl(held, records, OTHERS)])
-    return table
-
-
-TABLES: dict[str, Callable[[Held], Table]] = {"plain": plain, "forms": forms, "whole": whole, "merges": merges, "starts": starts}
+TABLES: dict[str, Callable[[Held], Table]] = {"plain": plain, "forms": forms, "whole": whole, "merges": merges}
 
 
 def page(path: Path) -> str:
