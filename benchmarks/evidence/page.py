@@ -91,7 +91,8 @@ python -m benchmarks.evidence.page OUT/results.jsonl
   has become less likely.
 - **Intervals**: 95 %, in brackets, over {resamples:,} resamples of the questions, the same for all methods and seeds, so that
   differences and ratios are paired. They contain what other questions of the same sets would change, and no training noise: that
-  is in the column *over seeds* (least to largest, and standard deviation). Ratios are geometric means over the seeds' ratios.
+  is in the column *over seeds* (least to largest, and standard deviation). Ratios are geometric means over the seeds' ratios. Two
+  methods are told apart where the interval of their ratio, with the seeds resampled too, leaves out 1.
 - **The same numbers again**: run a part into another folder (`--out AGAIN --methods lora contrast --seeds 0`), then
   `python -m benchmarks.evidence --out AGAIN --compare OUT` says whether all numbers that both have are the same to the last bit."""
 

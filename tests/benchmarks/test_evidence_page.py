@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -261,6 +263,15 @@ def test_the_page_knows_the_methods_of_the_study() -> None:
     assert {name: set(names.METHODS[name].needs) for name in methods} == {
         name: {words[need] for need in method.needs} for name, method in methods.items()
     }
+
+
+def test_the_commands_of_the_page_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = pytest.importorskip("benchmarks.evidence.__main__").parse
+    shown = set(re.findall(r"(?<=python -m benchmarks\.evidence )[^`\n#]+", page.page(study(), "records.jsonl")))
+    assert len(shown) > 5
+    for command in shown:
+        monkeypatch.setattr("sys.argv", ["evidence", *shlex.split(command)])
+        assert parse().out
 
 
 @pytest.mark.skipif(not page.RECORDS.exists(), reason="the study has not been recorded yet")

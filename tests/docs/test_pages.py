@@ -35,6 +35,7 @@ MIXTURE = "Qwen/Qwen3-30B-A3B"
 RUN, LOOKED_UP, SHOWN = ("python", "console"), ("sh",), ("text", "json")
 # Page → the reasons for blocks that are not run.
 NOT_RUN = {
+    "docs/evidence.md": ["it trains for hours"],
     "docs/holding.md": ["it needs a model that was trained whole"],
     "docs/results.md": ["it trains for hours", "it needs the data sets of the tasks", "it trains for an hour and a half"],
     "docs/several-gpus.md": ["it starts eight processes, one a GPU"],
