@@ -44,8 +44,8 @@ def weaknesses(found: Evidence, main: Comparison) -> Table:
         (f"{settings.get('dtype', 'float32')} on {place}: no rounding of bfloat16, no quantised base.", "the same command"),
         (
             f"{cell.steps} steps in the main table; a fine-tuning has thousands.",
-            f"`{STUDY} --experiments longer`; PEFT's own benchmark (Llama-3.2-3B, 5,000 steps): `python -m benchmarks.method_comparison "
-            "write --out OUT`, then `run --peft CHECKOUT EXPERIMENT` for each",
+            f"`{STUDY} --experiments longer`; PEFT's own benchmark (Llama-3.2-3B, 5,000 steps): "
+            "`python -m benchmarks.method_comparison write --out OUT`, then `run --peft CHECKOUT EXPERIMENT` for each",
         ),
         (
             "The base is small and knows little. KL says how far a model has moved, not whether what it lost was worth keeping; "
