@@ -37,8 +37,10 @@ def apart(compared: Comparison, way: Way, other: Way) -> int:
 
 
 def answer(compared: Comparison) -> str:
-    """Which way holds most, filtered LoRA against the starts, and what the gold answers lose: three sentences."""
-    return " ".join((_least(compared), _filtered(compared), _lost(compared)))
+    """Which way holds most, filtered LoRA against the starts, what the gold answers lose, and what was not calibrated: a sentence
+    each."""
+    sentences = (_least(compared), _filtered(compared), _lost(compared), _uncalibrated(compared))
+    return "\n\n".join(sentence for sentence in sentences if sentence)
 
 
 def _least(compared: Comparison) -> str:
@@ -70,7 +72,7 @@ def _learning(compared: Comparison) -> str:
 def _filtered(compared: Comparison) -> str:
     """Plain LoRA, filtered, against every start and constraint as it is trained."""
     if FILTERED not in compared.points:
-        return "Plain LoRA, filtered, does not reach this learning."
+        return "Plain LoRA, filtered after training, does not reach this learning." if FILTERED in compared.missed else ""
     others = [way for way in compared.ranked() if way.how == "none" and method(way).kind != "plain"]
     groups = {sign: listed([label(way) for way in others if apart(compared, FILTERED, way) == sign] or [""]) for sign in (-1, 0, 1)}
     words = {-1: "less than {}", 1: "more than {}", 0: "and it cannot be told apart from {}"}
@@ -80,16 +82,31 @@ def _filtered(compared: Comparison) -> str:
 
 
 def _lost(compared: Comparison) -> str:
-    """What the gold answers lose with LoRA, and how much less with the way with the least KL."""
+    """What the gold answers lose with LoRA, and how much less with the way with the least KL, over the seeds that both have."""
     best = next((way for way in compared.ranked() if way != LORA), None)
     less = compared.forgotten_less(best) if best else None
-    lora = compared.forgotten(LORA)
-    head = f"The gold answers become {_likely(lora.value)} with LoRA (95 %: {_signed(lora.questions)} nats an answer)"
     if best is None or less is None:
-        return f"{head}."
+        return f"The gold answers become {_likely(compared.forgotten(LORA).value)} with LoRA."
+    own = compared.forgotten(best).value
     told = "" if less.both[0] > 0 or less.both[1] < 0 else ", which questions and seeds together do not tell from no difference"
-    own = _likely(compared.forgotten(best).value)
-    return f"{head} and {own} with {label(best)}: {signed(less.value, 3)} less ({_signed(less.questions)}){told}."
+    return (
+        f"The gold answers become {_likely(own + less.value)} with LoRA, on average, and {_likely(own)} with {label(best)}: a "
+        f"difference of {signed(less.value, 3)} (95 %: {_signed(less.questions)}){told}."
+    )
+
+
+def _uncalibrated(compared: Comparison) -> str:
+    """Of the way with the least KL: what it leaves of LoRA's KL where nothing was calibrated."""
+    best = compared.ranked()[0]
+    ratios = {name: geometric_mean(each) for name in ELSEWHERE if (each := compared.probe_ratio(best, name))}
+    if best == LORA or not ratios:
+        return ""
+    ordered = sorted(ratios, key=lambda name: (ratios[name], name))
+    less, more = (
+        [f"{part(ratios[name])} on {PROBES[name]}" for name in ordered if (ratios[name] < 1) == own] for own in (True, False)
+    )
+    gains = f"what {label(best)} leaves of LoRA's KL is {listed(less)}" if less else f"{label(best)} is not ahead of LoRA anywhere"
+    return f"Where nothing was calibrated, {gains}{f', but it is {listed(more)}' if more else ''}."
 
 
 def _likely(forgotten: float) -> str:
@@ -107,8 +124,8 @@ def resolved(compared: Comparison) -> str:
         return ""
     return (
         f"KL of LoRA − KL of {label(found.best)} is {significant(found.difference.value)} nats a token. Its 95 % interval over "
-        f"questions ({between(found.difference.questions)}) is {significant(found.questions, 2)} of it wide; with the seeds "
-        f"resampled too ({between(found.difference.both)}), {significant(found.both, 2)}."
+        f"questions ({between(found.difference.questions)}) is {significant(found.questions, 2)} of it wide (wanted: at most "
+        f"0.2); with the seeds resampled too ({between(found.difference.both)}), {significant(found.both, 2)}."
     )
 
 

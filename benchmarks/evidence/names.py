@@ -58,6 +58,9 @@ FORMS = {
 }  # fmt: skip
 
 
+MODELS = {"smollm2-135m": "SmolLM2-135M-Instruct"}
+
+
 def method(way: Way) -> Method:
     return METHODS.get(way.method, Method(way.method))
 

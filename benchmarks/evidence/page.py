@@ -15,7 +15,7 @@ from benchmarks.environment import RESULTS
 from benchmarks.evidence import figure, findings, sceptic, tables
 from benchmarks.evidence import settings as declared
 from benchmarks.evidence.findings import listed
-from benchmarks.evidence.names import FORMS, PROBES, TASKS
+from benchmarks.evidence.names import FORMS, MODELS, PROBES, TASKS
 from benchmarks.evidence.statistics import LORA, RESAMPLES, Cell, Comparison, Evidence, evidence
 from benchmarks.evidence.tables import markdown
 from nullspace.errors import InputError
@@ -79,8 +79,8 @@ python -m benchmarks.evidence.page OUT/results.jsonl
 - **Model and training**: {model}, {task}, {steps} steps of {batch} examples by transformers' `Trainer`, rank {rank} on all linear
   layers but the head (where a method does not name others), seeds {seeds}{machine}.
 - **Calibration**: what must be kept is calibrated on NQ-open's *train* part; in the main table on {form}, with equal trace,
-  {samples} samples each, the same for all methods that take any. {others} are not calibrated on
-  (but for the form WikiText, which is its train part).
+  {samples} samples each, the same for all methods that take any; the task on {of_task} training examples. {others}
+  are not calibrated on (but for the form WikiText, which is its train part).
 - **What is chosen**: every run, of two learning rates a method, is scored on a validation split (other examples of the task;
   questions of NQ-open's train part on which nothing was calibrated) at t = {scales} times its change, and, filtered with strengths
   {strengths}, at t = {after}. For each method and seed, that rate, strength and t (interpolated between these) which reaches
@@ -99,12 +99,13 @@ python -m benchmarks.evidence.page OUT/results.jsonl
 
 def _measured(compared: Compared, name: str) -> str:
     settings, environment, main = compared.found.settings, compared.found.environment, compared.main
+    sizes = settings["sizes"]
     cell = main.cell
     packages = [f"{key} {environment['versions'][key]}" for key in ("torch", "transformers", "peft") if "versions" in environment]
     machine = ", ".join(filter(None, [environment.get("gpu") or environment.get("cpu"), *packages]))
     seeds = sorted({seed for points in main.points.values() for seed in points})
     return MEASURED.format(
-        model=settings.get("model", "a model"),
+        model=MODELS.get(settings["model"], settings["model"]),
         task=TASKS.get(cell.task, cell.task),
         steps=cell.steps,
         rank=cell.rank,
@@ -113,7 +114,8 @@ def _measured(compared: Compared, name: str) -> str:
         form=FORMS.get(cell.form, cell.form),
         samples=cell.samples,
         others=listed(text for probe, text in PROBES.items() if probe in main.base and not probe.startswith("nq")),
-        batch=settings.get("sizes", {}).get("batch_size", "some"),
+        batch=sizes["batch_size"],
+        of_task=sizes["of_task"],
         scales=listed(f"{scale:g}" for scale in declared.SCALES),
         strengths=listed(f"{strength:g}" for strength in declared.STRENGTHS),
         after=listed(f"{scale:g}" for scale in declared.SCALES_AFTER),
@@ -136,7 +138,7 @@ def _main(compared: Compared, name: str) -> str:
         markdown(tables.forgotten(main)),
         "### Where nothing was calibrated\n\nThe same models: KL over that of LoRA (geometric mean over seeds) on questions in "
         "other forms, on code, instructions and running text (in brackets the least and the largest seed); the median drift "
-        "‖ΔW X‖ / ‖W₀ X‖ on the calibrated inputs.",
+        f"‖ΔW X‖ / ‖W₀ X‖ on the calibrated inputs. {sceptic.few(compared.found)}",
         markdown(tables.elsewhere(main)),
         "What the losses themselves do there (negative: better than the base):",
         markdown(tables.abilities(main)),

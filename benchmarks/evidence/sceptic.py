@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.evidence.findings import unequal
 from benchmarks.evidence.fronts import fronts, learned
-from benchmarks.evidence.names import PROBES, TASKS
+from benchmarks.evidence.names import MODELS, PROBES, TASKS
 from benchmarks.evidence.statistics import LORA, Comparison, Evidence
 from benchmarks.evidence.tables import Table, significant
 
@@ -31,14 +31,23 @@ def _worth(found: Evidence, main: Comparison) -> str:
     return f"Along LoRA's own front so much is worth a factor of {significant(front[1] / front[0], 2)} in KL."
 
 
+def few(found: Evidence) -> str:
+    """How much is scored beside the questions."""
+    sizes = found.settings["sizes"]
+    return (
+        f"Scored are {sizes['forms_of_asking']} questions in each other form, {sizes['abilities']} solutions of HumanEval, as many "
+        f"instructions of Alpaca, and {sizes['windows'] * sizes['window']:,} tokens of WikiText."
+    )
+
+
 def weaknesses(found: Evidence, main: Comparison) -> Table:
     """A row each, with the command."""
     settings, cell = found.settings, main.cell
     place = "a CPU" if settings.get("device", "cpu") == "cpu" else settings["device"]
-    seeds, sizes = len(main.points[LORA]), settings.get("sizes", {})
+    seeds, sizes = len(main.points[LORA]), settings["sizes"]
     rows = [
         (
-            f"One model of one family, {settings.get('model', 'as above')}.",
+            f"One model of one family, {MODELS.get(settings['model'], settings['model'])}.",
             f"`{STUDY} --model meta-llama/Llama-3.2-3B --device cuda --dtype bfloat16`, the same with `Qwen/Qwen3-4B`",
         ),
         (f"{settings.get('dtype', 'float32')} on {place}: no rounding of bfloat16, no quantised base.", "the same command"),
@@ -59,8 +68,8 @@ def weaknesses(found: Evidence, main: Comparison) -> Table:
             f"`{STUDY} --examples 400 --validation-examples 300`",
         ),
         (
-            f"Two learning rates a method, and a choice on {sizes.get('validation_examples', 'few')} examples and "
-            f"{sizes.get('validation_questions', 'few')} questions. A method whose best rate lies elsewhere is wronged, although t "
+            f"Two learning rates a method, and a choice on {sizes['validation_examples']} examples and "
+            f"{sizes['validation_questions']} questions. A method whose best rate lies elsewhere is wronged, although t "
             "makes up for much of it.",
             f"`{STUDY} --validation-examples 300 --validation-questions 400`; more `rates` in `benchmarks/evidence/methods.py`",
         ),
@@ -68,6 +77,10 @@ def weaknesses(found: Evidence, main: Comparison) -> Table:
             "What must be kept is calibrated on questions of the same source, and in the main table in the same form, as the test "
             f"questions of {PROBES['nq']}. Methods that calibrate gain most there.",
             f"`{STUDY} --experiments forms`, and the columns of what was not calibrated",
+        ),
+        (
+            f"What is asked beside the questions is little. {few(found)} Small differences there mean nothing.",
+            f"`{STUDY} --forms-of-asking 500 --abilities 100 --windows 50`",
         ),
         (
             "Rate, strength and t are chosen by KL on questions. For code or running text another choice would be best.",

@@ -6,6 +6,7 @@ import random
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 pytest.importorskip("benchmarks.evidence.page", reason="needs the repository's root on the path: python -m pytest")
 from benchmarks.evidence import figure, findings, fronts, names, page, tables
 from benchmarks.evidence import statistics as measures
+from benchmarks.evidence.settings import Sizes
 from benchmarks.evidence.statistics import LORA, Cell, Comparison, Way, evidence
 from nullspace.reporting.study import read_records
 
@@ -25,6 +27,7 @@ MAIN = Cell("gsm8k", 10, 16, "prompt", 256)
 CONTRAST, FILTERED, CORDA = Way("contrast"), Way("lora", "filter"), Way("corda-kpm")
 # Way → KL over LoRA's.
 SIZES = {LORA: 1.0, FILTERED: 0.1, CORDA: 0.5, CONTRAST: 0.05, Way("confine"): 0.2, Way("lora", "intruder"): 0.9}
+SIZES_OF_STUDY = asdict(Sizes())
 BASE_LOSS, LORA_BEST = 1.6, 0.9
 
 
@@ -73,7 +76,7 @@ def base(task: str = "gsm8k") -> list[Record]:
 
 
 def study(sizes: Mapping[Way, float] = SIZES) -> list[Record]:
-    first = {"kind": "study", "settings": {"model": "a tiny model"}, "environment": {}}
+    first = {"kind": "study", "settings": {"model": "a tiny model", "sizes": SIZES_OF_STUDY}, "environment": {}}
     points = [scored(way, size, seed) for way, size in sizes.items() for seed in SEEDS]
     curves = [tried(way, size, seed, t) for way, size in sizes.items() for seed in SEEDS for t in (0.5, 1.0, 1.2)]
     return [first, *base(), *curves, *points]
@@ -209,6 +212,7 @@ def test_the_page_says_what_the_numbers_say_and_not_in_which_order_they_came() -
     assert "1/20 of plain LoRA's" in text
     assert "1/10 of CorDA-KPM's" in text
     assert "less than confine and CorDA-KPM, more than contrast" in text
+    assert "on WikiText" in text
     assert "Only the main table has been measured so far" in text
     shuffled = [records[0], *random.Random(0).sample(records[1:], len(records) - 1)]
     assert page.page(shuffled, "records.jsonl") == text
