@@ -23,7 +23,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _against(compared: Comparison, way: Way, to: Way, name: str) -> str:
-    """`, 1/6 of CorDA-KPM's (95 %: 1/7 to 1/5)`; nothing, if there is nothing to compare."""
+    """`1/6 of CorDA-KPM's (95 %: 1/7 to 1/5)`; nothing, if there is nothing to compare."""
     ratio = compared.ratio(way, to) if way != to and to in compared.points else None
     return f"{part(ratio.value)} of {name} (95 %: {part(ratio.questions[0])} to {part(ratio.questions[1])})" if ratio else ""
 
@@ -47,9 +47,7 @@ def _least(compared: Comparison) -> str:
     ranked = compared.ranked()
     best = ranked[0]
     if best == LORA:
-        return (
-            f"None of {len(ranked)} ways to learn {_learning(compared)} moves the model less than plain LoRA that is scaled down."
-        )
+        return f"None of {_learning(compared)} moves the model less than plain LoRA that is scaled down."
     parts = [
         _against(compared, best, LORA, "plain LoRA's, scaled to the same learning"),
         _against(compared, best, CORDA, "CorDA-KPM's"),
@@ -57,16 +55,17 @@ def _least(compared: Comparison) -> str:
     same = [label(way) for way in ranked[1:] if not apart(compared, best, way)]
     close = f"; {listed(same)} cannot be told apart from it" if same else ""
     return (
-        f"Of {len(ranked)} ways to learn {_learning(compared)}, **{label(best)}** moves the model least on what it knew: KL(base "
+        f"Of {_learning(compared)}, **{label(best)}** moves the model least on what it knew: KL(base "
         f"‖ model) at the gold answers of {listed(PROBES[name] for name in compared.questions)} is "
         f"{significant(compared.kl(best).value, 2)} nats a token, {listed(text for text in parts if text)}{close}."
     )
 
 
 def _learning(compared: Comparison) -> str:
-    return f"{compared.level:.0%} of what plain LoRA can learn of {TASKS.get(compared.cell.task, compared.cell.task)}".replace(
-        "%", " %"
-    )
+    """How many methods learn how much."""
+    task = TASKS.get(compared.cell.task, compared.cell.task)
+    number = f"{len(compared.points)} methods, filtered ones counted apart,"
+    return f"{number} that learn {100 * compared.level:g} % of what plain LoRA can learn of {task}"
 
 
 def _filtered(compared: Comparison) -> str:
@@ -78,7 +77,8 @@ def _filtered(compared: Comparison) -> str:
     words = {-1: "less than {}", 1: "more than {}", 0: "and it cannot be told apart from {}"}
     shown = [words[sign].format(groups[sign]) for sign in (-1, 1, 0) if groups[sign]]
     beside = f": {', '.join(shown)}" if shown else ""
-    return f"**Plain LoRA, filtered after training**, has a KL of {_against(compared, FILTERED, LORA, 'it')}{beside}."
+    left = _against(compared, FILTERED, LORA, "LoRA's KL")
+    return f"**Plain LoRA, filtered after training**, leaves {left}{beside}."
 
 
 def _lost(compared: Comparison) -> str:

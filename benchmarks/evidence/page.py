@@ -152,7 +152,8 @@ def _picture(compared: Compared, name: str) -> str:
 ![KL to the base on knowledge questions against the share of LoRA's learning](images/evidence.svg)
 
 The least KL of each method over its rates, strengths and scales, for every amount of learning; on the *validation* split, where
-the choice is made; geometric mean over seeds. Dashed: filtered. The grey line is the learning at which the tables compare."""
+the choice is made; geometric mean over seeds. A line ends where one of its seeds learns no more. Dashed: filtered. The grey line
+is the learning at which the tables compare."""
 
 
 # Field of a cell → title, experiment, what the table shows.

@@ -216,7 +216,7 @@ def test_the_page_says_what_the_numbers_say_and_not_in_which_order_they_came() -
     assert "Only the main table has been measured so far" in text
     shuffled = [records[0], *random.Random(0).sample(records[1:], len(records) - 1)]
     assert page.page(shuffled, "records.jsonl") == text
-    assert "None of 2 ways" in page.page(study({LORA: 1.0, CORDA: 2.0}), "records.jsonl")
+    assert "None of 2 methods" in page.page(study({LORA: 1.0, CORDA: 2.0}), "records.jsonl")
     assert "cannot be told apart" in findings.answer(compared(close()))
 
 
