@@ -6,10 +6,10 @@ Two ways are told apart if the 95 % interval of the ratio of their KL, questions
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
-from benchmarks.evidence.names import KEEP, PROBES, TASKS, label, method, needs
-from benchmarks.evidence.statistics import LORA, Comparison, Way, drift_correlation, geometric_mean, resolution
+from benchmarks.evidence.names import FORMS, KEEP, PROBES, TASKS, label, method, needs
+from benchmarks.evidence.statistics import LORA, Cell, Comparison, Way, drift_correlation, geometric_mean, resolution
 from benchmarks.evidence.tables import ELSEWHERE, Table, between, part, signed, significant, with_interval
 
 FILTERED = Way("lora", "filter")
@@ -98,15 +98,36 @@ def _lost(compared: Comparison) -> str:
 def _uncalibrated(compared: Comparison) -> str:
     """Of the way with the least KL: what it leaves of LoRA's KL where nothing was calibrated."""
     best = compared.ranked()[0]
-    ratios = {name: geometric_mean(each) for name in ELSEWHERE if (each := compared.probe_ratio(best, name))}
+    ratios = _elsewhere(compared, best)
     if best == LORA or not ratios:
         return ""
-    ordered = sorted(ratios, key=lambda name: (ratios[name], name))
-    less, more = (
-        [f"{part(ratios[name])} on {PROBES[name]}" for name in ordered if (ratios[name] < 1) == own] for own in (True, False)
-    )
-    gains = f"what {label(best)} leaves of LoRA's KL is {listed(less)}" if less else f"{label(best)} is not ahead of LoRA anywhere"
-    return f"Where nothing was calibrated, {gains}{f', but it is {listed(more)}' if more else ''}."
+    less, more = ([name for name in ratios if (ratios[name] < 1) == own] for own in (True, False))
+    gains = f"leaves of LoRA's KL {_parts(ratios, less)}" if less else "is not ahead of LoRA anywhere"
+    return f"Where nothing was calibrated, {label(best)} {gains}{f', but has {_parts(ratios, more)}' if more else ''}."
+
+
+def _elsewhere(compared: Comparison, way: Way) -> dict[str, float]:
+    """Probe → KL over LoRA's."""
+    ratios = {name: geometric_mean(each) for name in ELSEWHERE if (each := compared.probe_ratio(way, name))}
+    return dict(sorted(ratios.items(), key=lambda item: item[1]))
+
+
+def _parts(ratios: Mapping[str, float], names: Iterable[str]) -> str:
+    return listed(f"{part(ratios[name])} on {PROBES[name]}" for name in names)
+
+
+def wider(compared: Comparison, forms: Mapping[Cell, Comparison]) -> str:
+    """Whether another form of the calibration takes the way with the least KL further where it is furthest behind."""
+    best = compared.ranked()[0]
+    own = _elsewhere(compared, best)
+    found = {cell: _elsewhere(each, best) for cell, each in forms.items() if best in each.points and best != LORA}
+    better = {cell: ratios for cell, ratios in found.items() if ratios and max(ratios.values()) < max(own.values(), default=0)}
+    if not better:
+        return ""
+    cell = min(better, key=lambda cell: max(better[cell].values()))
+    ratio = forms[cell].ratio(best)
+    questions = f", {part(ratio.value)} on the questions above" if ratio else ""
+    return f"Calibrated on {FORMS.get(cell.form, cell.form)}, it leaves {_parts(better[cell], better[cell])}{questions}."
 
 
 def _likely(forgotten: float) -> str:

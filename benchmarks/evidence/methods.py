@@ -4,10 +4,10 @@ All have adapters on all linear layers but the head, α = r, unless a method nam
 start that is random is drawn after `torch.manual_seed(seed)`; the others depend on the weights and on second moments alone.
 
 Two learning rates a method, a factor of 2 to 4 apart. The study chooses between them, and t, on its validation split. The pairs
-come from the records of earlier studies (`benchmarks/results/holding-cpu.jsonl`, `preservation-cpu.jsonl`: 10 steps on GSM8K,
-rank 16, scored on the first 16 test examples of at most 128 tokens): they lie about the rate at which a method learns 90 % of what
-LoRA learns; that of `lora-fa` comes from a run of seed 0 scored on training examples. The other methods that those records lack
-(`lora-mlp`, `mica`, `oplora`, `sc-lora`) have pairs about those of LoRA or of the most similar start.
+come from the records of earlier studies (`benchmarks/results/preservation-cpu.jsonl`, and `holding-cpu.jsonl` at commit 5a38986: 10
+steps on GSM8K, rank 16, scored on the first 16 test examples of at most 128 tokens): they lie about the rate at which a method
+learns 90 % of what LoRA learns; that of `lora-fa` comes from a run of seed 0 scored on training examples. The other methods that
+those records lack (`lora-mlp`, `mica`, `oplora`, `sc-lora`) have pairs about those of LoRA or of the most similar start.
 """
 
 from __future__ import annotations

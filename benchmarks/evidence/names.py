@@ -54,7 +54,7 @@ PROBES = {
 TASKS = {"gsm8k": "GSM8K", "code": "code (MBPP, CodeAlpaca)", "instructions": "instructions (Alpaca)"}
 FORMS = {
     "text": "text", "prompt": "text and few-shot questions", "chat": "text and questions in the chat template",
-    "wikitext": "WikiText", "mixed": "all of these and the task's template",
+    "wikitext": "WikiText", "mixed": "text, questions in all three forms and WikiText",
 }  # fmt: skip
 
 

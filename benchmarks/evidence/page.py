@@ -61,7 +61,7 @@ def _asked(compared: Compared, name: str) -> str:
     return f"""How much of what a model knew does each method keep, where all of them have learned as much? All methods may scale
 their change after training, which is free. Rates, strengths and scales are chosen on other data than those that are reported.
 
-{findings.answer(main)}
+{" ".join(filter(None, (findings.answer(main), findings.wider(main, compared.beside("form")))))}
 
 {findings.resolved(main)} What all of this does not show is [below](#what-is-weak-here-and-what-would-settle-it). This page is
 made by `python -m benchmarks.evidence.page` from `benchmarks/results/{name}`; the wording follows from the numbers."""
@@ -80,7 +80,7 @@ python -m benchmarks.evidence.page OUT/results.jsonl
   layers but the head (where a method does not name others), seeds {seeds}{machine}.
 - **Calibration**: what must be kept is calibrated on NQ-open's *train* part; in the main table on {form}, with equal trace,
   {samples} samples each, the same for all methods that take any; the task on {of_task} training examples. {others}
-  are not calibrated on (but for the form WikiText, which is its train part).
+  are not calibrated on (but for the forms with WikiText, its train part).
 - **What is chosen**: every run, of two learning rates a method, is scored on a validation split (other examples of the task;
   questions of NQ-open's train part on which nothing was calibrated) at t = {scales} times its change, and, filtered with strengths
   {strengths}, at t = {after}. For each method and seed, that rate, strength and t (interpolated between these) which reaches

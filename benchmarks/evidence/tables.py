@@ -218,7 +218,7 @@ def factors(reference: Comparison, others: Mapping[Cell, Comparison]) -> Table:
     return table
 
 
-ASKING = (*ASKED, "nq, chat", "nq, template", "wikitext")
+ASKING = (*ASKED, "nq, chat", "nq, template", "humaneval", "alpaca", "wikitext")
 
 
 def kept_forms(comparisons: Mapping[Cell, Comparison]) -> Table:

@@ -184,6 +184,7 @@ def test_a_form_makes_a_factor_and_what_is_not_calibrated_belongs_to_every_form(
     table = tables.factors(found.main, others)
     factors = {row[0]: row[-1] for row in table[1:]}
     assert factors == {"contrast": "3.0 (3.0, 3.0, 3.0)", "LoRA, filtered": "2.5 (2.5, 2.5, 2.5)"}
+    assert findings.wider(found.main, others) == ""  # KL is larger there
     kept = tables.kept_forms({MAIN: found.main, **others})
     assert next(row[:4] for row in kept if row[1] == "text") == [
         "contrast",
@@ -191,6 +192,19 @@ def test_a_form_makes_a_factor_and_what_is_not_calibrated_belongs_to_every_form(
         "0.15 (0.15 to 0.15)",
         "0.15 (0.15 to 0.15)",
     ]
+
+
+def test_a_form_that_holds_more_of_what_was_not_calibrated_is_named() -> None:
+    mixed = MAIN._replace(form="mixed")
+    more = [scored(CONTRAST, 0.06, seed, mixed) for seed in SEEDS]
+    for record in more:
+        record["scores"]["alpaca"] = {"loss": 2.0, "kl": 1e-3}
+        record["scores"]["humaneval"] = record["scores"]["wikitext"] = {"loss": 2.0, "kl": 5e-4}
+    found = page.Compared(evidence([*study(), *more]))
+    assert findings.wider(found.main, found.beside("form")) == (
+        "Calibrated on text, questions in all three forms and WikiText, it leaves 1/20 on HumanEval, 1/20 on WikiText "
+        "and 1/10 on Alpaca, 1/17 on the questions above."
+    )
 
 
 def test_fronts_take_the_least_kl_over_rates_at_equal_learning() -> None:
