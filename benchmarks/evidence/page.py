@@ -52,8 +52,8 @@ def command(experiment: str) -> str:
 def page(records: list[dict[str, Any]], name: str) -> str:
     """The whole page, from the records of a file of this name."""
     compared = Compared(evidence(records))
-    sections = (_asked, _measured, _main, _picture, _factors, _whom, _starts, _behind, _weak, _left_out)
-    return "\n\n".join(["# Evidence", *(section(compared, name) for section in sections)]) + "\n"
+    sections = (_measured, _main, _picture, _factors, _whom, _starts, _behind, _weak, _left_out)
+    return "\n\n".join(["# Evidence", _asked(compared, name), *(section(compared) for section in sections)]) + "\n"
 
 
 def _asked(compared: Compared, name: str) -> str:
@@ -97,7 +97,7 @@ python -m benchmarks.evidence.page OUT/results.jsonl
   `python -m benchmarks.evidence --out AGAIN --compare OUT` says whether all numbers that both have are the same to the last bit."""
 
 
-def _measured(compared: Compared, name: str) -> str:
+def _measured(compared: Compared) -> str:
     settings, environment, main = compared.found.settings, compared.found.environment, compared.main
     sizes = settings["sizes"]
     cell = main.cell
@@ -126,7 +126,7 @@ def _measured(compared: Compared, name: str) -> str:
     )
 
 
-def _main(compared: Compared, name: str) -> str:
+def _main(compared: Compared) -> str:
     main = compared.main
     parts = [f"## Forgetting at equal learning\n\n{command('main')}", markdown(tables.main(main))]
     if sentence := findings.no_intruders(main):
@@ -146,7 +146,7 @@ def _main(compared: Compared, name: str) -> str:
     return "\n\n".join(parts)
 
 
-def _picture(compared: Compared, name: str) -> str:
+def _picture(_: Compared) -> str:
     return """## The fronts
 
 ![KL to the base on knowledge questions against the share of LoRA's learning](images/evidence.svg)
@@ -158,19 +158,15 @@ is the learning at which the tables compare."""
 
 # Field of a cell → title, experiment, what the table shows.
 FACTORS = {
-    "form": (
-        "Calibration: the form",
-        "forms",
-        "KL over that of the first calibration; in brackets each seed.",
-    ),
-    "samples": ("Calibration: the number of samples", "samples", "The same for the number of samples."),
+    "form": ("Calibration: the form", "forms", "KL over that of the first calibration; in brackets each seed."),
+    "samples": ("Calibration: the number of samples", "samples", "KL over that of the first number; in brackets each seed."),
     "task": ("Other tasks", "tasks", "KL at equal learning of each task, and over LoRA's there."),
     "steps": ("Longer training", "longer", "KL at equal learning, and over LoRA's at as many steps."),
     "rank": ("Ranks", "ranks", "KL at equal learning, and over LoRA's of the same rank."),
 }
 
 
-def _factors(compared: Compared, name: str) -> str:
+def _factors(compared: Compared) -> str:
     parts = ["## Factors"]
     for field, (title, experiment, what) in FACTORS.items():
         others = compared.beside(field)
@@ -187,7 +183,7 @@ def _factors(compared: Compared, name: str) -> str:
     return "\n\n".join(parts) if len(parts) > 1 else "## Factors\n\nOnly the main table has been measured so far."
 
 
-def _whom(compared: Compared, name: str) -> str:
+def _whom(compared: Compared) -> str:
     return f"""## Which method for whom
 
 From the main table: the way with the least KL of those that a situation allows, and the next.
@@ -197,12 +193,12 @@ From the main table: the way with the least KL of those that a situation allows,
 How to use them: [Keeping what is known](holding.md)."""
 
 
-def _starts(compared: Compared, name: str) -> str:
+def _starts(compared: Compared) -> str:
     lines = [f"- {sentence}" for sentence in (*findings.starts(compared.main), findings.drifts(compared.main)) if sentence]
     return "## What a start alone does, and what it does not\n\n" + "\n".join(lines)
 
 
-def _behind(compared: Compared, name: str) -> str:
+def _behind(compared: Compared) -> str:
     return f"""## Where calibration is not ahead
 
 By what is asked, at equal learning (geometric means over seeds). A method that calibrates lowers what its update reads of the
@@ -211,13 +207,13 @@ calibrated inputs; on inputs unlike them nothing holds it.
 {markdown(findings.behind(compared.main))}"""
 
 
-def _weak(compared: Compared, name: str) -> str:
+def _weak(compared: Compared) -> str:
     return f"""## What is weak here, and what would settle it
 
 {markdown(sceptic.weaknesses(compared.found, compared.main))}"""
 
 
-def _left_out(compared: Compared, name: str) -> str:
+def _left_out(compared: Compared) -> str:
     unmeasured = [
         f"{title[0].lower()}{title[1:]} (`--experiments {experiment}`)"
         for field, (title, experiment, _) in FACTORS.items()

@@ -212,8 +212,10 @@ def factors(reference: Comparison, others: Mapping[Cell, Comparison]) -> Table:
             row = [label(way), with_interval(reference.kl(way))]
             for compared in others.values():
                 ratio = compared.ratio(way, way, other=reference)
-                seeds = ", ".join(significant(value, 2) for value in ratio.seeds) if ratio else ""
-                row.append(f"{significant(ratio.value, 2)} ({seeds})" if ratio else "")
+                if ratio:
+                    row.append(f"{significant(ratio.value, 2)} ({', '.join(significant(value, 2) for value in ratio.seeds)})")
+                else:
+                    row.append("missed" if way in compared.missed else "")
             table.append(row)
     return table
 
