@@ -8,8 +8,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
+
+from benchmarks.evidence.fronts import most_learned
 from benchmarks.evidence.names import FORMS, KEEP, PROBES, TASKS, label, method, needs
-from benchmarks.evidence.statistics import LORA, Cell, Comparison, Way, drift_correlation, geometric_mean, resolution
+from benchmarks.evidence.statistics import LORA, Cell, Comparison, Evidence, Way, drift_correlation, geometric_mean, resolution
 from benchmarks.evidence.tables import ELSEWHERE, Table, between, part, signed, significant, with_interval
 
 FILTERED = Way("lora", "filter")
@@ -102,8 +105,9 @@ def _uncalibrated(compared: Comparison) -> str:
     if best == LORA or not ratios:
         return ""
     less, more = ([name for name in ratios if (ratios[name] < 1) == own] for own in (True, False))
+    over = f", but has more than LoRA on {listed(f'{PROBES[name]} ({part(ratios[name])})' for name in more)}" if more else ""
     gains = f"leaves of LoRA's KL {_parts(ratios, less)}" if less else "is not ahead of LoRA anywhere"
-    return f"Where nothing was calibrated, {label(best)} {gains}{f', but has {_parts(ratios, more)}' if more else ''}."
+    return f"Where nothing was calibrated, {label(best)} {gains}{over}."
 
 
 def _elsewhere(compared: Comparison, way: Way) -> dict[str, float]:
@@ -209,6 +213,17 @@ def drifts(compared: Comparison) -> str:
         f"The drift on the calibrated inputs orders these {number} models (all methods and seeds, at equal learning) by their KL "
         f"with a rank correlation of: {listed(shown)}. Where it is low, holding the calibrated inputs does not hold what is asked."
     )
+
+
+def slow(found: Evidence, compared: Comparison) -> str:
+    """Ways that are calibrated and learn less than plain LoRA at its best, whatever they are allowed to move."""
+    short = {way: shares for way, shares in most_learned(found, compared.cell).items() if needs(way) and np.mean(shares) < 0.995}
+    if not short:
+        return ""
+    shown = [
+        f"{label(way)} {100 * np.mean(shares):.0f} %" for way, shares in sorted(short.items(), key=lambda item: -np.mean(item[1]))
+    ]
+    return f"At the rates and scales that were run, these learn at most so much of what plain LoRA learns at best: {listed(shown)}."
 
 
 def behind(compared: Comparison) -> Table:

@@ -41,6 +41,16 @@ def learned(found: Evidence, cell: Cell) -> float:
     return float(np.mean([begin - choice.target(begin, list(own.values()), 1.0) for own in curves(found, cell)[LORA].values()]))
 
 
+def most_learned(found: Evidence, cell: Cell) -> dict[Way, list[float]]:
+    """Way → the largest share of what plain LoRA learns at best that it reaches, of each seed."""
+    begin, by_way = base_loss(found, cell), curves(found, cell)
+    plain = {seed: list(own.values()) for seed, own in by_way[LORA].items()}
+    return {
+        way: [choice.share(begin, plain[seed], own.values()) for seed, own in seeds.items() if seed in plain]
+        for way, seeds in by_way.items()
+    }
+
+
 def curves(found: Evidence, cell: Cell) -> dict[Way, dict[int, Curves]]:
     """Way → seed → (rate, strength) → task loss and KL over the scale."""
     points: dict[Way, dict[int, dict[Hashable, list[Point]]]] = {}

@@ -204,7 +204,9 @@ def _behind(compared: Compared) -> str:
 By what is asked, at equal learning (geometric means over seeds). A method that calibrates lowers what its update reads of the
 calibrated inputs; on inputs unlike them nothing holds it.
 
-{markdown(findings.behind(compared.main))}"""
+{markdown(findings.behind(compared.main))}
+
+{findings.slow(compared.found, compared.main)}""".rstrip()
 
 
 def _weak(compared: Compared) -> str:

@@ -217,6 +217,8 @@ def test_fronts_take_the_least_kl_over_rates_at_equal_learning() -> None:
     assert lines[CONTRAST][0] < 0.05 * lines[LORA][0]
     assert lines[CONTRAST][1] == pytest.approx(0.05 * lines[LORA][1])
     assert np.isnan(lines[LORA][2])
+    shares = fronts.most_learned(evidence([*study(), *slow]), MAIN)
+    assert shares[LORA] == pytest.approx([1.0] * 3)
 
 
 def test_the_page_says_what_the_numbers_say_and_not_in_which_order_they_came() -> None:
