@@ -195,9 +195,7 @@ def starts(compared: Comparison) -> list[str]:
         if ratio:
             filtered.append(f"{label(way._replace(how='none'))} {part(ratio.value)} ({between(ratio.questions, 2)})")
     if filtered:
-        sentences.append(
-            f"Filtered after training, each with its own rate, strength and t, is left of the KL of: {listed(filtered)}."
-        )
+        sentences.append(f"A filter after training leaves, of the KL of the same method without it: {listed(filtered)}.")
     return sentences
 
 

@@ -160,9 +160,9 @@ is the learning at which the tables compare."""
 FACTORS = {
     "form": ("Calibration: the form", "forms", "KL over that of the first calibration; in brackets each seed."),
     "samples": ("Calibration: the number of samples", "samples", "KL over that of the first number; in brackets each seed."),
-    "task": ("Other tasks", "tasks", "KL at equal learning of each task, and over LoRA's there."),
-    "steps": ("Longer training", "longer", "KL at equal learning, and over LoRA's at as many steps."),
-    "rank": ("Ranks", "ranks", "KL at equal learning, and over LoRA's of the same rank."),
+    "task": ("Other tasks", "tasks", "KL at equal learning of each task."),
+    "steps": ("Longer training", "longer", "KL at equal learning; LoRA with as many steps."),
+    "rank": ("Ranks", "ranks", "KL at equal learning; LoRA of the same rank."),
 }
 
 
@@ -172,13 +172,12 @@ def _factors(compared: Compared) -> str:
         others = compared.beside(field)
         if not others:
             continue
-        together = {compared.main.cell: compared.main, **others}
-        table = tables.factors(compared.main, others) if field in ("form", "samples") else tables.across(together)
-        parts += [f"### {title}\n\n{command(experiment)}", what, markdown(table)]
+        make = tables.factors if field in ("form", "samples") else tables.across
+        parts += [f"### {title}\n\n{command(experiment)}", what, markdown(make(compared.main, others))]
         if field == "form":
             parts += [
                 "Which form of asking each form of calibration keeps (KL over LoRA's on the same questions):",
-                markdown(tables.kept_forms(together)),
+                markdown(tables.kept_forms(compared.main, others)),
             ]
     return "\n\n".join(parts) if len(parts) > 1 else "## Factors\n\nOnly the main table has been measured so far."
 

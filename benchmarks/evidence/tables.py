@@ -181,41 +181,42 @@ def named_cell(cell: Cell, among: Sequence[Cell]) -> str:
     return ", ".join(words[field] for field in Cell._fields if len({getattr(each, field) for each in among}) > 1)
 
 
-def across(comparisons: Mapping[Cell, Comparison]) -> Table:
-    """KL of each way in several cells, and over LoRA's there."""
+def across(reference: Comparison, others: Mapping[Cell, Comparison]) -> Table:
+    """KL of each way in several cells; over LoRA's there, and that of each seed."""
+    comparisons = dict(sorted({reference.cell: reference, **others}.items()))
     cells = list(comparisons)
-    table = [["KL (÷ LoRA's)", *(named_cell(cell, cells) for cell in cells)]]
-    for way in _in_several(comparisons):
+    table = [["KL; ÷ LoRA's (each seed)", *(named_cell(cell, cells) for cell in cells)]]
+    for way in _in_several(reference, others):
         row = [label(way)]
         for compared in comparisons.values():
             if way in compared.points:
                 ratio = compared.ratio(way) if way != LORA else None
-                row.append(significant(compared.kl(way).value) + (f" ({significant(ratio.value, 2)})" if ratio else ""))
+                row.append(significant(compared.kl(way).value) + (f"; {_with_seeds(ratio)}" if ratio else ""))
             else:
                 row.append("missed" if way in compared.missed else "")
         table.append(row)
     return table
 
 
-def _in_several(comparisons: Mapping[Cell, Comparison]) -> list[Way]:
-    """Ways that more than one cell has, by KL in the first."""
-    first, *others = comparisons.values()
-    return [way for way in first.ranked() if any(way in each.points or way in each.missed for each in others)]
+def _with_seeds(ratio: Estimate) -> str:
+    return f"{significant(ratio.value, 2)} ({', '.join(significant(value, 2) for value in ratio.seeds)})"
+
+
+def _in_several(reference: Comparison, others: Mapping[Cell, Comparison]) -> list[Way]:
+    """Ways of the reference that other cells have too, by rising KL."""
+    return [way for way in reference.ranked() if any(way in each.points or way in each.missed for each in others.values())]
 
 
 def factors(reference: Comparison, others: Mapping[Cell, Comparison]) -> Table:
     """KL with another calibration over KL with that of the reference: the geometric mean, and each seed."""
     cells = [reference.cell, *others]
     table = [["method", f"KL, {named_cell(reference.cell, cells)}", *(f"÷, {named_cell(cell, cells)}" for cell in others)]]
-    for way in _in_several({reference.cell: reference, **others}):
+    for way in _in_several(reference, others):
         if any(point.cell.form for point in reference.points[way].values()):
             row = [label(way), with_interval(reference.kl(way))]
             for compared in others.values():
                 ratio = compared.ratio(way, way, other=reference)
-                if ratio:
-                    row.append(f"{significant(ratio.value, 2)} ({', '.join(significant(value, 2) for value in ratio.seeds)})")
-                else:
-                    row.append("missed" if way in compared.missed else "")
+                row.append(_with_seeds(ratio) if ratio else "missed" if way in compared.missed else "")
             table.append(row)
     return table
 
@@ -223,13 +224,13 @@ def factors(reference: Comparison, others: Mapping[Cell, Comparison]) -> Table:
 ASKING = (*ASKED, "nq, chat", "nq, template", "humaneval", "alpaca", "wikitext")
 
 
-def kept_forms(comparisons: Mapping[Cell, Comparison]) -> Table:
+def kept_forms(reference: Comparison, others: Mapping[Cell, Comparison]) -> Table:
     """Which form of asking is kept by which form of calibration: KL over LoRA's."""
-    cells = list(comparisons)
+    comparisons = {reference.cell: reference, **others}
     table = [["KL ÷ LoRA's", "calibrated on", *(PROBES[name] for name in ASKING)]]
-    for way in _in_several(comparisons):
+    for way in _in_several(reference, others):
         for cell, compared in comparisons.items():
             if way in compared.points and any(point.cell.form for point in compared.points[way].values()):
                 ratios = [_geometric(compared.probe_ratio(way, name)) for name in ASKING]
-                table.append([label(way), named_cell(cell, cells), *ratios])
+                table.append([label(way), named_cell(cell, list(comparisons)), *ratios])
     return table

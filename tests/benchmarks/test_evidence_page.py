@@ -185,7 +185,10 @@ def test_a_form_makes_a_factor_and_what_is_not_calibrated_belongs_to_every_form(
     factors = {row[0]: row[-1] for row in table[1:]}
     assert factors == {"contrast": "3.0 (3.0, 3.0, 3.0)", "LoRA, filtered": "2.5 (2.5, 2.5, 2.5)"}
     assert findings.wider(found.main, others) == ""  # KL is larger there
-    kept = tables.kept_forms({MAIN: found.main, **others})
+    across = tables.across(found.main, others)
+    assert across[0][1:] == ["text and few-shot questions", "text"]
+    assert next(row for row in across if row[0] == "contrast")[2].endswith("; 0.15 (0.15, 0.15, 0.15)")
+    kept = tables.kept_forms(found.main, others)
     assert next(row[:4] for row in kept if row[1] == "text") == [
         "contrast",
         "text",
