@@ -81,10 +81,9 @@ def _geometric(ratios: Sequence[float]) -> str:
 
 
 def named(compared: Comparison, way: Way) -> str:
-    """With the number of seeds, where not all of them reach the level."""
-    seeds = len(compared.points[way])
-    missed = len(compared.missed.get(way, ()))
-    return label(way) + (f" ({seeds} of {seeds + missed} seeds)" if missed else "")
+    """With the number of seeds, where not all of LoRA's have a point."""
+    seeds, wanted = len(compared.points[way]), len(compared.points[LORA])
+    return label(way) + (f" ({seeds} of {wanted} seeds)" if seeds < wanted else "")
 
 
 def main(compared: Comparison) -> Table:
