@@ -81,7 +81,7 @@ python -m benchmarks.evidence.page OUT/results.jsonl
 - **Calibration**: what must be kept is calibrated on NQ-open's *train* part; in the main table on {form}, with equal trace,
   {samples} samples each, the same for all methods that take any; the task on {of_task} training examples. {others}
   are not calibrated on (but for the forms with WikiText, its train part).
-- **What is chosen**: every run, of two learning rates a method, is scored on a validation split (other examples of the task;
+- **What is chosen**: every run, of two or three rates a method, is scored on a validation split (other examples of the task;
   questions of NQ-open's train part on which nothing was calibrated) at t = {scales} times its change, and, filtered with strengths
   {strengths}, at t = {after}. For each method and seed, that rate, strength and t (interpolated between these) which reaches
   the target with the least KL there is scored on the test split: once, and nothing else is.

@@ -112,7 +112,7 @@ class Worker:
     def _start(self, unit: Unit, seed: int) -> methods.Prepared:
         """A model with adapters; where the data alone decide how they start, that of the last unit again, put back to its start."""
         method = methods.METHODS[unit.method]
-        key = (*unit._replace(seeds=(), whole=True, steps=0), None if method.start else seed)
+        key = (*unit._replace(seeds=(), whole=True, steps=0, first_rates=0), None if method.start else seed)
         if key in self._prepared:
             prepared, start = self._prepared[key]
             for name, parameter in prepared.model.named_parameters():
@@ -243,15 +243,16 @@ class Worker:
             return wanted <= there
 
         self._await(complete, f"plain LoRA with {unit.steps} steps on {unit.task}, rank {unit.rank}, seed {seed}")
-        return list(self.curves(unit.plain, seed).values())
+        return [each for (rate, _), each in self.curves(unit.plain, seed).items() if rate in unit.plain.rates]
 
     def _chosen(self, unit: Unit, seed: int, plain: list[Curve]) -> choice.Chosen | None:
         loss = choice.target(self.base_loss(unit.task), plain, declared.LEVEL)
         return choice.chosen(self.curves(unit, seed), loss)
 
     def _chosen_rate(self, unit: Unit, seed: int) -> float:
+        """At which the change is reported to which something is done afterwards."""
         plain = self._plain(unit, seed)
-        chosen = self._chosen(unit.plain, seed, plain)
+        chosen = self._chosen(unit._replace(post="none", kept=("", 0)), seed, plain)
         assert chosen is not None  # plain LoRA reaches what it learns
         rate: float = chosen.key[0]  # type: ignore[index]
         return rate

@@ -68,7 +68,7 @@ def weaknesses(found: Evidence, main: Comparison) -> Table:
             f"`{STUDY} --examples 400 --validation-examples 300`",
         ),
         (
-            f"Two learning rates a method, and a choice on {sizes['validation_examples']} examples and "
+            f"Two or three learning rates a method, and a choice on {sizes['validation_examples']} examples and "
             f"{sizes['validation_questions']} questions. A method whose best rate lies elsewhere is wronged, although t "
             "makes up for much of it.",
             f"`{STUDY} --validation-examples 300 --validation-questions 400`; more `rates` in `benchmarks/evidence/methods.py`",

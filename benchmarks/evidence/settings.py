@@ -65,7 +65,7 @@ SCALES_AFTER = (0.6, 1.2)
 STRENGTHS = (1.0, 10.0)
 """of a filter"""
 LEVEL = 0.9
-"""the share of what plain LoRA learns at best, over rates and scales, at which methods are compared"""
+"""the share of what plain LoRA learns at best, over its first two rates and scales, at which methods are compared"""
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,15 @@ class Experiment(NamedTuple):
     forms: tuple[str, ...] = (FORM,)
     samples: tuple[int, ...] = (0,)
     """0: those of `Sizes`"""
+    rates: int = 2
+    """so many of the methods' learning rates"""
     rate_factor: float = 1.0
     """of the methods' learning rates"""
 
 
 _LEADING = ("lora", "contrast", "corda-kpm", "lora-null v2")
 EXPERIMENTS = {
-    "main": Experiment(),
+    "main": Experiment(rates=3),
     "forms": Experiment(_LEADING, forms=("text", "chat", "wikitext", "mixed")),
     "tasks": Experiment(_LEADING, tasks=("code", "instructions")),
     "longer": Experiment(_LEADING, steps=(100,), rate_factor=0.5),

@@ -30,7 +30,7 @@ class Unit(NamedTuple):
 
     `samples` is 0 and `form` empty where a method takes no calibration. `post` is `none`, `filter` or `intruder`; `kept` are form
     and samples of a filter. `whole`: all questions of NQ-open are asked. `rate_factor`: of the
-    method's learning rates.
+    method's learning rates, of which the first `first_rates` are run.
     """
 
     method: str
@@ -43,11 +43,12 @@ class Unit(NamedTuple):
     post: str = "none"
     kept: tuple[str, int] = ("", 0)
     whole: bool = True
+    first_rates: int = 3
     rate_factor: float = 1.0
 
     @property
     def rates(self) -> list[float]:
-        return [rate * self.rate_factor for rate in methods.METHODS[self.method].rates]
+        return [rate * self.rate_factor for rate in methods.METHODS[self.method].rates[: self.first_rates]]
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -64,8 +65,8 @@ class Unit(NamedTuple):
 
     @property
     def plain(self) -> Unit:
-        """The unit whose learning is the measure: plain LoRA with the same task, steps and rank."""
-        return self._replace(method="lora", form="", samples=0, post="none", kept=("", 0))
+        """The unit whose learning is the measure: plain LoRA with the same task, steps and rank, at the first two of its rates."""
+        return self._replace(method="lora", form="", samples=0, post="none", kept=("", 0), first_rates=2)
 
 
 def units_of(name: str, experiment: Experiment, sizes: Sizes, seeds: tuple[int, ...], only: list[str] | None) -> list[Unit]:
@@ -78,7 +79,9 @@ def units_of(name: str, experiment: Experiment, sizes: Sizes, seeds: tuple[int, 
     for task, steps, rank, method, form, given in cells:
         samples, how = given or sizes.samples, methods.METHODS[method]
         own = (form, samples) if "keep" in how.needs else ("", 0)
-        unit = Unit(method, task, steps, rank, *own, seeds, whole=first, rate_factor=experiment.rate_factor)
+        unit = Unit(
+            method, task, steps, rank, *own, seeds, whole=first, first_rates=experiment.rates, rate_factor=experiment.rate_factor
+        )
         units.append(unit)
         if how.filtered and (first or method == "lora"):
             after.append(unit._replace(post="filter", kept=(form, samples)))
