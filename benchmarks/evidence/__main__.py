@@ -2,7 +2,7 @@
 
     python -m benchmarks.evidence --out study --data FOLDER --workers 2                    # SmolLM2-135M, two CPU cores, hours
     python -m benchmarks.evidence --out study --data FOLDER --experiments main --methods lora contrast --seeds 0
-    python -m benchmarks.evidence --out again --data FOLDER --methods lora --seeds 0 --compare study
+    python -m benchmarks.evidence --out again --compare study           # of a part that was run again: the same numbers?
 
 A *run* trains one method. What training has changed is scored at several scales on the validation split (`settings`); of all rates,
 strengths of a filter, and scales, the one that reaches the target with the least KL to the base there is scored on the test split.

@@ -84,7 +84,8 @@ python -m benchmarks.evidence.page OUT/results.jsonl
 - **What is chosen**: every run, of two or three rates a method, is scored on a validation split (other examples of the task;
   questions of NQ-open's train part on which nothing was calibrated) at t = {scales} times its change, and, filtered with strengths
   {strengths}, at t = {after}. For each method and seed, that rate, strength and t (interpolated between these) which reaches
-  the target with the least KL there is scored on the test split: once, and nothing else is.
+  the target with the least KL there is scored on the test split, and nothing else is. Where two rates
+  left the choice at an end, or missed the target, a third one is run after they have been reported.
 - **Equal learning**: the target of a seed is base loss − {level:g} · (base loss − the lowest loss of plain LoRA over rate and t),
   on the validation split. On the test split the task losses then are {unequal}.
 - **KL**: KL(base ‖ model), nats a token of the gold answers; {counts}; the mean of the sets. *Forgotten*: how many nats an answer

@@ -205,7 +205,7 @@ class Worker:
         until = time.monotonic() + _PATIENCE
         while not there():
             if time.monotonic() > until:
-                raise SystemExit(f"waited {_PATIENCE:.0f} s for {what}")
+                raise TimeoutError(f"waited {_PATIENCE:.0f} s for {what}")
             time.sleep(2)
 
     def points(self, unit: Unit, seed: int) -> dict[tuple[float, float], list[Point]]:
