@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nullspace.checks import FRACTION, NOT_NEGATIVE, check_device, check_real
 from nullspace.cli import console, options
@@ -50,6 +50,8 @@ RIDGE = option("Added to the task's second moment, relative to its mean eigenval
 class Budget:
     """How strong a filter is to be: one of the first three."""
 
+    PANEL: ClassVar[str] = "Strength"
+
     strength: float | None = option(STRENGTH, None, _check_not_negative, _OUT)
     drift: float | None = option(
         "The largest allowed median drift, ‖ΔW X‖ / ‖W₀ X‖ on what must be kept; reads the base's weights.", None, check_real, _OUT
@@ -61,6 +63,8 @@ class Budget:
 @dataclass(frozen=True)
 class Sources:
     """The second moments of the task and of what must be kept: kept ones, or those of data."""
+
+    PANEL: ClassVar[str] = "Task and what must be kept"
 
     task: Path | None = option(TASK, None)
     keep: Path | None = option(KEEP, None)

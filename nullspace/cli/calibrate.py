@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nullspace.cli import console, options, together
 from nullspace.cli.data import ALONE, DATA, WEIGHTS, Text, described
@@ -32,6 +32,8 @@ def _parse_shard(text: str) -> tuple[int, int]:
 @dataclass(frozen=True)
 class Source:
     """Where `compute` gets its covariances from."""
+
+    PANEL: ClassVar[str] = "Data"
 
     data: list[str] | None = DATA
     weights: str | None = WEIGHTS

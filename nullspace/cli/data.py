@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nullspace.checks import check_integer
 from nullspace.cli import options
@@ -68,6 +68,8 @@ BATCH_SIZE = option("Sequences a batch.", 4, check_integer, RUN_ON_DATA)
 @dataclass(frozen=True)
 class Text:
     """How data are read and cut into batches."""
+
+    PANEL: ClassVar[str] = "Data"
 
     field: str | None = option("Field(s) that hold the text, joined if several: 'question,answer'.", None, needs=_ROWS)
     split: str = option("Split of a hub data set.", "train", needs=_HUB)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import nullspace
 from nullspace.checks import FRACTION, NOT_NEGATIVE, check_real
@@ -20,10 +20,10 @@ from nullspace.cli.options import (
     Loading,
     RunningForSpaces,
     Shown,
-    check_choice,
     method_of,
     needed,
     of_methods,
+    one_of,
     option,
 )
 from nullspace.errors import InputError
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from nullspace.model.sites import Targets
 
 
+METHODS = (
+    *("lora-null", "b-zero", "contrast", "corda-kpm", "corda-ipm", "corda-exact", "sc-lora"),
+    *("milora", "pissa", "eva", "orthogonal"),
+)
 _check_fraction = functools.partial(check_real, allowed=FRACTION)
 _check_not_negative = functools.partial(check_real, allowed=NOT_NEGATIVE)
 
@@ -39,6 +43,8 @@ _check_not_negative = functools.partial(check_real, allowed=NOT_NEGATIVE)
 @dataclass(frozen=True)
 class Source:
     """What `init` starts from."""
+
+    PANEL: ClassVar[str] = "Data"
 
     data: list[str] | None = DATA
     weights: str | None = WEIGHTS
@@ -51,14 +57,15 @@ class Source:
 class Adapter:
     """The adapter, and the method that gives it its first values."""
 
+    PANEL: ClassVar[str] = "Adapter"
+
     rank: int = options.RANK
     alpha: float | None = option("LoRA's alpha; the rank by default, so that the scaling is 1.", None, check_real)
     use_rslora: bool = option("Scale by alpha / sqrt(rank).", False)
     method: str = option(
-        "'lora-null', 'corda-kpm', 'corda-ipm', 'corda-exact', 'sc-lora', 'milora' or 'pissa'; 'contrast', 'b-zero', 'eva' "
-        "or 'orthogonal' leave the base alone.",
+        "How the adapter begins; contrast, b-zero, eva and orthogonal leave the base alone.",
         "lora-null",
-        check_choice,
+        one_of(*METHODS),
     )
     sigma_scale: float = option(
         "lora-null: multiply the adapter's product (the paper's Table 5).", 1.0, check_real, of_methods("sigma_scale")
@@ -86,7 +93,7 @@ class Adapter:
         "What subtracts the adapter's initial product: 'base' (OUT/base), 'adapter' (a second, frozen one, OUT/subtracted) or "
         "'auto': the base where it can be changed.",
         "auto",
-        check_choice,
+        one_of("auto", "base", "adapter"),
         needed("methods that change the base", lambda values: method_of(values).changes_base),
     )
     avoid: list[Path] | None = options.AVOID
@@ -112,11 +119,11 @@ def init(
     from nullspace import NullSpaces
     from nullspace.artifacts.checkpoint import COVARIANCES
     from nullspace.integrations import peft
-    from nullspace.methods import METHODS
+    from nullspace.methods import METHODS as ENTRIES
     from nullspace.model.coverage import covered_share
 
     began = time.perf_counter()
-    method = METHODS[adapter.method]
+    method = ENTRIES[adapter.method]
     _check_sources(source, adapter, method.needs)
     if source.data is None and not together.is_first():
         return None
@@ -227,11 +234,11 @@ def _write_init(
 ) -> dict[str, Any]:
     """Write adapter, base and null spaces. Returns the record of how they were made."""
     from nullspace.integrations import peft
-    from nullspace.methods import METHODS
+    from nullspace.methods import METHODS as ENTRIES
 
     config = _peft_config(calibration, adapter)
     numbers = adapter.numbers()
-    method = METHODS[adapter.method]
+    method = ENTRIES[adapter.method]
     record = {
         "revision": calibration.base.revision,
         **origin,

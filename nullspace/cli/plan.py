@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from nullspace.cli import console, data, options
 from nullspace.cli.calibrate import check_length
@@ -19,6 +19,8 @@ def _parse_size(text: str) -> int:
 @dataclass(frozen=True)
 class Work:
     """The calibration."""
+
+    PANEL: ClassVar[str] = "Calibration"
 
     samples: int = data.SAMPLES
     length: int = data.LENGTH
@@ -36,6 +38,8 @@ class Work:
 @dataclass(frozen=True)
 class Machine:
     """Where it would run."""
+
+    PANEL: ClassVar[str] = "Machine"
 
     device: str | None = option(
         "cuda or cpu; cuda by default if there is one, or if --device-memory is given.", None, one_of("cuda", "cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nullspace.cli import console
 from nullspace.cli.calibrate import load_model
@@ -34,6 +34,8 @@ def _has_layers(values: Values) -> bool:
 @dataclass(frozen=True)
 class Sources:
     """What the page is made of."""
+
+    PANEL: ClassVar[str] = "Sources"
 
     covariances: Path | None = option("What `nullspace covariances` or `merge` wrote.", None)
     spaces: Path | None = option("What `nullspace compute` or `init` wrote.", None)

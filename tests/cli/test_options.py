@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,15 @@ import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from nullspace.artifacts.residual import RESIDUALS
+from nullspace.calibration import hidden_states
+from nullspace.calibration.run import STRATEGIES
 from nullspace.cli import COMMANDS, app
 from nullspace.cli.options import declared
 from nullspace.integrations.transformers import positions
+from nullspace.methods import METHODS
+from nullspace.moments.precision import PRECISIONS
+from nullspace.planning import plan
 
 INSTALLED: Any = get_command(app)
 DECLARED = {command.__name__: {name: option for name, (_, option) in declared(command).items()} for command in COMMANDS}
@@ -109,6 +116,32 @@ def test_every_option_is_declared_once() -> None:
         assert list(options) == list(parameters(command))
         for name, each in parameters(command).items():
             assert tuple(each.opts) == (options[name].flags(name) or (name,))
+
+
+def test_the_choices_of_the_command_line_are_those_of_the_library() -> None:
+    """They are written twice, since the library imports torch, and the help is not to wait for it."""
+    known = {
+        "experts": plan.EXPERTS,
+        "hidden_states": hidden_states.PLACES,
+        "method": tuple(METHODS),
+        "precision": PRECISIONS,
+        "residual": RESIDUALS,
+        "strategy": STRATEGIES,
+    }
+    for command, options in DECLARED.items():
+        for name in known.keys() & options.keys():
+            assert options[name].check == known[name], (command, name)
+
+
+def test_the_help_has_groups_and_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command, panels in {"init": ["Data", "Adapter", "Layers and sums", "Model and run", "Output"], "plan": ["Machine"]}.items():
+        shown = CliRunner().invoke(app, [command, "--help"]).stdout
+        assert [title for title in panels if f"╭─ {title} ─" in shown] == panels
+        words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", shown).split())
+        for name, option in DECLARED[command].items():
+            if isinstance(option.check, tuple):
+                assert f"One of: {', '.join(option.check)}." in words, name
 
 
 def test_every_command_has_a_source_here() -> None:
