@@ -125,11 +125,18 @@ def load_model(
         load_in_4bit=load_in_4bit,
         load_in_8bit=load_in_8bit,
     )
-    path = Path(name)
+    return model, load_tokenizer(source)
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a model: a hub name, a folder, a `.gguf` file, or a `ModelSource`. Errors as `load_model`."""
+    path, source = Path(name), ModelSource.of(name)
+    if path.suffix == ".gguf" and not path.is_file():
+        raise MissingFileError(f"{path} is not a file")
     with _naming(name):
         if path.suffix == ".gguf":
-            return model, AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        return model, AutoTokenizer.from_pretrained(source.name, **source.options())
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(source.name, **source.options())
 
 
 def load_weights(

@@ -36,6 +36,7 @@ RUN = "run.json"
 _FILE = re.compile(r"[0-9]{5,}")
 _RECORD_FIELDS = {"facts": an_object(), "tensors": map_of(text())}
 _FACTS_FIELDS = {"members": list_of(text(), least=1, distinct=True)}
+SUMS = "sums"  # folder of the sums of an interrupted resident pass (`nullspace.calibration.interruption`)
 COVARIANCES = "covariances"  # folder of those that the command line's `init` keeps until its adapter is written
 _OWN = re.compile(r"run\.json(\.[0-9]+)?(\.part)?|[0-9]{5,}\.safetensors(\.part)?")
 
@@ -149,8 +150,7 @@ class Checkpoint:
         Raises:
             OSError: if it cannot be written; the previous file then remains.
         """
-        if not self._begun:
-            self._begin()
+        self.begin()
         if site not in self._numbers:  # the lowest free number (damaged files were deleted) that is this process's
             taken = set(self._numbers.values())
             free = (n for n in itertools.count(self._job.number, self._job.count) if n not in taken)
@@ -164,7 +164,15 @@ class Checkpoint:
     def _path(self, number: int) -> Path:
         return self._directory / f"{number:05d}.safetensors"
 
-    def _begin(self) -> None:
+    @property
+    def sums(self) -> Path:
+        """Where the sums of an interrupted pass are kept."""
+        return self._directory / SUMS
+
+    def begin(self) -> None:
+        """Create the directory and its `run.json`, if they are not there."""
+        if self._begun:
+            return
         self._directory.mkdir(parents=True, exist_ok=True)
         part = self._directory / (f"{RUN}.{self._job.number}.part" if self._job.count > 1 else f"{RUN}.part")
         with store.writing(part):
@@ -197,7 +205,8 @@ def delete(directory: Path) -> None:
     """Delete a checkpoint's files. Files of other origin stay, and then the directory too."""
     if not directory.is_dir():
         return
-    store.delete_directory(directory / COVARIANCES)
+    for folder in (COVARIANCES, SUMS):
+        store.delete_directory(directory / folder)
     own = [path for path in directory.iterdir() if _OWN.fullmatch(path.name) and path.is_file()]
     for path in sorted(own, key=lambda path: path.name == RUN):  # last, since it identifies the checkpoint
         path.unlink()

@@ -135,15 +135,16 @@ def _sites(run: Run, kept: Checkpoint | None, dtype: torch.dtype) -> Iterator[Wr
     left = targets.only(name for name in targets if name not in done)
     if left and kept is not None:
         kept.hold()
-    for site, covariance in one_pass(run, left) if left else ():
-        facts, tensors = covariance.state(dtype)
-        del covariance
-        if kept is not None:
-            kept.keep(site.name, {"members": list(site.members), **facts}, tensors)
-        yield site, facts, tensors, {member: weights[member] for member in site.members}
-        done.update(site.members)
-        run.report("covariances", len(done), len(targets), 0)
-        del tensors
+    with run.interruptible():
+        for site, covariance in one_pass(run, left) if left else ():
+            facts, tensors = covariance.state(dtype)
+            del covariance
+            if kept is not None:
+                kept.keep(site.name, {"members": list(site.members), **facts}, tensors)
+            yield site, facts, tensors, {member: weights[member] for member in site.members}
+            done.update(site.members)
+            run.report("covariances", len(done), len(targets), 0)
+            del tensors
     targets.settle(run.model, warn=job.first, stacklevel=5)
 
 

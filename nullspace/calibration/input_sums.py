@@ -264,6 +264,24 @@ class InputSums:
             except ValueError as error:
                 raise InputError(f"{each.members[0]}: {error}") from error
 
+    def absorb(self, site: Site, covariance: Covariance) -> None:
+        """Add the sums of earlier batches of a site, not of routed experts, between two batches.
+
+        Raises:
+            ValueError: if other layers share its input now.
+        """
+        each = next((one for one in self._sums if site.name in one.members), None)
+        if each is None:
+            self._sums.append(_SiteSum(site.members, covariance, joinable=False))
+            self._of.update(dict.fromkeys(site.members, self._sums[-1]))
+        elif tuple(each.members) == site.members:
+            each.covariance.merge(covariance)
+        else:
+            raise InputError(
+                f"{' and '.join(map(repr, site.members))} shared an input in the batches before, and "
+                f"{' and '.join(map(repr, each.members))} do now: one sum cannot serve both. Calibrate them in separate runs"
+            )
+
     def pool(self, stack: str) -> Pool | None:
         """The sums of all experts of one parameter; None if this process had none of its inputs."""
         return self._experts[stack].pool() if stack in self._experts else None

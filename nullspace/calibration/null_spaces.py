@@ -95,9 +95,12 @@ def compute_null_spaces(
             tokens is that of its second moment shrunk towards all experts' of its layer (`Covariance.completed`).
         checkpoint: a directory for finished sites. An interrupted run that is called again with the same arguments continues after
             the last finished site (with `strategy="layerwise"`, in its block), and ends with the same bits. The loader must give
-            the same batches every time. The caller deletes the directory. With several processes, all must see it. Each then
-            writes its own sites, no process holds all bases, and the result reads them from there when needed: delete it later
-            than that. Another number of processes may continue.
+            the same batches every time. Under `strategy="resident"`, an interrupt (Ctrl-C, or a signal that the command line turns
+            into an exception) waits for the batch, or for the sites that are being solved, and the sums so far are kept too, 4 ·
+            d_in² bytes a site: the next run goes on behind them, and ends with the same sums but for rounding. Not so with several
+            processes, and with experts that are one tensor. The caller deletes the
+            directory. With several processes, all must see it. Each then writes its own sites, no process holds all bases, and the
+            result reads them from there when needed: delete it later than that. Another number of processes may continue.
         progress: True for bars (of the first process), False for none, or a callable (`nullspace.progress.Progress`).
         job: the processes that work together; by default those of the default process group, if one is initialised.
 
@@ -261,7 +264,8 @@ class _Bases:
         own: list[NullSpace] = []
         # A basis from a caller's inference mode could not be used in training. The forecast runs the model, which is a collective
         # if it is sharded.
-        with torch.inference_mode(False), contextlib.nullcontext() if run.is_sharded else _explaining_memory(self._advice):
+        explaining = contextlib.nullcontext() if run.is_sharded else _explaining_memory(self._advice)
+        with torch.inference_mode(False), run.interruptible(), explaining:
             stream = one_pass(run, run.targets.only(names), precision=precision, report=report)
             for space in decompose(stream, self._solve, rank=self._columns):
                 if self._kept is not None:

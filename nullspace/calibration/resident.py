@@ -29,6 +29,7 @@ from nullspace.model.sharded import gathers_weights
 from nullspace.model.sites import Site, Targets
 from nullspace.model.token_rows import TokenRows
 from nullspace.moments.covariance import Covariance
+from nullspace.moments.precision import precision_of
 from nullspace.progress import Progress
 
 
@@ -42,8 +43,10 @@ def stream_resident(
     options = forward_options(model, targets)
     share = job.share(run.loader)
     total, tokens = share.length, 0
+    kept = run.partial_sums(targets, precision)
+    before = 0 if kept is None else kept.batches
     job.enters("the forward pass")
-    report("forward", 0, total, 0)
+    report("forward", before, total, 0)
     in_step = job.count > 1 and gathers_weights(model)
     later: list[Exception] | None = [] if in_step else None
 
@@ -55,19 +58,32 @@ def stream_resident(
     # A caller's inference mode would hide writes to an input, and its tensors could not be updated outside of it.
     with recording(model, targets, sums, later=later), evaluating(model), torch.inference_mode(False), torch.no_grad():
         for call, counts in steps:
+            if call.number <= before:
+                continue
             with _gathering(job) if in_step else contextlib.nullcontext(), naming_batch(model, call):
                 model(*call.args, **{**options, **call.kwargs})
             for error in later or ():  # raised here, since the other processes go on to the next exchange
                 raise error
             if counts:
                 sums.end_batch()
-                if tokens == 0:
+                if tokens == before == 0:
                     refuse_unreached(model, run.loader, targets, sums.uncalled)
                 tokens += call.padding.tokens
                 report("forward", share.read, total, tokens)
+            if kept is not None and kept.asked:
+                break
+    if kept is not None:
+        for site, covariance in kept.load(input_device(model), functools.partial(precision_of, precision=precision)):
+            sums.absorb(site, covariance)
+        if kept.asked:
+            kept.keep(share.read, sums.partial())
+            return
     job.check_share(share)
     leave_out_uncalled(uncalled_everywhere(sums, job), targets)
     totals = Totals(job, run.loads)
+    if kept is not None:
+        yield from kept.until_asked(totals.add(sums), share.read)
+        return
     yield from totals.add(sums)
     yield from totals.rest()
 

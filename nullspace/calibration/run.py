@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,10 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from nullspace.artifacts import store
 from nullspace.artifacts.checkpoint import Checkpoint
 from nullspace.artifacts.identity import Fingerprints, Weights, fingerprint_of_run
 from nullspace.artifacts.residual import warn_of_residual
 from nullspace.calibration.hidden_states import PLACES
+from nullspace.calibration.interruption import Interruption, PartialSums, deferred
 from nullspace.checks import check_device, check_one_of
 from nullspace.devices import free_on_device
 from nullspace.distributed import Job
@@ -77,6 +81,8 @@ class Run:
     is_sharded: bool
     loads: list[float]
     _fingerprints: Fingerprints = field(default_factory=Fingerprints)
+    _kept: Checkpoint | None = None
+    _interruption: Interruption | None = None
 
     @property
     def reads_once(self) -> bool:
@@ -110,7 +116,34 @@ class Run:
             settings["experts"] = "pooled" if self.pooled else "each"
         identity = fingerprint_of_run(self.model, self.loader, self.targets, settings, self.job, self._fingerprints)
         self.job.check_same(**{name: fact for name, fact in identity.items() if name not in COMPARED})
-        return Checkpoint(directory, identity, self.job)
+        self._kept = Checkpoint(directory, identity, self.job)
+        return self._kept
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Context manager: an interrupt of a resident pass inside waits until the sums are kept in the checkpoint.
+
+        It is raised at once without a checkpoint, with several processes, and with experts that are one tensor, whose pooled sums
+        are not those of their sites.
+        """
+        if self._kept is None or self.strategy != "resident" or self.job.count > 1 or fused_of(self.targets.values()):
+            yield
+            return
+        with deferred() as interruption:
+            self._interruption = interruption
+            try:
+                yield
+            finally:
+                self._interruption = None
+        if self._kept.sums.exists():
+            store.delete_directory(self._kept.sums)
+
+    def partial_sums(self, targets: Targets, precision: str | Mapping[str, str]) -> PartialSums | None:
+        """The kept sums of a pass, inside `interruptible`; None if none are to be kept."""
+        if self._interruption is None or self._kept is None:
+            return None
+        named = precision if isinstance(precision, str) else json.dumps(dict(precision))
+        return PartialSums(self._kept, named, list(targets), self._interruption)
 
     def _before_collectives(self) -> None:
         """If reading weights is a collective, first raise on all processes the errors of one, so that none waits for it."""

@@ -240,24 +240,18 @@ def _moments(
     given = {name: getattr(sources, f"{name}_data") for name in made}
     mixtures = {name: text.mixture([data]) for name, data in given.items() if data is not None}
     with temporary_folder() as folder:
-        calibration = _opened(what, sources, text, of_adapter, loading, folder, progress)
+        calibration, batches = _base_of(what, sources, of_adapter, loading, progress), {}
         for name, mixture in mixtures.items():
-            calibration.checkpoint = folder / f"{name}.checkpoint"
             calibration.read(mixture, text)
+            batches[name] = calibration.batches
+        calibration.open(None, text.length)
+        for name, calibration.batches in batches.items():
             made[name] = calibration.covariances(folder / name, overwrite=False)
         calibration.model = None
         yield made["task"], made["keep"]
 
 
-def _opened(
-    what: list[str],
-    sources: Sources,
-    text: Text,
-    of_adapter: Mapping[str, Any],
-    loading: Loading,
-    folder: Path,
-    progress: Progress,
-) -> Calibration:
+def _base_of(what: list[str], sources: Sources, of_adapter: Mapping[str, Any], loading: Loading, progress: Progress) -> Calibration:
     """The base model, with the layers that are changed as its targets."""
     from nullspace.integrations.peft.filtering.changes import read_changes
     from nullspace.integrations.peft.filtering.drift import named_base
@@ -269,9 +263,7 @@ def _opened(
     given = {"device": sources.device, "device_map": sources.device_map, "attn": sources.attn}
     running = Running(**{**options.defaults(Running), **given})
     layers = Layers(**{**options.defaults(Layers), "targets": targets, "precision": "fp64"})
-    calibration = Calibration(source, layers, running, folder / "checkpoint", progress)
-    calibration.open(None, text.length)
-    return calibration
+    return Calibration(source, layers, running, None, progress)
 
 
 def _show(path: FilterPath, chosen: float | None) -> None:

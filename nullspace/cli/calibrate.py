@@ -86,8 +86,8 @@ def compute(
             else:
                 mixture = text.mixture(source.data or [], source.weights)
                 calibration = Calibration(loading.of(str(model)), layers, running, checkpoint, progress)
-                calibration.open(rank, text.length)
                 calibration.read(mixture, text)
+                calibration.open(rank, text.length)
                 spaces = calibration.spaces(rank, avoided, running.spectrum)
         if not together.is_first():
             return None
@@ -116,8 +116,8 @@ def covariances(
         with console.Bars(shown.quiet) as progress:
             mixture = text.mixture(data, weights)
             calibration = Calibration(loading.of(model), layers, running, checkpoint, progress)
-            calibration.open(None, text.length)
             calibration.read(mixture, text)
+            calibration.open(None, text.length)
             sums = calibration.covariances(out, keep=layers.keep, shard=part, overwrite=shown.overwrite)
         if not together.is_first():
             return None
@@ -151,13 +151,26 @@ def reserved(out: Path, shown: Shown, running: Running, *, calibrates: bool) -> 
         try:
             yield directory
         except (KeyboardInterrupt, Terminated) as end:
-            sites = checkpoint.sites_in(directory) if calibrates else 0
-            command = "the same command without --fresh" if running.fresh else "the same command"
-            if sites:
-                end.args = (f"{directory} has {sites} finished sites, and {command} goes on behind them",)
+            if calibrates:
+                end.args = (_what_is_kept(directory, fresh=running.fresh),)
             raise
         if calibrates and job.first:
             checkpoint.delete(directory)
+
+
+def _what_is_kept(directory: Path, *, fresh: bool) -> str:
+    """What an interrupted calibration has left, and how to go on."""
+    from nullspace.artifacts import checkpoint
+    from nullspace.calibration.interruption import batches_in
+
+    sites, batches = checkpoint.sites_in(directory), batches_in(directory / checkpoint.SUMS)
+    kept = [f"{sites} finished sites"] if sites else []
+    if batches is not None:
+        kept.append(f"the sums {'of the others ' if sites else ''}over {batches} batches")
+    if not kept:
+        return "nothing is kept"
+    command = "the same command without --fresh" if fresh else "the same command"
+    return f"{directory} has {' and '.join(kept)}, and {command} goes on behind them"
 
 
 # ---- a calibration
@@ -165,37 +178,53 @@ def reserved(out: Path, shown: Shown, running: Running, *, calibrates: bool) -> 
 
 @dataclass
 class Calibration:
-    """A model, the data that it is run on, and how. `open` sets model, tokenizer and targets, `read` the batches."""
+    """A model, the data that it is run on, and how. `read` sets tokenizer and batches, `open` model and targets.
+
+    Data are read first: what is wrong with them is an error before the weights are read.
+    """
 
     base: ModelSource
     layers: Layers
     running: Running
-    checkpoint: Path
+    checkpoint: Path | None
     progress: Progress
     model: Any = None
     tokenizer: Any = None
     targets: Any = None
     batches: Any = None
 
-    def open(self, rank: int | None, length: int | None) -> None:
-        """Load the model and find its targets. Sequences longer than the model takes are an error before its weights are read."""
+    def read(self, data: Mixture, text: Text) -> None:
+        """Read the data and cut them into batches. Sequences longer than the model takes are an error before that."""
         from nullspace.integrations.transformers import read_config
+        from nullspace.integrations.transformers.load import load_tokenizer
+
+        self.progress("data", 0, 1, 0)
+        if not self._is_gguf:
+            check_length(read_config(self.base), self.base.name, text.length)
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(self.base)
+        self.batches = text.batches(data, self.tokenizer)
+        self.progress("data", 1, 1, 0)
+
+    def open(self, rank: int | None, length: int | None) -> None:
+        """Load the model, for sequences of this length, and find its targets."""
+        from nullspace.integrations.transformers.load import load_tokenizer, load_weights
         from nullspace.model.sites import find_targets
 
-        is_gguf = Path(self.base).suffix == ".gguf"  # whose configuration takes as long to read as its weights
-        if length is not None and not is_gguf:
-            check_length(read_config(self.base), self.base.name, length)
-        self.model, self.tokenizer = load_model(self.base, self.progress, **self.running.of_model())
-        if length is not None and is_gguf:
+        self.progress("model", 0, 1, 0)
+        self.model = load_weights(self.base, **self.running.of_model())
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(self.base)
+        self.progress("model", 1, 1, 0)
+        if length is not None and self._is_gguf:
             check_length(self.model.config, self.base.name, length)
         targets, exclude = options.parse_targets(self.layers.targets), options.parse_exclude(self.layers.exclude)
         self.targets = find_targets(self.model, targets, exclude=exclude, rank=rank)
 
-    def read(self, data: Mixture, text: Text) -> None:
-        """Read the data and cut them into batches."""
-        self.progress("data", 0, 1, 0)
-        self.batches = text.batches(data, self.tokenizer)
-        self.progress("data", 1, 1, 0)
+    @property
+    def _is_gguf(self) -> bool:
+        """Whether the configuration takes as long to read as the weights."""
+        return Path(self.base).suffix == ".gguf"
 
     def spaces(self, rank: int, avoided: dict[str, Any] | None, spectrum: bool) -> NullSpaces:
         """The null spaces of all targets."""
@@ -222,7 +251,7 @@ class Calibration:
         """How the model is run. The calibration begins now; with --fresh, without what an earlier run has kept."""
         from nullspace.artifacts import checkpoint
 
-        if self.running.fresh and together.is_first():
+        if self.checkpoint is not None and self.running.fresh and together.is_first():
             checkpoint.delete(self.checkpoint)
         return {
             "targets": self.targets,

@@ -132,6 +132,8 @@ def init(
         with console.Bars(shown.quiet) as progress:
             mixture = None if source.data is None else text.mixture(source.data, source.weights)
             calibration = Calibration(loading.of(model), layers, running, checkpoint, progress)
+            if mixture is not None:
+                calibration.read(mixture, text)
             calibration.open(adapter.rank, None if mixture is None else text.length)
             inputs.leave_out_others(calibration.targets)
             peft.fit_config(_peft_config(calibration, adapter), calibration.model, calibration.targets)
@@ -144,7 +146,6 @@ def init(
                 offloaded=True,
             )
             if mixture is not None:
-                calibration.read(mixture, text)
                 if "spaces" in method.needs:
                     inputs.spaces = calibration.spaces(adapter.rank, inputs.avoided, running.spectrum)
                 else:
