@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from tqdm import tqdm
 
@@ -40,7 +41,10 @@ class Bars:
 
     def __call__(self, stage: str, done: int, total: int | None, tokens: int) -> None:
         if stage not in self._open:
-            self._open[stage] = self._new(total=total, desc=stage, position=0)
+            # The rate is that of the whole stage: steps differ, and in a layerwise run other stages come between. What an earlier
+            # run has done counts for nothing. Each report may be drawn, so that the time left is known from the first step on.
+            options: dict[str, Any] = {"initial": done, "smoothing": 0, "miniters": 0}
+            self._open[stage] = self._new(total=total, desc=stage, position=0, **options)
         bar = self._open[stage]
         seconds = bar.format_dict["elapsed"]
         if tokens and seconds > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,23 @@ def _site(row: Row) -> dict[str, str]:
 
 def _sums(row: Row) -> dict[str, str]:
     return {"outliers": f"{row['outliers']:,}", "sums": row["precision"]}
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One line on the rows of a long table: how many, their leak if they have one, and their tokens."""
+    tokens = [row["tokens"] for row in rows]
+    least, most = min(tokens), max([*tokens, *(row.get("most_tokens", 0) for row in rows)])
+    count = f"{least:,} tokens" if least == most else f"{least:,} to {most:,} tokens"
+    if "leak" not in rows[0]:
+        return f"{len(rows)} sites, {count}"
+    leaks = [row["leak"] for row in rows]
+    return f"{len(rows)} sites, {count}; leak {statistics.median(leaks):.2e} (median), {max(leaks):.2e} (worst)"
+
+
+def largest(rows: Sequence[Row], count: int, key: Callable[[Row], float]) -> list[Row]:
+    """The rows with the largest values of `key`, in the order of `rows`."""
+    chosen = sorted(range(len(rows)), key=lambda index: -key(rows[index]))[:count]
+    return [rows[index] for index in sorted(chosen)]
 
 
 def _printable(name: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import secrets
@@ -23,6 +24,8 @@ from pathlib import Path
 from nullspace.artifacts.locks import locked, naming, parents
 from nullspace.artifacts.records import MANIFEST, files_in, kind_of, read_json
 from nullspace.errors import OutputError, OutputExistsError
+
+logger = logging.getLogger(__name__)
 
 PART = "nullspace-part.json"  # marks a temporary directory of nullspace
 
@@ -51,6 +54,7 @@ def new_directory(out: str | os.PathLike[str], *, overwrite: bool = False) -> It
                 sync(Path(folder, name))
             sync(Path(folder))
         _replace(path, new, part / "old", _is_written_by_nullspace, overwrite=overwrite)
+    logger.info("wrote %s", out)
 
 
 @contextlib.contextmanager

@@ -198,6 +198,8 @@ class _Bases:
 
         for facts, read in kept.load(check):
             self.spaces.append(NullSpace.from_facts(facts, read() if self._run.job.count == 1 else _without_basis(facts, read)))
+        if self.spaces:
+            logger.info("the checkpoint has %d finished sites", len(self.spaces))
 
     def find(self) -> None:
         """Compute the missing spaces, in one pass."""
@@ -225,6 +227,7 @@ class _Bases:
             if better == "qr":  # without outlier tokens, such a small leak needs no more digits
                 unsure = [s for s in unsure if s.outliers > 0 or s.leak > NEGLIGIBLE_LEAK]
             if unsure:
+                logger.info("%d sites are summed again by %s: rounding may exceed %g of their leak", len(unsure), better, tolerance)
                 names = [member for s in unsure for member in s.site.members]
                 again = {s.site: s for s in self._measure(names, better, f"forward, {better}", 0)}
                 self.spaces = [again.get(s.site, s) for s in self.spaces]

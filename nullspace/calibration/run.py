@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,6 +44,8 @@ from nullspace.planning.memory import free_on_host
 from nullspace.planning.plan import EXPERTS, Rates
 from nullspace.planning.survey import batch_shape
 from nullspace.progress import Progress, reporter
+
+logger = logging.getLogger(__name__)
 
 STRATEGIES = ("auto", "resident", "layerwise")
 # Facts of a run that `prepare` compares between processes.
@@ -216,6 +219,7 @@ def prepare(
         is_sharded=is_sharded,
         loads=[0.0] * job.count,
     )
+    logger.info("%d layers, strategy %s, precision %s", len(chosen), strategy, run.plain_precision())
     if job.count > 1:
         weights = digest_of([{name: mark for name, (_, mark) in run.weights.items()}])
         names = {} if is_sharded else {"targets": list(chosen)}  # which `prepare_sharded` has compared

@@ -2,7 +2,8 @@
 
 What a person reads goes to standard output as tables, or with `--json` as one JSON document; progress and warnings go to standard
 error. Exit codes: 0 done, 1 the machine failed (disk, memory) or nullspace did, or `verify` found a budget broken, 2 the input was
-wrong, 130 interrupted, 143 ended by SIGTERM. An error is one line; `--debug`, of every command, shows its traceback too.
+wrong, 130 interrupted, 143 ended by SIGTERM. An error is one line; `--debug`, of every command, shows its traceback too, and
+`--verbose` what the logger `nullspace` says of the steps.
 
 Under `torchrun`, `init`, `compute` and `covariances` calibrate together; the first process prints and writes what is one thing.
 """
@@ -42,6 +43,7 @@ COMMANDS: tuple[options.Command, ...] = (
     plan.plan,
     demo.demo,
 )
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens, step by step, and other libraries' bars.")]
 Debug = Annotated[bool, typer.Option("--debug", help=f"Show the traceback of an error; {failures.DEBUG}=1 does the same.")]
 
 app = typer.Typer(
@@ -69,25 +71,27 @@ def _print_version(asked: bool) -> None:
 def _common(
     context: typer.Context,
     debug: Debug = False,
+    verbose: Verbose = False,
     version: Annotated[
         bool,
         typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
-    context.obj = debug
+    context.obj = {"debug": debug, "verbose": verbose}
 
 
 def _as_typer_command(command: options.Command) -> Callable[..., None]:
-    """`command` with `--debug`: checks the options, runs it, and turns errors into one line and an exit code.
+    """`command` with `--debug` and `--verbose`: checks the options, runs it, and turns errors into one line and an exit code.
 
     Under `torchrun`, the process joins the others first, and only the first one prints.
     """
 
     @functools.wraps(command)
-    def run(context: typer.Context, debug: bool, **values: Any) -> None:
+    def run(context: typer.Context, debug: bool, verbose: bool, **values: Any) -> None:
         console.stdout.quiet = console.stderr.quiet = not together.is_first()
-        reported = functools.partial(failures.reported, debug or bool(context.obj))
-        with console.captured(), interrupts.signals_as_exceptions():
+        common = context.obj or {}
+        reported = functools.partial(failures.reported, debug or common.get("debug", False))
+        with console.captured(verbose or common.get("verbose", False)), interrupts.signals_as_exceptions():
             with reported():
                 options.check(command, values, [name for name in values if _was_given(context, name)])
             with together.joined(values.get("timeout")) as takes_part, reported():
@@ -106,6 +110,7 @@ def _as_typer_command(command: options.Command) -> Callable[..., None]:
         command,
         inspect.Parameter("context", keyword, annotation=typer.Context),
         inspect.Parameter("debug", keyword, annotation=Debug, default=False),
+        inspect.Parameter("verbose", keyword, annotation=Verbose, default=False),
     )
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}

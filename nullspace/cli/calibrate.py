@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nullspace.cli import console, options, together
 from nullspace.cli.data import ALONE, DATA, WEIGHTS, Text, described
 from nullspace.cli.interrupts import Terminated
-from nullspace.cli.options import Layers, Loading, Running, RunningForSpaces, Shown, option
+from nullspace.cli.options import Layers, Loading, Running, RunningForSpaces, Shown, ShownTable, option
 from nullspace.errors import InputError
 from nullspace.progress import Progress
 
@@ -65,7 +65,7 @@ def compute(
     layers: Layers,
     loading: Loading,
     running: RunningForSpaces,
-    shown: Shown,
+    shown: ShownTable,
 ) -> dict[str, Any] | None:
     """Only the null spaces: for `nullspace init --spaces`, or `NullSpaces.load`."""
     from nullspace import Covariances, NullSpaces
@@ -94,7 +94,7 @@ def compute(
         spaces.save(out, overwrite=shown.overwrite)
         data = described(source.data, source.weights) if source.data else str(source.covariances)
         facts = {"out": str(out), "model": model, "data": data, "seconds": time.perf_counter() - began}
-        return console.show_spaces(spaces, facts, as_json=shown.as_json, quiet=shown.quiet)
+        return console.show_spaces(spaces, facts, as_json=shown.as_json, quiet=shown.quiet, all_rows=shown.all_rows)
 
 
 def covariances(
@@ -107,7 +107,7 @@ def covariances(
     layers: LayersToKeep,
     loading: Loading,
     running: Running,
-    shown: Shown,
+    shown: ShownTable,
 ) -> dict[str, Any] | None:
     """Keep the second moments themselves, for any method and rank later, or to be merged with those of other data."""
     began = time.perf_counter()
@@ -122,7 +122,7 @@ def covariances(
         if not together.is_first():
             return None
         facts = {"out": str(out), "model": model, "data": described(data, weights), "seconds": time.perf_counter() - began}
-        return console.show_covariances(sums, facts, as_json=shown.as_json, quiet=shown.quiet)
+        return console.show_covariances(sums, facts, as_json=shown.as_json, quiet=shown.quiet, all_rows=shown.all_rows)
 
 
 @contextlib.contextmanager

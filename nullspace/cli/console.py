@@ -12,6 +12,7 @@ import functools
 import io
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 stdout, stderr = Console(), Console(stderr=True)
 BAR_FORMAT = "{desc:12} {bar:20} {n_fmt}/{total_fmt} {elapsed} left {remaining}{postfix}"
+NARROW_FORMAT = "{desc:12} {n_fmt}/{total_fmt} left {remaining}"
+NARROW = 78  # columns that `BAR_FORMAT` may take
+LINE_SECONDS = 60.0  # between two lines of a bar without a terminal
+WORST = 10  # rows of a long table
 # transformers imports them where they are installed, needed or not, and they warn of the hardware that they find.
 TALKATIVE = ("DeepSpeed", "bitsandbytes")
 _adopted: list[tuple[logging.Logger, logging.Handler, logging.Handler]] = []
@@ -54,15 +59,22 @@ class Bars(progress.Bars):
 
 
 class _Bar(tqdm):
-    """A bar on standard error. Without a terminal, it is one line, which is printed when it is closed."""
+    """A bar on standard error. Without a terminal, it is a line now and then (`LINE_SECONDS`), and one when it is closed."""
 
     def __init__(self, quiet: bool, **kwargs: Any) -> None:
         _adopt_handlers()  # of libraries that were imported since
         screen = sys.stderr.screen if isinstance(sys.stderr, _AboveBars) else None
         bar = True if stderr.options.ascii_only else " ━"
-        super().__init__(
-            file=screen or io.StringIO(), bar_format=BAR_FORMAT, ascii=bar, dynamic_ncols=True, disable=quiet, **kwargs
-        )
+        form = NARROW_FORMAT if screen and stderr.width < NARROW else BAR_FORMAT
+        self._printed = time.monotonic()
+        super().__init__(file=screen or io.StringIO(), bar_format=form, ascii=bar, dynamic_ncols=True, disable=quiet, **kwargs)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        drawn = super().update(n)
+        if not self.disable and isinstance(self.fp, io.StringIO) and time.monotonic() - self._printed >= LINE_SECONDS:
+            print(self, file=sys.stderr)
+            self._printed = time.monotonic()
+        return drawn
 
     def close(self) -> None:
         if not self.disable and isinstance(self.fp, io.StringIO):
@@ -113,22 +125,31 @@ def print_table(rows: list[dict[str, str]]) -> None:
     Console(width=max(needed, stdout.width)).print(table)
 
 
-def show_spaces(spaces: NullSpaces, facts: Mapping[str, Any], *, as_json: bool, quiet: bool = False) -> dict[str, Any] | None:
-    """Print a table of null spaces, or return the document that `--json` prints: `facts` and the table's rows."""
+def show_spaces(
+    spaces: NullSpaces, facts: Mapping[str, Any], *, as_json: bool, quiet: bool = False, all_rows: bool = False
+) -> dict[str, Any] | None:
+    """Print a table of null spaces, or return the document that `--json` prints: `facts` and the table's rows.
+
+    Of a long table the sites with the largest leak are shown, in their order, below a line on all of them.
+    """
     from nullspace import tables
 
     rows = spaces.rows()
     if not (as_json or quiet):
-        print_table([tables.cells(row) for row in tables.experts_together(rows)])
+        shown = tables.experts_together(rows)
+        if len(shown) > WORST and not all_rows:
+            print_line(f"{tables.summary(shown)}. The {WORST} with the largest leak, of all with --all:\n")
+            shown = tables.largest(shown, WORST, lambda row: row["leak"])
+        print_table([tables.cells(row) for row in shown])
         for line in spaces.notes():
             print_line(f"\n{line}")
     return {"covered_share": spaces.covered_share, **facts, "sites": rows} if as_json else None
 
 
 def show_covariances(
-    covariances: Covariances, facts: Mapping[str, Any], *, as_json: bool, quiet: bool = False
+    covariances: Covariances, facts: Mapping[str, Any], *, as_json: bool, quiet: bool = False, all_rows: bool = False
 ) -> dict[str, Any] | None:
-    """The same for covariances, and which shards of their data are missing."""
+    """The same for covariances (those with the fewest tokens for their width), and which shards of their data are missing."""
     from nullspace import tables
     from nullspace.artifacts.shard_account import what_is_missing
 
@@ -137,7 +158,11 @@ def show_covariances(
         facts = {**facts, "covered_share": covariances.covered_share}
         return {**facts, "shards": [part.as_json() for part in covariances.shards], "sites": rows}
     if not quiet:
-        print_table([tables.covariance_cells(row) for row in tables.experts_together(rows)])
+        shown = tables.experts_together(rows)
+        if len(shown) > WORST and not all_rows:
+            print_line(f"{tables.summary(shown)}. The {WORST} with the fewest for their width, of all with --all:\n")
+            shown = tables.largest(shown, WORST, lambda row: -row["tokens"] / row["d_in"])
+        print_table([tables.covariance_cells(row) for row in shown])
         for line in covariances.notes():
             print_line(f"\n{line}")
         missing = what_is_missing(covariances.shards)
@@ -147,10 +172,15 @@ def show_covariances(
 
 
 @contextlib.contextmanager
-def captured() -> Iterator[None]:
-    """Inside, warnings and log records are lines on standard error, as is what libraries print there, and they draw no bars."""
+def captured(verbose: bool = False) -> Iterator[None]:
+    """Inside, warnings and log records are lines on standard error, as is what libraries print there, and they draw no bars.
+
+    Args:
+        verbose: print what nullspace logs of its steps too, and the last state of other libraries' bars.
+    """
     redirected: Any = contextlib.redirect_stderr(_AboveBars(sys.stderr)) if stderr.is_terminal else contextlib.nullcontext()
-    with redirected, _without_bars(), _records(), warnings.catch_warnings():
+    bars: Any = contextlib.nullcontext() if verbose else _without_bars()
+    with redirected, bars, _records(verbose), warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         for category in (FutureWarning, DeprecationWarning):  # messages for the developers of other libraries
             warnings.simplefilter("ignore", category)
@@ -186,16 +216,24 @@ class _Lines(logging.Handler):
 
 
 @contextlib.contextmanager
-def _records() -> Iterator[None]:
-    """Inside, log records are printed by `print_message`."""
+def _records(verbose: bool) -> Iterator[None]:
+    """Inside, log records are printed by `print_message`: warnings, and with `verbose` our own of level INFO."""
     for name in TALKATIVE:
         logging.getLogger(name).addFilter(_is_wanted)
-    lines = _Lines(logging.WARNING)
+    lines, own = _Lines(logging.WARNING), logging.getLogger("nullspace")
     logging.root.addHandler(lines)
+    steps, level, propagates = _Lines(logging.INFO), own.level, own.propagate
+    if verbose:
+        own.addHandler(steps)
+        own.setLevel(logging.INFO)
+        own.propagate = False
     _adopt_handlers()
     try:
         yield
     finally:
+        own.removeHandler(steps)
+        own.setLevel(level)
+        own.propagate = propagates
         logging.root.removeHandler(lines)
         while _adopted:
             logger, before, ours = _adopted.pop()

@@ -20,6 +20,7 @@ from nullspace.cli.options import (
     Loading,
     RunningForSpaces,
     Shown,
+    ShownTable,
     method_of,
     needed,
     of_methods,
@@ -113,7 +114,7 @@ def init(
     layers: Layers,
     loading: Loading,
     running: RunningForSpaces,
-    shown: Shown,
+    shown: ShownTable,
 ) -> dict[str, Any] | None:
     """From a model and a text to a LoRA adapter in the text's null space (or of another method), and its residual base."""
     from nullspace import NullSpaces
@@ -161,7 +162,7 @@ def init(
         share = covered_share(calibration.model, calibration.targets)
         facts = {"out": str(out), **record, "model": model, "covered_share": share, "seconds": time.perf_counter() - began}
         if inputs.spaces is not None:
-            document = console.show_spaces(inputs.spaces, facts, as_json=shown.as_json, quiet=shown.quiet)
+            document = console.show_spaces(inputs.spaces, facts, as_json=shown.as_json, quiet=shown.quiet, all_rows=shown.all_rows)
         else:
             document = {**facts, "layers": len(calibration.targets)} if shown.as_json else None
         if not (shown.as_json or shown.quiet):

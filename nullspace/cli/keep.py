@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nullspace.cli import console, options
-from nullspace.cli.options import Shown, option
+from nullspace.cli.options import Shown, ShownTable, option
 
 
 def merge(
@@ -17,7 +17,7 @@ def merge(
     normalise: bool = option("Divide each run by its trace first: several tasks that are to count alike.", False),
     partial: bool = option("Shards may be missing: a merge on the way, to be merged with others.", False),
     keep: str = options.KEEP,
-    shown: Shown,
+    shown: ShownTable,
 ) -> dict[str, Any] | None:
     """Add second moments: the shards of one data set, more data later, several corpora or tasks."""
     import torch
@@ -32,7 +32,7 @@ def merge(
         merged.save(out, overwrite=shown.overwrite, dtype=getattr(torch, keep))
         facts = {"out": str(out), "runs": [str(run) for run in runs], "weights": factors, "normalise": normalise}
         written = Covariances.load(out, partial=True)
-        return console.show_covariances(written, facts, as_json=shown.as_json, quiet=shown.quiet)
+        return console.show_covariances(written, facts, as_json=shown.as_json, quiet=shown.quiet, all_rows=shown.all_rows)
 
 
 def inspect(
@@ -45,6 +45,7 @@ def inspect(
     base: str | None = option(
         "Write into the adapter's configuration and card that its base is this folder or hub name, now.", None
     ),
+    all_rows: bool = options.ALL_ROWS,
     as_json: bool = options.JSON,
 ) -> dict[str, Any] | None:
     """Show null spaces (leak, gap, tokens and outliers of every site), covariances, or which base an adapter needs."""
@@ -56,14 +57,14 @@ def inspect(
         peft.set_base(directory, base)
     kind, facts = records.kind_of(directory), {"directory": str(directory)}
     if kind == "covariances":
-        return console.show_covariances(Covariances.load(directory, partial=True), facts, as_json=as_json)
+        return console.show_covariances(Covariances.load(directory, partial=True), facts, as_json=as_json, all_rows=all_rows)
     if kind == "spaces":
-        return console.show_spaces(NullSpaces.load(directory), facts, as_json=as_json)
+        return console.show_spaces(NullSpaces.load(directory), facts, as_json=as_json, all_rows=all_rows)
     described = peft.describe(directory)
     if not as_json:
         _print_facts(described)
     if (directory / "spaces").is_dir():
-        return console.show_spaces(NullSpaces.load(directory / "spaces"), described, as_json=as_json)
+        return console.show_spaces(NullSpaces.load(directory / "spaces"), described, as_json=as_json, all_rows=all_rows)
     return described if as_json else None
 
 

@@ -7,6 +7,7 @@ again, and a condition imports when a command runs: these packages import torch,
 """
 
 from nullspace.cli.options.common import (
+    ALL_ROWS,
     ATTN,
     AVOID,
     COVARIANCES,
@@ -33,6 +34,7 @@ from nullspace.cli.options.common import (
     Running,
     RunningForSpaces,
     Shown,
+    ShownTable,
 )
 from nullspace.cli.options.conditions import PLACED, RUN_ON_DATA, both, data_of, method_of, needed, needs_data, of_methods
 from nullspace.cli.options.declare import (
@@ -50,9 +52,9 @@ from nullspace.cli.options.declare import (
 from nullspace.cli.options.values import one_of, parse_exclude, parse_targets, parse_weights, parsed
 
 __all__ = [
-    "ATTN", "AVOID", "COVARIANCES", "DEVICE_MAP", "DTYPE", "EXCLUDE", "EXPERTS", "JSON", "KEEP", "LOAD_IN_4BIT", "LOAD_IN_8BIT",
-    "MODEL", "OFFLOAD", "OVERWRITE", "PARTIAL", "PLACED", "PRECISION", "QUIET", "RANK", "REQUIRED", "REVISION", "RUN_ON_DATA",
-    "TARGETS", "TRUST_REMOTE_CODE", "Command", "Condition", "Layers", "Loading", "Running", "RunningForSpaces", "Shown",
-    "Values", "both", "check", "data_of", "declared", "defaults", "gather", "method_of", "needed", "needs_data", "of_methods",
-    "one_of", "option", "parse_exclude", "parse_targets", "parse_weights", "parsed", "signature",
+    "ALL_ROWS", "ATTN", "AVOID", "COVARIANCES", "DEVICE_MAP", "DTYPE", "EXCLUDE", "EXPERTS", "JSON", "KEEP", "LOAD_IN_4BIT",
+    "LOAD_IN_8BIT", "MODEL", "OFFLOAD", "OVERWRITE", "PARTIAL", "PLACED", "PRECISION", "QUIET", "RANK", "REQUIRED", "REVISION",
+    "RUN_ON_DATA", "TARGETS", "TRUST_REMOTE_CODE", "Command", "Condition", "Layers", "Loading", "Running", "RunningForSpaces",
+    "Shown", "ShownTable", "Values", "both", "check", "data_of", "declared", "defaults", "gather", "method_of", "needed",
+    "needs_data", "of_methods", "one_of", "option", "parse_exclude", "parse_targets", "parse_weights", "parsed", "signature",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from nullspace.cli.options.conditions import (
     WITH_MODEL,
     both,
     keeps_covariances,
+    prints_table,
 )
 from nullspace.cli.options.declare import option
 from nullspace.cli.options.values import compiles, one_of, parse_exclude, parse_targets, parsed
@@ -59,6 +60,7 @@ KEEP = option("float64, or float32 for half the space and 7 digits.", "float64",
 OVERWRITE = option("Replace an earlier result of ours.", False)
 JSON = option("One JSON document on standard output instead of tables.", False, typed=("--json",))
 QUIET = option("No progress bars and no tables.", False, typed=("--quiet", "-q"))
+ALL_ROWS = option("All rows of long tables, not the ten worst.", False, needs=prints_table, typed=("--all",))
 
 
 @dataclass(frozen=True)
@@ -144,3 +146,10 @@ class Shown:
     overwrite: bool = OVERWRITE
     as_json: bool = JSON
     quiet: bool = QUIET
+
+
+@dataclass(frozen=True)
+class ShownTable(Shown):
+    """The same, of a command that prints a table of sites."""
+
+    all_rows: bool = ALL_ROWS

@@ -64,6 +64,14 @@ def keeps_covariances(values: Values) -> str | None:
     return "--covariances and --preserve" if "preserve" in values else "--covariances"
 
 
+def prints_table(values: Values) -> str | None:
+    """The condition of options for tables of sites."""
+    if values["as_json"] or values.get("quiet"):
+        return "tables, without --json and --quiet"
+    is_table = "method" not in values or "spaces" in method_of(values).needs
+    return None if is_table else "a table of null spaces: 'lora-null' and 'b-zero'"
+
+
 RUN_ON_DATA = needs_data("a run on data ({})", _has_data)
 BLOCKS = needed("a layerwise run on data (--strategy layerwise or auto)", lambda v: _has_data(v) and v["strategy"] != "resident")
 WITH_MODEL = needed("a run with a model", lambda values: values.get("model", "") is not None)
