@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -405,9 +406,50 @@ def test_a_command_that_keeps_nothing_does_not_say_that_it_goes_on(
     monkeypatch.setattr("nullspace.Covariances.save", interrupted)
     result = run("merge", tmp_path / "sums", tmp_path / "sums", "--out", tmp_path / "out")
     assert (result.exit_code, result.output.strip()) == (130, "interrupted")
-    monkeypatch.setattr("nullspace.integrations.transformers.load_model", interrupted)  # before anything is kept
+    monkeypatch.setattr("nullspace.integrations.transformers.load.load_weights", interrupted)  # before anything is kept
     result = run("compute", tiny_checkpoint, "--data", data, "--out", tmp_path / "other", *SMALL, "-q")
-    assert (result.exit_code, result.output.strip()) == (130, "interrupted")
+    assert (result.exit_code, result.output.strip()) == (130, "interrupted; nothing is kept")
+
+
+@pytest.mark.parametrize(("number", "word", "code"), [("SIGINT", "interrupted", 130), ("SIGTERM", "ended by SIGTERM", 143)])
+def test_an_interrupted_forward_pass_says_what_is_kept_and_goes_on(
+    number: str, word: str, code: int, tiny_checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default, and so resident."""
+    command = ["compute", tiny_checkpoint, "--data", data, "--out", tmp_path / "out", *SMALL]
+    forwards: list[int] = []
+
+    def interrupting(self: Any, stage: str, done: int, total: int | None, tokens: int) -> None:
+        forwards.append(done) if stage == "forward" else None
+        if (stage, done, len(forwards)) == ("forward", 2, 3):
+            signal.raise_signal(getattr(signal, number))
+
+    monkeypatch.setattr("nullspace.cli.console.Bars.__call__", interrupting)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores
+    try:
+        result = run(*command)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    kept = tmp_path / "out.checkpoint"
+    assert result.exit_code == code
+    assert f"{word}; {kept} has the sums over 2 batches, and the same command goes on behind them" in " ".join(
+        result.output.split()
+    )
+    assert "Interrupt again to end at once" in result.output
+    assert run(*command).exit_code == 0
+    assert forwards == [0, 1, 2, 2, 3]
+    assert not kept.exists()
+
+
+def test_the_steps_are_logged_with_verbose(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    command = ["compute", tiny_checkpoint, "--data", data, "--out", tmp_path / "out", *SMALL, "--json"]
+    result = run("-v", *command)
+    assert result.exit_code == 0, result.output
+    assert "info: 14 layers, strategy resident, precision auto\n" in result.stderr
+    assert f"info: wrote {tmp_path / 'out'}\n" in result.stderr
+    assert json.loads(result.stdout)["out"] == str(tmp_path / "out")
+    logger = logging.getLogger("nullspace")
+    assert (logger.level, logger.handlers, logger.propagate) == (logging.NOTSET, [], True)
 
 
 def test_what_has_names_beside_out_is_left_alone(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from terminal import COLUMNS, terminal
 from tqdm import tqdm
 from typer.testing import CliRunner
@@ -20,15 +21,15 @@ from typer.testing import CliRunner
 from models import random_batches, tiny
 from nullspace import compute_null_spaces
 from nullspace.cli import app, console, demo
-from nullspace.integrations import transformers as loading
+from nullspace.integrations.transformers import load as loading
 
 SMALL = ["--samples", "6", "--length", "64", "--batch-size", "2", "--rank", "8"]
 
 
 @pytest.fixture
 def chatty(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """`load_model` as other libraries make it: bars, warnings, log records and prints. Returns what must be seen of it."""
-    original = loading.load_model
+    """`load_weights` as other libraries make it: bars, warnings, log records and prints. Returns what must be seen of it."""
+    original = loading.load_weights
     library, other = logging.getLogger("a_library"), logging.getLogger("another_library")
     monkeypatch.setattr(library, "handlers", [logging.StreamHandler(sys.stderr)])
     monkeypatch.setattr(library, "propagate", False)
@@ -43,16 +44,16 @@ def chatty(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         warnings.warn("a tokenizer without an end", stacklevel=2)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(loading, "load_weights", load)
     return [
         f"warning: {text}"
         for text in ("some weights were newly initialised", "this file is of an older version", "a tokenizer without an end")
     ]
 
 
-def in_terminal(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> list[str]:
+def in_terminal(monkeypatch: pytest.MonkeyPatch, *arguments: Any, columns: int = COLUMNS) -> list[str]:
     """The lines of the screen after a command that ends well; empty ones are left out."""
-    with terminal(monkeypatch) as screen:
+    with terminal(monkeypatch, columns) as screen:
         assert app([str(argument) for argument in arguments], standalone_mode=False) in (None, 0)
     return [line for line in screen.lines if line]
 
@@ -64,15 +65,15 @@ def test_every_bar_and_every_sentence_is_on_the_screen_once(
     monkeypatch.chdir(tmp_path)
     lines = in_terminal(monkeypatch, "init", tiny_checkpoint, "--data", "data.txt", "--out", "out", *SMALL)
     bars = {line.split("  ")[0]: line for line in lines if "━" in line}
-    assert list(bars) == ["model", "data", "forward", "null spaces", "adapters"]
+    assert list(bars) == ["data", "model", "forward", "null spaces", "adapters"]
     assert sum("━" in line for line in lines) == len(bars)
     for line, count in zip(bars.values(), ("1/1", "1/1", "3/3", "14/14", "14/14"), strict=True):
         assert f" {count} " in line
     assert "tokens/s" in bars["forward"]
     for warning in chatty:
         assert lines.count(warning) == 1
-    assert "unpacking" not in "\n".join(lines)
-    assert "downloading" not in "\n".join(lines)
+    for other in ("unpacking", "downloading", "Loading weights", "Writing model shards", "it/s"):
+        assert other not in "\n".join(lines)
     behind = lines[lines.index(bars["adapters"]) + 1 :]
     assert behind[0].split()[:3] == ["site", "d_in", "tokens"]
     assert "Wrote out. To train it:" in behind
@@ -154,5 +155,88 @@ def test_an_error_stands_below_the_bars(tiny_checkpoint: Path, tmp_path: Path, m
     command = ["init", str(tiny_checkpoint), "--data", "data.txt", "--out", "o", "--targets", "nothing"]
     with terminal(monkeypatch) as screen:
         assert app(command, standalone_mode=False) == 2
-    assert [line.split()[0] for line in screen.lines if line][:2] == ["model", "error:"]
-    assert sum("━" in line for line in screen.lines) == 1
+    assert [line.split()[0] for line in screen.lines if line][:4] == ["warning:", "data", "model", "error:"]
+    assert sum("━" in line for line in screen.lines) == 2
+
+
+def test_in_forty_columns_each_bar_is_a_line_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch, 40) as screen, console.captured(), console.Bars() as bars:
+        for step in range(3):
+            bars("forward", step, 100_000, 10**6 * step)
+            time.sleep(0.12)
+        warnings.warn("a sentence that is longer than the forty columns", stacklevel=1)
+        bars("null spaces", 1, 100, 0)
+    lines = [line for line in screen.lines if line]
+    assert re.fullmatch(r"forward +2/100000 left [\d:]+", lines[-2])
+    assert re.fullmatch(r"null spaces +1/100 left (\?|[\d:]+)", lines[-1])
+    assert "".join(lines[:-2]) == "warning: a sentence that is longer than the forty columns"
+    assert max(map(len, lines)) <= 40
+
+
+def test_the_time_left_is_known_from_the_first_batch_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a pass that goes on behind another run's batches, by the time of its own."""
+    with terminal(monkeypatch) as screen, console.captured(), console.Bars() as bars:
+        bars("forward", 50, 100, 0)
+        time.sleep(0.5)
+        bars("forward", 51, 100, 0)
+    left = re.search(r"51/100 00:00 left 00:(\d\d)", "\n".join(screen.lines))
+    assert left is not None
+    assert int(left[1]) >= 24  # 49 batches of half a second and more
+
+
+def test_without_a_terminal_a_bar_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.captured(), console.Bars() as bars:
+        for step in range(101):
+            now[0] += 1.5
+            bars("forward", step, 100, 0)
+    printed = capsys.readouterr().err.splitlines()
+    assert [re.search(r"(\d+)/100", line)[1] for line in printed] == ["40", "80", "100"]  # type: ignore[index]
+    assert all(" left " in line for line in printed)
+
+
+def test_without_colours_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(console, "stderr", Console(stderr=True))
+    monkeypatch.setattr(console, "stdout", Console())
+    with terminal(monkeypatch) as screen, console.captured(), console.Bars() as bars:
+        bars("forward", 1, 1, 0)
+        console.print_message("error", "a file is missing", "bold red")
+        bars.say("12,345 tokens of 'text'")
+        console.print_table([{"site": "a", "leak": "1e-3"}])
+    assert not re.search(r"\x1b\[[0-9;]*(3|9)[0-7]m", screen.written)
+    assert [line.split()[0] for line in screen.lines] == ["forward", "error:", "12,345", "site", "a"]
+
+
+def test_other_libraries_bars_are_shown_with_verbose(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as screen, console.captured(verbose=True), console.Bars() as bars:
+        bars("model", 0, 2, 0)
+        for _ in tqdm(range(40), desc="unpacking tensors", mininterval=0):
+            time.sleep(0.002)
+        bars("model", 2, 2, 0)
+    lines = [line for line in screen.lines if line]
+    assert [line.split()[0] for line in lines] == ["unpacking", "model"]
+    assert "40/40" in lines[0]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--all",)], ids=str)
+def test_of_a_long_table_the_worst_rows_are_shown(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spaces = compute_null_spaces(tiny("llama"), random_batches(), rank=4, progress=False)
+    spaces.save(tmp_path / "spaces")
+    lines = in_terminal(monkeypatch, "inspect", tmp_path / "spaces", *arguments, columns=120)
+    shown = [line.split()[0] for line in lines if line.startswith("model.")]
+    names = [site.name for site in spaces.sites]
+    assert len(names) == 12
+    if arguments:
+        assert shown == names
+        assert lines[0].split()[0] == "site"
+        return
+    leaks = {name: spaces[name].leak for name in names}
+    assert shown == [name for name in names if leaks[name] in sorted(leaks.values())[2:]]
+    assert lines[0].startswith("12 sites, ")
+    assert f"{max(leaks.values()):.2e} (worst). The 10 with the largest leak, of all with --all:" in lines[0]

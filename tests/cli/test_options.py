@@ -35,6 +35,7 @@ OF_ROWS, OF_HUB = {"field"}, {"split"}
 OF_TEXT = {*OF_FORM, "samples", "length", "batch_size", *OF_ROWS, *OF_HUB}
 ALL_OF_DATA = OF_DATA | OF_ROWS | OF_HUB
 NUMBERS = {"sigma_scale", "beta", "damping", "factor_split", "preserve"}
+ALL = {"all_rows"}
 UNTOUCHED = {"avoid", "spectrum", "residual"}  # methods that leave the base alone, and compute no null space
 OF_NULL, OF_CORDA = {"sigma_scale", "factor_split"}, {"damping", "factor_split"}
 
@@ -43,17 +44,17 @@ SOURCES: dict[tuple[str, str], set[str]] = {
     ("init", "MODEL --data a.txt"): {*OF_ROWS, *OF_HUB, "partial", *NUMBERS - OF_NULL},
     ("init", "MODEL --data a.md --method b-zero"): {*OF_ROWS, *OF_HUB, "partial", "residual", *NUMBERS},
     ("init", "MODEL --data a.jsonl"): {*OF_HUB, "partial", *NUMBERS - OF_NULL},
-    ("init", "MODEL --data a.parquet --method eva"): {*OF_HUB, "partial", *UNTOUCHED, *NUMBERS},
-    ("init", "MODEL --data some/set --method corda-kpm"): {"partial", "avoid", "spectrum", *NUMBERS - OF_CORDA},
+    ("init", "MODEL --data a.parquet --method eva"): {*ALL, *OF_HUB, "partial", *UNTOUCHED, *NUMBERS},
+    ("init", "MODEL --data some/set --method corda-kpm"): {*ALL, "partial", "avoid", "spectrum", *NUMBERS - OF_CORDA},
     ("init", "MODEL --data set:part --strategy resident"): {"hidden_states", "partial", *NUMBERS - OF_NULL},
     ("init", "MODEL --spaces s"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - OF_NULL},
     ("init", "MODEL --covariances c"): {*ALL_OF_DATA, *NUMBERS - OF_NULL},
-    ("init", "MODEL --covariances c --method corda-ipm"): {*ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - OF_CORDA},
-    ("init", "MODEL --covariances c --method corda-exact"): {*ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - {"factor_split"}},
-    ("init", "MODEL --data a.csv --method sc-lora --preserve p"): {*OF_HUB, "avoid", "spectrum", "sigma_scale", "damping"},
-    ("init", "MODEL --covariances c --method contrast --preserve p"): {*ALL_OF_DATA, *UNTOUCHED, *OF_NULL, "beta"},
-    ("init", "MODEL --method pissa"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - {"factor_split"}},
-    ("init", "MODEL --method orthogonal"): {*ALL_OF_DATA, "partial", *UNTOUCHED, *NUMBERS},
+    ("init", "MODEL --covariances c --method corda-ipm"): {*ALL, *ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - OF_CORDA},
+    ("init", "MODEL --covariances c --method corda-exact"): {*ALL, *ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - {"factor_split"}},
+    ("init", "MODEL --data a.csv --method sc-lora --preserve p"): {*ALL, *OF_HUB, "avoid", "spectrum", "sigma_scale", "damping"},
+    ("init", "MODEL --covariances c --method contrast --preserve p"): {*ALL, *ALL_OF_DATA, *UNTOUCHED, *OF_NULL, "beta"},
+    ("init", "MODEL --method pissa"): {*ALL, *ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - {"factor_split"}},
+    ("init", "MODEL --method orthogonal"): {*ALL, *ALL_OF_DATA, "partial", *UNTOUCHED, *NUMBERS},
     ("compute", "MODEL --data a.json"): {*OF_HUB, "partial"},
     ("compute", "MODEL --data a.txt --strategy resident"): {*OF_ROWS, *OF_HUB, "hidden_states", "partial"},
     ("compute", "--covariances c"): {*ALL_OF_DATA, *OF_MODEL},
@@ -103,7 +104,7 @@ def exit_code(command: str, *arguments: str) -> int:
 
 
 def parameters(command: str) -> dict[str, Any]:
-    return {each.name: each for each in INSTALLED.commands[command].params if each.name not in ("help", "debug")}
+    return {each.name: each for each in INSTALLED.commands[command].params if each.name not in ("help", "debug", "verbose")}
 
 
 def flag(command: str, name: str) -> str:
