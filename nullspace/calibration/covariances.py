@@ -106,7 +106,7 @@ def compute_covariances(
             kept = run.open_checkpoint(checkpoint, {"keeps": "covariances", "dtype": str(dtype)})
             held.callback(kept.close)
         order = list(run.targets)
-        with torch.inference_mode(False), new_shared_directory(out, job, overwrite=overwrite) as folder:
+        with torch.inference_mode(False), new_shared_directory(out, job, overwrite=overwrite) as folder, run.interruptible():
             sites = _sites(run, kept, dtype)
             content = {"matrix_parameters": matrix_parameters(run.model), **account(shards)}
             write_sites(Path(folder), Covariances.KIND, sites, content=content, job=job, order=order)
@@ -135,16 +135,15 @@ def _sites(run: Run, kept: Checkpoint | None, dtype: torch.dtype) -> Iterator[Wr
     left = targets.only(name for name in targets if name not in done)
     if left and kept is not None:
         kept.hold()
-    with run.interruptible():
-        for site, covariance in one_pass(run, left) if left else ():
-            facts, tensors = covariance.state(dtype)
-            del covariance
-            if kept is not None:
-                kept.keep(site.name, {"members": list(site.members), **facts}, tensors)
-            yield site, facts, tensors, {member: weights[member] for member in site.members}
-            done.update(site.members)
-            run.report("covariances", len(done), len(targets), 0)
-            del tensors
+    for site, covariance in one_pass(run, left) if left else ():
+        facts, tensors = covariance.state(dtype)
+        del covariance
+        if kept is not None:
+            kept.keep(site.name, {"members": list(site.members), **facts}, tensors)
+        yield site, facts, tensors, {member: weights[member] for member in site.members}
+        done.update(site.members)
+        run.report("covariances", len(done), len(targets), 0)
+        del tensors
     targets.settle(run.model, warn=job.first, stacklevel=5)
 
 

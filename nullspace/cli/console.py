@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nullspace.artifacts.spaces import NullSpaces
 
 stdout, stderr = Console(), Console(stderr=True)
-BAR_FORMAT = "{desc:12} {bar:20} {n_fmt}/{total_fmt} {elapsed} left {remaining}{postfix}"
+BAR_FORMAT = "{desc:12} {bar:16} {n_fmt}/{total_fmt} {elapsed} left {remaining}{postfix}"
 NARROW_FORMAT = "{desc:12} {n_fmt}/{total_fmt} left {remaining}"
 NARROW = 78  # columns that `BAR_FORMAT` may take
 LINE_SECONDS = 60.0  # between two lines of a bar without a terminal
@@ -66,18 +66,18 @@ class _Bar(tqdm):
         screen = sys.stderr.screen if isinstance(sys.stderr, _AboveBars) else None
         bar = True if stderr.options.ascii_only else " ━"
         form = NARROW_FORMAT if screen and stderr.width < NARROW else BAR_FORMAT
-        self._printed = time.monotonic()
+        self._is_drawn, self._printed = screen is not None, time.monotonic()
         super().__init__(file=screen or io.StringIO(), bar_format=form, ascii=bar, dynamic_ncols=True, disable=quiet, **kwargs)
 
     def update(self, n: float | None = 1) -> bool | None:
         drawn = super().update(n)
-        if not self.disable and isinstance(self.fp, io.StringIO) and time.monotonic() - self._printed >= LINE_SECONDS:
+        if not (self.disable or self._is_drawn) and time.monotonic() - self._printed >= LINE_SECONDS:
             print(self, file=sys.stderr)
             self._printed = time.monotonic()
         return drawn
 
     def close(self) -> None:
-        if not self.disable and isinstance(self.fp, io.StringIO):
+        if not (self.disable or self._is_drawn):
             print(self, file=sys.stderr)
         super().close()
 
@@ -101,6 +101,18 @@ class _AboveBars:
         if self._rest:
             self.write("\n")
         self.screen.flush()
+
+
+class _LastState(io.StringIO):
+    """The file of a bar, whose last state is printed when the bar is closed."""
+
+    _state = ""
+
+    def write(self, text: str) -> int:
+        if text == "\n" and self._state:
+            print(self._state, file=sys.stderr)
+        self._state = text.strip()
+        return len(text)
 
 
 def print_message(word: str, text: str, style: str = "yellow") -> None:
@@ -138,7 +150,7 @@ def show_spaces(
     if not (as_json or quiet):
         shown = tables.experts_together(rows)
         if len(shown) > WORST and not all_rows:
-            print_line(f"{tables.summary(shown)}. The {WORST} with the largest leak, of all with --all:\n")
+            print_line(f"{tables.summary(shown)}\nThe {WORST} with the largest leak (--all shows all):\n")
             shown = tables.largest(shown, WORST, lambda row: row["leak"])
         print_table([tables.cells(row) for row in shown])
         for line in spaces.notes():
@@ -160,7 +172,7 @@ def show_covariances(
     if not quiet:
         shown = tables.experts_together(rows)
         if len(shown) > WORST and not all_rows:
-            print_line(f"{tables.summary(shown)}. The {WORST} with the fewest for their width, of all with --all:\n")
+            print_line(f"{tables.summary(shown)}\nThe {WORST} with the fewest tokens for their width (--all shows all):\n")
             shown = tables.largest(shown, WORST, lambda row: -row["tokens"] / row["d_in"])
         print_table([tables.covariance_cells(row) for row in shown])
         for line in covariances.notes():
@@ -179,8 +191,7 @@ def captured(verbose: bool = False) -> Iterator[None]:
         verbose: print what nullspace logs of its steps too, and the last state of other libraries' bars.
     """
     redirected: Any = contextlib.redirect_stderr(_AboveBars(sys.stderr)) if stderr.is_terminal else contextlib.nullcontext()
-    bars: Any = contextlib.nullcontext() if verbose else _without_bars()
-    with redirected, bars, _records(verbose), warnings.catch_warnings():
+    with redirected, _others_bars(verbose), _records(verbose), warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         for category in (FutureWarning, DeprecationWarning):  # messages for the developers of other libraries
             warnings.simplefilter("ignore", category)
@@ -189,15 +200,20 @@ def captured(verbose: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Inside, tqdm draws no bars but ours. The GGUF reader and others have no switch of their own for it."""
+def _others_bars(verbose: bool) -> Iterator[None]:
+    """Inside, tqdm draws no bars but ours. The GGUF reader and others have no switch of their own for it.
+
+    With `verbose`, the last state of another bar is a line on standard error.
+    """
     original = tqdm.__init__
 
     @functools.wraps(original)
-    def silent(self: tqdm, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs if isinstance(self, _Bar) else {**kwargs, "disable": True})
+    def changed(self: tqdm, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(self, _Bar):
+            kwargs |= {"file": _LastState()} if verbose else {"disable": True}
+        original(self, *args, **kwargs)
 
-    tqdm.__init__ = silent
+    tqdm.__init__ = changed
     try:
         yield
     finally:
