@@ -24,7 +24,7 @@ from nullspace.artifacts import records, store
 from nullspace.artifacts.checkpoint import Checkpoint
 from nullspace.artifacts.sitewise import write_sites
 from nullspace.checks import an_object, list_of, text, whole
-from nullspace.errors import DataWarning, NullspaceWarning
+from nullspace.errors import NullspaceWarning
 from nullspace.model.sites import Site
 from nullspace.moments.covariance import Covariance
 
@@ -51,7 +51,8 @@ def deferred() -> Iterator[Interruption]:
 
     Of the handlers of SIGINT, SIGTERM and SIGHUP, those that raise are deferred: Python's, and those with an attribute `raises`.
     """
-    interruption, before = Interruption(), {}
+    interruption = Interruption()
+    before: dict[int, Any] = {}
 
     def note(number: int, frame: Any) -> None:
         if interruption.asked is not None:
@@ -60,9 +61,8 @@ def deferred() -> Iterator[Interruption]:
         logger.warning("interrupted: what is under way is finished and kept. Interrupt again to end at once")
 
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            handler: Any = None if number is None else signal.getsignal(number)
+        for number in [int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]:
+            handler: Any = signal.getsignal(number)
             if handler is signal.default_int_handler or getattr(handler, "raises", False):
                 before[number] = handler
                 signal.signal(number, note)
@@ -142,13 +142,13 @@ class PartialSums:
         """
         began = time.perf_counter()
         content = {"precision": self._precision, "batches": batches, "targets": list(self._targets if targets is None else targets)}
-        parts = ((site, *covariance.state(), {}) for site, covariance in sites)
+        parts: Iterator[Any] = ((site, *covariance.state(), {}) for site, covariance in sites)
         try:
             self._kept.begin()
             with store.new_directory(self._kept.sums, overwrite=True) as folder:
                 write_sites(folder, KIND, parts, content=content)
         except OSError as error:
-            warnings.warn(f"the sums so far are not kept: {error}", DataWarning, stacklevel=2)
+            warnings.warn(f"the sums so far are not kept: {error}", NullspaceWarning, stacklevel=2)
             return
         logger.info("%s: the sums of %d batches, written in %.1f s", self._kept.sums, batches, time.perf_counter() - began)
 

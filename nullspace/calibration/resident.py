@@ -73,7 +73,9 @@ def stream_resident(
             if kept is not None and kept.asked:
                 break
     if kept is not None:
-        for site, covariance in kept.load(input_device(model), functools.partial(precision_of, precision=precision)):
+        for site, covariance in kept.load(
+            input_device(model) or torch.device("cpu"), functools.partial(precision_of, precision=precision)
+        ):
             sums.absorb(site, covariance)
         if kept.asked:
             kept.keep(share.read, sums.partial())
