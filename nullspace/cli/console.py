@@ -77,7 +77,7 @@ class _Bar(tqdm):
         return drawn
 
     def close(self) -> None:
-        if not (self.disable or self._is_drawn):
+        if self.n and not (self.disable or self._is_drawn):
             print(self, file=sys.stderr)
         super().close()
 
