@@ -4,7 +4,7 @@ and what to change after a run that was out of memory (`advice`)."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -76,6 +76,7 @@ def fit(
     host_memory: float | None = None,
     batch: Any = None,
     plans: list[Plan] | None = None,
+    usable: Callable[[Plan], bool] = lambda plan: True,
 ) -> Plan:
     """The fastest plan that fits with the batch size of the workload, or else with the first half of it that fits.
 
@@ -83,6 +84,7 @@ def fit(
         model, workload, batch: as for `forecast`; with a `batch` its own size counts, and no smaller one is tried.
         device_memory, host_memory: as for `choose`.
         plans: of `forecast` for this workload, if they were made before.
+        usable: which plans may be chosen.
 
     Raises:
         MemoryError: as `choose`, for batches of one sequence.
@@ -91,7 +93,7 @@ def fit(
     while True:
         plans = plans or forecast(model, workload, batch=batch)
         try:
-            return choose(plans, device_memory, host_memory)
+            return choose(filter(usable, plans), device_memory, host_memory)
         except MemoryError:
             if workload.batch_size == 1 or batch is not None:
                 raise

@@ -70,6 +70,6 @@ def should_pool(
             return True
         sizes.append(4 * d * d * len(matrices))
         if rank is not None:
-            seconds += len(matrices) * decomposition_cost(d, rank, device)[2] / rates.decomposition
+            seconds += len(matrices) * decomposition_cost(d, rank, device, rates.decomposition)[2] / rates.decomposition
     needed = sum(sizes) if resident else max(sizes)
     return seconds > PATIENCE or (free is not None and needed > ROOM * free)

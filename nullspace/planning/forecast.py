@@ -10,8 +10,10 @@ with their defaults, which are estimates, it ranks plans and predicts no run tim
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -95,14 +97,15 @@ def is_pooled(targets: Mapping[str, nn.Module], workload: Workload, free: float 
     return should_pool(targets, tokens=tokens, rank=workload.rank, device=workload.device, rates=rates, free=free)
 
 
-class _Setting(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Setting:
     """What the plans of both strategies are computed from."""
 
     survey: Survey
     workload: Workload
     weights: str
 
-    @property
+    @functools.cached_property
     def rates(self) -> Rates:
         return self.workload.rates or Rates.of(self.workload.device, self.survey.dtype)
 
@@ -128,9 +131,21 @@ class _Setting(NamedTuple):
         kept = self.survey.weights if self.weights == "host" else tensor
         return {"weights": kept + PINNED_AT_ONCE * power_of_two(tensor)}
 
-    def decomposition(self, site: SiteShape) -> tuple[int, float, float]:
-        """Bytes, flops, and flops at the rate of `torch.linalg.eigh`."""
-        return decomposition_cost(site.d_in, self.workload.rank, self.workload.device)
+    @functools.cached_property
+    def costs(self) -> dict[int, tuple[int, float, float]]:
+        """Of an eigenproblem by its order: bytes, flops, and flops at the rate of `torch.linalg.eigh`."""
+        rank, device = self.workload.rank, "cpu" if self.workload.solved_on_host else self.workload.device
+        return {d: decomposition_cost(d, rank, device, self.rates.decomposition) for d in {site.d_in for site in self.survey.sites}}
+
+    @property
+    def solving(self) -> Rates:
+        """Of the machine that solves."""
+        return Rates.of("cpu", self.survey.dtype) if self.workload.solved_on_host else self.rates
+
+    def solved_later(self) -> Parts:
+        """The host's memory where it solves what `nullspace covariances` has kept: one site after the other."""
+        bases = sum(map(self.basis, self.survey.sites))
+        return {"bases": bases, "decomposition": max((size for size, _, _ in self.costs.values()), default=0)}
 
     def basis(self, site: SiteShape) -> int:
         """Bytes of a site's basis."""
@@ -152,8 +167,9 @@ class _Setting(NamedTuple):
         left, bases = sum(site.triangle + site.staging for site in sites), 0
         for site in sites:
             left -= site.staging  # the buffer is freed when the site is read, the triangle when the next site is asked for
-            bases += self.basis(site)
-            yield {**weights, "sums": left, "decomposition": self.decomposition(site)[0], **held}, bases
+            if not self.workload.solved_on_host:
+                bases += self.basis(site)
+                yield {**weights, "sums": left, "decomposition": self.costs[site.d_in][0], **held}, bases
             left -= site.triangle
 
 
@@ -288,7 +304,9 @@ def _plan(
     survey, workload, rates = setting.survey, setting.workload, setting.rates
     if workload.device == "cpu":  # one memory
         phases = [({}, {name: device.get(name, 0) + host.get(name, 0) for name in device | host}) for device, host in phases]
-    costs = [setting.decomposition(site) for site in survey.sites]
+    if workload.solved_on_host:
+        phases = [*phases, ({}, setting.solved_later())]
+    costs = [setting.costs[site.d_in] for site in survey.sites]
     flops = {
         "forward": float(forward),
         "sums": setting.sum_flops(survey.sites),
@@ -307,10 +325,11 @@ def _plan(
         seconds={
             "forward": flops["forward"] / rates.forward,
             "sums": flops["sums"] / rates.sums,
-            "decomposition": sum(at_eigh_rate for _, _, at_eigh_rate in costs) / rates.decomposition,
+            "decomposition": sum(at_eigh_rate for _, _, at_eigh_rate in costs) / setting.solving.decomposition,
             "weights": weight_seconds,
             "hidden states": hidden_seconds,
         },
         tracked=survey.tracked,
+        solved_on_host=workload.solved_on_host,
         estimated_rates=rates.estimated,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,11 +27,13 @@ class LiveBytes(TorchDispatchMode):
         live: bytes allocated now.
         peak: the largest `live` since `restart`.
         flops: of matrix products and attention so far.
+        ignored: storages that are not counted: weights.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.flops = 0
+        self.ignored: set[int] = set()
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def restart(self) -> None:
@@ -43,8 +45,9 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live + extra)
 
     def ignore(self, tensor: torch.Tensor) -> None:
-        """Leave a tensor out of the count: a weight."""
+        """Leave a tensor out of the count: a weight. It must outlive the mode."""
         storage = tensor.untyped_storage()
+        self.ignored.add(storage._cdata)
         self._alive[storage._cdata] = weakref.ref(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,33 +94,51 @@ class _FusedAttention(TorchFunctionMode):
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, is_causal: bool = False, **__: Any
     ) -> torch.Tensor:
-        *batch, queries, width = query.shape
-        keys, out_width = key.shape[-2], value.shape[-1]
-        pairs = query.numel() // width * keys
+        width, out_width = query.shape[-1], value.shape[-1]
+        pairs = query.numel() // width * key.shape[-2]
         self._live.flops += 2 * pairs * (width + out_width) // (2 if is_causal else 1)
-        heads = batch.pop()  # kernels store their output by tokens, so that no copy follows
-        out = query.new_empty(*batch, queries, heads, out_width).transpose(-2, -3)
+        out: torch.Tensor = _Attention.apply(query, key, value)
         self._live.held(query.numel() // width * 4)  # log Σ exp, float32
         return out
 
 
+class _Attention(torch.autograd.Function):
+    """The output of attention as kernels store it, and what they save for its derivative; it is not computed."""
+
+    @staticmethod
+    def forward(context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        *batch, queries, _ = query.shape
+        heads = batch.pop()  # stored by tokens, so that no copy follows
+        out = query.new_empty(*batch, queries, heads, value.shape[-1]).transpose(-2, -3)
+        if any(context.needs_input_grad):
+            context.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+
 @contextlib.contextmanager
-def watch(model: nn.Module) -> Iterator[tuple[LiveBytes, Callable[..., Any]]]:
+def watch(model: nn.Module, trained: Collection[str] | None = None) -> Iterator[tuple[LiveBytes, Callable[..., Any]]]:
     """Yields `(live, run)`; `run(*args, **kwargs)` is the model's forward pass on meta tensors.
 
     Nothing is loaded or computed, and weights are not counted. The model's hooks run, also those added inside, but accelerate's do
     not.
+
+    Args:
+        model: any module.
+        trained: if given, the pass keeps what a backward pass needs, and these parameters are results that have gradients.
     """
     originals = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     stand_ins = {name: _stand_in(tensor) for name, tensor in originals.items()}
     live = LiveBytes()
-    for tensor in stand_ins.values():
-        live.ignore(tensor)
+    for name, tensor in stand_ins.items():
+        if trained is not None and name in trained:
+            tensor.requires_grad_()
+        else:
+            live.ignore(tensor)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(model, stand_ins, args, kwargs)
 
-    with _without_accelerate(model), torch.no_grad(), live, _FusedAttention(live):
+    with _without_accelerate(model), torch.set_grad_enabled(trained is not None), live, _FusedAttention(live):
         yield live, run
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nullspace.checks import check_integer, check_one_of
+from nullspace.planning.cards import OF_DOUBLE, REFERENCE, Card
 from nullspace.planning.units import duration, gigabytes
 
 PLACES = ("device", "host", "disk")
@@ -44,18 +45,29 @@ class Rates:
     estimated: bool = True
 
     @classmethod
-    def of(cls, device: str, dtype: torch.dtype, threads: int | None = None) -> Rates:
+    def of(cls, device: str, dtype: torch.dtype, threads: int | None = None, card: Card = REFERENCE) -> Rates:
         """Estimates for a kind of device.
 
+        Of an H100 they are the middle of what `benchmarks/results/cost.md` forecasts, not measured. Those of other cards are
+        assumed in proportion: products of the model and sums to the peak of 16-bit products (of a float32 model to that of
+        float32), eigenproblems, half of whose work waits for memory, to its bandwidth, and at most half of the float64 peak.
+
         Args:
-            device: `"cuda"`: an H100, the middle of what `benchmarks/results/cost.md` forecasts, not measured. `"cpu"`: by thread,
-                from `benchmarks/results` (an AMD EPYC with AVX2, float32).
+            device: `"cuda"`, or `"cpu"`: by thread, from `benchmarks/results` (an AMD EPYC with AVX2, float32).
             dtype: of the model's weights.
             threads: of a CPU; PyTorch's number by default.
+            card: the GPU; an H100 by default.
         """
         half = dtype in (torch.bfloat16, torch.float16)
         if device == "cuda":
-            return cls(forward=400e12 if half else 40e12, sums=375e12, decomposition=3e12, transfer=30e9, disk=2e9)
+            products, memory = card.half / REFERENCE.half, card.bandwidth / REFERENCE.bandwidth
+            return cls(
+                forward=400e12 * products if half else 40e12 * card.single / REFERENCE.single,
+                sums=375e12 * products,
+                decomposition=min(3e12 * memory, OF_DOUBLE * card.double),
+                transfer=30e9 * card.link / REFERENCE.link,
+                disk=2e9,
+            )
         threads = threads or torch.get_num_threads()
         return cls(
             forward=(25e9 if half else 45e9) * threads,
@@ -80,6 +92,7 @@ class Workload:
         device: `"cuda"` or `"cpu"`. On a CPU everything is in the host's memory.
         weights: where they are before the run: `"device"`, `"host"`, `"disk"`; None for a forecast of each.
         rates: throughputs; `Rates.of(device, dtype)` by default.
+        solved_on_host: whether the sums are kept (`nullspace covariances`), and solved on the host afterwards.
     """
 
     samples: int = 256
@@ -92,6 +105,7 @@ class Workload:
     rates: Rates | None = None
     exclude: str | Iterable[str] | None = None
     experts: str = "auto"
+    solved_on_host: bool = False
 
     def __post_init__(self) -> None:
         for name in ("samples", "length", "batch_size", "rank"):
@@ -130,6 +144,7 @@ class Plan:
         tracked: whether the activations come from a forward pass on the meta device. If the model does not run there, they are
             estimated from the shapes of its layers, with a tendency to be too high.
         estimated_rates: whether `seconds` come from estimated throughputs.
+        solved_on_host: as of `Workload`.
     """
 
     strategy: str
@@ -144,6 +159,7 @@ class Plan:
     seconds: Mapping[str, float]
     tracked: bool
     estimated_rates: bool
+    solved_on_host: bool = False
 
     @property
     def device_bytes(self) -> int:

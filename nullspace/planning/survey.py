@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,22 @@ class SiteShape(NamedTuple):
     share: float = 1.0
 
 
+class TensorShape:
+    """Shape and dtype of a tensor. Not a tuple, which would be a container of arguments."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorShape:
+        """Of this tensor."""
+        return cls(tensor.shape, tensor.dtype)
+
+    def empty(self) -> torch.Tensor:
+        """A tensor of this shape on the meta device."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
 class Survey:
     """Sites, weights, activations and flops of a model for batches of one shape. All sizes in bytes.
 
@@ -66,6 +83,8 @@ class Survey:
         dtype: of the weights.
         activations: the peak of a forward pass, its hooks included; `block_activations` by block, without the block's own input;
             `prologue`, before the first block, where towers and encoders run.
+        blocks: modules, those of the other `block_…` attributes.
+        block_calls: of each block, the positional and keyword arguments of its call, with `TensorShape`s in the place of tensors.
         hidden, arguments: of a block's call: the hidden states, and its other tensors (masks, rotary tables).
         flops: of the forward pass; `block_flops` by block; `prologue_flops` before the first block.
         tracked: whether activations, flops and sites come from a forward pass on the meta device. If not, they are estimated from
@@ -90,6 +109,7 @@ class Survey:
         self.reached = set(chosen)
         example = _example(model, batch, batch_size, length)
         self._device, self._pooled = device, pooled
+        self._of_blocks: dict[int | None, list[SiteShape]] | None = None
         blocks = _blocks(model, chosen)
         self.weights = size_in_bytes(model)
         own = [[stored_bytes(t) for t in m.parameters(recurse=False)] for m in model.modules()]
@@ -100,12 +120,23 @@ class Survey:
             blocks = self._run(model, chosen, blocks, *example)
         except Exception:  # models that need data, to route tokens to experts for instance, and custom kernels
             self._estimate(model, chosen, blocks, batch_shape(batch) or (batch_size, length))
+        self.blocks = blocks
         self.block_weights = [size_in_bytes(block) for block in blocks]
         self.outside = max(0, self.weights - sum(self.block_weights))
 
     def sites_of(self, block: int | None) -> list[SiteShape]:
         """The sites of a block, by its index; those outside of the blocks for None."""
-        return [site for site in self.sites if site.block == block]
+        if self._of_blocks is None:
+            self._of_blocks = {}
+            for site in self.sites:
+                self._of_blocks.setdefault(site.block, []).append(site)
+        return self._of_blocks.get(block, [])
+
+    def without(self, widths: Collection[int]) -> Survey:
+        """The same without the sites of these widths."""
+        less = copy.copy(self)
+        less.sites, less._of_blocks = [site for site in self.sites if site.d_in not in widths], None
+        return less
 
     def _run(
         self,
@@ -161,7 +192,7 @@ class Survey:
         self.tracked, self.layered = True, bool(blocks) and record.links.are_chain and not record.is_behind
         self.sites, self.reached = list(record.sites.values()), record.reached
         self.activations, self.prologue = record.peak, record.prologue
-        self.hidden, self.arguments = record.hidden, record.arguments
+        self.hidden, self.arguments, self.block_calls = record.hidden, record.arguments, record.calls
         self.block_activations, self.block_flops, self.flops = record.block_activations, record.block_flops, float(live.flops)
         self.prologue_flops = record.prologue_flops
         return blocks
@@ -191,7 +222,7 @@ class Survey:
         update = max((_update_bytes(tokens, site.d_in, self._device) for site in self.sites), default=0)
         self.block_activations = [tokens * itemsize * outputs(block) + 4 * self.hidden + update for block in blocks]
         self.block_flops = [products(block) for block in blocks]
-        self.prologue, self.arguments = 2 * self.hidden, 0
+        self.prologue, self.arguments, self.block_calls = 2 * self.hidden, 0, {}
         self.activations = max(self.block_activations, default=tokens * itemsize * outputs(model) + update) + self.hidden
         self.flops = products(model)
         self.prologue_flops = self.flops - sum(self.block_flops)
@@ -224,6 +255,7 @@ class _Record:
         self.prologue_flops = 0.0
         self.is_behind = False  # whether there is a site behind the first block and in none
         self.links = _Links()
+        self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.block_activations, self.block_flops = [0] * blocks, [0.0] * blocks
         self._live, self._inputs = live, list[weakref.ref[torch.Tensor]]()
         self._entry = self._flops = 0
@@ -254,6 +286,7 @@ class _Record:
                 self._has_begun = True
                 self.prologue, self.prologue_flops = self._live.peak, float(self._live.flops)
                 self.hidden, self.arguments = _argument_bytes(args, kwargs)
+            self.calls[index] = torch.utils._pytree.tree_map_only(torch.Tensor, TensorShape.of, (args, kwargs))
             self.links.enter(index, _tensors((args, kwargs)))
             self._live.restart()
             self._entry, self._flops = self._live.live, self._live.flops
@@ -318,6 +351,7 @@ def _update_bytes(rows: int, d: int, device: str) -> int:
     return 16 * min(rows, CHAIN_TOKENS) * d  # float64 copies of one chain, for its norms, its sum and its products
 
 
+@functools.cache
 def _staging_bytes(rows: int, d: int, dtype: torch.dtype, device: str) -> int:
     """Memory of a sum beside its triangle until it is read."""
     if device == "cuda":

@@ -37,6 +37,8 @@ INVERT_ON_CUDA: dict[tuple[int, int] | None, dict[int, tuple[int, int]]] = {
 # machine, the least of two: 3.6, 4.5, 3.4 and 3.5 with 12, 18, 24 and 36 columns; MKL's triangular solver prefers multiples of 12.
 INVERT_ON_CPU = 6
 LEAST_WIDTH = 12
+# Flops a second of `torch.linalg.eigh` on an H100: a forecast.
+EIGH_ON_CUDA = 3e12
 
 
 def choose_method(d: int, k: int, device: torch.device | str = "cpu", *, every: bool = False) -> str:
@@ -81,8 +83,14 @@ def side_by_side(d: int, device: torch.device | str = "cpu") -> int:
     return max(1, min(torch.get_num_threads(), SIDE_BY_SIDE_BYTES // (16 * d * d)))
 
 
-def decomposition_cost(d: int, rank: int, device: str) -> tuple[int, float, float]:
+def decomposition_cost(d: int, rank: int, device: str, eigh_rate: float = EIGH_ON_CUDA) -> tuple[int, float, float]:
     """What the bottom of one (d, d) second moment takes, by the method that `partial_eigh` chooses.
+
+    Args:
+        d, rank: order, and number of pairs.
+        device: `"cuda"` or `"cpu"`.
+        eigh_rate: of a GPU, the flops a second of its `torch.linalg.eigh`: what waits for launches and for the host takes the same
+            time on every GPU, and counts as the more flops the faster it is.
 
     Returns:
         Bytes at the peak, the square itself included and the triangle not; flops; and the flops of `torch.linalg.eigh` that take
@@ -97,15 +105,16 @@ def decomposition_cost(d: int, rank: int, device: str) -> tuple[int, float, floa
         if device == "cpu":
             return size, flops, flops / 0.45
         # A forecast (`benchmarks/results/cost.md`): products and solves run at three times the rate of `eigh`, the host's small
-        # eigenproblem at a four-hundredth.
-        return size, flops, flops / 3 + 400 * 4 / 3 * krylov.first_check(k + krylov.GUARD, chosen.width) ** 3
+        # eigenproblem at a four-hundredth of an H100's.
+        small = 4 / 3 * krylov.first_check(k + krylov.GUARD, chosen.width) ** 3
+        return size, flops, flops / 3 + eigh_rate / (EIGH_ON_CUDA / 400) * small
     if method == "lapack-subset":
         # The reflectors lie in the square, and LAPACK works on them there; several small ones are at work at once.
         flops = 4 / 3 * d**3 + 4 * d * d * k
         return side_by_side(d) * (square + 64 * 8 * d + 32 * d * k), flops, 3 * flops
     # Vectors, and a workspace of two squares. On a GPU every column of the tridiagonal reduction waits for about four launches of
-    # 4.5 µs (a forecast), in which 3e12 flops a second would be 5.4e7.
-    waiting = 5.4e7 * d if device == "cuda" else 0.0
+    # 4.5 µs (a forecast).
+    waiting = 18e-6 * eigh_rate * d if device == "cuda" else 0.0
     return 4 * square + 16 * d * k, 9.0 * d**3, 9.0 * d**3 + waiting
 
 
