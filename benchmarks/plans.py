@@ -1,25 +1,28 @@
-"""What `nullspace plan` says of published mixtures of experts and vision-language models, from their configurations.
+"""What `nullspace plan` says of six published models on six cards, from their configurations.
 
-    python -m benchmarks.plans     # writes benchmarks/results/plans.json, and prints the table of docs/large-models.md
+    python -m benchmarks.plans     # writes benchmarks/results/plans.json, and prints the tables of docs/large-models.md
 
-256 sequences of 1024 tokens of text in batches of 4, rank 128, bfloat16, a host with 256 GB, GPUs with 24, 48 and 80 GB.
+256 sequences of 1024 tokens of text in batches of 4, rank 128, 16-bit weights, a host with 128 GB and 16 cores. Nothing is run.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
 
+from benchmarks import shapes
 from benchmarks.environment import RESULTS, write_result
 
-MEMORIES = (24, 48, 80)
-HOST = 256
+ON = ("T4", "L4", "RTX 4090", "L40S", "A100-80GB", "H100")
+"""Names in `nullspace.planning.cards`."""
+HOST, THREADS = 128, 16
 
 
 def _qwen3_moe() -> Any:
@@ -49,20 +52,6 @@ def _gpt_oss() -> Any:
         num_local_experts=32,
         num_experts_per_tok=4,
         vocab_size=201088,
-    )
-
-
-def _mixtral() -> Any:
-    return transformers.MixtralConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        vocab_size=32000,
-        max_position_embeddings=32768,
     )
 
 
@@ -106,92 +95,102 @@ def _qwen2_5_vl() -> Any:
 
 
 MODELS: dict[str, tuple[Any, str, int]] = {
-    "Qwen3-30B-A3B": (_qwen3_moe, "Qwen3MoeForCausalLM", 30_532_122_624),
-    "gpt-oss-20b": (_gpt_oss, "GptOssForCausalLM", 20_914_757_184),
-    "Mixtral-8x7B": (_mixtral, "MixtralForCausalLM", 46_702_792_704),
     "Gemma-3-4b": (_gemma3, "Gemma3ForConditionalGeneration", 4_300_079_472),
+    "Llama-3-8B": (functools.partial(shapes.config, "Llama-3-8B"), "LlamaForCausalLM", shapes.PARAMETERS["Llama-3-8B"]),
     "Qwen2.5-VL-7B": (_qwen2_5_vl, "Qwen2_5_VLForConditionalGeneration", 8_292_166_656),
+    "gpt-oss-20b": (_gpt_oss, "GptOssForCausalLM", 20_914_757_184),
+    "Qwen3-30B-A3B": (_qwen3_moe, "Qwen3MoeForCausalLM", 30_532_122_624),
+    "Llama-3-70B": (functools.partial(shapes.config, "Llama-3-70B"), "LlamaForCausalLM", shapes.PARAMETERS["Llama-3-70B"]),
 }
 """Name → configuration, class, and the parameters of the published weights."""
 
 
 def empty(name: str) -> Any:
     """A model on the meta device."""
-    config, kind, _ = MODELS[name]
+    config, kind, published = MODELS[name]
     with torch.device("meta"):
-        return getattr(transformers, kind)._from_config(config(), dtype=torch.bfloat16).eval()
-
-
-def plan(name: str, memory: int) -> dict[str, Any]:
-    """The fastest plan that fits a GPU of this many GB, as a record; with what is missing, if none does."""
-    from nullspace.model.coverage import covered_share
-    from nullspace.model.sites import find_targets
-    from nullspace.planning.choice import fit
-    from nullspace.planning.forecast import is_pooled, survey_of
-    from nullspace.planning.plan import Workload
-
-    model, published = empty(name), MODELS[name][2]
+        model = getattr(transformers, kind)._from_config(config(), dtype=torch.bfloat16).eval()
     parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
     if parameters != published:
         raise ValueError(f"{name} has {parameters} parameters here, and its published weights {published}")
-    targets = find_targets(model, rank=128)
-    workload = Workload(targets=targets)
-    pooled = is_pooled(targets, workload, free=memory * 1e9)
-    workload = replace(workload, experts="pooled" if pooled else "each")
-    survey = survey_of(model, workload)
-    record = {
-        "model": name,
-        "parameters": parameters,
-        "memory_gb": memory,
-        "covered_share": covered_share(model, survey.reached),
-        "experts": workload.experts,
-        "sites": len(survey.sites),
-        "tracked": survey.tracked,
-    }
-    try:
-        chosen = fit(model, workload, device_memory=memory * 1e9, host_memory=HOST * 1e9)
-    except MemoryError as error:
-        return {**record, "missing": str(error)}
-    return {**record, **chosen.as_dict()}
+    return model
 
 
-def table(records: list[Mapping[str, Any]]) -> str:
-    """The records as a table in Markdown."""
+def plans(name: str) -> Iterator[dict[str, Any]]:
+    """What is said of a model, a record for each card of `ON`."""
+    from nullspace.cli.plan import trainings
+    from nullspace.model.coverage import covered_share
+    from nullspace.model.sites import find_targets
+    from nullspace.planning.answer import answer, is_typed
+    from nullspace.planning.cards import CARDS
+    from nullspace.planning.forecast import is_pooled, survey_of
+    from nullspace.planning.plan import Rates, Workload
+
+    model = empty(name)
+    targets, surveys, says = find_targets(model, rank=128), {}, {}
+    for card in ON:
+        memory = CARDS[card].memory
+        workload = Workload(targets=targets, rates=Rates.of("cuda", torch.bfloat16, card=CARDS[card]))
+        workload = replace(workload, experts="pooled" if is_pooled(targets, workload, free=memory) else "each")
+        if workload.experts not in surveys:
+            surveys[workload.experts] = survey_of(model, workload)
+        survey = surveys[workload.experts]
+        says[card] = (
+            workload.experts,
+            answer(model, targets, workload, survey, device_memory=memory, host_memory=HOST * 1e9, usable=is_typed),
+        )
+    share, survey = covered_share(model, survey.reached), next(iter(surveys.values()))
+    trained = trainings(model, targets, survey, Workload(targets=targets))
+    for card, (experts, said) in says.items():
+        chosen = said.chosen or next((offer.plan for offer in said.offers), None)
+        yield {
+            "model": name,
+            "gpu": card,
+            "experts": experts,
+            "covered_share": share,
+            "tracked": survey.tracked,
+            "fits": said.chosen is not None,
+            "missing": said.missing,
+            "plan": None if chosen is None else chosen.as_dict(),
+            "training": [
+                {"weights": form, "checkpointing": each.checkpointing, "bytes": each.bytes, "fits": each.fits(CARDS[card].memory)}
+                for form, both in trained.items()
+                for each in both
+            ],
+        }
+
+
+def _calibration(record: Mapping[str, Any]) -> str:
+    """A cell: how, the GPU's memory, and the estimated time."""
     from nullspace.planning.units import duration, gigabytes
 
-    rows = [
-        [
-            "model",
-            "GPU",
-            "strategy",
-            "weights on",
-            "GPU memory",
-            "of which sums",
-            "host memory",
-            "estimated time",
-            "of which eigenproblems",
-        ]
-    ]
-    for record in records:
-        if "missing" in record:
-            rows.append([record["model"], f"{record['memory_gb']} GB", "does not fit", *[""] * 6])
-            continue
-        device, host = (sum(record[part].values()) for part in ("device_parts", "host_parts"))
-        rows.append(
-            [
-                record["model"],
-                f"{record['memory_gb']} GB",
-                record["strategy"],
-                record["weights"],
-                gigabytes(device),
-                gigabytes(record["device_parts"].get("sums", 0)),
-                gigabytes(host),
-                duration(record["total_seconds"]),
-                duration(record["seconds"]["decomposition"]),
-            ]
-        )
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+    plan = record["plan"]
+    if plan is None:
+        return "no"
+    words = [plan["strategy"]] + ["offload"] * (plan["weights"] == "disk") + ["solved on the host"] * plan["solved_on_host"]
+    small = [] if plan["batch_size"] == 4 else [f"batches of {plan['batch_size']}"]
+    return f"{', '.join(words + small)}: {gigabytes(plan['device_bytes'])}, {duration(plan['total_seconds'])}"
+
+
+def _training(record: Mapping[str, Any]) -> str:
+    """A cell: the first form that fits, or the least memory that a form takes."""
+    from nullspace.planning.units import gigabytes
+
+    fitting = next((each for each in record["training"] if each["fits"]), None)
+    if fitting is None:
+        return f"no ({gigabytes(min(each['bytes'] for each in record['training']))})"
+    return f"{fitting['weights']}{', checkpointing' if fitting['checkpointing'] else ''}: {gigabytes(fitting['bytes'])}"
+
+
+def tables(records: list[Mapping[str, Any]]) -> list[str]:
+    """The records as tables in Markdown, a row a model and a column a card: of the calibration, and of the training."""
+    known = {(record["model"], record["gpu"]): record for record in records}
+    made = []
+    for cell in (_calibration, _training):
+        rows = [["model", *ON], *([name, *(cell(known[name, card]) for card in ON)] for name in MODELS)]
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        made.append("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
+    return made
 
 
 def read() -> list[Mapping[str, Any]]:
@@ -202,9 +201,10 @@ def read() -> list[Mapping[str, Any]]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    records = [plan(name, memory) for name in MODELS for memory in MEMORIES]
+    torch.set_num_threads(THREADS)
+    records = [record for name in MODELS for record in plans(name)]
     path = write_result("plans", {"plans": records})
-    print(table(records))
+    print("\n\n".join(tables(records)))
     print(f"wrote {path}")
 
 

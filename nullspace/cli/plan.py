@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -117,12 +118,11 @@ def plan(
     from nullspace.model.coverage import covered_share
     from nullspace.model.experts import fused_of
     from nullspace.model.sites import find_targets
-    from nullspace.planning.answer import answer
+    from nullspace.planning.answer import answer, is_typed
     from nullspace.planning.forecast import is_pooled, survey_of
 
     bits = {"load_in_4bit": work.load_in_4bit, "load_in_8bit": work.load_in_8bit}
-    source = loading.of(model)
-    empty = empty_model(source, dtype=work.dtype, attn_implementation=work.attn, **bits)
+    empty = empty_model(loading.of(model), dtype=work.dtype, attn_implementation=work.attn, **bits)
     check_length(empty.config, model, work.length)
     exclude = options.parse_exclude(work.exclude)
     targets = find_targets(empty, options.parse_targets(work.targets), exclude=exclude, rank=work.rank)
@@ -132,12 +132,10 @@ def plan(
     workload = replace(workload, experts="pooled" if is_pooled(targets, workload, limits[0]) else "each")
     survey = survey_of(empty, workload)
 
-    def usable(plan: Plan) -> bool:
-        return _is_typed(plan, machine, whole=_is_quantised(empty))
-
+    usable = functools.partial(is_typed, quantised=_is_quantised(empty), asked=machine.weights)
     says = answer(empty, targets, workload, survey, device_memory=limits[0], host_memory=limits[1], usable=usable)
     command = _Command(model, loading, work, workload.experts if has_experts else None)
-    trained = _trainings(empty, source, targets, survey, workload, work)
+    trained = trainings(empty, targets, survey, workload, freeze_a=work.freeze_a)
     share = covered_share(empty, survey.reached)
     if as_json:
         return _document(model, machine, says, command, trained, share)
@@ -171,16 +169,6 @@ def _is_quantised(empty: Any) -> bool:
     from nullspace.model.weights import stored_bytes
 
     return any(stored_bytes(p) != p.nbytes for p in empty.parameters())
-
-
-def _is_typed(plan: Plan, machine: Machine, *, whole: bool) -> bool:
-    """Whether the command line can run a plan: weights on the device, or with --offload on the disk; quantised ones whole.
-
-    For a GPU with the weights on the host there is `compute_null_spaces(..., device="cuda")`: such a plan must be asked for.
-    """
-    if plan.weights == "disk":
-        return not whole
-    return plan.weights == "device" or plan.device == "cpu" or machine.weights == "host"
 
 
 # ---- commands
@@ -238,24 +226,23 @@ def _typed(name: str, value: Any) -> list[str]:
 # ---- the training afterwards
 
 
-def _trainings(
-    empty: nn.Module, source: Any, targets: Mapping[str, nn.Module], survey: Survey, workload: Workload, work: Work
+def trainings(
+    empty: Any, targets: Mapping[str, nn.Module], survey: Survey, workload: Workload, *, freeze_a: bool = False
 ) -> dict[str, list[Training]]:
-    """Weights as they are planned, and in 4 bits where they are not quantised → without and with checkpointing."""
+    """Memory for training on a model without weights, which is left with weights of 4 bits.
+
+    Returns:
+        Form of the weights, as they are and in 4 bits where they are not quantised → without and with checkpointing.
+    """
     from nullspace.integrations.transformers.quantisation import set_planned_bytes
-    from nullspace.model.weights import size_in_bytes
     from nullspace.planning.training import training
 
-    def trained() -> list[Training]:
-        return training(empty, targets, survey, workload, freeze_a=work.freeze_a)
-
-    if _is_quantised(empty):
-        return {"quantised": trained()}
-    name = str(survey.dtype).removeprefix("torch.")
-    known = {name: trained()}
-    set_planned_bytes(empty, empty.config, load_in_4bit=True)
-    survey.weights = size_in_bytes(empty)
-    return {**known, "4-bit": trained()}
+    name = "quantised" if _is_quantised(empty) else str(survey.dtype).removeprefix("torch.")
+    known = {name: training(empty, targets, survey, workload, freeze_a=freeze_a)}
+    if name != "quantised":
+        set_planned_bytes(empty, empty.config, load_in_4bit=True)
+        known["4-bit"] = training(empty, targets, survey, workload, freeze_a=freeze_a)
+    return known
 
 
 # ---- what is printed

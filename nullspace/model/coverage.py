@@ -15,13 +15,16 @@ from nullspace.model.sharded_tensors import shape_of
 from nullspace.model.wrappers import unwrap
 
 
-def matrices(model: nn.Module) -> Iterator[tuple[str, int]]:
+def matrices(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> Iterator[tuple[str, int]]:
     """Name and number of entries of every linear layer's weight and every expert's matrix (by the layer's name), and of other
-    parameters with two axes or more (by their own); embeddings and output head left out, tied ones once."""
+    parameters with two axes or more (by their own); embeddings and output head left out, tied ones once.
+
+    `modules` are the model's `named_layers`, if they are known.
+    """
     model = unwrap(model)
     head, seen = output_head(model), set[int]()
     linear: list[str] = []
-    modules = named_layers(model)
+    modules = named_layers(model) if modules is None else modules
     once = {id(module): name for name, module in reversed(modules.items())}
     for name, module in modules.items():
         if once[id(module)] != name:

@@ -75,13 +75,19 @@ class ExpertMatrix(nn.Module):
     """
 
     experts: nn.Module
+    experts_name: str
+    parameter: str
+    index: int
+    out_features: int
+    in_features: int
 
     def __init__(self, experts: nn.Module, experts_name: str, parameter: str, index: int) -> None:
         super().__init__()
-        self.__dict__["experts"] = experts  # not a submodule
-        self.experts_name, self.parameter, self.index = experts_name, parameter, index
         _, *shape = shape_of(getattr(experts, parameter))
-        self.out_features, self.in_features = reversed(shape) if is_transposed(experts) else shape
+        out_features, in_features = reversed(shape) if is_transposed(experts) else shape
+        # Not by attributes: `experts` is no submodule, and of thousands of matrices the assignments of `nn.Module` take seconds.
+        vars(self).update(experts=experts, experts_name=experts_name, parameter=parameter, index=index)
+        vars(self).update(out_features=out_features, in_features=in_features)
 
     @property
     def stack(self) -> torch.Tensor:

@@ -116,8 +116,9 @@ class Targets(dict[str, nn.Module]):
         if not warn:
             return
         reasons = dict(self.left_out)
-        sizes = {name: size for name, size in matrices(model) if not self.excluded & {name, name.rpartition(".")[0]}}
         modules = named_layers(unwrap(model))
+        every = matrices(model, modules)
+        sizes = {name: size for name, size in every if not self.excluded & {name, name.rpartition(".")[0]}}
         others = {name: size for name, size in sorted(sizes.items(), key=lambda each: -each[1]) if name not in modules}
         total = sum(sizes.values())
         if sum(others.values()) >= NOTEWORTHY * total:

@@ -52,6 +52,16 @@ class Answer:
     cards: tuple[str, ...] = ()
 
 
+def is_typed(plan: Plan, *, quantised: bool = False, asked: str | None = None) -> bool:
+    """Whether the command line can run a plan: weights on the device, or with --offload on the disk; quantised ones only whole.
+
+    For weights on the host and a GPU there is `compute_null_spaces(..., device="cuda")`: such a plan must be `asked` for.
+    """
+    if plan.weights == "disk":
+        return not quantised
+    return plan.weights == "device" or plan.device == "cpu" or asked == "host"
+
+
 def answer(
     model: nn.Module,
     targets: Mapping[str, nn.Module],

@@ -11,6 +11,7 @@ with their defaults, which are estimates, it ranks plans and predicts no run tim
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -165,12 +166,15 @@ class _Setting:
         More sites are solved at once, and beside the next block, where there is room for it (`nullspace.solvers.lanes`).
         """
         left, bases = sum(site.triangle + site.staging for site in sites), 0
-        for site in sites:
-            left -= site.staging  # the buffer is freed when the site is read, the triangle when the next site is asked for
-            if not self.workload.solved_on_host:
-                bases += self.basis(site)
-                yield {**weights, "sums": left, "decomposition": self.costs[site.d_in][0], **held}, bases
-            left -= site.triangle
+        for _, alike in itertools.groupby(sites, lambda site: (site.d_in, site.triangle, site.staging)):
+            run = list(alike)
+            for number, site in enumerate(run):
+                left -= site.staging  # the buffer is freed when the site is read, the triangle when the next site is asked for
+                bases += 0 if self.workload.solved_on_host else self.basis(site)
+                # Of sites that are alike, the first takes the most of the device, and the last of the host.
+                if not self.workload.solved_on_host and number in (0, len(run) - 1):
+                    yield {**weights, "sums": left, "decomposition": self.costs[site.d_in][0], **held}, bases
+                left -= site.triangle
 
 
 def _resident(setting: _Setting) -> Plan:

@@ -7,8 +7,9 @@ Memory of the peak, in bytes, with T tokens a batch, V entries of the vocabulary
 - gradients: 4 Q; optimizer: 8 Q, the two moments of AdamW (arXiv 1711.05101) in float32; Q = P, or with A frozen Σ r d_out;
 - activations: what autograd keeps for the backward pass. Without checkpointing, Σ over blocks of what a block keeps; with it
   (arXiv 1604.06174), one hidden state a block. Either way the arguments of the blocks, and 4 T d of the last norm;
-- loss or block: 12 T V of log-probabilities, their gradient and that of the logits, and the logits themselves; with checkpointing
-  what one block keeps when it is computed again, if that is more, since the loss is done by then.
+- loss or block, the larger: 12 T V of log-probabilities, their gradient and that of the logits, and the logits themselves; or, when
+  the loss is done, the gradients that flow in a block's backward pass, three of T and the widest layer's d_in (of a gated MLP: its
+  product's and both factors'), with checkpointing beside what the block keeps when it is computed again.
 
 What a block keeps is counted, not estimated: each kind of block runs once on the meta device with the adapter's products beside its
 target layers, and the tensors that autograd saves are added up.
@@ -26,9 +27,10 @@ from torch import nn
 from torch.nn import functional
 
 from nullspace.model.blocks import is_encoder_decoder
-from nullspace.model.experts import ExpertMatrix
+from nullspace.model.experts import ExpertMatrix, is_fused
 from nullspace.model.linear import is_linear, output_head, weight_of, weight_shape
-from nullspace.model.weights import stored_bytes
+from nullspace.model.routing import routing
+from nullspace.model.weights import size_in_bytes, stored_bytes
 from nullspace.model.wrappers import named_modules
 from nullspace.planning.forecast import LIBRARIES
 from nullspace.planning.meta_run import watch
@@ -88,14 +90,15 @@ def training(
     head, tokens = output_head(model), workload.batch_size * workload.length
     vocabulary = 0 if head is None else weight_shape(head)[0]
     always = {
-        "weights": survey.weights + _dequantised(model, survey.dtype),
+        "weights": size_in_bytes(model) + _dequantised(model, survey.dtype),
         "adapter": SINGLE * size,
         "gradients": SINGLE * trained,
         "optimizer": 2 * SINGLE * trained,
     }
     rest = survey.arguments + survey.hidden // survey.dtype.itemsize * SINGLE
     activations = {False: sum(kept), True: len(kept) * survey.hidden}
-    block = {False: 0, True: max(kept, default=0)}
+    flowing = 3 * tokens * _widest(survey) * survey.dtype.itemsize
+    block = {False: flowing, True: max(kept, default=0) + flowing}
     loss = tokens * vocabulary * (3 * SINGLE + survey.dtype.itemsize)
     return [
         Training(
@@ -164,7 +167,8 @@ def kept_by_block(
     """
     stacks = {f"{layer.experts_name}.{layer.parameter}" for layer in targets.values() if isinstance(layer, ExpertMatrix)}
     own = {name for name, _ in block.named_parameters() if any(stack.endswith(f".{name}") for stack in stacks)}
-    with watch(block, trained=own) as (live, run):
+    fused = {name: module for name, module in named_modules(block).items() if is_fused(module)}
+    with routing(fused, lambda routed: None), watch(block, trained=own) as (live, run):
         given = torch.utils._pytree.tree_map_only(TensorShape, TensorShape.empty, call)
         tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
         for tensor in tensors[1:]:
@@ -201,6 +205,15 @@ def kept_by_block(
                 hook.remove()
         del output
         return sum(storage.nbytes() for storage in saved.values())
+
+
+def _widest(survey: Survey) -> int:
+    """The largest input of a layer in numbers a token: of routed experts, those of all rows of a token."""
+    widths: dict[str, float] = {}
+    for site in survey.sites:
+        name = site.name.partition("[")[0]
+        widths[name] = widths.get(name, 0.0) + site.share * site.d_in
+    return math.ceil(max(widths.values(), default=0))
 
 
 def _inside(targets: Mapping[str, nn.Module], block: str) -> dict[str, nn.Module]:

@@ -76,7 +76,7 @@ SOURCES: dict[tuple[str, str], set[str]] = {
     ("verify", "a --keep k --drift 1"): set(),
     ("export", "t --initial i"): set(),
     ("plan", "MODEL"): set(),
-    ("plan", "MODEL --device cpu"): {"device_memory"},
+    ("plan", "MODEL --device cpu"): {"device_memory", "gpu"},
     ("demo", ""): set(),
 }  # fmt: skip
 # What is given for an option that wants a value, where the default's own text is none that could be typed.
@@ -86,7 +86,7 @@ VALUES = {
     "device": "cpu", "field": "text", "alpha": "4", "preserve": "p", "avoid": "a", "spaces": "s", "covariances": "c", "study": "s",
     "data": "a.txt", "shard": "1/2", "weights": "1,1", "model": "m", "adapter": "x=a", "initial": "i", "base": "b", "out": "o",
     "exclude": "lm_head", "strength": "1", "drift": "1", "worst": "1", "retain": "1", "task": "t", "rank": "4",
-    "task_data": "a.txt", "keep_data": "a.txt", "adapter_name": "n", "device_memory": "8GB", "host_memory": "8GB",
+    "task_data": "a.txt", "keep_data": "a.txt", "adapter_name": "n", "device_memory": "8GB", "gpu": "L4", "host_memory": "8GB",
 }  # fmt: skip
 OTHERS = {"plan": {"weights": "host"}, "filter": {"keep": "k"}}
 NO_OUT = ("inspect", "plan", "verify", "filter")
@@ -208,6 +208,7 @@ def test_every_option_has_an_effect_or_is_refused(
         ("covariances m --data a.txt --targets ,", "--targets: no layer is named in ','"),
         ("merge c --weights 1,nan", "--weights must be a positive number, not nan"),
         ("report --adapter x", "--adapter must be NAME=INITIAL"),
+        ("plan m --gpu A1000", "--gpu: 'A1000' is none of T4, L4"),
         ("plan m --device-memory much", "--device-memory: 'much' is no size"),
         ("plan m --device tpu", "--device must be one of 'cuda', 'cpu'"),
         ("plan m --weights moon", "--weights must be one of 'device', 'host', 'disk'"),

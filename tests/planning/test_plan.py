@@ -287,7 +287,8 @@ def test_choose_strategy_keeps_to_resident_without_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("24GB", 24 * 10**9), ("1.5 gib", 3 * 2**29), ("800M", 8 * 10**8), ("123", 123), ("5 b", 5)]
+    ("text", "size"),
+    [("24GB", 24 * 10**9), ("1.5 gib", 3 * 2**29), ("800M", 8 * 10**8), ("24", 24 * 10**9), ("5 b", 5), ("25769803776", 3 * 2**33)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
@@ -297,6 +298,11 @@ def test_sizes(text: str, size: int) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="no size"):
         parse_size(text)
+
+
+def test_a_bare_number_between_gigabytes_and_bytes_is_refused() -> None:
+    with pytest.raises(ValueError, match="write 24564MB or 24564B"):
+        parse_size("24564")
 
 
 @pytest.mark.parametrize("wrong", [{"samples": 0}, {"device": "tpu"}, {"weights": "cloud"}])
