@@ -15,7 +15,7 @@ from nullspace.model.sharded_tensors import shape_of
 from nullspace.model.wrappers import unwrap
 
 
-def matrices(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> Iterator[tuple[str, int]]:
+def matrices(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> Iterator[tuple[str, int]]:
     """Name and number of entries of every linear layer's weight and every expert's matrix (by the layer's name), and of other
     parameters with two axes or more (by their own); embeddings and output head left out, tied ones once.
 
