@@ -110,7 +110,8 @@ def test_the_peak_of_a_step_is_made_of_these_parts(vocabulary: int, blocks: int,
         live.ignore(tensor)
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long, device="meta")
     with live:
-        adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        output = adapted(input_ids=ids, labels=ids, use_cache=False)  # held, with its logits, as by a loop that logs them
+        output.loss.backward()
     assert known["activations"] + known["loss or block"] == pytest.approx(live.peak, rel=0.03)
 
 
