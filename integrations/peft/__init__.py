@@ -37,8 +37,9 @@ from nullspace.integrations.peft.guard import (
     drift_of,
     penalty,
 )
-from nullspace.integrations.peft.inject import freeze_a, inject_adapters
+from nullspace.integrations.peft.inject import inject_adapters
 from nullspace.integrations.peft.layers import check_servable, lora_layers
+from nullspace.integrations.peft.origin import freeze_a
 from nullspace.integrations.peft.save import save_init
 from nullspace.integrations.peft.subtracted import attach_subtracted
 from nullspace.integrations.peft.write import write_init

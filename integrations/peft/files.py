@@ -23,6 +23,7 @@ from nullspace.checks import an_object, check_fields, finite, flag, list_of, map
 from nullspace.distributed import Job
 from nullspace.errors import DamagedFileError, InputError, MissingFileError, OtherModelError
 from nullspace.factors import LowRank
+from nullspace.integrations.peft import origin
 from nullspace.integrations.peft.experts.adapters import expert_adapters
 from nullspace.integrations.peft.experts.layout import Place, part_of_a, pattern_name, places
 from nullspace.model.linear import weight_of
@@ -43,6 +44,7 @@ _CONFIG_FIELDS = {
     "target_parameters": optional(or_none(list_of(text()))),
     "peft_version": optional(or_none(text())),
     "base_model_name_or_path": optional(or_none(text())),
+    origin.FIELD: optional(or_none(an_object())),
 }
 # The fields of an init's record that are used here.
 _INIT_FIELDS = {name: optional(or_none(text())) for name in ("model", "method", "residual", "architecture")}
@@ -75,12 +77,35 @@ def save_adapter(peft_model: PeftModel, adapter: str, directory: Path, state_dic
             file.rename(directory / file.name)
         (directory / adapter).rmdir()
     # PEFT keeps names in sets, whose order differs between processes; the bytes of two runs must be equal.
-    path = directory / ADAPTER_CONFIG
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     for name in ("target_modules", "target_parameters", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(name), list):
             config[name] = sorted(config[name])
-    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    _write_config(directory, config)
+
+
+def _write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def record_start(directory: Path, facts: Mapping[str, Any], revision: str | None) -> None:
+    """Write the record of its start (`origin`) into the configuration of an adapter that was saved before training.
+
+    Args:
+        directory: of the adapter.
+        facts: of the init: `freeze_a`, `model`.
+        revision: of the untouched base.
+    """
+    digest = origin.digest_of(records.load_tensors(directory / ADAPTER_WEIGHTS))
+    record = {"freeze_a": facts["freeze_a"], "model": facts["model"], "revision": revision, "factors": digest}
+    config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    _write_config(directory, origin.with_record(config, record))
+
+
+def copy_record(first: Path, second: Path) -> None:
+    """Write the record of an adapter into the configuration of the second one, which subtracts its product."""
+    one, two = (json.loads((each / ADAPTER_CONFIG).read_text(encoding="utf-8")) for each in (first, second))
+    _write_config(second, origin.with_record(two, origin.recorded(one)))
 
 
 def _gathered(peft_model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:

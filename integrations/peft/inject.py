@@ -25,6 +25,7 @@ from nullspace.integrations.peft.layers import (
     check_servable,
     freeze_layers,
     lora_layers,
+    starts_at_zero,
     stored_weight,
 )
 from nullspace.integrations.peft.save import record_init
@@ -79,8 +80,12 @@ def inject_adapters(
     | `"eva"` | `eva` (arXiv 2410.07170), all layers of rank r, B = 0 | `covariances` of the task | W₀ |
     | `"orthogonal"` | `orthogonal`: random, B A = 0 | nothing | W₀ |
 
-    A residual base is computed from the factors as they are stored, and rounded once. With `freeze_a=True` A does not change (for
-    `"lora-null"` the paper's v2): every update s·(B − B₀)A then stays in the row space of A.
+    A residual base is computed from the factors as they are stored, and rounded once.
+
+    With `freeze_a=True` A does not change (for `"lora-null"` the paper's v2): every update stays in the row space of A. For all
+    methods B then starts at zero on the untouched base: as (W₀ − s·B₀A) + s·BA = W₀ + s·(B − B₀)A, B and B − B₀ have the same
+    gradients, and training takes the same steps. Decoupled weight decay differs: here it draws the update to zero; on a residual
+    base it draws B to zero, and so takes s·B₀A out of the model.
 
     Args:
         model: the base model, on any device; it is changed in place, as `get_peft_model` does. If it is sharded over the processes
@@ -96,15 +101,15 @@ def inject_adapters(
         method: one of the above.
         covariances: second moments of this very model's inputs (`nullspace.compute_covariances`).
         preserve: the same, of the data that are to be preserved, for `"contrast"` and `"sc-lora"`.
-        freeze_a: train B alone; by default for `"contrast"`, and for no other method. PEFT does not save this: call `freeze_a`
-            again after loading an adapter to train it on.
+        freeze_a: train B alone; by default for `"contrast"`, and for no other method. The adapter's configuration records it, but
+            PEFT does not act on that: call `freeze_a` after loading an adapter to train it on.
         residual: what subtracts s·BA again. `"base"`: the weight. `"adapter"`: a second, frozen adapter
             (`{adapter_name}_subtracted`, −B₀A₀), which leaves all weights as they are, quantised or tied ones too, and is active
-            beside the first; `attach_subtracted` loads it again, `export_lora` makes one plain adapter of both. `"auto"`:
-            the base where it can be changed; otherwise the second adapter, or with `freeze_a` neither: B then starts at zero,
-            which trains the same. (Do not merge two adapters into a quantised base, where PEFT rounds the sum to the base's grid
-            after each: merge what `export_lora` makes, into a base that is not quantised. With two active adapters of experts, PEFT
-            computes the changes of all experts of a parameter at every call.)
+            beside the first; `attach_subtracted` loads it again, `export_lora` makes one plain adapter of both. `"auto"`: neither
+            with `freeze_a`, as B starts at zero; otherwise the base where it can be changed, else the second adapter. (Do not merge
+            two adapters into a quantised base, where PEFT rounds the sum to the base's grid after each: merge what `export_lora`
+            makes, into a base that is not quantised. With two active adapters of experts, PEFT computes the changes of all experts
+            of a parameter at every call.)
         sigma_scale: see `nullspace.factors.lora_null`; only for `"lora-null"`.
         beta: see `nullspace.factors.sc_lora`; only for `"sc-lora"`.
         damping: see `nullspace.factors.corda` and `nullspace.factors.contrast`; only for `"corda-kpm"`, `"corda-ipm"` (≥ 0) and
@@ -191,7 +196,7 @@ def _inject(
         residual = check_servable(model, bases, method, residual=residual, freeze_a=freeze_a)
         refuse_pair_of(config, residual)
         for name, layer in layers.items():
-            _write_factors(name, layer, adapter_name, method, given, residual, job)
+            _write_factors(name, layer, adapter_name, method, given, job, zero=starts_at_zero(residual, freeze_a))
         if residual == "adapter":
             subtract(peft_model, config, layers, adapter_name)
         if freeze_a:
@@ -207,24 +212,6 @@ def _inject(
         if residual == "base":
             residual_base.mark(model, method, peft_model.nullspace_model, _subtract(layers, adapter_name, job))
     return peft_model
-
-
-def freeze_a(peft_model: PeftModel, adapter_name: str = "default") -> None:
-    """Train B alone from now on (LoRA-Null-v2). PEFT's `set_adapter` and similar functions do not undo it.
-
-    PEFT saves the weights but not which of them were frozen: call this after `PeftModel.from_pretrained(..., is_trainable=True)`.
-
-    Raises:
-        ValueError: if the model has no LoRA layer with an adapter of that name, or is in a DeepSpeed engine that trains A.
-    """
-    layers = lora_layers(unwrap(peft_model), adapter_name)
-    if not layers:
-        raise InputError(f"the model has no LoRA adapter named {adapter_name!r}")
-    if has_deepspeed_engine(peft_model) and any(layer.lora_A[adapter_name].weight.requires_grad for layer in layers.values()):
-        raise InputError("A is a parameter of a DeepSpeed engine's optimizer already: call freeze_a before deepspeed.initialize")
-    freeze_layers(layers, adapter_name)
-    if residual_base.residual_mark(peft_model.get_base_model()) is not None:
-        watch(peft_model, adapter_name, "base")
 
 
 @contextlib.contextmanager
@@ -261,7 +248,7 @@ def _freeze_base(peft_model: PeftModel, own: set[int], config: LoraConfig) -> No
 
 
 @torch.no_grad()
-def _write_factors(name: str, layer: Any, adapter: str, method: str, given: Sources, residual: str, job: Job) -> None:
+def _write_factors(name: str, layer: Any, adapter: str, method: str, given: Sources, job: Job, *, zero: bool) -> None:
     """Compute and write A and B. The base does not change."""
     stored = weight_of(layer.get_base_layer())
     if METHODS[method].changes_base:
@@ -271,7 +258,7 @@ def _write_factors(name: str, layer: Any, adapter: str, method: str, given: Sour
     for parameter, factor in ((layer.lora_A[adapter].weight, a), (layer.lora_B[adapter].weight, b)):
         # Those of the first process: the results of several may differ by rounding, and adapters must not.
         parameter.copy_(factor if job.count == 1 else job.broadcast(factor.contiguous(), 0).to(factor.device))
-    if residual == "zero":
+    if zero:
         layer.lora_B[adapter].weight.zero_()
 
 

@@ -56,7 +56,7 @@ def check_servable(
         offloaded: accept weights that accelerate keeps on the disk: `write_init` reads them, `inject_adapters` cannot change them.
 
     Returns:
-        `"none"` (the method leaves the base alone), `"base"`, `"adapter"`, or `"zero"` (B starts at zero, where A is frozen).
+        `"none"` (the method leaves the base alone), `"base"`, `"adapter"`, or `"zero"` (A is frozen, and B starts at zero).
 
     Raises:
         ValueError: naming the layer, and what to use instead.
@@ -79,6 +79,8 @@ def check_servable(
             )
     if residual == "adapter":
         return "adapter"
+    if residual == "auto" and freeze_a:
+        return "zero"
     obstacle = _obstacle(model, layers, offloaded)
     if obstacle is None:
         if offloaded and on_disk(model) and source_of(model, [*map(parameter_name, layers)]) is None:
@@ -86,12 +88,22 @@ def check_servable(
                 plan_base(without_weights(model), folder)
         return "base"
     if residual == "auto":
-        return "zero" if freeze_a else "adapter"
+        return "adapter"
     raise InputError(
         f"{obstacle}, so it cannot become the residual of method {method!r}: let a second, frozen adapter take the product away "
         f'(inject_adapters(..., residual="adapter")), leave the layer out of target_modules, or use {_listed(untouched)}, '
         "which leave the base alone"
     )
+
+
+def starts_at_zero(residual: str, freeze_a: bool) -> bool:
+    """Whether B starts at zero whatever the method's B₀ is: where A is frozen, and nothing subtracts s·B₀A₀.
+
+    Args:
+        residual: as `check_servable` returns it.
+        freeze_a: whether A is frozen.
+    """
+    return freeze_a and residual not in ("base", "adapter")
 
 
 def _obstacle(model: nn.Module, layers: Mapping[str, nn.Module], offloaded: bool) -> str | None:

@@ -19,9 +19,10 @@ from nullspace.artifacts import records, store
 from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.errors import InputError
-from nullspace.integrations.peft.files import init_record, located, save_adapter
+from nullspace.integrations.peft.files import ADAPTER_CONFIG, copy_record, init_record, located, record_start, save_adapter
 from nullspace.integrations.peft.folders.cards import CARD, name_base, set_section, write_card, write_cards
 from nullspace.integrations.peft.layers import SUBTRACTED, is_a_frozen, lora_layers
+from nullspace.integrations.peft.origin import keep, recorded
 from nullspace.integrations.peft.shell import saving_here, without_weights
 from nullspace.methods import Sources
 from nullspace.model.sharded import is_model_sharded
@@ -90,8 +91,10 @@ def save_init(
                 save_adapter(peft_model, adapter, part / "adapter")
             finally:
                 config.base_model_name_or_path = original
+            record_start(part / "adapter", facts, config.revision)
             if residual == "adapter":
                 save_adapter(peft_model, SUBTRACTED.format(adapter), part / "subtracted")
+                copy_record(part / "adapter", part / "subtracted")
             if residual == "base":
                 # transformers' conversions look for the parameters of experts under their own names.
                 named = _unadapted(base) if any(isinstance(module, ParamWrapper) for module in base.modules()) else base
@@ -104,6 +107,7 @@ def save_init(
 
     written_once(out, write)
     config.base_model_name_or_path = base_path
+    keep(config, recorded(records.read_json(out / "adapter" / ADAPTER_CONFIG)))
     _keep_card(peft_model, facts, base_path)
     return out
 
@@ -116,6 +120,7 @@ def record_init(peft_model: Any, model: nn.Module, adapter: str, method: str, re
     # A residual base has no name before save_init gives it one, and must not keep that of the original model.
     config.base_model_name_or_path = UNSAVED.format(original or "a model without a name") if residual == "base" else original
     frozen = is_a_frozen(lora_layers(peft_model, adapter), adapter)
+    keep(config, {"freeze_a": frozen, "model": original, "revision": config.revision})
     facts = init_record(model, original, method, config, residual, frozen, given.spaces, None)
     _keep_card(peft_model, facts, config.base_model_name_or_path)
 

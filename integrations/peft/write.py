@@ -28,9 +28,9 @@ from nullspace.integrations.peft.base import Source, check_plan, copy_base, file
 from nullspace.integrations.peft.experts.adapters import ExpertAdapter
 from nullspace.integrations.peft.experts.checks import warn_of_two
 from nullspace.integrations.peft.experts.layout import layers_by_parameter, stacked
-from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, init_record, located, save_adapter
+from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, copy_record, init_record, located, record_start, save_adapter
 from nullspace.integrations.peft.folders.cards import write_cards
-from nullspace.integrations.peft.layers import check_layers, check_servable, held_weight, lora_layers, stored_weight
+from nullspace.integrations.peft.layers import check_layers, check_servable, held_weight, lora_layers, starts_at_zero, stored_weight
 from nullspace.integrations.peft.shell import BasePlan, on_disk, plan_base, saving_here, without_weights
 from nullspace.integrations.peft.start import random_seed, residual_of, start_of, with_spaces
 from nullspace.integrations.peft.subtracted import add_second, refuse_pair_of
@@ -90,7 +90,7 @@ def write_init(
             weights are gathered one at a time, and the first process writes.
         config: as in `inject_adapters`.
         spaces, method, covariances, preserve, sigma_scale, beta, damping, split: as in `inject_adapters`.
-        freeze_a: the same; here it is what card and record say, as an adapter's files hold no such flag.
+        freeze_a: the same; the adapter's configuration, its card and the record say so.
         residual: as in `inject_adapters`.
         tokenizer: saved beside the base, if given.
         record: JSON-able facts to keep in `nullspace.json`.
@@ -177,13 +177,17 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
             shutil.copytree(plans, part, dirs_exist_ok=True)
             with contextlib.ExitStack() as stack:
                 written = [stack.enter_context(file.opened(part)) for file in files]
-                starts = _Starts(modules, layers, targets, adapter, method, given, residual, report, job, written)
+                zero = starts_at_zero(residual, frozen)
+                starts = _Starts(modules, layers, targets, adapter, method, given, zero, report, job, written)
                 _write_weights(part / "base", base, starts, model, shell, residual, output.max_shard_bytes)
             if starts.changes:
                 mark_file(part / "base" / "config.json", method, located(original), clearest(starts.changes))
             if residual == "base" and output.tokenizer is not None:
                 output.tokenizer.save_pretrained(part / "base")
             facts = init_record(model, original, method, config, residual, frozen, given.spaces, output.record)
+            record_start(part / "adapter", facts, config.revision)
+            if residual == "adapter":
+                copy_record(part / "adapter", part / "subtracted")
             write_cards(part, facts)
             records.write_manifest(part, "init", facts)
         report("adapters", len(layers), len(layers), 0)
@@ -231,7 +235,8 @@ class _Starts:
     adapter: str
     method: str
     given: Sources
-    residual_in: str
+    zero: bool
+    """Whether B starts at zero, whatever the method's is."""
     report: Progress
     job: Job
     files: Sequence[_AdapterFile]
@@ -253,7 +258,7 @@ class _Starts:
         for name in self.targets[tensor]:
             self.report("adapters", self.done, len(self.layers), 0)
             a, b = start_of(name, self.layers[name], self._part(name, stored), self.adapter, self.method, self.given)
-            made[name] = a, torch.zeros_like(b) if self.residual_in == "zero" else b
+            made[name] = a, torch.zeros_like(b) if self.zero else b
             self.done += 1
         first = self.layers[self.targets[tensor][0]]
         path, (a, b) = (first.path, stacked([*made.values()])) if isinstance(first, ExpertAdapter) else (name, made[name])

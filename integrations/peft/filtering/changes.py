@@ -126,7 +126,7 @@ def _place(directory: Path, adapter_name: str | None) -> Path:
 def _given(now: Adapter, initial: Path) -> Adapter:
     """The start that the caller names."""
     start = read_adapter(adapter_in(initial.parent if initial.name == "subtracted" else initial))
-    check_pair(now, start)
+    check_pair(now, start, stacklevel=5)
     return start
 
 

@@ -36,6 +36,7 @@ from nullspace.integrations.peft.files import (
 )
 from nullspace.integrations.peft.folders.cards import write_card
 from nullspace.integrations.peft.folders.checkpoints import is_residual, mark_of, what_differs
+from nullspace.integrations.peft.origin import check_origin
 from nullspace.integrations.transformers.load import ModelSource
 from nullspace.model.wrappers import unwrap, unwrapped
 
@@ -94,7 +95,7 @@ def export_lora(
             save_adapter(trained, trained.active_adapter, folder)
             return export_lora(folder, initial, out, base=base, overwrite=overwrite)
     now, start = read_adapter(Path(trained)), read_adapter(adapter_in(Path(initial)))
-    check_pair(now, start)
+    check_pair(now, start, stacklevel=2)
     layers = places_in(now)
     untouched = all(is_zero(*_factors(start, place)) for place in layers.values())
     if now.config.get("use_dora") and not untouched:
@@ -307,7 +308,8 @@ def _check_base(base: ModelSource, start: Adapter, now: Adapter) -> None:
         )
 
 
-def check_pair(now: Adapter, start: Adapter) -> None:
+def check_pair(now: Adapter, start: Adapter, *, stacklevel: int) -> None:
+    """Raise `ValueError`, naming both, if settings, tensors or records (`check_origin`, which warns too) do not belong together."""
     for name in ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern"):
         if (now.config.get(name) or None) != (start.config.get(name) or None):
             raise OtherModelError(
@@ -325,3 +327,4 @@ def check_pair(now: Adapter, start: Adapter) -> None:
     if not a or a != b:
         alone = f": {min(a ^ b)!r} has only one of them" if a ^ b else ""
         raise InputError(f"{now.path / ADAPTER_WEIGHTS} has no pairs of A and B of linear layers{alone}")
+    check_origin(now, start, stacklevel=stacklevel + 1)

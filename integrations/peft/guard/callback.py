@@ -20,6 +20,7 @@ from nullspace.integrations.peft.guard.adapted import Initial, Start, adapted_la
 from nullspace.integrations.peft.guard.gauge import Drift, Gauge
 from nullspace.integrations.peft.guard.kl import KlToBase
 from nullspace.integrations.peft.guard.optimizers import slow_down
+from nullspace.integrations.peft.origin import freeze_recorded
 from nullspace.integrations.peft.save import add_section
 from nullspace.model.wrappers import unwrap
 
@@ -44,6 +45,8 @@ class ForgettingCallback(TrainerCallback):
     With every log of a training loss: `drift` (the median over layers of ‖ΔW X‖ / ‖W₀ X‖ on the inputs to be kept), `worst_drift`,
     and `kl_to_base` with texts. They are in `trainer.state.log_history` and in what is printed. `attach(trainer)`, in place of
     `callbacks=[…]`, puts the callback before the reporters (W&B, TensorBoard, …), so that these get them too.
+
+    An A that the adapter's configuration records as frozen (`freeze_a`) is frozen again, when the Trainer is made or in `attach`.
 
     Every saved adapter's card (`README.md`) has the last reading in a section of its own, which is taken anew for a checkpoint.
 
@@ -108,8 +111,16 @@ class ForgettingCallback(TrainerCallback):
         flow = [place for place, each in enumerate(callbacks) if isinstance(each, DefaultFlowCallback)]
         callbacks.insert(flow[-1] + 1 if flow else 0, self)  # behind what decides whether a step is logged or saved
         self._attached = True
+        freeze_recorded(trainer.model, self._adapters_of(trainer.model))
         self._look_at(trainer.model)
         return self
+
+    def on_init_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
+        """Freeze A before there is an optimizer, where the adapter's configuration records that."""
+        freeze_recorded(model, self._adapters_of(model))
+
+    def _adapters_of(self, model: Any) -> list[str]:
+        return [self._adapter] if self._adapter is not None else list(getattr(unwrap(model), "active_adapters", []))
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: Any = None, processing_class: Any = None, **_: Any

@@ -27,6 +27,7 @@ from nullspace.integrations.peft.guard.directions import (
 )
 from nullspace.integrations.peft.guard.local import put, read
 from nullspace.integrations.peft.guard.optimizers import innermost
+from nullspace.integrations.peft.origin import freeze_recorded
 from nullspace.model.sharded import reshard_model
 from nullspace.model.sharded_tensors import whole
 from nullspace.model.sites import Site
@@ -58,7 +59,7 @@ def confine(
       B A = 0, and all that A ever reads is in these directions.
     - Where B is not zero, only the change of A is confined: A_ref is A now, and what A_ref reads remains (choose a start whose A
       reads little, such as `"lora-null"`).
-    - An A that does not train (`freeze_a`) is left as it is.
+    - An A that does not train (`freeze_a`, or so recorded in the adapter's configuration) is left as it is.
 
     Three ways to use it, which may be combined, as projecting twice is projecting once:
 
@@ -101,6 +102,7 @@ def confine(
     if damping is not None:
         damping = check_real("damping", damping)
     layers = adapted_layers(peft_model, adapter_name)
+    freeze_recorded(peft_model, [layers[0].adapter])
     start = start_of(peft_model, layers)
     trained = [each for each in layers if not each.frozen]
     _warn(layers, trained)

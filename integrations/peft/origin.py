@@ -1,0 +1,162 @@
+"""What an adapter's configuration records of its start: whether A is frozen, the untouched base, and a digest of A₀ and B₀.
+
+PEFT drops the fields of a configuration that it does not know, with a warning. `auto_mapping` is a dictionary that it reads and
+saves as it is; of its entries PEFT uses two of its own, where there is no task type. The entry `KEY` in it passes through plain
+PEFT: load, train, save. Only without a task type does PEFT write the dictionary anew; `keep` then adds the entry when the
+configuration is saved.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+
+from nullspace.artifacts import residual
+from nullspace.checks import check_fields, flag, optional, or_none, text
+from nullspace.errors import AdapterWarning, InputError, OtherModelError
+from nullspace.integrations.peft.layers import freeze_layers, is_a_frozen, lora_layers
+from nullspace.integrations.peft.watch import watch
+from nullspace.model.sharded import has_deepspeed_engine
+from nullspace.model.wrappers import unwrap
+
+if TYPE_CHECKING:
+    from nullspace.integrations.peft.files import Adapter
+
+FIELD, KEY = "auto_mapping", "nullspace"
+_FIELDS = {"freeze_a": optional(flag()), **{name: optional(or_none(text())) for name in ("model", "revision", "factors")}}
+
+
+def recorded(config: PeftConfig | Mapping[str, Any], what: object = "the adapter's configuration") -> dict[str, Any]:
+    """The record: `freeze_a`, `model` and `revision` (of the untouched base), `factors` (a digest). Empty if there is none.
+
+    Args:
+        config: in memory, or the content of a file.
+        what: the file, for messages.
+
+    Raises:
+        ValueError: naming the file, if a field has a wrong value.
+    """
+    mapping = config.get(FIELD) if isinstance(config, Mapping) else getattr(config, FIELD, None)
+    record = mapping.get(KEY) if isinstance(mapping, Mapping) else None
+    if record is None:
+        return {}
+    check_fields(record, _FIELDS, f"{what}: {KEY} in {FIELD}")
+    return dict(record)
+
+
+def with_record(config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a configuration's file with a record in it."""
+    return {**config, FIELD: {**(config.get(FIELD) or {}), KEY: dict(record)}}
+
+
+def keep(config: LoraConfig, record: Mapping[str, Any]) -> None:
+    """Put a record into a configuration in memory. PEFT saves it from now on."""
+    config.auto_mapping = {**(config.auto_mapping or {}), KEY: dict(record)}
+    if config.task_type is None:
+        config.save_pretrained = functools.partial(_save, config)  # type: ignore[method-assign]
+
+
+def _save(config: LoraConfig, save_directory: str, **kwargs: Any) -> None:
+    """In place of `LoraConfig.save_pretrained`, which replaces the dictionary."""
+    if kwargs.get("auto_mapping_dict") is not None:
+        kwargs["auto_mapping_dict"] = {**kwargs["auto_mapping_dict"], KEY: (config.auto_mapping or {}).get(KEY)}
+    type(config).save_pretrained(config, save_directory, **kwargs)
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the names, dtypes, shapes and values of all A and B of an adapter's file."""
+    digest = hashlib.sha256()
+    for key in sorted(key for key in tensors if ".lora_A." in key or ".lora_B." in key):
+        t = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key} {t.dtype} {tuple(t.shape)}\n".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_origin(now: Adapter, start: Adapter, *, stacklevel: int) -> None:
+    """Compare the records of an adapter and of what it is said to have started from.
+
+    Args:
+        now: after training.
+        start: before.
+        stacklevel: of `warnings.warn`, counted from the caller.
+
+    Raises:
+        ValueError: naming both, if the records differ, or if the start no longer holds the factors that it was recorded with.
+
+    Warns:
+        UserWarning: if one of them has no record, so that shapes alone were compared. Not where they have the same A, which two
+            starts do not share, and not where all products were zero; and if A was to be frozen and has changed.
+    """
+    mine, first = recorded(now.config, now.path), recorded(start.config, start.path)
+    check_same(mine, first, now.path, start.path)
+    if first.get("factors") and digest_of(start.tensors) != first["factors"]:
+        raise OtherModelError(
+            f"{start.path} no longer holds the factors that it started with (it was trained in place, or converted): give the "
+            "folder as it was before training"
+        )
+    firsts = {key: t.double() for key, t in start.tensors.items() if ".lora_A." in key}
+    changed = [key for key, first_a in firsts.items() if not torch.equal(now.tensors[key].double(), first_a)]
+    if mine.get("freeze_a") and changed:
+        warnings.warn(
+            f"{now.path} is recorded as trained with A frozen, but A has changed in {len(changed)} layers: it was trained on "
+            "without freeze_a after loading, and its update is no longer confined to the rows of its first A",
+            AdapterWarning,
+            stacklevel=stacklevel + 1,
+        )
+    products = any(bool(t.any()) for key, t in start.tensors.items() if ".lora_B." in key)
+    missing = [str(each.path) for each, record in ((now, mine), (start, first)) if not record.get("factors")]
+    if missing and changed and products:
+        warnings.warn(
+            f"no record of the first factors is in {' and '.join(missing)} (an earlier version wrote it, or PEFT saved it without "
+            f"a task_type): that {now.path} was trained from {start.path} was checked by settings and shapes alone",
+            AdapterWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def check_same(mine: Mapping[str, Any], first: Mapping[str, Any], now: object, start: object) -> None:
+    """Raise `ValueError`, naming both, for the records of two starts. What one of them lacks is not compared."""
+    for name, what in (("model", "base model"), ("revision", "revision of the base"), ("factors", "digest of the first A and B")):
+        if mine.get("factors") and first.get("factors") and mine.get(name) != first.get(name):
+            raise OtherModelError(
+                f"{now} and {start} do not belong together: the {what} at the start was {mine.get(name)} and {first.get(name)}"
+            )
+
+
+def freeze_a(peft_model: PeftModel, adapter_name: str = "default") -> None:
+    """Train B alone from now on (LoRA-Null-v2). PEFT's `set_adapter` and similar functions do not undo it.
+
+    PEFT saves the weights but not which of them were frozen: call this after `PeftModel.from_pretrained(..., is_trainable=True)`,
+    before the optimizer is made. That A is frozen is recorded in the adapter's configuration from now on (`auto_mapping`), where
+    `attach_subtracted`, `confine` and `ForgettingCallback` look for it and do this by themselves.
+
+    Raises:
+        ValueError: if the model has no LoRA layer with an adapter of that name, or is in a DeepSpeed engine that trains A.
+    """
+    model = unwrap(peft_model)
+    layers = lora_layers(model, adapter_name)
+    if not layers:
+        raise InputError(f"the model has no LoRA adapter named {adapter_name!r}")
+    if has_deepspeed_engine(peft_model) and any(layer.lora_A[adapter_name].weight.requires_grad for layer in layers.values()):
+        raise InputError("A is a parameter of a DeepSpeed engine's optimizer already: call freeze_a before deepspeed.initialize")
+    freeze_layers(layers, adapter_name)
+    config: Any = model.peft_config[adapter_name]
+    keep(config, {**recorded(config), "freeze_a": True})
+    if residual.residual_mark(model.get_base_model()) is not None:
+        watch(model, adapter_name, "base")
+
+
+def freeze_recorded(peft_model: Any, adapter_names: Iterable[str]) -> None:
+    """`freeze_a` of those of a model's adapters whose configuration records that A is frozen."""
+    model = unwrap(peft_model)
+    for name in adapter_names if isinstance(model, PeftModel) else ():
+        config = model.peft_config.get(name)
+        if isinstance(config, LoraConfig) and recorded(config).get("freeze_a") and not is_a_frozen(lora_layers(model, name), name):
+            freeze_a(peft_model, name)
