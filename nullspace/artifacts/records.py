@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -51,11 +52,14 @@ _FILE_FIELDS = {"bytes": whole(), "sha256": text()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> None:
-    """Write one safetensors file. Errors of the file system are raised as `OSError`."""
+    """Write one safetensors file, with the permissions that the umask gives. Errors of the file system are raised as `OSError`."""
+    path.touch()
+    mode = path.stat().st_mode  # safetensors replaces the file by a temporary one, which only its owner can read
     try:
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path, metadata=metadata)
     except SafetensorError as error:
         raise OutputError(f"cannot write {path}: {error}") from error
+    path.chmod(stat.S_IMODE(mode))
 
 
 class TensorFile:

@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def new_directory(out: str | os.PathLike[str], *, overwrite: bool = False) -> It
         yield new
         for folder, _, names in os.walk(new):
             for name in names:
+                _give_permissions(part, Path(folder, name))
                 sync(Path(folder, name))
             sync(Path(folder))
         _replace(path, new, part / "old", _is_written_by_nullspace, overwrite=overwrite)
@@ -72,6 +74,7 @@ def new_file(out: str | os.PathLike[str], *, overwritable: Callable[[Path], bool
     with reserved(out, overwritable, overwrite=overwrite) as path, _part(path) as part:
         new = part / "new"
         yield new
+        _give_permissions(part, new)
         sync(new)
         _replace(path, new, part / "old", overwritable, overwrite=overwrite)
 
@@ -174,6 +177,16 @@ def _part(path: Path) -> Iterator[Path]:
             yield part
     finally:
         _remove_part(path, part)
+
+
+def _give_permissions(part: Path, file: Path) -> None:
+    """Give a file the permissions of an ordinary new one here, which umask and default ACLs have given to the marker file.
+
+    Other libraries write to a temporary file first, which only its owner can read (safetensors, from 0.8 on).
+    """
+    mode = stat.S_IMODE((part / PART).stat().st_mode)
+    if not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) != mode:
+        file.chmod(mode)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from nullspace.cli import console, options
-from nullspace.cli.options import Shown, ShownTable, option
+from nullspace.cli.options import Shown, ShownTable, needed, option
+
+
+_CUT = needed("--rank", lambda values: values["rank"] is not None)
 
 
 def merge(
@@ -86,20 +89,36 @@ def export(
     initial: Path = option("What `nullspace init` wrote, or the adapter directory in it."),
     out: Path = option("Directory for the plain LoRA; must not exist yet."),
     base: str | None = option("Name of the untouched base; by default that which `init` was given.", None),
+    rank: int | None = options.RANK._replace(help="Cut the change to this rank; by default it is not cut.", default=None),
+    covariances: Path | None = option(
+        "What `nullspace covariances` or `merge` wrote of the task's data: the cut then changes the outputs on its inputs least.",
+        None,
+        needs=_CUT,
+    ),
     shown: Shown,
 ) -> dict[str, Any] | None:
-    """A trained adapter as a plain LoRA for the untouched base: rank r where A was frozen, 2r otherwise."""
+    """A trained adapter as a plain LoRA for the untouched base: rank r where A was frozen, 2r otherwise, or cut to --rank."""
     from nullspace.artifacts import records, store
     from nullspace.integrations.peft import export_lora
 
     with store.reserved(out, overwrite=shown.overwrite):
-        export_lora(trained, initial, out, base=base, overwrite=shown.overwrite)
+        export_lora(trained, initial, out, base=base, rank=rank, covariances=covariances, overwrite=shown.overwrite)
         manifest = records.read_manifest(out, "export")
     if shown.as_json:
         facts = {name: manifest[name] for name in ("rank", "alpha", "max_lora_rank", "holds")}
-        return {"out": str(out), "base": manifest["model"], **facts}
+        return {"out": str(out), "base": manifest["model"], "truncated": manifest.get("truncated"), **facts}
     if not shown.quiet:
         limit = manifest["max_lora_rank"]
         server = f"vLLM needs --max-lora-rank {limit}" if limit else "vLLM serves no rank as large as that"
         console.print_line(f"{out}: rank {manifest['rank']}, alpha {manifest['alpha']}, for {manifest['model']}; {server}")
+        if "truncated" in manifest:
+            console.print_line(_cut(manifest["truncated"]))
     return None
+
+
+def _cut(facts: dict[str, Any]) -> str:
+    """What a cut to a smaller rank has cost, as text."""
+    lost = f"{facts['lost']:.2g} (median of the layers), {facts['worst']:.2g} (worst, {facts['worst_layer']})"
+    if facts["weighted"]:
+        return f"cut to rank {facts['rank']}: lost of ‖ΔW X‖ on these inputs {lost}"
+    return f"cut to rank {facts['rank']}: lost of ‖ΔW‖ {lost}. The inputs were not looked at: --covariances weighs by them"

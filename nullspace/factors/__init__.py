@@ -3,6 +3,7 @@
 - `starts`: the two factors before training, one function a method.
 - `contrast`: a start from two second moments, of the task and of what must be kept.
 - `filters`: after training, a change that keeps its effect on the task and loses that on what must be kept; several in one.
+- `truncated`: a change cut to a smaller rank where its inputs notice it least.
 """
 
 from nullspace.factors.contrast import contrast
@@ -23,6 +24,7 @@ from nullspace.factors.starts import (
     pissa,
     sc_lora,
 )
+from nullspace.factors.truncation import truncated
 
 __all__ = [
     "CORDA_MODES",
@@ -46,4 +48,5 @@ __all__ = [
     "orthogonal",
     "pissa",
     "sc_lora",
+    "truncated",
 ]

@@ -34,8 +34,10 @@ from nullspace.integrations.peft.files import (
     save_adapter,
     scaling_of,
 )
+from nullspace.integrations.peft.filtering.moments import Moments
 from nullspace.integrations.peft.folders.cards import write_card
 from nullspace.integrations.peft.folders.checkpoints import is_residual, mark_of, what_differs
+from nullspace.integrations.peft.folders.cut import Cut
 from nullspace.integrations.peft.origin import check_origin
 from nullspace.integrations.transformers.load import ModelSource
 from nullspace.model.wrappers import unwrap, unwrapped
@@ -54,6 +56,8 @@ def export_lora(
     out: str | os.PathLike[str],
     *,
     base: str | None = None,
+    rank: int | None = None,
+    covariances: Moments | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write, after training, a plain LoRA for the *untouched* base model, equivalent to the trained adapter on the residual one.
@@ -74,6 +78,9 @@ def export_lora(
         out: directory of the new adapter; written whole or not at all.
         base: name or path of the untouched base, written into the adapter's configuration. By default that which `initial` was
             made of. If its files are on this machine, they are compared with the base that the adapter was trained on.
+        rank: of the new adapter, at most: layers of a larger one are cut by `nullspace.factors.truncated`.
+        covariances: second moments of the inputs on which the cut is to change least, those of the task: an object or its
+            directory. Without them the cut is the nearest in the Frobenius norm, whatever the inputs.
         overwrite: replace an earlier export.
 
     Returns:
@@ -83,7 +90,8 @@ def export_lora(
         FileNotFoundError: if an adapter file is missing.
         ValueError: naming the file, if it is damaged, the two adapters do not belong together, or they have DoRA's magnitudes
             and a residual base, for which there is no LoRA on the untouched one; naming the tensor, if it holds NaN or Inf, or if
-            the untouched base lacks it or has another one; if the untouched base is not known.
+            the untouched base lacks it or has another one; if the untouched base is not known; for a `rank` below 1 or with DoRA,
+            covariances without a `rank`; naming the layer, if they do not have it.
         FileExistsError: if `out` is in the way, or another run is writing to it.
 
     Warns:
@@ -93,7 +101,8 @@ def export_lora(
     if isinstance(trained, PeftModel):
         with temporary_folder() as folder, unwrapped(trained):
             save_adapter(trained, trained.active_adapter, folder)
-            return export_lora(folder, initial, out, base=base, overwrite=overwrite)
+            return export_lora(folder, initial, out, base=base, rank=rank, covariances=covariances, overwrite=overwrite)
+    cut = Cut.of(rank, covariances)
     now, start = read_adapter(Path(trained)), read_adapter(adapter_in(Path(initial)))
     check_pair(now, start, stacklevel=2)
     layers = places_in(now)
@@ -108,10 +117,13 @@ def export_lora(
     base = located(base) or original_base(start, untouched)
     _check_base(ModelSource.in_revision(base, revision), start, now)
     factors = {layer: _plain_factors(now, start, layer, place) for layer, place in layers.items()}
+    if cut is not None:
+        factors = cut.apply(factors, now)
     dtype = now.tensors[f"{PREFIX}{next(iter(layers.values())).path}{A_WEIGHT}"].dtype
     if not all(torch.equal(factor.to(dtype).double(), factor) for pair in factors.values() for factor in pair):
         dtype = torch.promote_types(dtype, torch.float32)
     facts = {name: init[name] for name in ("architecture", "method", "data") if init.get(name) is not None}
+    facts |= {} if cut is None else {"truncated": cut.record()}
     config, tensors = plain_adapter(now, factors, dtype, base)
     config["revision"] = revision
     tensors |= other_tensors(now, start, dtype)
