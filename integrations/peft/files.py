@@ -53,7 +53,6 @@ _LEAK_FIELDS = {"median": finite(0), "worst": finite(0), "worst_site": text()}
 # Folders that transformers' Trainer saves during training.
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
-
 PREFIX = "base_model.model."
 A_WEIGHT, B_WEIGHT = ".lora_A.weight", ".lora_B.weight"
 
@@ -77,35 +76,30 @@ def save_adapter(peft_model: PeftModel, adapter: str, directory: Path, state_dic
             file.rename(directory / file.name)
         (directory / adapter).rmdir()
     # PEFT keeps names in sets, whose order differs between processes; the bytes of two runs must be equal.
-    config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    path = directory / ADAPTER_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
     for name in ("target_modules", "target_parameters", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(name), list):
             config[name] = sorted(config[name])
-    _write_config(directory, config)
+    _write_config(path, config)
 
 
-def _write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+def _write_config(path: Path, config: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def record_start(directory: Path, facts: Mapping[str, Any], revision: str | None) -> None:
-    """Write the record of its start (`origin`) into the configuration of an adapter that was saved before training.
+def record_start(part: Path, facts: Mapping[str, Any], revision: str | None) -> None:
+    """Write the record of the start (`origin`) into the configurations of `adapter` and `subtracted` of an init.
 
     Args:
-        directory: of the adapter.
-        facts: of the init: `freeze_a`, `model`.
+        part: the folder of the init.
+        facts: its manifest.
         revision: of the untouched base.
     """
-    digest = origin.digest_of(records.load_tensors(directory / ADAPTER_WEIGHTS))
+    digest = origin.digest_of(records.load_tensors(part / "adapter" / ADAPTER_WEIGHTS))
     record = {"freeze_a": facts["freeze_a"], "model": facts["model"], "revision": revision, "factors": digest}
-    config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    _write_config(directory, origin.with_record(config, record))
-
-
-def copy_record(first: Path, second: Path) -> None:
-    """Write the record of an adapter into the configuration of the second one, which subtracts its product."""
-    one, two = (json.loads((each / ADAPTER_CONFIG).read_text(encoding="utf-8")) for each in (first, second))
-    _write_config(second, origin.with_record(two, origin.recorded(one)))
+    for path in part.glob(f"*/{ADAPTER_CONFIG}"):
+        _write_config(path, origin.with_record(records.read_json(path), record))
 
 
 def _gathered(peft_model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
@@ -307,10 +301,15 @@ def read_factors(directory: str | os.PathLike[str]) -> dict[str, LowRank]:
         ValueError: naming it, if it is damaged or no LoRA adapter, or if it adds something else than a product B A (DoRA, adapters
             of embeddings and convolutions alone).
     """
-    adapter = read_adapter(Path(directory))
+    return factors_of(_plain(Path(directory)))
+
+
+def _plain(directory: Path) -> Adapter:
+    """An adapter that adds a product B A; `ValueError` for DoRA."""
+    adapter = read_adapter(directory)
     if adapter.config.get("use_dora"):
         raise InputError(f"{adapter.path} uses DoRA: what it adds to a weight is no product B A")
-    return factors_of(adapter)
+    return adapter
 
 
 def factors_of(adapter: Adapter) -> dict[str, LowRank]:
@@ -344,13 +343,19 @@ def read_course(name: str, initial: str | os.PathLike[str], *trained: str | os.P
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: as `read_factors`; and naming the layer, if a trained adapter has others than the initial one, or other shapes.
+        ValueError: as `read_factors`; and naming the layer, if a trained adapter has others than the initial one, or other shapes;
+            if their configurations record different starts.
+
+    Warns:
+        UserWarning: if a configuration records no start, so that names and shapes alone were compared.
     """
     initial = Path(initial)
-    start = read_factors(adapter_in(initial))
+    first = _plain(adapter_in(initial))
+    start = factors_of(first)
     states: list[State] = []
     for directory in [each for folder in trained for each in _checkpoints(Path(folder))]:
-        factors = read_factors(directory)
+        now = _plain(directory)
+        factors = factors_of(now)
         for layer in (*start, *factors):
             if layer not in factors or layer not in start:
                 where = directory if layer in factors else initial
@@ -363,6 +368,7 @@ def read_course(name: str, initial: str | os.PathLike[str], *trained: str | os.P
                     f"adapter {name!r}: {directory} is not what {initial} was trained to: A and B of {layer!r} are {shapes[1]}, "
                     f"and were {shapes[0]}"
                 )
+        origin.check_origin(now, first, stacklevel=2)
         step = _CHECKPOINT.fullmatch(directory.name)
         states.append(State(f"step {step[1]}" if step else directory.name, int(step[1]) if step else None, factors))
     names = [state.label for state in states]

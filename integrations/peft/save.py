@@ -19,7 +19,7 @@ from nullspace.artifacts import records, store
 from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.errors import InputError
-from nullspace.integrations.peft.files import ADAPTER_CONFIG, copy_record, init_record, located, record_start, save_adapter
+from nullspace.integrations.peft.files import ADAPTER_CONFIG, init_record, located, record_start, save_adapter
 from nullspace.integrations.peft.folders.cards import CARD, name_base, set_section, write_card, write_cards
 from nullspace.integrations.peft.layers import SUBTRACTED, is_a_frozen, lora_layers
 from nullspace.integrations.peft.origin import keep, recorded
@@ -91,10 +91,9 @@ def save_init(
                 save_adapter(peft_model, adapter, part / "adapter")
             finally:
                 config.base_model_name_or_path = original
-            record_start(part / "adapter", facts, config.revision)
             if residual == "adapter":
                 save_adapter(peft_model, SUBTRACTED.format(adapter), part / "subtracted")
-                copy_record(part / "adapter", part / "subtracted")
+            record_start(part, facts, config.revision)
             if residual == "base":
                 # transformers' conversions look for the parameters of experts under their own names.
                 named = _unadapted(base) if any(isinstance(module, ParamWrapper) for module in base.modules()) else base

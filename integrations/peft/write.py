@@ -28,7 +28,7 @@ from nullspace.integrations.peft.base import Source, check_plan, copy_base, file
 from nullspace.integrations.peft.experts.adapters import ExpertAdapter
 from nullspace.integrations.peft.experts.checks import warn_of_two
 from nullspace.integrations.peft.experts.layout import layers_by_parameter, stacked
-from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, copy_record, init_record, located, record_start, save_adapter
+from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, init_record, located, record_start, save_adapter
 from nullspace.integrations.peft.folders.cards import write_cards
 from nullspace.integrations.peft.layers import check_layers, check_servable, held_weight, lora_layers, starts_at_zero, stored_weight
 from nullspace.integrations.peft.shell import BasePlan, on_disk, plan_base, saving_here, without_weights
@@ -185,9 +185,7 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
             if residual == "base" and output.tokenizer is not None:
                 output.tokenizer.save_pretrained(part / "base")
             facts = init_record(model, original, method, config, residual, frozen, given.spaces, output.record)
-            record_start(part / "adapter", facts, config.revision)
-            if residual == "adapter":
-                copy_record(part / "adapter", part / "subtracted")
+            record_start(part, facts, config.revision)
             write_cards(part, facts)
             records.write_manifest(part, "init", facts)
         report("adapters", len(layers), len(layers), 0)

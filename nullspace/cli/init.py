@@ -87,12 +87,12 @@ class Adapter:
         "A takes so many times its share of the adapter's product, and B as much less.", 1.0, check_real, of_methods("split")
     )
     freeze_a: bool | None = option(
-        "Say in card and record that B alone is to be trained; by default for contrast.",
+        "B alone is trained, from zero on the original model, so that no base is written; by default for contrast.",
         None,
     )
     residual: str = option(
         "What subtracts the adapter's initial product: 'base' (OUT/base), 'adapter' (a second, frozen one, OUT/subtracted) or "
-        "'auto': the base where it can be changed.",
+        "'auto': none with --freeze-a, else the base where it can be changed.",
         "auto",
         one_of("auto", "base", "adapter"),
         needed("methods that change the base", lambda values: method_of(values).changes_base),

@@ -8,7 +8,6 @@ from typing import Any
 from nullspace.cli import console, options
 from nullspace.cli.options import Shown, ShownTable, needed, option
 
-
 _CUT = needed("--rank", lambda values: values["rank"] is not None)
 
 

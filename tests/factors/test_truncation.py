@@ -82,7 +82,7 @@ def test_factors_are_balanced_and_signed_and_a_small_change_stays_as_it_is() -> 
 def test_what_does_not_fit_is_refused(arguments: dict, words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         truncated(change(), arguments.pop("c", None), **arguments)
-    with pytest.raises(ValueError, match="B .*needed"):
+    with pytest.raises(ValueError, match=r"B .*needed"):
         truncated(LowRank(torch.ones(2, 3), torch.ones(3, 4)), rank=1)
     with pytest.raises(ValueError, match="NaN"):
         truncated(LowRank(torch.full((2, 3), float("nan")), torch.ones(3, 2)), rank=1)

@@ -237,7 +237,7 @@ def _frozen(facts: Mapping[str, Any]) -> str:
     if not facts.get("freeze_a"):
         return ""
     return (
-        "## A is frozen\n\nThis adapter trains B alone. PEFT does not save that: to train it on, call `freeze_a(model)` of "
+        "## A is frozen\n\nThis adapter trains B alone. PEFT loads A trainable: to train it on, call `freeze_a(model)` of "
         "`nullspace.integrations.peft` after loading it, before the optimizer is made."
     )
 

@@ -209,7 +209,7 @@ def _base_notes(adapter: Adapter, base: Base) -> list[str]:
     if (base.init or {}).get("residual") == "adapter" and adapter.path.name != "subtracted":
         notes.append("The frozen adapter in 'subtracted' must be active beside it (attach_subtracted): alone it is silently wrong.")
     if (base.init or {}).get("freeze_a") and adapter.path.name != "subtracted":
-        notes.append("It trains B alone, which PEFT does not save: to train it on, call freeze_a after loading it.")
+        notes.append("It trains B alone, and PEFT loads A trainable: to train it on, call freeze_a after loading it.")
     if base.named and base.folder is not None and not _is_at(base.named, base.folder):
         notes.append(
             f"{ADAPTER_CONFIG} names {base.named!r}, but the base is in {base.folder}: nullspace inspect {adapter.path} --base "
