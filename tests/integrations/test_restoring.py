@@ -130,7 +130,7 @@ def test_an_error_at_any_stage_leaves_the_model_as_it_was(
     before = _photograph(model)
     monkeypatch.setattr(inject, where, _fails_at(number, getattr(inject, where), error))
     with pytest.raises(type(error)):
-        inject_adapters(model, LoraConfig(r=RANK, modules_to_save=["lm_head"]), spaces_for("llama"), freeze_a=True)
+        inject_adapters(model, LoraConfig(r=RANK, modules_to_save=["lm_head"]), spaces_for("llama"), freeze_a=True, residual="base")
     _same(before, _photograph(model))
     monkeypatch.undo()
     adapted = inject_adapters(model, LoraConfig(r=RANK), spaces_for("llama"))  # and it can be tried again

@@ -152,11 +152,11 @@ def load(folder: Path, key: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A start of Mixtral with frozen A beside its trained adapter, and the model."""
+    """A start of Mixtral on a residual base with frozen A beside its trained adapter, and the model."""
     folder = tmp_path_factory.mktemp("mixtral")
     mixture("mixtral").save_pretrained(folder / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-    peft_model = inject_adapters(model, LoraConfig(**CONFIG), spaces_for("mixtral"), freeze_a=True)
+    peft_model = inject_adapters(model, LoraConfig(**CONFIG), spaces_for("mixtral"), freeze_a=True, residual="base")
     save_init(folder / "init", peft_model, spaces_for("mixtral"))
     train(peft_model)
     peft_model.save_pretrained(folder / "trained")
@@ -244,7 +244,8 @@ def test_offloaded_experts_become_residuals_a_tensor_at_a_time(trained: tuple[Pa
     assert model.model.layers[0].mlp.experts.gate_up_proj.device.type == "meta"
     fetched, fetch = [], write._fetch
     monkeypatch.setattr(write, "_fetch", lambda name, *args: (fetched.append(name), fetch(name, *args))[1])
-    write_init(tmp_path / "out", model, LoraConfig(**CONFIG), spaces_for("mixtral"), freeze_a=True, progress=False)
+    options = {"freeze_a": True, "residual": "base", "progress": False}
+    write_init(tmp_path / "out", model, LoraConfig(**CONFIG), spaces_for("mixtral"), **options)
     assert len(fetched) == len(set(fetched)) == len(list(model.parameters()))  # each once, though the parts of two alternate
     for key in keys(folder / "model"):
         assert torch.equal(load(tmp_path / "out" / "base", key), load(folder / "init" / "base", key)), key

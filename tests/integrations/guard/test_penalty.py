@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "rsLoRA, patterns": ("llama", {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 32}}, {}),
     "residual": ("llama", {}, {"method": "lora-null"}),
     "residual, Conv1D": ("gpt2", {}, {"method": "corda-kpm"}),
-    "residual, frozen A": ("llama", {}, {"method": "lora-null", "freeze_a": True}),
+    "residual, frozen A": ("llama", {}, {"method": "lora-null", "freeze_a": True, "residual": "base"}),
     "two adapters": ("llama", {}, {"method": "lora-null", "residual": "adapter"}),
 }
 
