@@ -55,6 +55,12 @@ def with_record(config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[st
     return {**config, FIELD: {**(config.get(FIELD) or {}), KEY: dict(record)}}
 
 
+def without_record(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a configuration's file without a record: of an adapter that is not what was trained from the start."""
+    rest = {name: value for name, value in (config.get(FIELD) or {}).items() if name != KEY}
+    return {**config, FIELD: rest or None}
+
+
 def keep(config: LoraConfig, record: Mapping[str, Any]) -> None:
     """Put a record into a configuration in memory. PEFT saves it from now on."""
     config.auto_mapping = {**(config.auto_mapping or {}), KEY: dict(record)}
@@ -106,7 +112,7 @@ def check_origin(now: Adapter, start: Adapter, *, stacklevel: int) -> None:
     if mine.get("freeze_a") and changed:
         warnings.warn(
             f"{now.path} is recorded as trained with A frozen, but A has changed in {len(changed)} layers: it was trained on "
-            "without freeze_a after loading, and its update is no longer confined to the rows of its first A",
+            "without freeze_a after loading, or filtered, and its update is no longer one of the rows of its first A",
             AdapterWarning,
             stacklevel=stacklevel + 1,
         )

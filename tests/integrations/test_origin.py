@@ -25,6 +25,7 @@ from nullspace.integrations.peft import (
     ForgettingCallback,
     attach_subtracted,
     confine,
+    describe,
     export_lora,
     freeze_a,
     inject_adapters,
@@ -126,7 +127,9 @@ def test_a_start_with_frozen_a_writes_nothing_but_the_adapter(method: str, tmp_p
     steps(model, 1)
     model.save_pretrained(tmp_path / "trained")
     export_lora(tmp_path / "trained", tmp_path / "one", tmp_path / "exported")
-    assert json.loads((tmp_path / "exported" / "adapter_config.json").read_text())["r"] == RANK
+    exported = json.loads((tmp_path / "exported" / "adapter_config.json").read_text())
+    assert (exported["r"], exported["auto_mapping"]) == (RANK, None)  # an export is another adapter
+    assert any("call freeze_a after loading" in note for note in describe(tmp_path / "trained")["notes"])
 
 
 # ---- what is recorded passes through plain PEFT

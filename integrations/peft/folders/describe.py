@@ -27,6 +27,7 @@ from nullspace.integrations.peft.files import (
 from nullspace.integrations.peft.folders import cards
 from nullspace.integrations.peft.folders.checkpoints import is_residual, mark_of
 from nullspace.integrations.peft.folders.export import PLAIN, contents, described, vllm_rank
+from nullspace.integrations.peft.origin import recorded
 
 MODEL_CONFIG = "config.json"
 # Fields of an init record about the method.
@@ -208,7 +209,8 @@ def _base_notes(adapter: Adapter, base: Base) -> list[str]:
         )
     if (base.init or {}).get("residual") == "adapter" and adapter.path.name != "subtracted":
         notes.append("The frozen adapter in 'subtracted' must be active beside it (attach_subtracted): alone it is silently wrong.")
-    if (base.init or {}).get("freeze_a") and adapter.path.name != "subtracted":
+    frozen = recorded(adapter.config, adapter.path).get("freeze_a", (base.init or {}).get("freeze_a"))
+    if frozen and adapter.path.name != "subtracted":
         notes.append("It trains B alone, and PEFT loads A trainable: to train it on, call freeze_a after loading it.")
     if base.named and base.folder is not None and not _is_at(base.named, base.folder):
         notes.append(

@@ -38,7 +38,7 @@ from nullspace.integrations.peft.filtering.moments import Moments
 from nullspace.integrations.peft.folders.cards import write_card
 from nullspace.integrations.peft.folders.checkpoints import is_residual, mark_of, what_differs
 from nullspace.integrations.peft.folders.cut import Cut
-from nullspace.integrations.peft.origin import check_origin
+from nullspace.integrations.peft.origin import check_origin, without_record
 from nullspace.integrations.transformers.load import ModelSource
 from nullspace.model.wrappers import unwrap, unwrapped
 
@@ -262,6 +262,7 @@ def write_plain(
     Raises:
         FileExistsError, OSError: of `new_directory`.
     """
+    config = without_record(config)
     base, alpha = config["base_model_name_or_path"], config["lora_alpha"]
     rows = {layer_of(key): len(t) for key, t in tensors.items() if key.endswith(A_WEIGHT)}
     layers = places(config, rows, "the adapter")
