@@ -42,9 +42,9 @@ class Cut:
         """The same, of at most this rank."""
         if adapter.config.get("use_dora"):
             raise InputError(f"{adapter.path} uses DoRA, whose magnitudes belong to the whole change: it cannot be cut to a rank")
-        widths = {name: (len(pair.B), pair.A.shape[1]) for name, pair in factors.items()}
-        for name in factors if self._moments is not None else ():
-            check(self._moments, "covariances", name, (widths[name], None), str(adapter.path))
+        if self._moments is not None:
+            for name, pair in factors.items():
+                check(self._moments, "covariances", name, ((len(pair.B), pair.A.shape[1]), None), str(adapter.path))
         return {name: self._one(name, pair) for name, pair in factors.items()}
 
     def _one(self, name: str, pair: LowRank) -> LowRank:
