@@ -479,7 +479,7 @@ def write_report(settings: Settings, out: Path, rates: Sequence[float], seed: in
     from nullspace import Covariances, NullSpaces, analysis
     from nullspace.integrations.peft import read_course
     from nullspace.model.sites import find_targets
-    from nullspace.reporting import page, sections
+    from nullspace.reporting import page, sections, verdict
 
     study = fronts.read_study(out / fronts.RESULTS)
     rate = sorted(rates)[len(rates) // 2]
@@ -491,10 +491,14 @@ def write_report(settings: Settings, out: Path, rates: Sequence[float], seed: in
         modules=find_targets(load_model(settings)[0]),
         courses=[read_course(variant, *each) for variant, each in states.items() if all(folder.is_dir() for folder in each)],
     )
-    intro = f"Model {settings.model}; adapters of rank {settings.rank}, {settings.steps} steps of {settings.batch_size} examples; "
-    intro += f"by layer: seed {seed}, learning rate {rate:g}."
+    facts = {
+        "Model": settings.model,
+        "Adapters": f"rank {settings.rank}, {settings.steps} steps of {settings.batch_size} examples",
+        "By layer": f"seed {seed}, learning rate {rate:g}",
+    }
+    head = page.Head("Preservation of knowledge", facts, [*verdict.study_verdict(study), *verdict.verdict(analysed)])
     parts = [*sections.study_sections(study), *sections.sections(analysed)]
-    return page.write(out / "report.html", "Preservation of knowledge", intro, parts, overwrite=True)
+    return page.write(out / "report.html", head, parts, overwrite=True)
 
 
 def folder_of(out: Path, variant: str) -> Path:
@@ -555,7 +559,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sigma-scales", nargs="+", type=float, default=[1.0], help="of LoRA-Null")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
-    parser.add_argument("--report", action="store_true", help="write OUT/report.html in the end; needs matplotlib")
+    parser.add_argument("--report", action="store_true", help="write OUT/report.html in the end; needs vl-convert-python")
     parser.add_argument("--compare", type=Path, help="say whether the records of another study have the same numbers, and stop")
     parser.add_argument("--show", action="store_true", help="print the tables of what is finished, and stop")
     parser.add_argument("--unit", nargs=3, metavar=("METHOD", "SIGMA", "SEED"), help=argparse.SUPPRESS)

@@ -39,6 +39,8 @@ Row = dict[str, Any]
 POINTS, BINS = 128, 100
 # Names of a state and of two groups of layers.
 INITIAL, ATTENTION, ALL = "initial", "all of attention", "all"
+# Of these, `adapter_summary` has medians.
+_MEDIANS = ("leak", "held_out_leak", "change", "outside", "drift")
 
 
 def leak(a: torch.Tensor, c: torch.Tensor) -> float:
@@ -223,12 +225,12 @@ class Analysis(NamedTuple):
 
     inputs: list[Row]
     """`site`, `members`, `block`, `projection`, `d_in`, `tokens`, `outliers`, `outlier_share`, `effective_rank` and `spectrum`
-    (σ_i / σ_1 at evenly spaced i) of X; `rank`, `leak` and `gap` of its null space."""
+    (σ_i / σ_1 at evenly spaced i) of X; `rank`, `leak`, `gap` and `held_out_leak` of its null space."""
     weights: list[Row]
     """`layer`, `site`, `block`, `projection`, `d_out`, `d_in`, `effective_rank` and `spectrum` of W₀."""
     adapters: list[Row]
-    """`adapter`, `state`, `step`, `layer`, `block`, `projection`, `rank`, `change`, `outside`, `leak`, `drift` and `read`
-    (`binned` shares) of A, or of B A."""
+    """`adapter`, `state`, `step`, `layer`, `block`, `projection`, `rank`, `change`, `outside`, `leak`, `held_out_leak`, `drift` and
+    `read` (`binned` shares) of A, or of B A."""
 
 
 def analyse(
@@ -237,6 +239,7 @@ def analyse(
     *,
     modules: Mapping[str, nn.Module] | None = None,
     courses: Sequence[Course] = (),
+    held_out: Covariances | None = None,
     progress: bool | Progress = True,
 ) -> Analysis:
     """All rows that the given inputs allow.
@@ -246,6 +249,7 @@ def analyse(
         spaces: their leak and gap; effective ranks, if they have them.
         modules: name → linear layer of the base model before training; layers that no other input names are left out.
         courses: adapters, each with the states of its training.
+        held_out: second moments on text that is not in the calibration: the leak there, of the spaces and of the adapters.
         progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
 
     Cost: a site's second moment is read once; 4/3 · d_in³ flops for its eigenvalues, 9 · d_in³ for its eigenvectors, which only
@@ -253,15 +257,18 @@ def analyse(
 
     Raises:
         ValueError: naming the adapter and the layer, if one is missing from the covariances or of another width there or in the
-            model; naming the layer, if covariances or spaces are of another model than `modules`.
+            model; naming the layer, if covariances or spaces are of another model than `modules`, or if the held-out moments lack
+            it or are of another width.
     """
     report = reporter(progress)
     sites = _sites(covariances, spaces, courses)
     layers = [name for site in sites for name in site.members]
     where = locations(layers)
     _check_courses(courses, covariances, modules)
+    if held_out is not None:
+        _check_held_out(held_out, sites)
     if modules is not None:
-        _check_modules(modules, layers, covariances, spaces)
+        _check_modules(modules, layers, covariances, spaces, held_out)
     facts: dict[str, Row] = {}
     adapters: dict[str, list[Row]] = {}
     if covariances is not None:
@@ -280,6 +287,14 @@ def analyse(
             weights.append(_weight_row(name, site, modules[name], where[name]))  # type: ignore[index]
             report("weights", len(weights), len(layers), 0)
     order = {course.name: i for i, course in enumerate(courses)}
+    if held_out is not None:
+        for done, site in enumerate(sites, start=1):
+            space, moves = _space(spaces, site), _moves(site, courses, where)
+            leaks = _held_out_leaks(held_out[site.members[0]], space, [move.now.A for move in moves])
+            facts.setdefault(site.name, {})["held_out_leak"] = leaks[0]
+            for row, of_adapter in zip(adapters[site.name], leaks[1:], strict=True):
+                row["held_out_leak"] = of_adapter
+            report("held-out text", done, len(sites), 0)
     return Analysis(
         [_input_row(site, facts.get(site.name, {}), _space(spaces, site), where) for site in sites],
         weights,
@@ -343,8 +358,14 @@ def _moves(site: Site, courses: Sequence[Course], where: Mapping[str, Location])
                 row |= {"rank": len(now.A), "change": change(now.A, initial.A), "outside": 0.0}
                 if row["change"] > 0:  # otherwise only rounding is outside
                     row["outside"] = outside(now.A, initial.A)
-                moves.append(_Move({**row, "leak": None, "drift": None, "read": None}, initial, now))
+                moves.append(_Move({**row, "leak": None, "held_out_leak": None, "drift": None, "read": None}, initial, now))
     return moves
+
+
+def _held_out_leaks(covariance: Covariance, space: NullSpace | None, read: Sequence[torch.Tensor]) -> list[float | None]:
+    """The leak of a null space, None without one, and that of every A, on text that neither was made from."""
+    c = covariance.completed(covariance.d_in).matrix()
+    return [None if space is None else leak(space.basis.mT, c), *(leak(a, c) for a in read)]
 
 
 def _tokens(tokens: int, outliers: int) -> Row:
@@ -358,7 +379,9 @@ def _input_row(site: Site, facts: Row, space: NullSpace | None, where: Mapping[s
         "block": where[site.name].block,
         "projection": ", ".join(where[name].projection for name in site.members),
         "d_in": site.d_in,
-        **dict.fromkeys(("tokens", "outliers", "outlier_share", "effective_rank", "spectrum", "rank", "leak", "gap")),
+        **dict.fromkeys(
+            ("tokens", "outliers", "outlier_share", "effective_rank", "spectrum", "rank", "leak", "gap", "held_out_leak")
+        ),
     }
     if space is not None:
         row |= {"rank": space.rank, "leak": space.leak, "gap": space.gap, "effective_rank": space.effective_rank}
@@ -417,7 +440,8 @@ def _rank_row(name: str, group: list[tuple[Row, float]]) -> Row:
 
 
 def adapter_summary(analysis: Analysis) -> list[Row]:
-    """One row an adapter and state: medians over layers of `leak`, `change`, `outside` and `drift`, and the largest drift."""
+    """One row an adapter and state: medians over layers of `leak`, `held_out_leak`, `change`, `outside` and `drift`; the largest
+    drift and its layer."""
     states: dict[tuple[str, str], list[Row]] = {}
     for row in analysis.adapters:
         states.setdefault((row["adapter"], row["state"]), []).append(row)
@@ -431,7 +455,7 @@ def adapter_summary(analysis: Analysis) -> list[Row]:
                 "state": state,
                 "step": rows[0]["step"],
                 "layers": len(rows),
-                **{field: _median(row[field] for row in rows) for field in ("leak", "change", "outside", "drift")},
+                **{field: _median(row.get(field) for row in rows) for field in _MEDIANS},
                 "worst_drift": worst["drift"],
                 "worst_layer": worst["layer"],
             }
@@ -488,13 +512,22 @@ def _check_courses(courses: Sequence[Course], covariances: Covariances | None, m
                 )
 
 
-def _check_modules(
-    modules: Mapping[str, nn.Module], layers: Sequence[str], covariances: Covariances | None, spaces: NullSpaces | None
-) -> None:
+def _check_held_out(held_out: Covariances, sites: Sequence[Site]) -> None:
+    widths = {name: site.d_in for site in held_out.sites for name in site.members}
+    for site in sites:
+        if site.members[0] not in widths:
+            raise InputError(f"the held-out second moments have none of {site.members[0]!r}: compute them with the same targets")
+        if widths[site.members[0]] != site.d_in:
+            raise InputError(
+                f"{site.members[0]!r} has inputs of width {site.d_in}; in the held-out second moments, of {widths[site.members[0]]}"
+            )
+
+
+def _check_modules(modules: Mapping[str, nn.Module], layers: Sequence[str], *stored: Covariances | NullSpaces | None) -> None:
     for name in layers:
         if name not in modules:
             raise InputError(f"the model has no linear layer {name!r}; its layers are called {', '.join(list(modules)[:3])}, …")
-        for known in (covariances, spaces):
+        for known in stored:
             if known is not None and name in known:
                 known.check(name, modules[name])
 

@@ -21,7 +21,7 @@ LAYERS = (
 CORE = {"filelock", "numpy", "safetensors", "scipy", "threadpoolctl", "torch", "tqdm"}
 MORE = {
     "csrc_triton": {"triton"},
-    "reporting": {"matplotlib"},
+    "reporting": {"vl_convert"},
     "integrations": {"huggingface_hub", "peft", "transformers", "yaml"},
     "cli": {"rich", "typer"},
     "__main__": {"rich", "typer"},

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
+import platform
+import shlex
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nullspace.cli import console
 from nullspace.cli.calibrate import load_model
 from nullspace.cli.options import JSON, OFFLOAD, OVERWRITE, QUIET, Loading, Values, needed, option, parsed
 from nullspace.errors import InputError
+
+if TYPE_CHECKING:
+    from nullspace.analysis import Analysis, Row
+    from nullspace.progress import Progress
+    from nullspace.reporting.page import Section
+    from nullspace.reporting.verdict import Finding
 
 
 def _parse_adapters(texts: list[str]) -> dict[str, list[Path]]:
@@ -50,6 +60,16 @@ class Sources:
         None,
         parsed(_parse_adapters),
     )
+    held_out: Path | None = option(
+        "Second moments of text that is not in the calibration: the leak there. What `nullspace covariances` wrote.",
+        None,
+        needs=needed("--spaces or --adapter", lambda values: values["spaces"] or values["adapter"]),
+    )
+    task: Path | None = option(
+        "Second moments of the task's inputs, for what a filter would give back: what `nullspace covariances` wrote.",
+        None,
+        needs=needed("--covariances and --adapter", lambda values: values["covariances"] and values["adapter"]),
+    )
     study: Path | None = option("A preservation study: its directory, or the results.jsonl in it.", None)
     offload: bool = OFFLOAD._replace(needs=needed("--model", lambda values: values["model"] is not None))
 
@@ -62,7 +82,13 @@ class Sources:
 
     def as_json(self) -> dict[str, Any]:
         """What was used, for the page and for the document."""
-        paths = {"covariances": self.covariances, "spaces": self.spaces_directory(), "study": self.study}
+        paths = {
+            "covariances": self.covariances,
+            "spaces": self.spaces_directory(),
+            "held_out": self.held_out,
+            "task": self.task,
+            "study": self.study,
+        }
         adapters = _parse_adapters(self.adapter or [])
         return {
             "model": self.model,
@@ -80,14 +106,10 @@ def report(
     as_json: bool = JSON._replace(help="All numbers as one JSON document on standard output."),
     quiet: bool = QUIET,
 ) -> dict[str, Any] | None:
-    """One HTML file: effective ranks, spectra, leaks, and what training did to adapters, layer by layer."""
-    try:
-        from nullspace.reporting import page, sections
-    except ImportError as error:
-        raise InputError(str(error)) from None
+    """One interactive HTML file: a verdict, effective ranks, spectra, leaks, and what training did to adapters, layer by layer."""
     from nullspace import analysis
     from nullspace.artifacts import store
-    from nullspace.reporting import study
+    from nullspace.reporting import page, study
 
     began = time.perf_counter()
     has_layers = _has_layers(vars(sources))
@@ -97,32 +119,53 @@ def report(
         results = None
         if sources.study is not None:
             results = study.read_study(sources.study / study.RESULTS if sources.study.is_dir() else sources.study)
-        parts = [] if results is None else sections.study_sections(results)
-        analysed = _analyse(sources, loading, quiet)
-        parts += sections.sections(analysed) if has_layers else []
+        analysed, filters = _analyse(sources, loading, quiet)
+        findings, parts = _contents(results, analysed if has_layers else None, filters)
         used = sources.as_json()
-        page.write(out, "Layer inputs, weights and adapters", _sources_line(used), parts, overwrite=overwrite)
+        command = _command(out, sources, loading)
+        page.write(out, _head(used, command, findings), parts, overwrite=overwrite)
     facts: dict[str, Any] = {"out": str(out), **used, "seconds": time.perf_counter() - began}
+    facts["verdict"] = [finding._asdict() for finding in findings]
     if results is not None:
         facts["equal_loss"] = {name: study.as_json(study.at_equal_loss(results, name)) for name in study.MEASURES}
         facts["runs"] = study.as_json(study.over_seeds(results))
     if as_json:
         ranks, adapters = analysis.rank_summary(analysed), analysis.adapter_summary(analysed)
-        return {**facts, **analysed._asdict(), "effective_ranks": ranks, "adapter_summary": adapters}
+        return {**facts, **analysed._asdict(), "effective_ranks": ranks, "adapter_summary": adapters, "filters": filters}
     if not quiet:
-        filled = sum(bool(part.pictures) for part in parts)
-        console.print_line(f"{out}: {filled} of {len(parts)} sections, {out.stat().st_size / 1e6:.1f} MB")
+        filled = sum(bool(part.figures) for part in parts)
+        for finding in findings:
+            console.print_line(f"{finding.about}: {finding.text}")
+        console.print_line(f"{out}: {filled} sections with figures, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
     return None
 
 
-def _analyse(sources: Sources, loading: Loading, quiet: bool) -> Any:
-    """The analysis of covariances, null spaces, weights and adapters."""
+def _contents(study: Any, analysed: Analysis | None, filters: Mapping[str, list[Row]]) -> tuple[list[Finding], list[Section]]:
+    """The verdict and the sections, those of a study first."""
+    from nullspace.reporting import sections, verdict
+
+    findings: list[Finding] = []
+    parts: list[Section] = []
+    if study is not None:
+        parts += sections.study_sections(study)
+        findings += verdict.study_verdict(study)
+    if analysed is not None:
+        parts += sections.sections(analysed)
+        findings += verdict.verdict(analysed, filters)
+    if filters:
+        parts.append(sections.filter_section(filters))
+    return findings, parts
+
+
+def _analyse(sources: Sources, loading: Loading, quiet: bool) -> tuple[Analysis, dict[str, list[Row]]]:
+    """The analysis of covariances, null spaces, weights and adapters; and adapter → what filters of rising strength leave."""
     from nullspace import Covariances, NullSpaces, analysis
     from nullspace.integrations.peft import read_course
     from nullspace.model.linear import is_linear
 
     courses = [read_course(name, *directories) for name, directories in _parse_adapters(sources.adapter or []).items()]
-    covariances = None if sources.covariances is None else Covariances.load(sources.covariances)
+    given = (sources.covariances, sources.held_out, sources.task)
+    covariances, held_out, task = (None if each is None else Covariances.load(each) for each in given)
     directory = sources.spaces_directory()
     spaces = None if directory is None else NullSpaces.load(directory)
     with console.Bars(quiet) as progress:
@@ -130,10 +173,66 @@ def _analyse(sources: Sources, loading: Loading, quiet: bool) -> Any:
         if sources.model is not None:
             model, _ = load_model(loading.of(sources.model), progress, device="cpu", offload=sources.offload)
             modules = {name: module for name, module in model.named_modules() if is_linear(module)}
-        return analysis.analyse(covariances, spaces, modules=modules, courses=courses, progress=progress)
+        analysed = analysis.analyse(covariances, spaces, modules=modules, courses=courses, held_out=held_out, progress=progress)
+        trained = [course for course in courses if course.trained]
+        filters = {course.name: _filters(course, task, covariances, analysed, progress) for course in trained if task is not None}
+        return analysed, filters
+
+
+def _filters(course: Any, task: Any, keep: Any, analysed: Analysis, progress: Progress) -> list[Row]:
+    """What filters of rising strength leave of an adapter's last state, a row a strength."""
+    from nullspace.analysis import update
+    from nullspace.factors.filters import RIDGE
+    from nullspace.integrations.peft.filtering.moments import Pair
+    from nullspace.integrations.peft.filtering.paths import STRENGTHS, forecast
+
+    pair, last = Pair(task, keep, RIDGE), course.trained[-1]
+    changes = {name: update(start, last.factors[name]) for name, start in course.initial.items()}
+    pair.check({name: ((len(b), a.shape[1]), None) for name, (a, b) in changes.items()}, f"adapter {course.name!r}")
+    rows = (row for row in analysed.adapters if (row["adapter"], row["state"]) == (course.name, last.label))
+    drifts = {row["layer"]: row["drift"] for row in rows if row["drift"] is not None}
+    return [step._asdict() for step in forecast(changes, pair, drifts, STRENGTHS, 1.0, progress)[0].steps]
+
+
+def _head(used: Mapping[str, Any], command: str, findings: list[Finding]) -> Any:
+    """The head of the page: which model and methods, from what, by which versions and command, and the verdict."""
+    import torch
+
+    import nullspace
+    from nullspace.integrations.peft.files import adapter_in, init_around
+    from nullspace.reporting import charts, page
+
+    records = {name: init_around(adapter_in(Path(directories[0]))) for name, directories in used["adapters"].items()}
+    made = {name: f"{record['method']}, rank {record['rank']}" for name, record in records.items() if record is not None}
+    model = used["model"] or next((str(record["model"]) for record in records.values() if record and record["model"]), None)
+    title = f"Nullspace report: {Path(model).name if model else 'layer inputs, weights and adapters'}"
+    methods = dict.fromkeys(record["method"] for record in records.values() if record is not None)
+    versions = {"nullspace": nullspace.__version__, "Python": platform.python_version(), "torch": torch.__version__}
+    facts = {
+        "Model": model or "",
+        "Method": "; ".join(f"{name}: {made.get(name, 'adapter without a record of ours')}" for name in records),
+        "Date": datetime.date.today().isoformat(),
+        "Versions": ", ".join(f"{name} {version}" for name, version in (versions | charts.versions()).items()),
+        "Sources": _sources_line(used),
+        "Command": command,
+    }
+    return page.Head(f"{title}, {' and '.join(methods)}" if methods else title, facts, findings)
+
+
+def _command(out: Path, sources: Sources, loading: Loading) -> str:
+    """The command that makes the page, without options that do not change it."""
+    words = ["nullspace", "report"]
+    for group in (sources, loading):
+        for field in fields(group):
+            value, flag = getattr(group, field.name), f"--{field.name.replace('_', '-')}"
+            if value is True:
+                words.append(flag)
+            elif value:
+                words += [word for each in (value if isinstance(value, list) else [value]) for word in (flag, str(each))]
+    return shlex.join([*words, "--out", str(out)])
 
 
 def _sources_line(sources: dict[str, Any]) -> str:
-    given = [f"{what} {value}" for what, value in sources.items() if value and what != "adapters"]
+    given = [f"{what.replace('_', '-')} {value}" for what, value in sources.items() if value and what != "adapters"]
     given += [f"adapter {name} ({', '.join(directories)})" for name, directories in sources["adapters"].items()]
-    return f"From {'; '.join(given)}."
+    return "; ".join(given)

@@ -15,9 +15,9 @@ import scipy.stats
 from nullspace.analysis import ALL, ATTENTION, INITIAL, Analysis, Row, adapter_summary, rank_summary
 from nullspace.errors import InputError
 from nullspace.reporting import figures
-from nullspace.reporting.page import Picture, Section
-from nullspace.reporting.panels import svg
-from nullspace.reporting.study import MEASURES, Spread, Study, at_equal_loss, over_seeds
+from nullspace.reporting.charts import BEFORE, HELD_OUT
+from nullspace.reporting.page import Section, Table
+from nullspace.reporting.study import MEASURES, Study, at_equal_loss, over_seeds
 
 
 def sections(analysis: Analysis) -> list[Section]:
@@ -40,32 +40,30 @@ def effective_ranks(analysis: Analysis) -> Section:
             f" Here X's effective rank is below W₀'s at {', and at '.join(counts)}; as a share of the largest possible (d_in for "
             f"X, min(d_out, d_in) for W₀), at {summary[-1]['below_share']} of all."
         )
-    pictures = []
-    if inputs:
-        caption = "Effective rank over the blocks, as a share of the largest possible: one panel for each input that layers share."
-        pictures.append(Picture(svg(figures.effective_ranks(inputs, analysis.weights)), caption))
+    table = [
+        {
+            "layers": row["layers"],
+            "number": row["count"],
+            "X, mean": row["x"],
+            "W₀, mean": row["w"],
+            "X below W₀": row["below"],
+            "X / d_in": row["x_share"],
+            "W₀ / min(d_out, d_in)": row["w_share"],
+            "share below": row["below_share"],
+        }
+        for row in summary
+    ]
+    shares, ranks = dict.fromkeys(("X / d_in", "W₀ / min(d_out, d_in)"), ".1%"), dict.fromkeys(("X, mean", "W₀, mean"), ".1f")
+    details = [
+        {"input": row["site"], "d_in": row["d_in"], "effective rank": row["effective_rank"], "tokens": row["tokens"]}
+        for row in inputs
+    ]
     return Section(
         "Effective rank of inputs and weights",
         text,
-        pictures,
-        [
-            {
-                "layers": row["layers"],
-                "number": str(row["count"]),
-                "X, mean": f"{row['x']:.1f}",
-                "W₀, mean": f"{row['w']:.1f}",
-                "X below W₀": str(row["below"]),
-                "X / d_in": f"{row['x_share']:.1%}",
-                "W₀ / min(d_out, d_in)": f"{row['w_share']:.1%}",
-                "share below": str(row["below_share"]),
-            }
-            for row in summary
-        ],
-        [
-            {"input": row["site"], "d_in": str(row["d_in"]), "effective rank": f"{row['effective_rank']:.1f}"}
-            | ({"tokens": f"{row['tokens']:,}"} if row["tokens"] is not None else {})
-            for row in inputs
-        ],
+        [figures.effective_ranks(inputs, analysis.weights)] if inputs else [],
+        Table("effective-ranks", table, {**ranks, **shares}),
+        Table("effective-ranks-of-inputs", details, {"effective rank": ".1f"}),
         _needed(
             "--covariances DIR, or --spaces DIR computed with --spectrum" if not inputs else None,
             "--model MODEL, for the weights" if not analysis.weights else None,
@@ -76,16 +74,12 @@ def effective_ranks(analysis: Analysis) -> Section:
 def spectra(analysis: Analysis) -> Section:
     """Normalised singular values of X and W₀ (Figure 2)."""
     inputs = [row for row in analysis.inputs if row["spectrum"]]
-    pictures = []
-    if inputs:
-        caption = "Median over the blocks; for X, 80 % of the blocks lie in the band. Below some 1e-8, σ is rounding."
-        pictures.append(Picture(svg(figures.spectra(inputs, analysis.weights)), caption))
     return Section(
         "Spectra",
         "Singular values relative to the largest. A steep fall at the left means a few dominant directions; a fall at the right "
         "end is a null space: directions that the input hardly takes. The further X's right end lies below W₀'s, the more room "
         "there is.",
-        pictures,
+        [figures.spectra(inputs, analysis.weights)] if inputs else [],
         missing=_needed(
             "--covariances DIR" if not inputs else None, "--model MODEL, for the weights" if not analysis.weights else None
         ),
@@ -95,18 +89,11 @@ def spectra(analysis: Analysis) -> Section:
 def directions(analysis: Analysis) -> Section:
     """What the A of each adapter reads of the input's directions (Figure 4, eq. 12–13)."""
     rows = [row for row in analysis.adapters if row["read"]]
-    pictures = []
-    if rows:
-        caption = (
-            "Root mean square over layers and, in each of 100 bins, directions. 1 is the value of a random A; directions uⱼ are "
-            "the eigenvectors of C by falling eigenvalue. Values below the frame are rounding."
-        )
-        pictures.append(Picture(svg(figures.directions(rows)), caption))
     return Section(
         "Which directions each adapter reads",
         "The share of A in each direction of the calibration input. An adapter that preserves has small shares on the left, where "
         "the input is large; shares that grow there in training disturb what the model does with the input.",
-        pictures,
+        [figures.directions(rows)] if rows else [],
         missing=_needed(
             "--covariances DIR" if not analysis.inputs or not analysis.inputs[0]["spectrum"] else None,
             "--adapter NAME=DIR" if not analysis.adapters else None,
@@ -117,66 +104,73 @@ def directions(analysis: Analysis) -> Section:
 def changes(analysis: Analysis) -> Section:
     """The relative change of A through training (Figure 1)."""
     rows = _trained(analysis)
-    pictures = []
+    drawn = []
     if rows:
-        caption = "‖A − A₀‖ / ‖A₀‖ of the last state by layer."
-        pictures.append(Picture(svg(figures.by_layer(rows, "change", "‖A − A₀‖ / ‖A₀‖")), caption))
+        label = "‖A − A₀‖ / ‖A₀‖"
+        drawn.append(figures.by_layer(rows, "change", label, caption=f"{label} of the last state by layer."))
     if len({row["state"] for row in rows}) > 2:
         fields = {"change of A: ‖A − A₀‖ / ‖A₀‖": "change", "part of A outside of A₀'s rows": "outside"}
         if any(row["drift"] is not None for row in rows):
             fields["drift: ‖ΔW X‖ / ‖W₀X‖"] = "drift"
-        caption = "Through training: medians over the layers; 80 % of them lie in the bands."
-        pictures.append(Picture(svg(figures.over_steps(rows, fields)), caption))
+        drawn.append(figures.over_steps(rows, fields))
+    table = [
+        {
+            "adapter": row["adapter"],
+            "state": row["state"],
+            "layers": row["layers"],
+            "change of A, median": row["change"],
+            "outside of A₀'s rows, median": row["outside"],
+        }
+        for row in adapter_summary(analysis)
+        if row["state"] != INITIAL
+    ]
     return Section(
         "How far training moves A",
         "LoRA-Null rests on A staying near where it began: small values mean that the adapter still reads the directions it was "
         "given. Only the part of a change outside of A₀'s row space can raise the leak.",
-        pictures,
-        [
-            {
-                "adapter": row["adapter"],
-                "state": row["state"],
-                "layers": str(row["layers"]),
-                "change of A, median": f"{row['change']:.2e}",
-                "outside of A₀'s rows, median": f"{row['outside']:.2e}",
-            }
-            for row in adapter_summary(analysis)
-            if row["state"] != INITIAL
-        ],
+        drawn,
+        Table("change", table, dict.fromkeys(("change of A, median", "outside of A₀'s rows, median"), ".2e")),
         missing=_needed("--adapter NAME=INITIAL,TRAINED" if not rows else None),
     )
 
 
 def leaks(analysis: Analysis) -> Section:
-    """Leak and gap of the null spaces, and the leak of every A before and after training."""
+    """Leak and gap of the null spaces, and the leak of every A before and after training, on calibration and held-out text."""
     spaces = [row for row in analysis.inputs if row["leak"] is not None]
     adapters = [row for row in analysis.adapters if row["leak"] is not None]
-    pictures = []
-    if spaces:
-        rank = sorted({row["rank"] for row in spaces})
-        caption = f"The null spaces themselves (rank {', '.join(map(str, rank))}): their leak, and the gap behind them."
-        pictures.append(Picture(svg(figures.null_spaces(spaces)), caption))
+    held_out = any(row.get("held_out_leak") is not None for row in (*spaces, *adapters))
+    drawn = [figures.null_spaces(spaces)] if spaces else []
     if adapters:
-        caption = "Leak of A's row space by layer: before training (thin lines, open markers), and of the last trained state."
-        label = "leak ‖QᵀX‖ / ‖X‖"
-        pictures.append(Picture(svg(figures.by_layer(adapters, "leak", label, start=True)), caption))
+        caption = "Leak of A's row space by layer: of the last state, and before training (thin dots, open marks)."
+        caption += " Dashed, open marks: the last state's on held-out text." if held_out else ""
+        more = {BEFORE: "leak", HELD_OUT: "held_out_leak"}
+        drawn.append(figures.by_layer(adapters, "leak", "leak ‖QᵀX‖ / ‖X‖", caption=caption, more=more))
+    named = {"leak": "leak", "held-out leak": "held_out_leak"} if held_out else {"leak": "leak"}
+    table = [
+        {"adapter": row["adapter"], "state": row["state"], "layers": row["layers"]}
+        | {f"{title}, median": row[field] for title, field in named.items()}
+        for row in adapter_summary(analysis)
+        if row["leak"] is not None
+    ]
+    details = [
+        {"input": row["site"], "rank": row["rank"], "tokens": row["tokens"]}
+        | {title: row.get(field) for title, field in named.items()}
+        | {"gap": row["gap"]}
+        for row in spaces
+    ]
+    formats = {f"{title}{end}": ".2e" for title in named for end in ("", ", median")} | {"gap": ".1%"}
     return Section(
         "Leak and gap",
         "The leak is the part of the calibration input's norm that an adapter reads: 0 for a true null space, and about "
-        "√(r / d_in) for random rows. Lines that rise from initial to trained are layers where A has left its null space.",
-        pictures,
-        [
-            {"adapter": row["adapter"], "state": row["state"], "layers": str(row["layers"]), "leak, median": f"{row['leak']:.2e}"}
-            for row in adapter_summary(analysis)
-            if row["leak"] is not None
-        ],
-        [
-            {"input": row["site"], "rank": str(row["rank"]), "leak": f"{row['leak']:.2e}", "gap": f"{row['gap']:.1%}"}
-            for row in spaces
-        ],
+        "√(r / d_in) for random rows. Lines that rise from initial to trained are layers where A has left its null space. The leak "
+        "on held-out text, which the basis was not made from, is what counts in use.",
+        drawn,
+        Table("leaks", table, formats),
+        Table("null-spaces", details, formats),
         _needed(
             "--spaces DIR, for the null spaces' own" if not spaces else None,
             "--covariances DIR and --adapter NAME=DIR, for the adapters'" if not adapters else None,
+            "--held-out DIR, for those on other text" if not held_out else None,
         ),
     )
 
@@ -184,26 +178,24 @@ def leaks(analysis: Analysis) -> Section:
 def drifts(analysis: Analysis) -> Section:
     """How far training has moved each layer's output on the calibration input."""
     rows = [row for row in _trained(analysis) if row["drift"] is not None]
-    pictures = []
-    if rows:
-        caption = "‖ΔW X‖ / ‖W₀X‖ of the last state by layer."
-        pictures.append(Picture(svg(figures.by_layer(rows, "drift", "‖ΔW X‖ / ‖W₀X‖")), caption))
+    label = "‖ΔW X‖ / ‖W₀X‖"
+    table = [
+        {
+            "adapter": row["adapter"],
+            "state": row["state"],
+            "drift, median": row["drift"],
+            "largest": row["worst_drift"],
+            "at": row["worst_layer"],
+        }
+        for row in adapter_summary(analysis)
+        if rows and row["drift"] is not None and row["state"] != INITIAL
+    ]
     return Section(
         "Drift of the layers' outputs",
         "How much the trained update ΔW = BA − B₀A₀ changes a layer's output on the calibration input, relative to that output "
         "before. Forgetting comes from such changes: compare adapters at equal quality on the new task.",
-        pictures,
-        [
-            {
-                "adapter": row["adapter"],
-                "state": row["state"],
-                "drift, median": f"{row['drift']:.2e}",
-                "largest": f"{row['worst_drift']:.2e}",
-                "at": row["worst_layer"],
-            }
-            for row in adapter_summary(analysis)
-            if rows and row["drift"] is not None and row["state"] != INITIAL
-        ],
+        [figures.by_layer(rows, "drift", label, caption=f"{label} of the last state by layer.")] if rows else [],
+        Table("drift", table, dict.fromkeys(("drift, median", "largest"), ".2e")),
         missing=_needed("--covariances DIR, --model MODEL and --adapter NAME=INITIAL,TRAINED" if not rows else None),
     )
 
@@ -218,21 +210,59 @@ def outliers(analysis: Analysis) -> Section:
     )
     if rows:
         text += f" They occur at {len(massive)} of {len(rows)} inputs."
-    pictures = [Picture(svg(figures.outliers(rows)), "Share of tokens that are outliers; grey: none.")] if massive else []
+    table = [
+        {"input": row["site"], "tokens": row["tokens"], "outliers": row["outliers"], "share": row["outlier_share"]}
+        for row in massive
+    ]
     return Section(
         "Tokens with massive activations",
         text,
-        pictures,
-        [
-            {
-                "input": row["site"],
-                "tokens": f"{row['tokens']:,}",
-                "outliers": f"{row['outliers']:,}",
-                "share": f"{row['outlier_share']:.3%}",
-            }
-            for row in massive[:8]
-        ],
-        missing=_needed("--covariances DIR or --spaces DIR" if not rows else None),
+        [figures.outliers(rows)] if massive else [],
+        Table("outliers", table[:8], {"share": ".3%"}),
+        Table("all-outliers", table if len(table) > 8 else [], {"share": ".3%"}),
+        _needed("--covariances DIR or --spaces DIR" if not rows else None),
+    )
+
+
+def by_layer(analysis: Analysis) -> Section:
+    """All numbers of every adapter's last state, a row a layer."""
+    fields = {"leak": "leak", "held-out leak": "held_out_leak", "drift": "drift", "change of A": "change", "outside": "outside"}
+    last = {row["adapter"]: row["state"] for row in analysis.adapters}
+    rows = [row for row in analysis.adapters if row["state"] == last[row["adapter"]]]
+    known = {title: field for title, field in fields.items() if any(row.get(field) is not None for row in rows)}
+    table = [
+        {"adapter": row["adapter"], "layer": row["layer"], "rank": row["rank"]} | {t: row.get(field) for t, field in known.items()}
+        for row in rows
+    ]
+    worst = next((title for title in ("drift", "leak", "change of A") if title in known), None)
+    top = sorted(table, key=lambda row: -(row[worst] or 0.0))[:10] if worst else []
+    return Section(
+        "Layer by layer",
+        f"The ten layers of the largest {worst}, of every adapter's last state; all layers are below."
+        if worst
+        else "Adapters' layers.",
+        table=Table("worst-layers", top, dict.fromkeys(known, ".2e")),
+        details=Table("layers", table, dict.fromkeys(known, ".2e")),
+        missing=_needed("--adapter NAME=DIR" if not rows else None),
+    )
+
+
+def filter_section(steps: Mapping[str, Sequence[Row]]) -> Section:
+    """What filters of rising strength would leave of each adapter's drift.
+
+    Args:
+        steps: adapter → rows of `nullspace.integrations.peft.filter_path`.
+    """
+    titles = {"strength": "strength", "drift": "median drift", "worst_drift": "largest drift", "left": "drift left"}
+    titles |= {"response": "task's response", "worst_layer": "worst layer"}
+    table = [{"adapter": name} | {title: row[f] for f, title in titles.items()} for name, rows in steps.items() for row in rows]
+    formats = {"strength": "g", "median drift": ".2e", "largest drift": ".2e", "drift left": ".1%", "task's response": ".1%"}
+    return Section(
+        "What a filter would give back",
+        "`nullspace filter` takes back, in closed form, what a training has changed on the calibration text, and keeps what it "
+        "does on the task's. A forecast from the second moments of both; the stronger, the less of either is left.",
+        [figures.filters(steps)],
+        Table("filter", table, formats),
     )
 
 
@@ -267,7 +297,7 @@ def _forgotten(study: Study, base: Mapping[str, Any]) -> Section:
     table = [
         {"variant": variant}
         | {
-            f"{measure} at {row['task_loss']:.3f}": _spread(row["forgetting"])
+            f"{measure} at {row['task_loss']:.3f}": row["forgetting"]
             for measure, rows in by_measure.items()
             for row in rows
             if row["variant"] == variant
@@ -277,16 +307,13 @@ def _forgotten(study: Study, base: Mapping[str, Any]) -> Section:
     rows = over_seeds(study)
     titles = list(dict.fromkeys(title for row in rows for title in row if title not in ("variant", "learning_rate")))
     details = [
-        {"variant": row["variant"], "learning rate": f"{row['learning_rate']:g}"}
-        | {title.replace("_", " "): _spread(row.get(title)) for title in titles}
+        {"variant": row["variant"], "learning rate": row["learning_rate"]}
+        | {title.replace("_", " "): row.get(title) for title in titles}
         for row in rows
     ]
-    caption = (
-        "Each line begins at the base model, where nothing is learned and nothing forgotten, goes through the learning rates, and "
-        "ends at the lowest task loss: higher rates forget more and learn less, and are in the table alone."
-    )
-    pictures = [Picture(svg(figures.forgetting(study)), caption)]
-    return Section("What was forgotten, where as much was learned", text, pictures, table, details)
+    drawn, formats = [figures.forgetting(study)], {"learning rate": "g"}
+    tables = Table("forgetting-at-equal-loss", table), Table("forgetting-by-rate", details, formats)
+    return Section("What was forgotten, where as much was learned", text, drawn, *tables)
 
 
 def _forgotten_against_drift(study: Study, base: Mapping[str, Any]) -> Section:
@@ -295,16 +322,15 @@ def _forgotten_against_drift(study: Study, base: Mapping[str, Any]) -> Section:
     correlations = []
     for name in runs[0]["layers"]:
         values = [run["layers"][name] for run in runs]
-        row = {title: f"{_rank_correlation(values, those):.2f}" for title, those in lost.items()}
+        row = {title: _rank_correlation(values, those) for title, those in lost.items()}
         correlations.append({"over all runs": name.replace("_", " "), **row})
-    caption = "A point a run: every variant, learning rate and seed. Runs that forgot nothing have no place on a logarithmic axis."
     return Section(
         "What forgetting goes with",
         "The drift of the layers' outputs on the calibration input, and what each run forgot. A method below the others at the "
         "same drift changes outputs that the questions do not depend on; one above them also changes outputs that the calibration "
         "data do not show. The table has Spearman's rank correlation of what was lost with each number of the layers.",
-        [Picture(svg(figures.against_drift(study)), caption)],
-        correlations,
+        [figures.against_drift(study)],
+        Table("correlations", correlations, dict.fromkeys(lost, ".2f")),
     )
 
 
@@ -319,31 +345,29 @@ def _left_without_adapters(study: Study, base: Mapping[str, Any]) -> Section:
     """Figure 5."""
     rows = [
         {"variant": name}
-        | {f"{measure} lost": f"{lost(scores, base):.4f}" for measure, lost in MEASURES.items()}
-        | {"task loss": f"{scores['task']['loss']:.4f}"}
+        | {f"{measure} lost": lost(scores, base) for measure, lost in MEASURES.items()}
+        | {"task loss": scores["task"]["loss"]}
         for name, scores in study.dropped.items()
     ]
-    caption = "What the base of the adapters has lost against the original model, before any training."
     return Section(
         "What is left when BA is dropped",
         "Methods that subtract their product BA from the base put a part of the model into the adapter. The less the base alone "
         "has lost, the less of the model's knowledge training can change.",
-        [Picture(svg(figures.without_adapters(study)), caption)],
-        rows,
+        [figures.without_adapters(study)],
+        Table("without-adapters", rows, dict.fromkeys((*(f"{measure} lost" for measure in MEASURES), "task loss"), ".4f")),
     )
 
 
-def _spread(spread: Spread | None) -> str:
-    """The mean, to two digits of the deviation."""
-    if spread is None:
-        return "–"
-    if not spread.deviation > 0:
-        return f"{spread.mean:.4g}"
-    decimals = max(0, 1 - math.floor(math.log10(spread.deviation)))
-    return f"{spread.mean:.{decimals}f} ± {spread.deviation:.{decimals}f}"
-
-
-SECTIONS: tuple[Callable[[Analysis], Section], ...] = (effective_ranks, spectra, directions, changes, leaks, drifts, outliers)
+SECTIONS: tuple[Callable[[Analysis], Section], ...] = (
+    effective_ranks,
+    spectra,
+    directions,
+    changes,
+    leaks,
+    drifts,
+    outliers,
+    by_layer,
+)
 
 
 def _trained(analysis: Analysis) -> list[Row]:
