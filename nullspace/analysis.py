@@ -288,13 +288,7 @@ def analyse(
             report("weights", len(weights), len(layers), 0)
     order = {course.name: i for i, course in enumerate(courses)}
     if held_out is not None:
-        for done, site in enumerate(sites, start=1):
-            space, moves = _space(spaces, site), _moves(site, courses, where)
-            leaks = _held_out_leaks(held_out[site.members[0]], space, [move.now.A for move in moves])
-            facts.setdefault(site.name, {})["held_out_leak"] = leaks[0]
-            for row, of_adapter in zip(adapters[site.name], leaks[1:], strict=True):
-                row["held_out_leak"] = of_adapter
-            report("held-out text", done, len(sites), 0)
+        _add_held_out(held_out, sites, spaces, courses, facts, adapters, report)
     return Analysis(
         [_input_row(site, facts.get(site.name, {}), _space(spaces, site), where) for site in sites],
         weights,
@@ -362,10 +356,23 @@ def _moves(site: Site, courses: Sequence[Course], where: Mapping[str, Location])
     return moves
 
 
-def _held_out_leaks(covariance: Covariance, space: NullSpace | None, read: Sequence[torch.Tensor]) -> list[float | None]:
-    """The leak of a null space, None without one, and that of every A, on text that neither was made from."""
-    c = covariance.completed(covariance.d_in).matrix()
-    return [None if space is None else leak(space.basis.mT, c), *(leak(a, c) for a in read)]
+def _add_held_out(
+    held_out: Covariances,
+    sites: Sequence[Site],
+    spaces: NullSpaces | None,
+    courses: Sequence[Course],
+    facts: dict[str, Row],
+    adapters: Mapping[str, list[Row]],
+    report: Progress,
+) -> None:
+    """Add to the facts of every input, and to the rows of its adapters, their leak on text that they were not made from."""
+    factors = {(course.name, state.label): state.factors for course in courses for state in course.states}
+    for done, site in enumerate(sites, start=1):
+        c, space = held_out[site.members[0]].completed(site.d_in).matrix(), _space(spaces, site)
+        facts.setdefault(site.name, {})["held_out_leak"] = None if space is None else leak(space.basis.mT, c)
+        for row in adapters[site.name]:
+            row["held_out_leak"] = leak(factors[row["adapter"], row["state"]][row["layer"]].A, c)
+        report("held-out text", done, len(sites), 0)
 
 
 def _tokens(tokens: int, outliers: int) -> Row:

@@ -107,9 +107,13 @@ def report(
     quiet: bool = QUIET,
 ) -> dict[str, Any] | None:
     """One interactive HTML file: a verdict, effective ranks, spectra, leaks, and what training did to adapters, layer by layer."""
+    try:
+        from nullspace.reporting import page
+    except ImportError as error:
+        raise InputError(str(error)) from None
     from nullspace import analysis
     from nullspace.artifacts import store
-    from nullspace.reporting import page, study
+    from nullspace.reporting import study
 
     began = time.perf_counter()
     has_layers = _has_layers(vars(sources))
@@ -232,7 +236,7 @@ def _command(out: Path, sources: Sources, loading: Loading) -> str:
     return shlex.join([*words, "--out", str(out)])
 
 
-def _sources_line(sources: dict[str, Any]) -> str:
+def _sources_line(sources: Mapping[str, Any]) -> str:
     given = [f"{what.replace('_', '-')} {value}" for what, value in sources.items() if value and what != "adapters"]
     given += [f"adapter {name} ({', '.join(directories)})" for name, directories in sources["adapters"].items()]
     return "; ".join(given)

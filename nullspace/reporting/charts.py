@@ -7,6 +7,7 @@ light or the dark theme, and the names of the series that are shown, through the
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross"
 # A row's `kind`: how its line is drawn, as (dashes, width).
 MAIN, BEFORE, HELD_OUT = "main", "before", "held out"
 _KINDS: dict[str, tuple[list[float], float]] = {MAIN: ([1, 0], 2.0), BEFORE: ([1.5, 3], 1.2), HELD_OUT: ([7, 3], 1.4)}
-# Floors of an axis, so that rounding below them does not take most of it.
 _SHOWN = "indexof(shown, datum.series) >= 0"
 
 
@@ -85,7 +85,7 @@ def library() -> str:
 
 def versions() -> dict[str, str]:
     """The versions of what draws the figures."""
-    return {"Vega-Lite": vl_convert.get_vegalite_versions()[-1], "vl-convert": vl_convert.__version__}
+    return {"Vega-Lite": vl_convert.get_vegalite_versions()[-1], "vl-convert": importlib.metadata.version("vl-convert-python")}
 
 
 def lines(values: Sequence[Row], series: Sequence[str], x: Axis, y: Axis, *, points: bool = True, height: int = 210) -> Spec:
@@ -127,7 +127,7 @@ def paths(values: Sequence[Row], series: Sequence[str], x: Axis, y: Axis, *, hei
     bar = {"type": "rule", "strokeWidth": 1, "opacity": 0.7}
     across = {"x": {"field": "x_low", "type": "quantitative"}, "x2": {"field": "x_high"}}
     upright = {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}
-    layers = [
+    layers: list[Spec] = [
         {"mark": bar, "encoding": across},
         {"mark": bar, "encoding": upright},
         {"mark": {"type": "line", "strokeWidth": 2}, "encoding": {"order": {"field": "order", "type": "quantitative"}}},
@@ -139,7 +139,7 @@ def paths(values: Sequence[Row], series: Sequence[str], x: Axis, y: Axis, *, hei
 def bars(values: Sequence[Row], series: Sequence[str], x: Axis, y: Axis) -> Spec:
     """Horizontal bars: `y` is a name, `x` a number, written beside the bar."""
     label = {"type": "text", "align": "left", "dx": 4}
-    layers = [
+    layers: list[Spec] = [
         {"mark": {"type": "bar", "height": {"band": 0.65}}, "encoding": {"x2": {"datum": 0}}},
         {"mark": label, "encoding": {"text": {"field": "x", "type": "quantitative", "format": ".3f"}}},
     ]
@@ -193,7 +193,7 @@ def _channel(name: str, axis: Axis, values: Sequence[Row]) -> Spec:
     """The encoding of x or y."""
     channel: Spec = {"field": name, "title": axis.title or None}
     if axis.names is not None:
-        placed = {"labelOverlap": "greedy" if name == "x" else False, "labelAngle": 0, "labelLimit": 240}
+        placed = {"labelOverlap": "parity" if name == "x" else False, "labelAngle": 0, "labelLimit": 240}
         return {**channel, "type": "ordinal", "sort": list(axis.names), "axis": placed}
     scale: Spec = {"zero": axis.low == 0}
     if axis.log and any(row[name] is not None for row in values):
@@ -202,7 +202,7 @@ def _channel(name: str, axis: Axis, values: Sequence[Row]) -> Spec:
     scale |= {end: value for end, value in (("domainMin", axis.low), ("domainMax", axis.high)) if value is not None and value != 0}
     scale |= {"clamp": True} if axis.log and axis.low else {}
     scale |= {"reverse": True} if axis.falling else {}
-    placed = {"format": "~g" if scale.get("type") != "log" else ".0e", "labelOverlap": True, "tickCount": 5}
+    placed: Spec = {"labelOverlap": True, "tickCount": 5} | ({"format": ".0e"} if scale.get("type") == "log" else {})
     return {**channel, "type": "quantitative", "scale": scale, "axis": placed}
 
 

@@ -67,7 +67,7 @@ def directions(adapters: Sequence[Row]) -> Figure:
     trained = {row["adapter"] for row in adapters if row["state"] != INITIAL}
     states = {"before training": _first(adapters), "after training": [r for r in _last(adapters) if r["adapter"] in trained]}
     names = [*_names(adapters), RANDOM]
-    x = Axis("direction uⱼ of the input, by eigenvalue: 0 the largest, 1 the smallest", low=0, high=1)
+    x = Axis("direction uⱼ, by falling eigenvalue", low=0, high=1)
     panels = []
     for title, rows in states.items():
         values: list[Row] = [{"x": at, "y": 1.0, "series": RANDOM} for at in (0.0, 1.0)]
@@ -79,7 +79,7 @@ def directions(adapters: Sequence[Row]) -> Figure:
             panels.append(Panel(title, lines(values, names, x, Axis("‖A uⱼ‖ √d / ‖A‖", log=True, low=FLOOR), points=False)))
     caption = (
         "Root mean square over layers and, in each of 100 bins, directions. 1 is the value of a random A; directions uⱼ are "
-        "the eigenvectors of C by falling eigenvalue. Values below the frame are rounding."
+        "the eigenvectors of C, from the largest eigenvalue (0) to the smallest (1). Values below the frame are rounding."
     )
     return Figure(caption, panels, names)
 
@@ -194,7 +194,7 @@ def forgetting(study: Study) -> Figure:
     assert study.base is not None
     begin = study.base["task"]["loss"]
     fronts = {name: _front(rows, begin) for name, rows in grouped(over_seeds(study), "variant")}
-    x = Axis("task loss, nats a response token: the further to the right, the more was learned", falling=True)
+    x = Axis("task loss, nats a response token", falling=True)
     panels = []
     for measure, title in LOST.items():
         values: list[Row] = []
@@ -208,7 +208,7 @@ def forgetting(study: Study) -> Figure:
         panels.append(Panel(title, paths(values, study.variants, x, Axis(""))))
     caption = (
         "Each line begins at the base model, where nothing is learned and nothing forgotten, goes through the learning rates, and "
-        "ends at the lowest task loss: higher rates forget more and learn less, and are in the table alone."
+        "ends at the lowest task loss, at the right: higher rates forget more and learn less, and are in the table alone."
     )
     return Figure(caption, panels, study.variants)
 

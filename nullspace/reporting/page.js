@@ -32,7 +32,7 @@ async function draw(place) {
   const [number, index] = place.dataset.panel.split(" ").map(Number);
   const spec = { ...structuredClone(figures[number].panels[index]), width: "container", autosize: { type: "fit-x", contains: "padding" } };
   const param = (spec.params ?? []).find((each) => each.name === "shown");
-  if (param) param.value = [...shown[number]];
+  if (param && figures[number].series.length) param.value = [...shown[number]];
   views[number][index]?.finalize();
   const options = { mode: "vega-lite", actions: false, renderer: "svg", ast: true, config: theme(), tooltip: { theme: darkness.matches ? "dark" : "light" } };
   try {

@@ -170,7 +170,6 @@ def leaks(analysis: Analysis) -> Section:
         _needed(
             "--spaces DIR, for the null spaces' own" if not spaces else None,
             "--covariances DIR and --adapter NAME=DIR, for the adapters'" if not adapters else None,
-            "--held-out DIR, for those on other text" if not held_out else None,
         ),
     )
 
@@ -259,7 +258,7 @@ def filter_section(steps: Mapping[str, Sequence[Row]]) -> Section:
     formats = {"strength": "g", "median drift": ".2e", "largest drift": ".2e", "drift left": ".1%", "task's response": ".1%"}
     return Section(
         "What a filter would give back",
-        "`nullspace filter` takes back, in closed form, what a training has changed on the calibration text, and keeps what it "
+        "nullspace filter takes back, in closed form, what a training has changed on the calibration text, and keeps what it "
         "does on the task's. A forecast from the second moments of both; the stronger, the less of either is left.",
         [figures.filters(steps)],
         Table("filter", table, formats),

@@ -141,7 +141,7 @@ def _filter(analysis: Analysis, filters: Mapping[str, Sequence[Row]]) -> list[Fi
             continue
         step = useful[-1]
         text = (
-            f"`nullspace filter --strength {step['strength']:g}` would take back {1 - step['left']:.0%} of the drift of {name} and "
+            f"nullspace filter --strength {step['strength']:g} would take back {1 - step['left']:.0%} of the drift of {name} and "
         )
         text += f"keep {step['response']:.1%} of its response to the task"
         if step.get("drift") is not None and steps[0].get("drift") is not None:
