@@ -167,7 +167,8 @@ def heat_map(values: Sequence[Row], x: Axis, y: Axis, title: str) -> Spec:
 
 def _panel(values: list[Row], series: Sequence[str], x: Axis, y: Axis, layers: list[Spec], height: int) -> Spec:
     names = list(series)
-    shapes = [SHAPES[i % len(SHAPES)] for i in range(len(names))]
+    # The ninth series has the colour of the first, and the mark of the second.
+    shapes = [SHAPES[(i + i // len(SHAPES)) % len(SHAPES)] for i in range(len(names))]
     common: Spec = {
         "x": _channel("x", x, values),
         "y": _channel("y", y, values),

@@ -52,7 +52,7 @@ function legend(box, number) {
     const button = document.createElement("button");
     button.type = "button";
     button.title = "Click: show or hide. Double click: this one alone, or all.";
-    button.innerHTML = `<svg viewBox="0 0 12 12" aria-hidden="true"><path d="${MARKS[i % MARKS.length]}" fill="var(--c${i % COLORS})"/></svg>`;
+    button.innerHTML = `<svg viewBox="0 0 12 12" aria-hidden="true"><path d="${MARKS[(i + Math.floor(i / COLORS)) % MARKS.length]}" fill="var(--c${i % COLORS})"/></svg>`;
     button.append(name);
     button.addEventListener("click", () => {
       if (!shown[number].delete(name)) shown[number].add(name);

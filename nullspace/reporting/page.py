@@ -139,7 +139,8 @@ def _scripts(drawn: Sequence[Figure]) -> str:
     data = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
     scripts = [library(), _asset("page.js")] if drawn else [_asset("page.js")]
     shown = "".join(f'<script type="module">{_inline(script)}</script>\n' for script in scripts)
-    return f'<script type="application/gzip" id="figures">{data}</script>\n{shown}'
+    without = '<noscript><p class="missing">The figures need JavaScript; the tables do not.</p></noscript>\n' if drawn else ""
+    return f'{without}<script type="application/gzip" id="figures">{data}</script>\n{shown}'
 
 
 def _head(head: Head) -> str:
