@@ -203,8 +203,8 @@ def _channel(name: str, axis: Axis, values: Sequence[Row]) -> Spec:
     scale |= {end: value for end, value in (("domainMin", axis.low), ("domainMax", axis.high)) if value is not None and value != 0}
     scale |= {"clamp": True} if axis.log and axis.low else {}
     scale |= {"reverse": True} if axis.falling else {}
-    placed: Spec = {"labelOverlap": True, "tickCount": 5} | ({"format": ".0e"} if scale.get("type") == "log" else {})
-    return {**channel, "type": "quantitative", "scale": scale, "axis": placed}
+    ticks: Spec = {"labelOverlap": True, "tickCount": 5} | ({"format": ".0e"} if scale.get("type") == "log" else {})
+    return {**channel, "type": "quantitative", "scale": scale, "axis": ticks}
 
 
 def _tooltip(values: Sequence[Row]) -> list[Spec]:
