@@ -146,8 +146,8 @@ class Variant(NamedTuple):
     def changes_base(self) -> bool:
         from nullspace.methods import METHODS as KNOWN_METHODS
 
-        method = METHODS[self.method].method
-        return method is not None and KNOWN_METHODS[method].changes_base
+        start = METHODS[self.method]
+        return start.method is not None and not start.frozen and KNOWN_METHODS[start.method].changes_base
 
 
 def needs_of(method: str) -> tuple[str, ...]:

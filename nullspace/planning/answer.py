@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nullspace.errors import InsufficientMemoryError
 from nullspace.model.experts import ExpertMatrix
 from nullspace.model.linear import weight_shape
 from nullspace.planning.cards import CARDS
@@ -87,9 +88,9 @@ def answer(
     some = [plan for plan in plans if usable(plan)]
     try:
         if all(_is_hopeless(plan, *limits) for plan in some):
-            raise MemoryError
+            raise InsufficientMemoryError
         return Answer(plans, fit(model, workload, device_memory=device_memory, host_memory=host_memory, plans=plans, usable=usable))
-    except MemoryError as error:
+    except InsufficientMemoryError as error:
         missing = str(error) or f"nothing fits. {what_is_missing(closest(some, *limits), *limits)}"
     offers: list[Offer] = []
     if workload.device == "cuda":
@@ -107,7 +108,7 @@ def _fitting(
 ) -> Plan | None:
     try:
         return choose(filter(usable, forecast(model, workload, survey=survey)), *limits)
-    except MemoryError:
+    except InsufficientMemoryError:
         return None
 
 

@@ -421,4 +421,6 @@ def test_progress_and_log_tell_of_every_block(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO, logger="nullspace"):
         list(stream_covariances(tiny("llama"), batches, strategy="layerwise", progress=lambda *a: calls.append(a)))
     assert calls == [("forward", done, 6, 80 * done // 6) for done in range(7)]
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == [f"model.layers.{i}" for i in range(3)]
+    begun, *of_blocks = [record.getMessage() for record in caplog.records]
+    assert begun == "21 layers, strategy layerwise, precision auto"
+    assert [text.split(":")[0] for text in of_blocks] == [f"model.layers.{i}" for i in range(3)]
