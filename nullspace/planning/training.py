@@ -7,9 +7,10 @@ Memory of the peak, in bytes, with T tokens a batch, V entries of the vocabulary
 - gradients: 4 Q; optimizer: 8 Q, the two moments of AdamW (arXiv 1711.05101) in float32; Q = P, or with A frozen Σ r d_out;
 - activations: what autograd keeps for the backward pass. Without checkpointing, Σ over blocks of what a block keeps; with it
   (arXiv 1604.06174), one hidden state a block. Either way the arguments of the blocks, and 4 T d of the last norm;
-- loss or block: the logits, which a loop that logs them holds, and the larger of 12 T V of log-probabilities, their gradient and that
-  of the logits; or, when the loss is done, the gradients that flow in a block's backward pass, three of T and the widest layer's d_in
-  (of a gated MLP: its product's and both factors'), with checkpointing beside what the block keeps when it is computed again.
+- loss or block: the logits, which a loop that logs them holds, and the larger of 12 T V of log-probabilities, their gradient and
+  that of the logits; or, when the loss is done, the gradients that flow in a block's backward pass, three of T and the widest
+  layer's d_in (of a gated MLP: its product's and both factors'), with checkpointing beside what the block keeps when it is computed
+  again.
 
 What a block keeps is counted, not estimated: each kind of block runs once on the meta device with the adapter's products beside its
 target layers, and the tensors that autograd saves are added up.
