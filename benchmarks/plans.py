@@ -1,4 +1,4 @@
-"""What `nullspace plan` says of six published models on six cards, from their configurations.
+"""What `nullspace plan` says of seven published models on six cards, from their configurations.
 
     python -m benchmarks.plans     # writes benchmarks/results/plans.json, and prints the tables of docs/large-models.md
 
@@ -19,10 +19,13 @@ import transformers
 
 from benchmarks import shapes
 from benchmarks.environment import RESULTS, write_result
+from benchmarks.holding_tables import markdown
 
 ON = ("T4", "L4", "RTX 4090", "L40S", "A100-80GB", "H100")
 """Names in `nullspace.planning.cards`."""
 HOST, THREADS = 128, 16
+FORMS = ("bfloat16", "4-bit")
+"""Of the weights while the adapter is trained."""
 
 
 def _qwen3_moe() -> Any:
@@ -95,6 +98,7 @@ def _qwen2_5_vl() -> Any:
 
 
 MODELS: dict[str, tuple[Any, str, int]] = {
+    "Llama-3.2-1B": (functools.partial(shapes.config, "Llama-3.2-1B"), "LlamaForCausalLM", shapes.PARAMETERS["Llama-3.2-1B"]),
     "Gemma-3-4b": (_gemma3, "Gemma3ForConditionalGeneration", 4_300_079_472),
     "Llama-3-8B": (functools.partial(shapes.config, "Llama-3-8B"), "LlamaForCausalLM", shapes.PARAMETERS["Llama-3-8B"]),
     "Qwen2.5-VL-7B": (_qwen2_5_vl, "Qwen2_5_VLForConditionalGeneration", 8_292_166_656),
@@ -118,7 +122,6 @@ def empty(name: str) -> Any:
 
 def plans(name: str) -> Iterator[dict[str, Any]]:
     """What is said of a model, a record for each card of `ON`."""
-    from nullspace.cli.plan import trainings
     from nullspace.model.coverage import covered_share
     from nullspace.model.sites import find_targets
     from nullspace.planning.answer import answer, is_typed
@@ -140,7 +143,7 @@ def plans(name: str) -> Iterator[dict[str, Any]]:
             answer(model, targets, workload, survey, device_memory=memory, host_memory=HOST * 1e9, usable=is_typed),
         )
     share, survey = covered_share(model, survey.reached), next(iter(surveys.values()))
-    trained = trainings(model, targets, survey, Workload(targets=targets))
+    trained = list(trainings(model, targets, survey, Workload(targets=targets)))
     for card, (experts, said) in says.items():
         chosen = said.chosen or next((offer.plan for offer in said.offers), None)
         yield {
@@ -153,11 +156,26 @@ def plans(name: str) -> Iterator[dict[str, Any]]:
             "missing": said.missing,
             "plan": None if chosen is None else chosen.as_dict(),
             "training": [
-                {"weights": form, "checkpointing": each.checkpointing, "bytes": each.bytes, "fits": each.fits(CARDS[card].memory)}
-                for form, both in trained.items()
-                for each in both
+                {**form, "checkpointing": each.checkpointing, "bytes": each.bytes, "fits": each.fits(CARDS[card].memory)}
+                for form, each in trained
             ],
         }
+
+
+def trainings(model: Any, targets: Any, survey: Any, workload: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Memory for training with weights of 16 and of 4 bits, A and B or B alone, without and with checkpointing.
+
+    The model is left with weights of 4 bits.
+    """
+    from nullspace.integrations.transformers.quantisation import set_planned_bytes
+    from nullspace.planning.training import training
+
+    for weights in FORMS:
+        if weights == "4-bit":
+            set_planned_bytes(model, model.config, load_in_4bit=True)
+        for freeze_a in (False, True):
+            for each in training(model, targets, survey, workload, freeze_a=freeze_a):
+                yield {"weights": weights, "freeze_a": freeze_a}, each
 
 
 def _calibration(record: Mapping[str, Any]) -> str:
@@ -176,21 +194,38 @@ def _training(record: Mapping[str, Any]) -> str:
     """A cell: the first form that fits, or the least memory that a form takes."""
     from nullspace.planning.units import gigabytes
 
-    fitting = next((each for each in record["training"] if each["fits"]), None)
+    both = [each for each in record["training"] if not each["freeze_a"]]
+    fitting = next((each for each in both if each["fits"]), None)
     if fitting is None:
-        return f"no ({gigabytes(min(each['bytes'] for each in record['training']))})"
+        return f"no ({gigabytes(min(each['bytes'] for each in both))})"
     return f"{fitting['weights']}{', checkpointing' if fitting['checkpointing'] else ''}: {gigabytes(fitting['bytes'])}"
 
 
+def _memory(record: Mapping[str, Any]) -> Iterator[str]:
+    """Cells: the training's memory in each form of the weights, without and with checkpointing; A and B, B alone."""
+    from nullspace.planning.units import gigabytes
+
+    for weights in FORMS:
+        for checkpointing in (False, True):
+            form = {"weights": weights, "checkpointing": checkpointing}
+            same = [each for each in record["training"] if form.items() <= each.items()]
+            both, alone = (gigabytes(each["bytes"]) for each in sorted(same, key=lambda each: each["freeze_a"]))
+            yield f"{both}, {alone}"
+
+
 def tables(records: list[Mapping[str, Any]]) -> list[str]:
-    """The records as tables in Markdown, a row a model and a column a card: of the calibration, and of the training."""
+    """The records as tables in Markdown, a row a model.
+
+    Of the calibration and of the training with a column a card; of the training's memory with a column a form of it.
+    """
     known = {(record["model"], record["gpu"]): record for record in records}
     made = []
     for cell in (_calibration, _training):
-        rows = [["model", *ON], *([name, *(cell(known[name, card]) for card in ON)] for name in MODELS)]
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        made.append("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
-    return made
+        made.append([["model", *ON], *([name, *(cell(known[name, card]) for card in ON)] for name in MODELS)])
+    forms = [f"{weights}{more}" for weights in FORMS for more in ("", ", checkpointing")]
+    sizes = {name: f"{published / 1e9:.1f} billion" for name, (_, _, published) in MODELS.items()}
+    made.append([["model", "parameters", *forms], *([name, sizes[name], *_memory(known[name, ON[0]])] for name in MODELS)])
+    return [markdown(rows) for rows in made]
 
 
 def read() -> list[Mapping[str, Any]]:

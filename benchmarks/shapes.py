@@ -39,6 +39,26 @@ def _shape(kind: str, hidden: int, inner: int, blocks: int, heads: int, kv_heads
 # As in the config.json of each. `PARAMETERS` is what the published weights count, and the test holds one against the other.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM2-135M": _shape("Llama", 576, 1536, 30, 9, 3, 49152, theta=1e5, max_position_embeddings=8192, tie_word_embeddings=True),
+    "Llama-3.2-1B": _shape(
+        "Llama",
+        2048,
+        8192,
+        16,
+        32,
+        8,
+        128256,
+        theta=5e5,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
     "Llama-2-7B": _shape("Llama", 4096, 11008, 32, 32, 32, 32000, theta=1e4, max_position_embeddings=4096),
     "Llama-3-8B": _shape("Llama", 4096, 14336, 32, 32, 8, 128256, theta=5e5, max_position_embeddings=8192),
     "Qwen3-8B": _shape("Qwen3", 4096, 12288, 36, 32, 8, 151936, theta=1e6, eps=1e-6, head_dim=128, max_position_embeddings=40960),
@@ -71,6 +91,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PARAMETERS = {
     "SmolLM2-135M": 134_515_008,
+    "Llama-3.2-1B": 1_235_814_400,
     "Llama-2-7B": 6_738_415_616,
     "Llama-3-8B": 8_030_261_248,
     "Qwen3-8B": 8_190_735_360,

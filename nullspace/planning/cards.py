@@ -52,7 +52,20 @@ CARDS: dict[str, Card] = {
     "H200": Card(141e9, 989e12, 67e12, 34e12, 4800e9, PCIE5),
     "MI300X": Card(192e9, 1307e12, 163e12, 81.7e12, 5300e9, PCIE5, _NOT_TRIED),
 }
-"""Name → figures, by memory. Of several forms of a card the SXM module's; sparsity, which doubles some figures, is left out."""
+"""Name → figures, by memory. Of several forms of a card the SXM module's; sparsity, which doubles some figures, is left out.
+
+Where they come from, by the title of the publication; a maker's figure with sparsity is halved here:
+
+- T4: NVIDIA T4 data sheet; double: 1/32 of single (Turing architecture white paper).
+- L4, L40S: NVIDIA L4 and L40S data sheets. RTX 4090: NVIDIA Ada GPU architecture white paper, appendix A, FP16 products with FP32
+  accumulation. Double: 1/64 of single (the same white paper).
+- A10G: NVIDIA A10G data sheet, as Amazon Web Services publish it for G5 instances. RTX A6000: its data sheet. RTX 3090: NVIDIA
+  Ampere GA102 GPU architecture white paper, FP16 products with FP32 accumulation. Double: 1/64 of single (the same white paper).
+- RTX 5090: NVIDIA RTX Blackwell GPU architecture white paper, appendix A, FP16 products with FP32 accumulation; double as above.
+- A100: NVIDIA A100 Tensor Core GPU data sheet (40 GB: the white paper of the architecture). H100, H200: their data sheets.
+- MI300X: AMD Instinct MI300X data sheet.
+- link: what 16 lanes of the card's PCIe generation carry one way, before the overhead of packets.
+"""
 
 REFERENCE = CARDS["H100"]
 """The card whose rates are forecast part by part: those of the others are in proportion to it."""
