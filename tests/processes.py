@@ -106,6 +106,16 @@ def outcomes(path: str | Path, count: int, checks: Sequence[str], folder: Path) 
     return {check: [each[check] for each in said] for check in checks if all(check in each for each in said)}
 
 
+def run_nullspace(*arguments: str) -> None:
+    """What a launcher starts in each of its workers, `python -m nullspace`, in a process that runs already."""
+    torch.set_num_threads(1)
+    try:
+        app(list(arguments))
+    except SystemExit as done:
+        if done.code:
+            raise
+
+
 def _run(path: str, rank: int, count: int, checks: list[str], folder: Path) -> None:
     torch.set_num_threads(1)
     module = _load(path)

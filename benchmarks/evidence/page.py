@@ -1,6 +1,6 @@
-"""The page of the evidence (`docs/evidence.md`) and its picture, from the records of `benchmarks.evidence`.
+"""The page of the evidence (`docs/evidence.md`), its picture, and the table of choices in `docs/methods.md`, from the records.
 
-    python -m benchmarks.evidence.page [RECORDS] [--page docs/evidence.md] [--picture docs/images/evidence.svg]
+    python -m benchmarks.evidence.page [RECORDS] [--page docs/evidence.md] [--methods docs/methods.md] [--picture FILE]
 
 Every number and every sentence about which method is ahead follows from the records. The same records give the same page.
 """
@@ -8,6 +8,7 @@ Every number and every sentence about which method is ahead follows from the rec
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from nullspace.reporting.study import read_records
 
 ROOT = Path(__file__).parents[2]
 RECORDS = RESULTS / "evidence-cpu.jsonl"
-PAGE, PICTURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "images" / "evidence.svg"
+PAGE, METHODS, PICTURE = (ROOT / "docs" / name for name in ("evidence.md", "methods.md", "images/evidence.svg"))
 
 
 class Compared:
@@ -54,6 +55,21 @@ def page(records: list[dict[str, Any]], name: str) -> str:
     compared = Compared(evidence(records))
     sections = (_measured, _main, _picture, _factors, _whom, _starts, _behind, _weak, _left_out)
     return "\n\n".join(["# Evidence", _asked(compared, name), *(section(compared) for section in sections)]) + "\n"
+
+
+def with_choices(text: str, records: list[dict[str, Any]]) -> str:
+    """The page of methods with the table of these records in the place of the one that it has.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    table = findings.whom(Compared(evidence(records)).main)
+    made, number = re.subn(
+        rf"^{re.escape(markdown(table[:1]).splitlines()[0])}\n(?:\|.*\n)+", f"{markdown(table)}\n", text, flags=re.M
+    )
+    if number != 1:
+        raise InputError("the page of methods has no table that begins with 'what there is'")
+    return made
 
 
 def _asked(compared: Compared, name: str) -> str:
@@ -229,10 +245,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, nargs="?", default=RECORDS)
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--methods", type=Path, default=METHODS)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args()
     records = read_records(options.records)
     options.page.write_text(page(records, options.records.name), encoding="utf-8")
+    options.methods.write_text(with_choices(options.methods.read_text(encoding="utf-8"), records), encoding="utf-8")
     compared = Compared(evidence(records))
     figure.write(compared.found, compared.main.cell, compared.level, options.picture)
 

@@ -301,3 +301,19 @@ def test_the_commands_of_the_page_are_understood(monkeypatch: pytest.MonkeyPatch
 def test_the_page_that_is_kept_is_made_by_the_records_that_are_kept() -> None:
     text = page.page(read_records(page.RECORDS), page.RECORDS.name)
     assert text == page.PAGE.read_text(encoding="utf-8"), "python -m benchmarks.evidence.page"
+    methods = page.METHODS.read_text(encoding="utf-8")
+    assert page.with_choices(methods, read_records(page.RECORDS)) == methods, "python -m benchmarks.evidence.page"
+
+
+def test_the_page_of_methods_has_a_table_of_choices() -> None:
+    head, row = (
+        "| what there is | least KL | KL ÷ LoRA's | next | KL ÷ LoRA's |",
+        "| an adapter is trained already | LoRA, filtered |",
+    )
+    made = page.with_choices(f"before\n\n{head}\n|---|\n| old |\n\nafter\n", study())
+    assert made.startswith(f"before\n\n{head}\n|---|---|---|---|---|\n")
+    assert row in made
+    assert made.endswith("|\n\nafter\n")
+    assert "old" not in made
+    with pytest.raises(ValueError, match="no table"):
+        page.with_choices("before", study())
