@@ -27,6 +27,7 @@ from typing import NamedTuple
 import pytest
 import torch.distributed.run
 import transformers
+import typer
 import yaml
 from accelerate.commands import launch
 from torch.distributed.launcher.api import elastic_launch
@@ -46,6 +47,9 @@ NOT_RUN = {
     "docs/results.md": ["it trains for hours", "it needs the data sets of the tasks", "it trains for an hour and a half"],
 }
 COMMANDS = {"init", "inspect", "compute", "covariances", "merge", "export", "report", "plan", "filter", "combine", "verify"}
+# Options in sentences that are not ours: of servers, and of every program. Pages whose options are those of benchmarks.
+OF_OTHERS = {"--help", "--max-lora-rank", "--enable-mixed-moe-lora-format", "--lora-strict-loading"}
+OF_BENCHMARKS = ("evidence.md", "results.md")
 STARTS_WITH = re.compile(r"starts? with the files of the \[[^]]+\]\(([^)#]+)#([^)]+)\)")
 
 
@@ -232,9 +236,23 @@ def test_make_targets_and_extras_that_are_named_exist() -> None:
                     assert program in LAUNCHERS, (name(page), program)
 
 
+def test_options_and_modules_that_are_named_in_sentences_exist() -> None:
+    commands_ = [typer.main.get_command(app), *typer.main.get_command(app).commands.values()]  # type: ignore[attr-defined]
+    options = {each for command in commands_ for p in command.params for each in (*p.opts, *p.secondary_opts)} | OF_OTHERS
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if page.name not in OF_BENCHMARKS:
+            spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+            named = {each for span in spans for each in re.findall(r"(?<![\w-])--[a-z][\w-]*", span) if "python -m" not in span}
+            assert named <= options, name(page)
+        for module in re.findall(r"python -m (benchmarks[\w.]*\w)", text):
+            place = ROOT / module.replace(".", "/")
+            assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), (name(page), module)
+
+
 def test_files_that_the_readme_links_to_exist() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", readme) if "://" not in link]
     assert "docs/methods.md" in links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [link for link in links if not (ROOT / link.partition("#")[0]).exists()] == []
     assert len(readme.splitlines()) <= 150
