@@ -64,9 +64,8 @@ def with_choices(text: str, records: list[dict[str, Any]]) -> str:
         ValueError: if it has none.
     """
     table = findings.whom(Compared(evidence(records)).main)
-    made, number = re.subn(
-        rf"^{re.escape(markdown(table[:1]).splitlines()[0])}\n(?:\|.*\n)+", f"{markdown(table)}\n", text, flags=re.M
-    )
+    known = rf"^\| {re.escape(table[0][0])} \|.*\n(?:\|.*\n)+"
+    made, number = re.subn(known, lambda _: f"{markdown(table)}\n", text, flags=re.MULTILINE)
     if number != 1:
         raise InputError("the page of methods has no table that begins with 'what there is'")
     return made

@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch.distributed.run
@@ -119,7 +122,7 @@ def hub(tiny_checkpoint: Path, prose: list[str], tmp_path_factory: pytest.TempPa
     data = {
         ("google-research-datasets/nq_open", "default", "train"): [{"question": asked, "answer": [text]} for text in texts[:16]],
         ("openai/gsm8k", "main", "train"): [{"question": asked, "answer": text[:64]} for text in texts[16:48]],
-        ("google-research-datasets/mbpp", "full", "train"): [{"text": asked, "code": text} for text in texts[8:16]],
+        ("google-research-datasets/mbpp", "full", "train"): [{"text": asked, "code": text[:200]} for text in texts[8:16]],
         ("HuggingFaceTB/everyday-conversations-llama3.1-2k", "default", "train_sft"): [{"messages": chat} for chat in chats],
     }
     for (name, configuration, split), rows in data.items():
@@ -152,6 +155,21 @@ class Launched:
         self._run(*arguments[arguments.index("nullspace") + 1 :])
 
 
+def launch_two(program: str, arguments: list[str]) -> None:
+    """Run the command line of a launcher, which sets variables of the environment and handlers of signals in its own process."""
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    try:
+        with mock.patch.dict(os.environ), mock.patch("torch.distributed.run.elastic_launch", Launched):
+            if program == "torchrun":
+                torch.distributed.run.main(arguments)
+            else:
+                assert arguments.pop(0) == "launch"
+                launch.launch_command(launch.launch_command_parser().parse_args(arguments))
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+
+
 def run(page: Path, section: str | None = None) -> None:
     """Run the blocks of a page, or of a section of it, in the working directory."""
     names: dict[str, object] = {"__name__": "__main__"}
@@ -165,11 +183,8 @@ def run(page: Path, section: str | None = None) -> None:
             if program == "nullspace":
                 result = CliRunner().invoke(app, arguments)
                 assert result.exit_code == 0, (arguments, result.output)
-            elif program == "torchrun":
-                torch.distributed.run.main(arguments)
-            elif program == "accelerate":
-                assert arguments.pop(0) == "launch"
-                launch.launch_command(launch.launch_command_parser().parse_args(arguments))
+            elif program in LAUNCHERS:
+                launch_two(program, arguments)
             else:
                 assert program in LOOKED_UP
 
@@ -201,7 +216,6 @@ def test_blocks_of_a_page_run_in_order(
         for file in files((page.parent / link[0]).resolve(), link[1]):
             shutil.copy(file, tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.distributed.run.elastic_launch", Launched)
     run(page)
 
 
