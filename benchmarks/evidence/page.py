@@ -57,13 +57,13 @@ def page(records: list[dict[str, Any]], name: str) -> str:
     return "\n\n".join(["# Evidence", _asked(compared, name), *(section(compared) for section in sections)]) + "\n"
 
 
-def with_choices(text: str, records: list[dict[str, Any]]) -> str:
-    """The page of methods with the table of these records in the place of the one that it has.
+def with_choices(text: str, compared: Compared) -> str:
+    """The page of methods with the table of what was compared in the place of the one that it has.
 
     Raises:
         ValueError: if it has none.
     """
-    table = findings.whom(Compared(evidence(records)).main)
+    table = findings.whom(compared.main)
     known = rf"^\| {re.escape(table[0][0])} \|.*\n(?:\|.*\n)+"
     made, number = re.subn(known, lambda _: f"{markdown(table)}\n", text, flags=re.MULTILINE)
     if number != 1:
@@ -249,8 +249,8 @@ def main() -> None:
     options = parser.parse_args()
     records = read_records(options.records)
     options.page.write_text(page(records, options.records.name), encoding="utf-8")
-    options.methods.write_text(with_choices(options.methods.read_text(encoding="utf-8"), records), encoding="utf-8")
     compared = Compared(evidence(records))
+    options.methods.write_text(with_choices(options.methods.read_text(encoding="utf-8"), compared), encoding="utf-8")
     figure.write(compared.found, compared.main.cell, compared.level, options.picture)
 
 

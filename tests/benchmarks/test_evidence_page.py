@@ -298,22 +298,22 @@ def test_the_commands_of_the_page_are_understood(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(not page.RECORDS.exists(), reason="the study has not been recorded yet")
-def test_the_page_that_is_kept_is_made_by_the_records_that_are_kept() -> None:
-    text = page.page(read_records(page.RECORDS), page.RECORDS.name)
-    assert text == page.PAGE.read_text(encoding="utf-8"), "python -m benchmarks.evidence.page"
-    methods = page.METHODS.read_text(encoding="utf-8")
-    assert page.with_choices(methods, read_records(page.RECORDS)) == methods, "python -m benchmarks.evidence.page"
+def test_the_pages_that_are_kept_are_made_by_the_records_that_are_kept() -> None:
+    records = read_records(page.RECORDS)
+    assert page.page(records, page.RECORDS.name) == page.PAGE.read_text(encoding="utf-8"), "python -m benchmarks.evidence.page"
+    methods, compared = page.METHODS.read_text(encoding="utf-8"), page.Compared(evidence(records))
+    assert page.with_choices(methods, compared) == methods, "python -m benchmarks.evidence.page"
+    ways = {way for row in findings.whom(compared.main)[1:] for way in row[1::2]} - {"", "LoRA"}
+    assert {way for way in ways if f"\n| {way} | " not in methods} == set()
 
 
 def test_the_page_of_methods_has_a_table_of_choices() -> None:
-    head, row = (
-        "| what there is | least KL | KL ÷ LoRA's | next | KL ÷ LoRA's |",
-        "| an adapter is trained already | LoRA, filtered |",
-    )
-    made = page.with_choices(f"before\n\n{head}\n|---|\n| old |\n\nafter\n", study())
+    head = "| what there is | least KL | KL ÷ LoRA's | next | KL ÷ LoRA's |"
+    compared = page.Compared(evidence(study()))
+    made = page.with_choices(f"before\n\n{head}\n|---|\n| old |\n\nafter\n", compared)
     assert made.startswith(f"before\n\n{head}\n|---|---|---|---|---|\n")
-    assert row in made
+    assert "| an adapter is trained already | LoRA, filtered |" in made
     assert made.endswith("|\n\nafter\n")
     assert "old" not in made
     with pytest.raises(ValueError, match="no table"):
-        page.with_choices("before", study())
+        page.with_choices("before", compared)
