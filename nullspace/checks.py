@@ -79,7 +79,7 @@ def check_device(device: torch.device | str) -> torch.device:
     """`device` as a `torch.device` that this machine has.
 
     Raises:
-        ValueError: naming it, if PyTorch does not know it or cannot use it here.
+        ValueError: naming it, if PyTorch does not know it or cannot use it here, or if it has no float64.
     """
     import torch
 
@@ -90,10 +90,10 @@ def check_device(device: torch.device | str) -> torch.device:
     try:
         if checked.type == "meta":
             raise InputError("it holds no values")
-        torch.empty(0, device=checked)
+        torch.empty(0, device=checked, dtype=torch.float64)  # of sums; Apple's GPUs have none
         if checked.type == "cuda" and checked.index is not None and checked.index >= torch.cuda.device_count():
             raise InputError(f"there are {torch.cuda.device_count()} CUDA devices")
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__
         raise InputError(f"device {str(device)!r} cannot be used here: {reason}. Give 'cpu', or a device of this machine") from None
     return checked

@@ -163,6 +163,20 @@ def test_a_tolerance_is_a_number(value: Any) -> None:
         compute_null_spaces(tiny("llama"), Untouched(), rank=4, tolerance=value, progress=False)
 
 
+def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's GPUs: the message is PyTorch's."""
+    known = torch.empty
+
+    def empty(*sizes: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if device.type == "mps" and dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+        return known(*sizes, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(ValueError, match=r"device 'mps' cannot be used here: .*float64\. Give 'cpu'"):
+        check_device("mps")
+
+
 @pytest.mark.parametrize("device", ["tpu", "", "cuda:99", "meta", "hpu"])
 def test_a_device_that_is_not_there_is_refused_by_name(device: str, tmp_path: Path) -> None:
     def refused() -> Any:
