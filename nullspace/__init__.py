@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nullspace.calibration.null_spaces import compute_null_spaces
     from nullspace.calibration.stream import stream_covariances
     from nullspace.errors import NullspaceError, NullspaceWarning
+    from nullspace.integrations.peft.from_data.prepare import prepare
     from nullspace.model.sites import Site
     from nullspace.moments.covariance import Covariance
 
@@ -41,6 +42,7 @@ __all__ = [
     "compute_covariances",
     "compute_null_spaces",
     "gradient_covariances",
+    "prepare",
     "stream_covariances",
 ]
 
@@ -55,6 +57,7 @@ _MODULES = {
     "compute_covariances": "calibration.covariances",
     "compute_null_spaces": "calibration.null_spaces",
     "gradient_covariances": "calibration.gradients",
+    "prepare": "integrations.peft.from_data.prepare",
     "stream_covariances": "calibration.stream",
 }
 _SUBMODULES = ("analysis", "cli", "csrc_triton", "distributed", "errors", "factors", "integrations", "methods", "solvers")

@@ -90,6 +90,7 @@ class Method:
         draws: whether it draws random numbers, by `Sources.seed`.
         even: whether the rank must be even.
         frozen: whether A is frozen unless the caller says otherwise.
+        of_task: whether `covariances` are of the task's data; if not, of what is to be preserved.
         ranges: of options that are narrower here than in `OPTIONS`.
     """
 
@@ -100,7 +101,13 @@ class Method:
     draws: bool = False
     even: bool = False
     frozen: bool = False
+    of_task: bool = False
     ranges: Mapping[str, Range] = field(default_factory=dict)
+
+    @property
+    def data(self) -> dict[str, str]:
+        """The data that it calibrates on, `"task"` or `"keep"` (what is to be preserved) → the source that is of them."""
+        return {"task" if name == "covariances" and self.of_task else "keep": name for name in self.needs}
 
     def allowed(self, option: str) -> Range:
         """The range of one of its options."""
@@ -182,9 +189,17 @@ METHODS: Mapping[str, Method] = {
     "b-zero": Method(
         ("spaces",), False, (), lambda layer, given: factors.b_zero(_basis(layer, given), layer.d_out, rank=layer.rank)
     ),
-    "contrast": Method(("covariances", "preserve"), False, ("damping",), _contrast, frozen=True, ranges={"damping": POSITIVE}),
+    "contrast": Method(
+        needs=("covariances", "preserve"),
+        changes_base=False,
+        options=("damping",),
+        start=_contrast,
+        frozen=True,
+        of_task=True,
+        ranges={"damping": POSITIVE},
+    ),
     "corda-kpm": Method(("covariances",), True, ("damping", "split"), _corda("kpm")),
-    "corda-ipm": Method(("covariances",), True, ("damping", "split"), _corda("ipm")),
+    "corda-ipm": Method(("covariances",), True, ("damping", "split"), _corda("ipm"), of_task=True),
     "corda-exact": Method(
         needs=("covariances",),
         changes_base=True,
@@ -193,10 +208,10 @@ METHODS: Mapping[str, Method] = {
             _weight(layer), _moment(layer, given, given.covariances, mode="kpm")[1], rank=layer.rank
         ),
     ),
-    "sc-lora": Method(("covariances", "preserve"), True, ("beta", "split"), _sc_lora),
+    "sc-lora": Method(("covariances", "preserve"), True, ("beta", "split"), _sc_lora, of_task=True),
     "milora": Method((), True, ("split",), lambda layer, _: factors.milora(_weight(layer), rank=layer.rank)),
     "pissa": Method((), True, ("split",), lambda layer, _: factors.pissa(_weight(layer), rank=layer.rank)),
-    "eva": Method(("covariances",), False, (), _eva),
+    "eva": Method(("covariances",), False, (), _eva, of_task=True),
     "orthogonal": Method((), False, (), _orthogonal, draws=True, even=True),
 }
 

@@ -3,6 +3,7 @@
 PEFT has no registry of initialisers, so the factors are written after PEFT has made its layers. What is saved is plain PEFT, and
 loads without nullspace.
 
+- `prepare` and `initialize_lora_nullspace_weights` (`from_data`): from data to an adapter that is ready to train, in one call.
 - `inject_adapters` (`inject`) and `save_init` (`save`), or `write_init` (`write`) for models that are larger than the memory.
 - `preprocess_corda` (`corda`): PEFT's function of this name.
 - `get_eva_state_dict` and `initialize_lora_eva_weights` (`eva`): PEFT's two functions for EVA, from exact second moments.
@@ -24,6 +25,8 @@ from nullspace.integrations.peft.filtering.paths import FilterPath, LayerPath, S
 from nullspace.integrations.peft.fit import fit_config
 from nullspace.integrations.peft.folders.describe import describe, set_base
 from nullspace.integrations.peft.folders.export import export_lora
+from nullspace.integrations.peft.from_data.initialize import initialize_lora_nullspace_weights
+from nullspace.integrations.peft.from_data.prepare import prepare
 from nullspace.integrations.peft.guard import (
     Allowed,
     Confinement,
@@ -78,9 +81,11 @@ __all__ = [
     "freeze_a",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
+    "initialize_lora_nullspace_weights",
     "inject_adapters",
     "lora_layers",
     "penalty",
+    "prepare",
     "preprocess_corda",
     "read_course",
     "read_factors",

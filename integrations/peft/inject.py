@@ -16,7 +16,7 @@ from nullspace.artifacts.covariances import Covariances
 from nullspace.artifacts.residual import Change
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.distributed import Job
-from nullspace.errors import InputError, ResourceUseWarning
+from nullspace.errors import InputError, InputTypeError, ResourceUseWarning
 from nullspace.factors import DAMPING
 from nullspace.integrations.peft.experts.checks import refuse_sharded_experts, warn_of_two
 from nullspace.integrations.peft.layers import (
@@ -142,20 +142,44 @@ def inject_adapters(
     """
     model = unwrap(model)
     job = Job() if is_model_sharded(model) else Job.alone()
+    given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, split, seed=random_seed(method))
     with job.sharing_errors(), unwrapped(model):
-        return _inject(
-            model,
-            config,
-            Sources(spaces, covariances, preserve, sigma_scale, beta, damping, split, seed=random_seed(method)),
-            method=method,
-            freeze_a=freeze_a,
-            residual=residual,
-            adapter_name=adapter_name,
-            job=job,
+        check_method(method, given)
+        check_sources(method, given)
+        check_adapter_name(adapter_name)
+        check_model(model, config, job)
+        own = own_config(config, model, given, job)
+        return adapt(model, own, given, method=method, freeze_a=freeze_a, residual=residual, adapter_name=adapter_name, job=job)
+
+
+def check_adapter_name(name: str) -> None:
+    """Raise `TypeError` or `ValueError` for what PyTorch does not take as the name of a module."""
+    if not isinstance(name, str):
+        raise InputTypeError(f"adapter_name must be a string, not {type(name).__name__}")
+    if not name or "." in name:
+        raise InputError(f"adapter_name must be the name of a module, without dots, not {name!r}")
+
+
+def check_model(model: nn.Module, config: LoraConfig, job: Job) -> None:
+    """Raise `ValueError` for a model that is in a DeepSpeed engine, or split by tensor parallelism, and for DoRA of a sharded one.
+
+    Collective, if the model is sharded.
+    """
+    if has_deepspeed_engine(model):
+        raise InputError(
+            f"{type(model).__name__} is in a DeepSpeed engine, whose optimizer would not know the adapters: call inject_adapters "
+            "before deepspeed.initialize"
         )
+    if prepare_to_gather(model, job) and is_tensor_parallel(model):
+        raise InputError(
+            f"{type(model).__name__} is split by tensor parallelism, and an adapter beside a part of a layer is not the layer's: "
+            "call write_init, which gathers the weights, and load what it writes, or shard the model with fully_shard (FSDP2)"
+        )
+    if getattr(config, "use_dora", False) and is_model_sharded(model):
+        raise InputError("use_dora asks for the norms of weights that are spread over several ranks: load the model whole for it")
 
 
-def _inject(
+def adapt(
     model: nn.Module,
     config: LoraConfig,
     given: Sources,
@@ -166,61 +190,70 @@ def _inject(
     adapter_name: str,
     job: Job,
 ) -> PeftModel:
-    check_method(method, given)
-    freeze_a = METHODS[method].freezes_a(freeze_a)
-    check_sources(method, given)
-    if has_deepspeed_engine(model):
-        raise InputError(
-            f"{type(model).__name__} is in a DeepSpeed engine, whose optimizer would not know the adapters: call inject_adapters "
-            "before deepspeed.initialize"
-        )
-    spread = prepare_to_gather(model, job)
-    config = own_config(config, model, given, job)
-    if spread and is_tensor_parallel(model):
-        raise InputError(
-            f"{type(model).__name__} is split by tensor parallelism, and an adapter beside a part of a layer is not the layer's: "
-            "call write_init, which gathers the weights, and load what it writes, or shard the model with fully_shard (FSDP2)"
-        )
-    if config.use_dora and is_model_sharded(model):
-        raise InputError("use_dora asks for the norms of weights that are spread over several ranks: load the model whole for it")
-    with _as_it_was_on_error(model):
+    """`inject_adapters` with a configuration of `exact_config`, and sources that were checked."""
+    with as_it_was_on_error(model):
         own = {id(p) for p in model.parameters()}
         with placeholder_weights(model):
             peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
         _freeze_base(peft_model, own, config)
-        layers = lora_layers(peft_model, adapter_name)
-        given = with_spaces(method, given, layers, adapter_name)
-        bases = {name: layer.get_base_layer() for name, layer in layers.items()}
-        refuse_sharded_experts(bases)
-        check_layers(layers, bases, adapter_name, method, given, job)
-        residual = check_servable(model, bases, method, residual=residual, freeze_a=freeze_a)
-        refuse_pair_of(config, residual)
-        for name, layer in layers.items():
-            _write_factors(name, layer, adapter_name, method, given, job, zero=starts_at_zero(residual, freeze_a))
-        if residual == "adapter":
-            subtract(peft_model, config, layers, adapter_name)
-        if freeze_a:
-            freeze_layers(layers, adapter_name)
-        record_init(peft_model, model, adapter_name, method, residual, given)
-        watch(peft_model, adapter_name, residual)
-        if job.first:
-            given.directions.warn(f"method {method!r}", stacklevel=3)
-            warn_of_dropout(config, method, residual, stacklevel=3)
-            if residual == "adapter":
-                warn_of_two(bases, stacklevel=3)
-        job.exchange(None)  # an error on any rank must be known while all can still restore the model
-        if residual == "base":
-            residual_base.mark(model, method, peft_model.nullspace_model, _subtract(layers, adapter_name, job))
+        start_adapter(peft_model, adapter_name, given, method=method, freeze_a=freeze_a, residual=residual, job=job)
     return peft_model
 
 
+def start_adapter(
+    peft_model: PeftModel, adapter_name: str, given: Sources, *, method: str, freeze_a: bool | None, residual: str, job: Job
+) -> None:
+    """Write A and B of a method into an adapter that PEFT has made, and what subtracts their product.
+
+    Inside `as_it_was_on_error`: weights of the base are restored on an error, A and B are not.
+
+    Args:
+        peft_model: with the adapter, whose product is zero.
+        adapter_name: PEFT's name for it.
+        given: checked sources.
+        method, freeze_a, residual: as in `inject_adapters`.
+        job: the processes that share the weights.
+    """
+    model: Any = peft_model.get_base_model()
+    config: Any = peft_model.peft_config[adapter_name]
+    freeze_a = METHODS[method].freezes_a(freeze_a)
+    layers = lora_layers(peft_model, adapter_name)
+    given = with_spaces(method, given, layers, adapter_name)
+    bases = {name: layer.get_base_layer() for name, layer in layers.items()}
+    refuse_sharded_experts(bases)
+    check_layers(bases, {name: layer.r[adapter_name] for name, layer in layers.items()}, method, given, job)
+    residual = check_servable(model, bases, method, residual=residual, freeze_a=freeze_a)
+    refuse_pair_of(config, residual)
+    for name, layer in layers.items():
+        _write_factors(name, layer, adapter_name, method, given, job, zero=starts_at_zero(residual, freeze_a))
+    if residual == "adapter":
+        subtract(peft_model, config, layers, adapter_name)
+    if freeze_a:
+        freeze_layers(layers, adapter_name)
+    record_init(peft_model, model, adapter_name, method, residual, given)
+    watch(peft_model, adapter_name, residual)
+    if job.first:
+        given.directions.warn(f"method {method!r}", stacklevel=4)
+        warn_of_dropout(config, method, residual, stacklevel=4)
+        if residual == "adapter":
+            warn_of_two(bases, stacklevel=4)
+    job.exchange(None)  # an error on any rank must be known while all can still restore the model
+    if residual == "base":
+        residual_base.mark(model, method, peft_model.nullspace_model, _subtract(layers, adapter_name, job))
+
+
 @contextlib.contextmanager
-def _as_it_was_on_error(model: nn.Module) -> Iterator[None]:
+def as_it_was_on_error(model: nn.Module, *others: object) -> Iterator[None]:
     """Context manager: restores modules, hooks, attributes, flags and the configuration on any error. Weights: see `_subtract`.
 
     PEFT's `unload` is not enough: it leaves everything frozen, and copies in place of the modules to be saved whole.
+
+    Args:
+        model: with all its modules.
+        others: further objects whose attributes are restored.
     """
-    attributes = [vars(each) for each in (*model.modules(), getattr(model, "config", None)) if hasattr(each, "__dict__")]
+    objects = (*model.modules(), getattr(model, "config", None), *others)
+    attributes = [vars(each) for each in objects if hasattr(each, "__dict__")]
     before = [
         {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in own.items()} for own in attributes
     ]
@@ -273,7 +306,7 @@ def _stored(layer: Any, job: Job) -> torch.Tensor:
 def _subtract(layers: Mapping[str, Any], adapter: str, job: Job) -> Change:
     """Replace W₀ by W₀ − s·BA in every base layer, or in none. Returns the clearest change, for the mark."""
     changes = []
-    originals = _Originals([weight_of(layer.get_base_layer()) for layer in layers.values()])
+    originals = Originals([weight_of(layer.get_base_layer()) for layer in layers.values()])
     try:
         for name, layer in layers.items():
             weight = weight_of(layer.get_base_layer())
@@ -291,7 +324,7 @@ def _subtract(layers: Mapping[str, Any], adapter: str, job: Job) -> Change:
         raise
 
 
-class _Originals:
+class Originals:
     """The original weights, in host memory, to restore them on an error.
 
     W₀ cannot be recomputed from W₀ − s·BA to the bit, so it is kept. If the host has less than twice the memory for that, nothing

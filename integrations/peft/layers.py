@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from nullspace.artifacts import identity
-from nullspace.artifacts.identity import Weight, weights_of
+from nullspace.artifacts.identity import weights_of
 from nullspace.artifacts.locks import temporary_folder
 from nullspace.artifacts.residual import RESIDUALS, described, residual_mark
 from nullspace.checks import check_one_of
@@ -33,6 +36,8 @@ RESIDUAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SUBTRACTED = "{}_subtracted"
 # Beginnings of PEFT's `init_lora_weights` with which it subtracts s·BA from the base, whose residual is in no file.
 PEFT_RESIDUALS = ("pissa", "corda", "olora", "loftq", "lora_ga")
+# Where PEFT's wrappers keep what they wrap.
+WRAPPED = ("base_layer", "original_module", "token_adapter")
 ONE_AT_A_TIME = "it holds one weight at a time, and the model may be offloaded"
 
 
@@ -195,25 +200,51 @@ def lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer
     return layers
 
 
-def check_layers(
-    layers: Mapping[str, Any], bases: Mapping[str, nn.Module], adapter_name: str, method: str, given: Sources, job: Job
-) -> None:
-    """Raise `ValueError`, naming the layer, for layers that are not linear, of another model, or smaller than their rank."""
+@contextlib.contextmanager
+def without_adapters(base: nn.Module) -> Iterator[None]:
+    """Context manager: the base's own modules are in the places of what PEFT has wrapped them in. It runs as it did before that."""
+    taken = take_out(base)
+    try:
+        yield
+    finally:
+        for children, name, wrapper in reversed(taken):
+            children[name] = wrapper
+
+
+def take_out(base: nn.Module) -> list[tuple[dict[str, Any], str, nn.Module]]:
+    """Put the base's own modules in the places of PEFT's wrappers. Returns these places, (modules of the parent, name, wrapper)."""
+    taken: list[tuple[dict[str, Any], str, nn.Module]] = []
+    for parent in list(base.modules()):
+        children: dict[str, Any] = parent._modules
+        for name, child in list(children.items()):
+            inner: Any = child
+            while isinstance(inner, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                inner = next(part for key in WRAPPED if (part := inner._modules.get(key)) is not None)
+            if inner is not child and not isinstance(parent, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                taken.append((children, name, child))
+                children[name] = inner
+    return taken
+
+
+def check_layers(bases: Mapping[str, nn.Module], ranks: Mapping[str, int], method: str, given: Sources, job: Job) -> None:
+    """Raise `ValueError`, naming the layer, for layers that are not linear, of another model, or smaller than their rank.
+
+    Args:
+        bases: name → base layer.
+        ranks: name → rank of its adapter.
+        method: of `inject_adapters`.
+        given: its sources, as far as they are known.
+        job: the processes that share the weights.
+    """
     job.exchange(None)
     # Where weights are sharded, a collective, and what follows may fail on one rank. Those of all experts are read at once.
     weights = weights_of(bases if job.count > 1 else expert_layers(bases) if list(given.of_model()) else {})
-    for name, layer in layers.items():
-        _check_layer(name, layer, bases[name], adapter_name, method, given, weights.get(name))
-
-
-def _check_layer(
-    name: str, layer: Any, base: nn.Module, adapter_name: str, method: str, given: Sources, weight: Weight | None
-) -> None:
-    if not is_linear(base) or adapter_name not in layer.lora_A:
-        raise InputError(f"target {name!r} is {type(base).__name__}, not a linear layer")
-    for known in given.of_model():
-        known.check(name, base, weight)
-    check_rank(method, given, name, base, layer.r[adapter_name])
+    for name, base in bases.items():
+        if not is_linear(base):
+            raise InputError(f"target {name!r} is {type(base).__name__}, not a linear layer")
+        for known in given.of_model():
+            known.check(name, base, weights.get(name))
+        check_rank(method, given, name, base, ranks[name])
 
 
 def is_a_frozen(layers: Mapping[str, LoraLayer | ExpertAdapter], adapter: str) -> bool:
@@ -227,3 +258,12 @@ def freeze_layers(layers: Mapping[str, LoraLayer | ExpertAdapter], adapter: str,
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: names}
         for name in names:
             getattr(layer, name)[adapter].requires_grad_(False)
+
+
+def unfreeze_layers(layers: Mapping[str, LoraLayer | ExpertAdapter], adapter: str) -> None:
+    """Undo `freeze_layers`: A is trained where B is."""
+    for layer in layers.values():
+        if layer.frozen_peft_weight_names.get(adapter):
+            layer.frozen_peft_weight_names = {k: v for k, v in layer.frozen_peft_weight_names.items() if k != adapter}
+            b: Any = layer.lora_B[adapter].weight
+            layer.lora_A[adapter].requires_grad_(b.requires_grad)

@@ -21,7 +21,7 @@ from nullspace.artifacts.spaces import NullSpaces
 from nullspace.errors import InputError
 from nullspace.integrations.peft.files import ADAPTER_CONFIG, init_record, located, record_start, save_adapter
 from nullspace.integrations.peft.folders.cards import CARD, name_base, set_section, write_card, write_cards
-from nullspace.integrations.peft.layers import SUBTRACTED, is_a_frozen, lora_layers
+from nullspace.integrations.peft.layers import SUBTRACTED, WRAPPED, is_a_frozen, lora_layers, take_out
 from nullspace.integrations.peft.origin import keep, recorded
 from nullspace.integrations.peft.shell import saving_here, without_weights
 from nullspace.methods import Sources
@@ -30,9 +30,6 @@ from nullspace.model.wrappers import unwrap, unwrapped
 
 # The base's name until it is saved: nothing that can be loaded.
 UNSAVED = "(residual of {}: call save_init)"
-
-# Where PEFT's wrappers keep what they wrap.
-WRAPPED = ("base_layer", "original_module", "token_adapter")
 
 
 def save_init(
@@ -159,16 +156,8 @@ def _card_in_training(peft_model: PeftModel, facts: Mapping[str, Any], base: str
 
 def _unadapted(base: nn.Module) -> Any:
     """A copy of the base without weights, and without what PEFT has wrapped its modules in."""
-
-    def unwrap_children(module: nn.Module) -> None:
-        for name, child in list(module.named_children()):
-            while isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                child = next(inner for part in WRAPPED if (inner := child._modules.get(part)) is not None)
-            setattr(module, name, child)
-            unwrap_children(child)
-
     shell = without_weights(base)
-    unwrap_children(shell)
+    take_out(shell)
     return shell
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,40 +39,77 @@ def own_config(config: LoraConfig, model: nn.Module, given: Sources, job: Job) -
     Warns:
         UserWarning: naming the layers that `"all-linear"` leaves out, and targets that PEFT would read otherwise.
     """
+    config = checked_config(config, model)
+    sources = list(given.of_model())
+    layers = wanted_layers(config, model, sources)
+    if not sources and not names_layers(config):
+        _leave_out_odd(layers)
+    exact = exact_config(config, model, layers, warn=job.first)
+    if layers.left_out or not (sources or names_layers(config)):
+        layers.settle(model, warn=job.first, stacklevel=4)
+    return exact
+
+
+def checked_config(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """A copy of a configuration, checked without a look at its targets, that starts adapters as plain LoRA. Errors as above."""
     if not isinstance(config, LoraConfig):
         raise InputTypeError(f"config must be a LoraConfig, not {type(config).__name__}")
     if isinstance(model, PeftModel):
         raise InputTypeError("the model already is a PeftModel: merge its adapters first, or start from the base model again")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise InputTypeError("the model already has adapters: merge them first, or start from the base model again")
+    check_fields(config)
+    config = copy.deepcopy(config)
+    config.init_lora_weights = True
+    return config
+
+
+def check_fields(config: LoraConfig) -> None:
+    """Raise `TypeError` or `ValueError`, naming the field, for fields that are not supported, and ranks and alphas as below."""
     for name in ("layer_replication", "use_qalora", "megatron_config"):
         if getattr(config, name, None):
             raise InputError(f"LoraConfig.{name} is not supported: factors belong to whole linear layers")
     check_scaling(config)
-    config = copy.deepcopy(config)
-    config.init_lora_weights = True
-    sources = list(given.of_model())
-    named = not _is_all_linear(config) and (config.target_modules is not None or bool(config.target_parameters))
-    if named:
-        layers = chosen_layers(model, config)
-    elif config.target_modules is None and sources:
-        layers = _without_excluded(_known_layers(model, sources[0]), config)
-    else:
-        layers = chosen_layers(model, config if _is_all_linear(config) else replace(config, target_modules="all-linear"))
-        for name in [name for name in layers if not all(name in each for each in sources)]:
-            layers.leave_out(name, "is not among the layers of the spaces or covariances")
-        if not sources:
-            _leave_out_odd(layers)
+
+
+def names_layers(config: LoraConfig) -> bool:
+    """Whether a configuration names its layers, so that one that cannot get an adapter is an error and not left out."""
+    return not _is_all_linear(config) and (config.target_modules is not None or bool(config.target_parameters))
+
+
+def wanted_layers(config: LoraConfig, model: nn.Module, sources: Sequence[Sitewise[Any]]) -> Targets:
+    """The layers that a configuration means. Where it names none: those of all sources or, without sources, every linear layer."""
+    if names_layers(config):
+        return chosen_layers(model, config)
+    if config.target_modules is None and sources:
+        return _without_excluded(_known_layers(model, sources[0]), config)
+    layers = chosen_layers(model, config if _is_all_linear(config) else replace(config, target_modules="all-linear"))
+    for name in [name for name in layers if not all(name in each for each in sources)]:
+        layers.leave_out(name, "is not among the layers of the spaces or covariances")
+    return layers
+
+
+def exact_config(config: LoraConfig, model: nn.Module, layers: Targets, *, warn: bool) -> LoraConfig:
+    """A copy of a configuration for which PEFT wraps exactly these layers.
+
+    Args:
+        config: of `checked_config`.
+        model: the base model.
+        layers: of `wanted_layers`. Those of `"all-linear"` that PEFT cannot adapt are left out.
+        warn: whether to warn of targets that PEFT would read otherwise.
+
+    Raises:
+        ValueError: as `own_config`.
+    """
     layers.refuse_empty()
+    config, named = copy.deepcopy(config), names_layers(config)
     if not named:
         config.target_modules, config.target_parameters = list(layers), None
     elif not isinstance(config.target_modules, str):
         _move_experts(config)
     fitted = fit_config(config, model, layers)
-    if layers.left_out or not (named or sources):
-        layers.settle(model, warn=job.first, stacklevel=5)
     if named and fitted.target_modules != config.target_modules:
-        _check_named(config, model, layers, warn=job.first)
+        _check_named(config, model, layers, warn=warn)
     return fitted
 
 

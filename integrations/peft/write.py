@@ -150,7 +150,7 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
         bases = {name: modules[name] for name in layers}
         targets = layers_by_parameter(layers)
         given = with_spaces(method, given, layers, adapter)
-        check_layers(layers, bases, adapter, method, given, job)
+        check_layers(bases, {name: layer.r[adapter] for name, layer in layers.items()}, method, given, job)
         frozen = METHODS[method].freezes_a(output.freeze_a)
         residual = check_servable(model, bases, method, residual=output.residual, freeze_a=frozen, offloaded=True)
         refuse_pair_of(config, residual)

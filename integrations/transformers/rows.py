@@ -36,11 +36,11 @@ _MESSAGE_FIELDS = (("role", "content"), ("from", "value"))
 def check_is_there(path: Path) -> None:
     """Raise `FileNotFoundError` if a path with a known ending is no regular file, `ValueError` for a file with another ending."""
     kind = path.suffix.lower()
-    if kind in (*TEXTS, *_READERS):
+    if kind in ENDINGS:
         if not path.is_file():
             raise MissingFileError(f"{path} is not a file")
     elif path.exists() and not path.is_dir():
-        raise InputError(f"{path}: data are read from files that end in {', '.join((*TEXTS, *_READERS))}")
+        raise InputError(f"{path}: data are read from files that end in {', '.join(ENDINGS)}")
 
 
 def rows_of(data: str | os.PathLike[str], split: str) -> Iterator[Row]:
@@ -225,3 +225,5 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+ENDINGS = (*TEXTS, *_READERS)
+"""Of the names of files that data are read from."""

@@ -71,6 +71,29 @@ def calls(model: nn.Module, share: Share, device: torch.device | None = None, *,
         yield Call(number, args, kwargs, padding)
 
 
+def check_batch(model: nn.Module, batch: Any) -> None:
+    """Check the first batch of a loader, as far as that is possible without running the model.
+
+    Args:
+        model: that is to be run.
+        batch: the batch; None if it is not known.
+
+    Raises:
+        TypeError, ValueError: as `calls`; for a batch without a tensor, and token ids that are no matrix.
+    """
+    if batch is None:
+        return
+    named, by_name = _named(batch, 1, model)
+    if not any(isinstance(value, torch.Tensor) for value in named.values()):
+        names = ", ".join(map(repr, named)) or "nothing"
+        raise InputTypeError(f"batch 1 holds {names}, and no tensor: give batches of tokens, or the rows themselves")
+    ids = named.get("input_ids")
+    if isinstance(ids, torch.Tensor) and ids.ndim < 2:
+        raise InputError(f"batch 1: its input_ids have the shape {tuple(ids.shape)}: (samples, tokens) is needed")
+    if by_name:
+        _check_preferences(named, 1, model, warned=True)
+
+
 @contextlib.contextmanager
 def naming_batch(model: nn.Module, call: Call) -> Iterator[None]:
     """Context manager: turns what the model raises for its inputs into a `ValueError` that names the batch and its shapes."""
