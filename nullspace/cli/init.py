@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import time
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from nullspace.cli.options import (
     one_of,
     option,
 )
-from nullspace.errors import InputError
+from nullspace.errors import AdapterWarning, InputError
 
 if TYPE_CHECKING:
     from nullspace.model.sites import Targets
@@ -64,7 +65,8 @@ class Adapter:
     alpha: float | None = option("LoRA's alpha; the rank by default, so that the scaling is 1.", None, check_real)
     use_rslora: bool = option("Scale by alpha / sqrt(rank).", False)
     method: str = option(
-        "How the adapter begins; contrast, b-zero, eva and orthogonal leave the base alone.",
+        "How the adapter begins; contrast keeps most, with covariances of the task and of what must be kept (--preserve). "
+        "contrast, b-zero, eva and orthogonal leave the base alone.",
         "lora-null",
         one_of(*METHODS),
     )
@@ -126,6 +128,7 @@ def init(
     began = time.perf_counter()
     method = ENTRIES[adapter.method]
     _check_sources(source, adapter, method.needs)
+    _warn_of_neighbour(adapter)
     if source.data is None and not together.is_first():
         return None
     with reserved(out, shown, running, calibrates=source.data is not None) as checkpoint:
@@ -201,6 +204,19 @@ def _check_sources(source: Source, adapter: Adapter, needs: Collection[str]) -> 
     if adapter.preserve is None and "preserve" in needs:
         raise InputError(f"{adapter.method!r} needs --preserve")
     check_method(adapter.method, Sources(**adapter.numbers()))
+
+
+def _warn_of_neighbour(adapter: Adapter) -> None:
+    """Warn where a default has a cheaper setting beside it that keeps more: LoRA-Null whose A is trained since nothing was said."""
+    is_default = adapter.freeze_a is None and adapter.residual == "auto" and adapter.factor_split == 1.0
+    if adapter.method == "lora-null" and is_default and together.is_first():
+        warnings.warn(
+            "A is trained too (LoRA-Null v1): --freeze-a (v2) forgot less at equal learning (docs/results.md), writes no base and "
+            f"exports rank {adapter.rank} instead of {2 * adapter.rank}; with examples of the task, --method contrast keeps most. "
+            "--no-freeze-a trains A without this warning",
+            AdapterWarning,
+            stacklevel=2,
+        )
 
 
 @dataclass

@@ -38,8 +38,10 @@ from nullspace.integrations.peft import (
     filter_adapter,
     fit_config,
     freeze_a,
+    initialize_lora_nullspace_weights,
     inject_adapters,
     lora_layers,
+    prepare,
     read_factors,
     save_init,
     write_init,
@@ -247,6 +249,22 @@ def test_other_methods_take_a_second_adapter(
     plain = PeftModel.from_pretrained(base(kind), tmp_path / "plain").eval()
     assert plain.peft_config["default"].r == 2 * RANK
     assert close(kind, tiny_checkpoint, logits(plain), trained, 1e-5)
+
+
+@pytest.mark.parametrize("method", ["contrast", "lora-null"])
+def test_a_quantised_model_that_peft_has_wrapped_gets_the_start_of_prepare(method: str, base: Any, tiny_checkpoint: Path) -> None:
+    data = dict(zip(("keep", "task"), ([*random_batches(1, seed=seed)] for seed in (1, 2)), strict=True))
+    given: dict[str, Any] = {**{name: data[name] for name in METHODS[method].data}, "method": method, "progress": False}
+    settings = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+    wrapped = get_peft_model(base("nf4"), settings).eval()
+    before, state = logits(wrapped), state_of(wrapped)
+    initialize_lora_nullspace_weights(wrapped, **given)
+    prepared = prepare(base("nf4"), None, settings, **given)
+    assert list(wrapped.peft_config) == list(prepared.peft_config) == ["default", *["default_subtracted"] * (method == "lora-null")]
+    theirs = dict(prepared.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in wrapped.named_parameters() if "lora_" in name)
+    assert torch.equal(logits(wrapped), before) if method == "contrast" else close("nf4", tiny_checkpoint, logits(wrapped), before)
+    assert unchanged(wrapped, state)
 
 
 @pytest.mark.parametrize("kind", FORMS)
