@@ -219,7 +219,8 @@ def take_out(base: nn.Module) -> list[tuple[dict[str, Any], str, nn.Module]]:
         for name, child in list(children.items()):
             inner: Any = child
             while isinstance(inner, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                inner = next(part for key in WRAPPED if (part := inner._modules.get(key)) is not None)
+                parts: dict[str, Any] = vars(inner)["_modules"]
+                inner = next(parts[key] for key in WRAPPED if parts.get(key) is not None)
             if inner is not child and not isinstance(parent, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 taken.append((children, name, child))
                 children[name] = inner

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 
+from nullspace.distributed.loaders import length as count_of
 from nullspace.errors import InputError, InputTypeError, NullspaceError
 from nullspace.integrations.transformers.chat import Conversation, TokenIds
 from nullspace.integrations.transformers.data import Reading
@@ -49,10 +50,12 @@ def token_batches(
     """
     data, texts = _sorted_out(data, name)
     if texts is None:
+        if count_of(data) == 0:
+            raise InputError(f"{name} is empty")
         with _naming(name):
             check_batch(model, _first(data))
         return data
-    sizes = {"samples": samples, "length": checked_length(model, length), "batch_size": batch_size}
+    sizes: dict[str, Any] = {"samples": samples, "length": checked_length(model, length), "batch_size": batch_size}
     packed = PackedBatches(texts, _checked_tokenizer(tokenizer, name), **sizes)
     _check_embeddings(packed, model, name)
     return packed
@@ -79,7 +82,7 @@ def _sorted_out(data: Any, name: str) -> tuple[Any, Any]:
         return None, data
     if isinstance(data, (str, os.PathLike)):
         return None, Reading().texts(_checked_name(data, name))
-    if isinstance(data, bytes) or not isinstance(data, Iterable):
+    if isinstance(data, bytes) or not isinstance(data, Iterable) or hasattr(data, "iloc"):  # a DataFrame yields names of columns
         raise InputTypeError(
             f"{name} must be data (texts, rows, a file, the name of a hub data set, batches of tokens) or second moments "
             f"(Covariances, a folder of them), not {type(data).__name__}"

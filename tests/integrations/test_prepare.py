@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pytest
 import torch
 import transformers
@@ -413,6 +414,8 @@ DATA: list[tuple[type[Exception], str, Any]] = [
     (TypeError, r"keep must be data .* not bytes", b"text"),
     (ValueError, "keep is empty", []),
     (ValueError, "keep is empty", iter(())),
+    (ValueError, "keep is empty", torch.utils.data.DataLoader([])),
+    (TypeError, "keep must be data .* not DataFrame", pandas.DataFrame(FORMS["text"])),
     (ValueError, r"give texts as a list: keep=\['One text", "One text that is no name"),
     (ValueError, "give texts as a list", ""),
     (FileNotFoundError, "gone.jsonl is not a file", "gone.jsonl"),
