@@ -18,7 +18,7 @@ from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 import nullspace
-from models import random_batches, tiny
+from models import VOCABULARY, random_batches, tiny
 from nullspace import Covariances, compute_covariances, compute_null_spaces
 from nullspace.errors import DataWarning
 from nullspace.integrations.peft import initialize_lora_nullspace_weights, inject_adapters, lora_layers, prepare, save_init
@@ -38,6 +38,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+def small(seed: int = 0) -> nn.Module:
+    """A Llama of one layer."""
+    sizes = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 1, "num_attention_heads": 6}
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes, num_key_value_heads=2)).eval()
+
+
 def config(**options: Any) -> LoraConfig:
     return LoraConfig(**{"r": RANK, "lora_alpha": RANK, **options})
 
@@ -45,7 +52,7 @@ def config(**options: Any) -> LoraConfig:
 def wrapped(adapter_name: str = "default", **options: Any) -> PeftModel:
     """What PEFT makes of the tiny model, with an adapter on all linear layers but the head."""
     torch.manual_seed(0)
-    return get_peft_model(tiny("llama"), config(**{"target_modules": "all-linear", **options}), adapter_name=adapter_name).eval()
+    return get_peft_model(small(), config(**{"target_modules": "all-linear", **options}), adapter_name=adapter_name).eval()
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -70,18 +77,28 @@ def moments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of second moments of `TASK` and `KEEP`, and of the null spaces of `KEEP`, as the long way makes them."""
     folder = tmp_path_factory.mktemp("moments")
     for name, data in (("task", TASK), ("keep", KEEP)):
-        compute_covariances(tiny("llama"), data, folder / name, precision="auto", progress=False)
-    compute_null_spaces(tiny("llama"), KEEP, rank=RANK, progress=False).save(folder / "spaces")
+        compute_covariances(small(), data, folder / name, precision="auto", progress=False)
+    compute_null_spaces(small(), KEEP, rank=RANK, progress=False).save(folder / "spaces")
     return {name: folder / name for name in ("task", "keep", "spaces")}
 
 
-def long_way(method: str, moments: dict[str, Path], **options: Any) -> PeftModel:
-    """Calibration and `inject_adapters`, step by step."""
+def long_way(method: str, moments: dict[str, Path]) -> PeftModel:
+    """`inject_adapters`, after a calibration."""
     of = {"covariances": "task" if METHODS[method].of_task else "keep", "preserve": "keep"}
     given: dict[str, Any] = {name: Covariances.load(moments[of[name]]) for name in METHODS[method].needs if name != "spaces"}
     if "spaces" in METHODS[method].needs:
         given["spaces"] = nullspace.NullSpaces.load(moments["spaces"])
-    return inject_adapters(tiny("llama"), config(), method=method, **given, **options)
+    return inject_adapters(small(), config(), method=method, **given)
+
+
+KNOWN: dict[str, dict[str, torch.Tensor]] = {}
+
+
+def wanted_factors(method: str, moments: dict[str, Path]) -> dict[str, torch.Tensor]:
+    """Those of the long way."""
+    if method not in KNOWN:
+        KNOWN[method] = factors(long_way(method, moments))
+    return KNOWN[method]
 
 
 def data_for(method: str, **data: Any) -> dict[str, Any]:
@@ -99,12 +116,12 @@ def text_model(tiny_checkpoint: Path) -> tuple[nn.Module, Any]:
 # ---- the same as the long way
 
 
-@pytest.mark.parametrize("method", ["contrast", "lora-null", "corda-kpm", "eva", "milora", "orthogonal"])
+@pytest.mark.parametrize("method", ["contrast", "lora-null", "corda-kpm", "eva", "orthogonal"])
 def test_one_call_gives_what_the_long_way_gives_to_the_bit(method: str, moments: dict[str, Path]) -> None:
     torch.manual_seed(5)
-    one_call = prepare(tiny("llama"), None, config(), **data_for(method), method=method, progress=False)
+    one_call = prepare(small(), None, config(), **data_for(method), method=method, progress=False)
     torch.manual_seed(5)
-    assert same(factors(one_call), factors(long_way(method, moments)))
+    assert same(factors(one_call), wanted_factors(method, moments))
     trained = {name.rpartition(".lora_")[2][0] for name, p in one_call.named_parameters() if p.requires_grad}
     assert trained == ({"B"} if METHODS[method].frozen else {"A", "B"})
 
@@ -117,10 +134,10 @@ def test_it_is_a_lazy_name_of_the_package() -> None:
 def test_moments_that_are_there_are_used_and_no_forward_runs(
     method: str, moments: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = factors(long_way(method, moments))
+    wanted = wanted_factors(method, moments)
     monkeypatch.setattr(transformers.LlamaModel, "forward", lambda *_, **__: pytest.fail("the model runs"))
     keep = moments["spaces" if method == "lora-null" else "keep"]
-    folders = prepare(tiny("llama"), None, config(), **data_for(method, task=str(moments["task"]), keep=keep), method=method)
+    folders = prepare(small(), None, config(), **data_for(method, task=str(moments["task"]), keep=keep), method=method)
     assert same(factors(folders), wanted)
     model = wrapped()
     given = data_for(method, task=Covariances.load(moments["task"]), keep=keep)
@@ -210,7 +227,7 @@ def test_factors_from_texts_are_those_of_their_batches(text_model: Any, tiny_che
 
 
 def test_sequences_are_as_long_as_the_model_has_positions_or_1024() -> None:
-    assert [checked_length(model, None) for model in (tiny("llama"), tiny("gpt2"), nn.Linear(2, 2))] == [1024, 256, 1024]
+    assert [checked_length(model, None) for model in (small(), tiny("gpt2"), nn.Linear(2, 2))] == [1024, 256, 1024]
     with pytest.raises(ValueError, match="length must be at most 256, the positions that GPT2LMHeadModel has, not 257"):
         checked_length(tiny("gpt2"), 257)
 
@@ -231,7 +248,7 @@ def test_the_default_is_mixed_and_enough_for_the_default_sizes(template: str | N
 
 def test_the_default_is_named_in_one_warning_and_is_in_the_chat_template(text_model: Any) -> None:
     _, tokenizer = text_model
-    model = tiny("llama")
+    model = small()
     model.resize_token_embeddings(len(tokenizer))
     with pytest.warns(DataWarning, match=r"keep is not given: 2,048 tokens of Python's own documentation .* kept less") as caught:
         prepare(model, tokenizer, config(), method="b-zero", samples=16, length=128, progress=False)
@@ -245,14 +262,14 @@ def test_the_default_is_named_in_one_warning_and_is_in_the_chat_template(text_mo
 # ---- a model that PEFT has wrapped
 
 
-@pytest.mark.parametrize("options", [{}, {"init_lora_weights": False}, {"use_dora": True}, {"init_lora_weights": "orthogonal"}])
+@pytest.mark.parametrize("options", [{}, {"init_lora_weights": False}, {"use_dora": True}])
 def test_a_wrapped_model_gets_the_same_start_and_computes_what_its_base_does(options: Any, moments: dict[str, Path]) -> None:
     model = wrapped(**options)
     before = {name: t.clone() for name, t in model.get_base_model().state_dict().items() if "lora_" not in name}
     initialize_lora_nullspace_weights(model, task=moments["task"] if options else TASK, keep=moments["keep"], progress=False)
-    assert same(factors(model), factors(long_way("contrast", moments)))
-    assert torch.equal(logits(model), logits(tiny("llama"))) or options.get("use_dora")
-    assert torch.allclose(logits(model), logits(tiny("llama")), rtol=0, atol=1e-5)
+    assert same(factors(model), wanted_factors("contrast", moments))
+    assert torch.equal(logits(model), logits(small())) or options.get("use_dora")
+    assert torch.allclose(logits(model), logits(small()), rtol=0, atol=1e-5)
     assert same({name: model.get_base_model().state_dict()[name] for name in before}, before)
     assert {name.rpartition(".lora_")[2][0] for name, p in model.named_parameters() if p.requires_grad and "lora_" in name} <= {
         "B",
@@ -266,12 +283,12 @@ def test_other_adapters_take_no_part_and_stay_as_they_are(moments: dict[str, Pat
     model.add_adapter("mine", config(target_modules="all-linear"))
     other, alone = factors(model, "other"), logits(model)
     initialize_lora_nullspace_weights(model, task=TASK, keep=KEEP, adapter_name="mine", progress=False)
-    assert same(factors(model, "mine"), factors(long_way("contrast", moments)))
+    assert same(factors(model, "mine"), wanted_factors("contrast", moments))
     assert same(factors(model, "other"), other)
     assert model.active_adapters == ["other"]
     assert torch.equal(logits(model), alone)
     model.set_adapter("mine")
-    assert torch.equal(logits(model), logits(tiny("llama")))
+    assert torch.equal(logits(model), logits(small()))
 
 
 def test_a_product_is_subtracted_beside_other_adapters_without_a_change_of_the_base(moments: dict[str, Path]) -> None:
@@ -281,8 +298,8 @@ def test_a_product_is_subtracted_beside_other_adapters_without_a_change_of_the_b
         initialize_lora_nullspace_weights(model, keep=moments["spaces"], method="lora-null", adapter_name="mine", residual="base")
     alone = logits(model)
     initialize_lora_nullspace_weights(model, keep=moments["spaces"], method="lora-null", adapter_name="mine")
-    assert same(factors(model, "mine"), factors(long_way("lora-null", moments)))
-    assert torch.allclose(logits(model), logits(tiny("llama")), rtol=0, atol=1e-5)
+    assert same(factors(model, "mine"), wanted_factors("lora-null", moments))
+    assert torch.allclose(logits(model), logits(small()), rtol=0, atol=1e-5)
     model.set_adapter("other")
     assert torch.equal(logits(model), alone)
 
@@ -301,7 +318,7 @@ def test_a_second_start_replaces_the_first_and_trains_a_again(moments: dict[str,
     model, spaces = wrapped(), moments["spaces"]
     initialize_lora_nullspace_weights(model, task=moments["task"], keep=moments["keep"])
     initialize_lora_nullspace_weights(model, keep=spaces, method="b-zero")
-    assert same(factors(model), factors(long_way("b-zero", moments)))
+    assert same(factors(model), wanted_factors("b-zero", moments))
     assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
 
 
@@ -329,7 +346,7 @@ def test_an_error_leaves_a_wrapped_model_as_it_was(place: str, moments: dict[str
 
 def test_an_error_in_the_calibration_leaves_both_kinds_of_model_as_they_were() -> None:
     broken = [{"input_ids": torch.full((1, 4), 10**6)}]
-    for model in (tiny("llama"), wrapped()):
+    for model in (small(), wrapped()):
         state, modules = {name: t.clone() for name, t in model.state_dict().items()}, list(map(id, model.modules()))
         call: Callable[..., Any] = initialize_lora_nullspace_weights if isinstance(model, PeftModel) else prepare
         arguments = (model, None) if isinstance(model, PeftModel) else (model, None, config())
@@ -436,19 +453,19 @@ DATA: list[tuple[type[Exception], str, Any]] = [
 def test_arguments_are_refused_before_the_model_runs(error: type[Exception], message: str, options: dict[str, Any]) -> None:
     given = {"config": config(), **GOOD, "progress": False, **options}
     with pytest.raises(error, match=message):
-        prepare(tiny("llama"), None, given.pop("config"), **given)
+        prepare(small(), None, given.pop("config"), **given)
 
 
 @pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize(("error", "message", "keep"), DATA)
 def test_data_are_refused_before_the_model_runs(error: type[Exception], message: str, keep: Any, text_model: Any) -> None:
     with pytest.raises(error, match=message):
-        prepare(tiny("llama"), text_model[1], config(), task=TASK, keep=keep, progress=False)
+        prepare(small(), text_model[1], config(), task=TASK, keep=keep, progress=False)
 
 
 @pytest.mark.usefixtures("idle")
 def test_tokenizers_are_refused_before_the_model_runs(text_model: Any) -> None:
-    model, (own, tokenizer) = tiny("llama"), text_model
+    model, (own, tokenizer) = small(), text_model
     bare = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
     for error, message, base, given, keep in (
         (ValueError, "keep holds texts, and tokenizer is None", model, None, ["a text"]),
@@ -466,9 +483,9 @@ def test_moments_are_refused_before_the_model_runs(
     moments: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="keep is null spaces, and method 'contrast' needs second moments"):
-        prepare(tiny("llama"), None, config(), task=TASK, keep=moments["spaces"])
+        prepare(small(), None, config(), task=TASK, keep=moments["spaces"])
     altered = nullspace.NullSpaces.load(moments["spaces"])
-    other = tiny("llama", seed=1)
+    other = small(seed=1)
     for call in (
         lambda: prepare(other, None, config(), task=TASK, keep=moments["keep"]),
         lambda: prepare(other, None, config(), keep=altered, method="lora-null"),
@@ -483,14 +500,14 @@ def test_moments_are_refused_before_the_model_runs(
 
 @pytest.mark.usefixtures("idle")
 def test_wrapped_models_are_refused_before_they_run(moments: dict[str, Path]) -> None:
-    embedding = get_peft_model(tiny("llama"), config(target_modules=["embed_tokens", "q_proj"]))
+    embedding = get_peft_model(small(), config(target_modules=["embed_tokens", "q_proj"]))
     merged = wrapped()
     merged.merge_adapter()
-    meta = get_peft_model(tiny("llama"), config(), low_cpu_mem_usage=True)
-    residual = inject_adapters(tiny("llama"), config(), nullspace.NullSpaces.load(moments["spaces"]))
-    second = inject_adapters(tiny("llama"), config(), nullspace.NullSpaces.load(moments["spaces"]), residual="adapter")
+    meta = get_peft_model(small(), config(), low_cpu_mem_usage=True)
+    residual = inject_adapters(small(), config(), nullspace.NullSpaces.load(moments["spaces"]))
+    second = inject_adapters(small(), config(), nullspace.NullSpaces.load(moments["spaces"]), residual="adapter")
     for error, message, model, options in (
-        (TypeError, "peft_model must be a PeftModel, not LlamaForCausalLM", tiny("llama"), {}),
+        (TypeError, "peft_model must be a PeftModel, not LlamaForCausalLM", small(), {}),
         (ValueError, "no adapter named 'mine', but 'default'", wrapped(), {"adapter_name": "mine"}),
         (TypeError, "adapter 'default' is of VeraConfig", get_peft_model(tiny("qwen2"), VeraConfig(target_modules=["q_proj"])), {}),
         (ValueError, "init_lora_weights='pissa', with which PEFT has changed the base", wrapped(init_lora_weights="pissa"), {}),
