@@ -128,7 +128,6 @@ def init(
     began = time.perf_counter()
     method = ENTRIES[adapter.method]
     _check_sources(source, adapter, method.needs)
-    _warn_of_neighbour(adapter)
     if source.data is None and not together.is_first():
         return None
     with reserved(out, shown, running, calibrates=source.data is not None) as checkpoint:
@@ -149,6 +148,7 @@ def init(
                 freeze_a=method.freezes_a(adapter.freeze_a),
                 offloaded=True,
             )
+            _warn_of_neighbour(adapter)
             if mixture is not None:
                 if "spaces" in method.needs:
                     inputs.spaces = calibration.spaces(adapter.rank, inputs.avoided, running.spectrum)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from typer.testing import CliRunner
 import nullspace
 from nullspace import NullSpaces
 from nullspace.artifacts import locks
-from nullspace.cli import app
-from nullspace.cli.options import parse_targets
+from nullspace.cli import app, init
+from nullspace.cli.options import defaults, parse_targets
 from nullspace.methods import METHODS
 
 RANK = ["--rank", "8"]
@@ -56,6 +57,7 @@ def test_init_does_the_whole_job(tiny_checkpoint: Path, data: Path, tmp_path: Pa
     assert result.exit_code == 0, result.output
     assert "model.layers.1.mlp.down_proj" in result.stdout
     assert "is_trainable=True" in result.stdout
+    assert result.stderr.count("A is trained too (LoRA-Null v1): --freeze-a (v2)") == 1
     original = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     model = AutoPeftModelForCausalLM.from_pretrained(out / "adapter")  # finds OUT/base by itself
     assert (logits(model) - logits(original)).abs().max() <= 1e-5
@@ -65,6 +67,15 @@ def test_init_does_the_whole_job(tiny_checkpoint: Path, data: Path, tmp_path: Pa
     assert {space.tokens for space in spaces.values()} == {6 * 64}
     assert all(space.effective_rank > 1 for space in spaces.values())
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"freeze_a": True}, {"freeze_a": False}, {"factor_split": 8.0}, {"residual": "adapter"}, {"method": "corda-kpm"}]
+)
+def test_what_was_chosen_is_not_warned_of(chosen: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        init._warn_of_neighbour(init.Adapter(**{**defaults(init.Adapter), **chosen}))
 
 
 def test_init_of_a_model_on_the_disk_writes_the_same(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
