@@ -27,7 +27,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from mixtures import mixture
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -41,7 +41,17 @@ from nullspace.cli import app
 from nullspace.distributed import Job
 from nullspace.distributed.job import default_store
 from nullspace.distributed.loaders import is_share
-from nullspace.integrations.peft import export_lora, filter_adapter, filter_checkpoint, inject_adapters, save_init, write_init
+from nullspace.integrations.peft import (
+    export_lora,
+    filter_adapter,
+    filter_checkpoint,
+    initialize_lora_nullspace_weights,
+    inject_adapters,
+    lora_layers,
+    prepare,
+    save_init,
+    write_init,
+)
 from nullspace.moments.triangle import LowerTriangle
 from nullspace.solvers import decomposition_cost
 from patience import run
@@ -757,6 +767,24 @@ def a_save_is_finished_by_another_process_if_the_first_dies(rank: int, count: in
     assert NullSpaces.load(lost).sites == found.sites
     Job().exchange(None)
     assert os.listdir(folder) == ["lost"]
+
+
+@check(2)
+def prepare_sums_over_all_and_starts_all_alike(rank: int, count: int, folder: Path) -> None:
+    data: dict[str, Any] = {"task": random_batches(3, seed=3, padding="right"), "keep": random_batches(4, seed=4)}
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    message = "rank 1.*keep must be data.*not int" if rank == 0 else "keep must be data.*not int"
+    refused(TypeError, message, lambda: prepare(tiny("llama"), None, config, **{**data, **({"keep": 5} if rank else {})}))
+    kinds = {"covariances": "task", "preserve": "keep"}
+    moments = {name: Covariances(stream(tiny("llama"), data[of], job=Job.alone()).items()) for name, of in kinds.items()}
+    expected = lora_layers(inject_adapters(tiny("llama"), config, method="contrast", **moments), "default")
+    wrapped = get_peft_model(tiny("llama"), config)
+    initialize_lora_nullspace_weights(wrapped, **data, progress=False)
+    for model in (prepare(tiny("llama"), None, config, **data, progress=False), wrapped):
+        for name, layer in lora_layers(model, "default").items():
+            a = layer.lora_A["default"].weight.detach()
+            assert all(torch.equal(a, theirs) for theirs in Job().exchange(a)), name
+            assert relative_error(a, expected[name].lora_A["default"].weight) <= 1e-4, name
 
 
 @check(2)  # the last one: it leaves the group
