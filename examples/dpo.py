@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         args.out,
         num_train_epochs=1,
         max_steps=args.steps,
-        learning_rate=1e-4,  # DPOConfig's default, 1e-6, is for training all weights
+        learning_rate=2e-5,  # DPOConfig's default, 1e-6, is for training all weights
         weight_decay=0.0,
         bf16=torch.cuda.is_available(),
         report_to="none",

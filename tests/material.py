@@ -31,7 +31,7 @@ def write_material(folder: Path, checkpoint: Path, prose: list[str]) -> Material
 
     Args:
         checkpoint: of a tiny model with a tokenizer.
-        prose: at least 28 texts.
+        prose: at least 32 texts.
     """
     model, mixture = folder / "model", folder / "mixture"
     shutil.copytree(checkpoint, model)
@@ -55,5 +55,5 @@ def write_material(folder: Path, checkpoint: Path, prose: list[str]) -> Material
         write("more", [{"messages": [question, {**answer, "content": answer["content"][::-1]}]} for answer in said[8:]]),
         write("pairs", [{"prompt": [question], "chosen": [good], "rejected": [bad]} for good, bad in pairs]),
         write("questions", [{"question": question["content"], "answer": answer} for answer in answers]),
-        write("keep", [{"text": text[:2000]} for text in prose[16:28]]),
+        write("keep", [{"question": question["content"], "answer": text[:400]} for text in prose[16:32]]),
     )

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+from nullspace.artifacts.checkpoint import Checkpoint
 from nullspace.cli import app
 from nullspace.integrations.peft import lora_layers
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:the texts fill", "ignore::nullspace.errors.DataWarning")]
+SIZES = ("--samples", 1, "--rank", 4, "--steps", 2)
 IDS = torch.arange(60, 100).view(2, 20)
 
 
@@ -45,7 +47,7 @@ def check_trained(base: str, adapter: Path | str) -> dict[str, torch.Tensor]:
 
 
 def test_sft(run: Callable[..., None], material: Material) -> None:
-    run("sft.py", "--model", material.model, "--task", material.chats, "--keep", material.keep, "--samples", 1, "--rank", 4, "--steps", 2)
+    run("sft.py", "--model", material.model, "--task", material.chats, "--keep", material.keep, *SIZES)
     tensors = check_trained(material.model, "sft")
     assert len(tensors) == 28
     start = {name: tensor for name, tensor in load_file("sft/checkpoint-2/adapter_model.safetensors").items() if "lora_A" in name}
@@ -53,13 +55,13 @@ def test_sft(run: Callable[..., None], material: Material) -> None:
 
 
 def test_dpo(run: Callable[..., None], material: Material) -> None:
-    run("dpo.py", "--model", material.model, "--pairs", material.pairs, "--keep", material.keep, "--samples", 1, "--rank", 4, "--steps", 2)
+    run("dpo.py", "--model", material.model, "--pairs", material.pairs, "--keep", material.keep, *SIZES)
     check_trained(material.model, "dpo")
 
 
 def test_qlora(run: Callable[..., None], material: Material, one_layout_of_four_bits: None) -> None:
     pytest.importorskip("bitsandbytes")
-    run("qlora.py", "--model", material.model, "--task", material.chats, "--keep", material.keep, "--samples", 1, "--rank", 4, "--steps", 2)
+    run("qlora.py", "--model", material.model, "--task", material.chats, "--keep", material.keep, *SIZES)
     check_trained(material.model, "qlora")
 
 
@@ -74,8 +76,8 @@ def test_moe(run: Callable[..., None], material: Material) -> None:
 def test_resume_goes_on_where_a_calibration_and_a_training_were_cut_off(
     run: Callable[..., None], material: Material, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("resume.py", "--model", material.model, "--task", material.chats, "--keep", material.keep, "--samples", 2, "--rank", 4)
-    command = (*command, "--steps", 4, "--save-steps", 2, "--out")
+    command = ("resume.py", "--model", material.model, "--task", material.chats, "--keep", material.keep)
+    command += ("--samples", "2", "--rank", "4", "--steps", "4", "--save-steps", "2", "--out")
     run(*command, "straight")
 
     def cut_off(owner: Any, name: str, after: int) -> None:
@@ -93,7 +95,8 @@ def test_resume_goes_on_where_a_calibration_and_a_training_were_cut_off(
             with pytest.raises(KeyboardInterrupt):
                 run(*command, "cut-off")
 
-    cut_off(transformers.LlamaForCausalLM, "forward", 3)
+    cut_off(Checkpoint, "keep", 3)
+    assert len(list(Path("cut-off/calibration").glob("*.safetensors"))) == 3
     assert not Path("cut-off/start").exists()
     cut_off(transformers.Trainer, "training_step", 3)
     assert Path("cut-off/training/checkpoint-2").exists()
@@ -139,4 +142,3 @@ def test_continual_ends_with_one_adapter_that_answers_each_task_as_its_own(run: 
     before = logits(base_of(material.model))
     both = sum(adapted(material.model, f"continual/{name}") - before for name in ("task-1", "task-2"))
     assert (adapted(material.model, "continual/combined") - before - both).norm() < both.norm()
-
