@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
     settings = SFTConfig(
         f"{args.out}/trained", num_train_epochs=1, max_steps=args.steps, learning_rate=5e-4, weight_decay=0.0,
-        gradient_checkpointing=True, bf16=torch.cuda.is_available(), report_to="none",
+        bf16=torch.cuda.is_available(), report_to="none",
     )  # fmt: skip
     rows = Dataset.from_list(load_rows(args.task, limit=args.rows))
     trainer = SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)

@@ -42,7 +42,6 @@ def main(argv: list[str] | None = None) -> None:
         max_steps=args.steps,
         learning_rate=5e-4,
         weight_decay=0.0,
-        gradient_checkpointing=True,
         # Needed on a CPU too: TRL casts what is trained on a quantised base (B) to bfloat16, and the frozen A stays in float32.
         bf16=True,
         report_to="none",
