@@ -2,8 +2,8 @@
 
     python examples/dpo.py --pairs trl-lib/ultrafeedback_binarized --keep facts.jsonl --out dpo
 
-The task's inputs are the prompts with the chosen answers: what the model shall not say needs no directions of its own. B starts at
-zero on the original model, so the copy of the adapter that DPOTrainer takes as its reference is the original model.
+`prepare` reads the prompts with the chosen answers: what the model shall not say needs no directions of its own. B starts at zero
+on the original model, so the copy of the adapter that DPOTrainer takes as its reference is the original model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 import nullspace
-from nullspace.integrations.transformers import load_model, load_rows, load_texts
+from nullspace.integrations.transformers import load_model, load_rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(args.model)
     pairs = load_rows(args.pairs, limit=args.rows)
     config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = nullspace.prepare(model, tokenizer, config, task=load_texts(pairs), keep=args.keep, samples=args.samples)
+    model = nullspace.prepare(model, tokenizer, config, task=pairs, keep=args.keep, samples=args.samples)
 
     settings = DPOConfig(
         args.out,

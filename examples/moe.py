@@ -15,16 +15,15 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from nullspace import compute_null_spaces
-from nullspace.integrations.peft import inject_adapters, save_init
-from nullspace.integrations.transformers import PackedBatches, load_model, load_rows, load_texts
+import nullspace
+from nullspace.integrations.transformers import load_model, load_rows
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="allenai/OLMoE-1B-7B-0924-Instruct")
     parser.add_argument("--task", default="trl-lib/Capybara", help="hub name or file, in a form that SFTTrainer takes")
-    parser.add_argument("--keep", required=True, help="text or conversations that stand for what must be kept")
+    parser.add_argument("--keep", help="text or conversations that stand for what must be kept; by default a small corpus")
     parser.add_argument("--rows", type=int, default=2000, help="of the task")
     parser.add_argument("--samples", type=int, default=256, help="sequences to calibrate on: routing is uneven, so use many")
     parser.add_argument("--rank", type=int, default=8)
@@ -33,17 +32,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     model, tokenizer = load_model(args.model)
-    loader = PackedBatches(load_texts(args.keep), tokenizer, samples=args.samples)
-    # experts="pooled" makes one null space of the hidden states for all experts of a layer: E times fewer eigenproblems.
-    spaces = compute_null_spaces(model, loader, rank=args.rank, experts="auto")
     config = LoraConfig(r=args.rank, lora_alpha=args.rank, task_type="CAUSAL_LM")  # no dropout: PEFT has none for experts
-    model = inject_adapters(model, config, spaces, freeze_a=True)
-    save_init(f"{args.out}/start", model, spaces, tokenizer=tokenizer)
+    # experts="pooled" makes one null space of the hidden states for all experts of a layer: E times fewer eigenproblems.
+    how = {"method": "lora-null", "freeze_a": True, "samples": args.samples, "experts": "auto"}
+    model = nullspace.prepare(model, tokenizer, config, keep=args.keep, **how)
 
     settings = SFTConfig(
-        f"{args.out}/trained", num_train_epochs=1, max_steps=args.steps, learning_rate=5e-4, weight_decay=0.0,
-        bf16=torch.cuda.is_available(), report_to="none",
-    )  # fmt: skip
+        args.out,
+        num_train_epochs=1,
+        max_steps=args.steps,
+        learning_rate=5e-4,
+        weight_decay=0.0,
+        bf16=torch.cuda.is_available(),
+        report_to="none",
+    )
     rows = Dataset.from_list(load_rows(args.task, limit=args.rows))
     trainer = SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
     trainer.train()

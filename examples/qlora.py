@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
@@ -42,8 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         max_steps=args.steps,
         learning_rate=5e-4,
         weight_decay=0.0,
-        # Needed on a CPU too: TRL casts what is trained on a quantised base (B) to bfloat16, and the frozen A stays in float32.
+        # On a CPU too: TRL casts what is trained on a quantised base (B) to bfloat16, and the frozen A stays in float32.
         bf16=True,
+        use_cpu=not torch.cuda.is_available(),
         report_to="none",
     )
     trainer = SFTTrainer(model, settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)

@@ -68,7 +68,7 @@ def test_qlora(run: Callable[..., None], material: Material, one_layout_of_four_
 def test_moe(run: Callable[..., None], material: Material) -> None:
     arguments = ("--task", material.chats, "--keep", material.keep, "--samples", 2, "--rank", 4, "--steps", 2)
     run("moe.py", "--model", material.mixture, *arguments)
-    tensors = check_trained(material.mixture, "moe/trained")
+    tensors = check_trained(material.mixture, "moe")
     shapes = {name.split(".mlp.")[-1]: tuple(tensor.shape) for name, tensor in tensors.items() if "experts" in name}
     assert sorted(shapes.values()) == [(16, 24), (16, 32), (32, 16), (48, 16)]  # four experts of rank 4
 
