@@ -23,6 +23,7 @@ pytest.importorskip("setuptools", minversion="77")
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "nullspace", "csrc_triton", "integrations")
+LEFT_OUT = ("examples",)  # of the wheel
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 # Imports all modules of each tree in a process of its own, forked from one that has what they import.
 IMPORT = """
@@ -54,7 +55,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a clone has, links as links."""
     folder = tmp_path_factory.mktemp("packaging") / "checkout"
     folder.mkdir()
-    for name in NEEDED:
+    for name in (*NEEDED, *LEFT_OUT):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
