@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=-1, help="of each task; -1: one epoch")
     parser.add_argument("--out", type=Path, default=Path("continual"))
     args = parser.parse_args(argv)
+    if len(args.tasks) < 2:
+        parser.error("one task has no earlier ones: examples/sft.py trains it")
 
     def moments(model: Any, tokenizer: Any, data: str, name: str) -> Covariances:
         return compute_covariances(model, PackedBatches(load_texts(data), tokenizer, samples=args.samples), args.out / name)

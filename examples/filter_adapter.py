@@ -42,9 +42,9 @@ def main(argv: list[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         task, keep = moments(args.task, f"{scratch}/task"), moments(args.keep, f"{scratch}/keep")
-        print("strength   drift  response")
+        print("strength    drift  response")
         for step in filter_path(folder, task, keep, base=model).steps:  # a forecast: the model does not run
-            print(f"{step.strength:8g}  {step.drift:.4f}  {step.response:8.1%}")
+            print(f"{step.strength:8g}  {step.drift:.5f}  {step.response:8.1%}")
         done = filter_adapter(folder, task, keep, args.out, retain=args.retain, base=base)
     left, response = done.after.left, done.after.response
     print(f"{args.out}: strength {done.strength:.3g}, {left:.1%} of the drift is left, {response:.1%} of the response")
