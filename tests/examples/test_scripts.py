@@ -1,4 +1,4 @@
-"""Every script of `examples/`, run with a tiny model, and what it leaves in the light of PEFT alone."""
+"""Every script of `examples/`, run with a tiny model; what it writes is loaded by plain PEFT."""
 
 from __future__ import annotations
 
@@ -48,10 +48,8 @@ def check_trained(base: str, adapter: Path | str) -> dict[str, torch.Tensor]:
 
 def test_sft(run: Callable[..., None], material: Material) -> None:
     run("sft.py", "--model", material.model, "--task", material.chats, "--keep", material.keep, *SIZES)
-    tensors = check_trained(material.model, "sft")
-    assert len(tensors) == 28
-    start = {name: tensor for name, tensor in load_file("sft/checkpoint-2/adapter_model.safetensors").items() if "lora_A" in name}
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in start.items())
+    assert len(check_trained(material.model, "sft")) == 28
+    assert len(torch.load("sft/checkpoint-2/optimizer.pt", weights_only=True)["state"]) == 14  # B of 14 layers; A is frozen
 
 
 def test_dpo(run: Callable[..., None], material: Material) -> None:
