@@ -18,6 +18,7 @@ from torch import nn
 
 from nullspace.analysis import Course, State
 from nullspace.artifacts import records
+from nullspace.artifacts.residual import name_start
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.checks import an_object, check_fields, finite, flag, list_of, map_of, optional, or_none, text, whole
 from nullspace.distributed import Job
@@ -88,18 +89,15 @@ def _write_config(path: Path, config: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def record_start(part: Path, facts: Mapping[str, Any], revision: str | None) -> None:
-    """Write the record of the start (`origin`) into the configurations of `adapter` and `subtracted` of an init.
-
-    Args:
-        part: the folder of the init.
-        facts: its manifest.
-        revision: of the untouched base.
-    """
+def record_start(part: Path, facts: Mapping[str, Any], revision: str | None, base: Mapping[str, str]) -> None:
+    """Write the record of the start (`origin.recorded`) into the folders of an init, whose manifest the facts are."""
     digest = origin.digest_of(records.load_tensors(part / "adapter" / ADAPTER_WEIGHTS))
-    record = {"freeze_a": facts["freeze_a"], "model": facts["model"], "revision": revision, "factors": digest}
+    record = {name: facts[name] for name in ("freeze_a", "model", "residual")}
+    record |= {"revision": revision, "base": dict(base), "factors": digest}
     for path in part.glob(f"*/{ADAPTER_CONFIG}"):
         _write_config(path, origin.with_record(records.read_json(path), record))
+    if (part / "base").is_dir():
+        name_start(part / "base" / "config.json", digest)
 
 
 def _gathered(peft_model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
@@ -128,7 +126,9 @@ def read_adapter(directory: Path) -> Adapter:
     """
     path = directory / ADAPTER_CONFIG
     if not path.exists():
-        raise MissingFileError(f"{path} is missing: {directory} is not a PEFT adapter")
+        raise MissingFileError(
+            f"{path} is missing: {directory} is no folder of a PEFT adapter (hf download prints that of a hub name)"
+        )
     config = records.read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise DamagedFileError(f"{path} does not describe a LoRA adapter")

@@ -1,4 +1,4 @@
-"""What an adapter's configuration records of its start: whether A is frozen, the untouched base, and a digest of A₀ and B₀.
+"""What an adapter's configuration records of its start: whether A is frozen, the base that it is for, and a digest of A₀ and B₀.
 
 PEFT drops the fields of a configuration that it does not know, with a warning. `auto_mapping` is a dictionary that it reads and
 saves as it is; of its entries PEFT uses two of its own, where there is no task type. The entry `KEY` in it passes through plain
@@ -18,9 +18,10 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 
 from nullspace.artifacts import residual
-from nullspace.checks import check_fields, flag, optional, or_none, text
+from nullspace.checks import check_fields, flag, map_of, optional, or_none, text
 from nullspace.errors import AdapterWarning, InputError, OtherModelError
 from nullspace.integrations.peft.layers import freeze_layers, is_a_frozen, lora_layers
+from nullspace.integrations.peft.made_for import warn_of_base
 from nullspace.integrations.peft.watch import watch
 from nullspace.model.sharded import has_deepspeed_engine
 from nullspace.model.wrappers import unwrap
@@ -29,11 +30,18 @@ if TYPE_CHECKING:
     from nullspace.integrations.peft.files import Adapter
 
 FIELD, KEY = "auto_mapping", "nullspace"
-_FIELDS = {"freeze_a": optional(flag()), **{name: optional(or_none(text())) for name in ("model", "revision", "factors")}}
+_FIELDS = {
+    "freeze_a": optional(flag()),
+    "base": optional(map_of(text())),
+    **{name: optional(or_none(text())) for name in ("model", "revision", "residual", "factors")},
+}
 
 
 def recorded(config: PeftConfig | Mapping[str, Any], what: object = "the adapter's configuration") -> dict[str, Any]:
-    """The record: `freeze_a`, `model` and `revision` (of the untouched base), `factors` (a digest). Empty if there is none.
+    """The record; empty if there is none.
+
+    Its entries: `freeze_a`; `model`, `revision` and `base` (name, and entries of weights, of the untouched base: `made_for`);
+    `residual` (as in an init's manifest); `factors` (a digest). What an export has of them is true of its base.
 
     Args:
         config: in memory, or the content of a file.
@@ -55,10 +63,12 @@ def with_record(config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[st
     return {**config, FIELD: {**(config.get(FIELD) or {}), KEY: dict(record)}}
 
 
-def without_record(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a configuration's file without a record: of an adapter that is not what was trained from the start."""
+def for_untouched(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a configuration's file for an adapter of the untouched base, which is not what was trained from the start."""
+    record = recorded(config)
+    kept = {name: record[name] for name in ("model", "revision", "base") if name in record}
     rest = {name: value for name, value in (config.get(FIELD) or {}).items() if name != KEY}
-    return {**config, FIELD: rest or None}
+    return {**config, FIELD: {**rest, **({KEY: {**kept, "residual": "none"}} if kept.get("base") else {})} or None}
 
 
 def keep(config: LoraConfig, record: Mapping[str, Any]) -> None:
@@ -145,7 +155,16 @@ def freeze_a(peft_model: PeftModel, adapter_name: str = "default") -> None:
 
     Raises:
         ValueError: if the model has no LoRA layer with an adapter of that name, or is in a DeepSpeed engine that trains A.
+
+    Warns:
+        UserWarning: if the adapter was made for another base than this one.
     """
+    _freeze_a(peft_model, adapter_name)
+    model = unwrap(peft_model)
+    warn_of_base(model, adapter_name, recorded(model.peft_config[adapter_name]), stacklevel=2)
+
+
+def _freeze_a(peft_model: Any, adapter_name: str) -> None:
     model = unwrap(peft_model)
     layers = lora_layers(model, adapter_name)
     if not layers:
@@ -160,9 +179,9 @@ def freeze_a(peft_model: PeftModel, adapter_name: str = "default") -> None:
 
 
 def freeze_recorded(peft_model: Any, adapter_names: Iterable[str]) -> None:
-    """`freeze_a` of those of a model's adapters whose configuration records that A is frozen."""
+    """Freeze A of those of a model's adapters whose configuration records that."""
     model = unwrap(peft_model)
     for name in adapter_names if isinstance(model, PeftModel) else ():
         config = model.peft_config.get(name)
         if isinstance(config, LoraConfig) and recorded(config).get("freeze_a") and not is_a_frozen(lora_layers(model, name), name):
-            freeze_a(peft_model, name)
+            _freeze_a(peft_model, name)

@@ -22,6 +22,7 @@ from nullspace.errors import InputError
 from nullspace.integrations.peft.files import ADAPTER_CONFIG, init_record, located, record_start, save_adapter
 from nullspace.integrations.peft.folders.cards import CARD, name_base, set_section, write_card, write_cards
 from nullspace.integrations.peft.layers import SUBTRACTED, WRAPPED, is_a_frozen, lora_layers, take_out
+from nullspace.integrations.peft.made_for import entries_of
 from nullspace.integrations.peft.origin import keep, recorded
 from nullspace.integrations.peft.shell import saving_here, without_weights
 from nullspace.methods import Sources
@@ -90,7 +91,6 @@ def save_init(
                 config.base_model_name_or_path = original
             if residual == "adapter":
                 save_adapter(peft_model, SUBTRACTED.format(adapter), part / "subtracted")
-            record_start(part, facts, config.revision)
             if residual == "base":
                 # transformers' conversions look for the parameters of experts under their own names.
                 named = _unadapted(base) if any(isinstance(module, ParamWrapper) for module in base.modules()) else base
@@ -98,6 +98,7 @@ def save_init(
                     named.save_pretrained(part / "base", state_dict=_base_state(base))
                 if tokenizer is not None:
                     tokenizer.save_pretrained(part / "base")
+            record_start(part, facts, config.revision, recorded(config).get("base", {}))
             write_cards(part, facts)
             records.write_manifest(part, "init", facts)
 
@@ -109,14 +110,20 @@ def save_init(
 
 
 def record_init(peft_model: Any, model: nn.Module, adapter: str, method: str, residual: str, given: Sources) -> None:
-    """Record method and original model on the `PeftModel`, for `save_init` and for later saving."""
+    """Record method and original model on the `PeftModel`, for `save_init` and for later saving. The base is still the original.
+
+    A collective, where weights are sharded.
+    """
     peft_model.nullspace_residual, peft_model.nullspace_method = residual, method
     config = peft_model.peft_config[adapter]
     original = peft_model.nullspace_model = located(config.base_model_name_or_path)
     # A residual base has no name before save_init gives it one, and must not keep that of the original model.
     config.base_model_name_or_path = UNSAVED.format(original or "a model without a name") if residual == "base" else original
-    frozen = is_a_frozen(lora_layers(peft_model, adapter), adapter)
-    keep(config, {"freeze_a": frozen, "model": original, "revision": config.revision})
+    layers = lora_layers(peft_model, adapter)
+    frozen, entries = is_a_frozen(layers, adapter), entries_of({name: layer.get_base_layer() for name, layer in layers.items()})
+    keep(config, {"freeze_a": frozen, "model": original, "revision": config.revision, "residual": residual, "base": entries})
+    if residual == "adapter":
+        peft_model.peft_config[SUBTRACTED.format(adapter)].base_model_name_or_path = original
     facts = init_record(model, original, method, config, residual, frozen, given.spaces, None)
     _keep_card(peft_model, facts, config.base_model_name_or_path)
 

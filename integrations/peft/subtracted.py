@@ -16,6 +16,7 @@ from nullspace.artifacts import residual
 from nullspace.errors import InputError
 from nullspace.integrations.peft.files import read_adapter
 from nullspace.integrations.peft.layers import SUBTRACTED, freeze_layers, lora_layers
+from nullspace.integrations.peft.made_for import warn_of_base
 from nullspace.integrations.peft.origin import check_same, freeze_recorded, recorded
 from nullspace.integrations.peft.watch import watch
 from nullspace.model.sharded import placeholder_weights
@@ -36,8 +37,11 @@ def attach_subtracted(peft_model: PeftModel, directory: str | os.PathLike[str], 
 
     Raises:
         FileNotFoundError: if a file of it is missing.
-        ValueError: if the model has no LoRA layer with an adapter of that name, or is a residual base; if the two are recorded as
-            parts of different starts; naming the file, if it is damaged.
+        ValueError: if the model has no LoRA layer with an adapter of that name, or is a residual base; if the adapter is recorded
+            as started without a second one, or the two as parts of different starts; naming the file, if it is damaged.
+
+    Warns:
+        UserWarning: if the adapters were made for another base than this one.
     """
     peft_model = unwrap(peft_model)
     layers = lora_layers(peft_model, adapter_name)
@@ -46,12 +50,18 @@ def attach_subtracted(peft_model: PeftModel, directory: str | os.PathLike[str], 
     mark = residual.residual_mark(peft_model.get_base_model())
     if mark is not None:
         raise InputError(f"the base {residual.described(mark)}: load the adapters on the original model")
+    record = recorded(peft_model.peft_config[adapter_name])
+    if record.get("residual") not in (None, "adapter"):
+        raise InputError(
+            f"adapter {adapter_name!r} was started without a second one (residual {record['residual']!r}): there is none to attach"
+        )
     given = read_adapter(Path(directory))  # PEFT would leave an adapter with random factors where it cannot read them
-    check_same(recorded(peft_model.peft_config[adapter_name]), recorded(given.config), f"adapter {adapter_name!r}", directory)
+    check_same(record, recorded(given.config), f"adapter {adapter_name!r}", directory)
     second = SUBTRACTED.format(adapter_name)
     peft_model.load_adapter(str(directory), adapter_name=second)
     _activate_both(peft_model, layers, adapter_name)
     freeze_recorded(peft_model, [adapter_name])
+    warn_of_base(peft_model, adapter_name, record, stacklevel=2)
 
 
 def refuse_pair_of(config: LoraConfig, residual: str) -> None:

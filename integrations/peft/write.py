@@ -31,6 +31,7 @@ from nullspace.integrations.peft.experts.layout import layers_by_parameter, stac
 from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, init_record, located, record_start, save_adapter
 from nullspace.integrations.peft.folders.cards import write_cards
 from nullspace.integrations.peft.layers import check_layers, check_servable, held_weight, lora_layers, starts_at_zero, stored_weight
+from nullspace.integrations.peft.made_for import entries_of
 from nullspace.integrations.peft.shell import BasePlan, on_disk, plan_base, saving_here, without_weights
 from nullspace.integrations.peft.start import random_seed, residual_of, start_of, with_spaces
 from nullspace.integrations.peft.subtracted import add_second, refuse_pair_of
@@ -154,6 +155,7 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
         frozen = METHODS[method].freezes_a(output.freeze_a)
         residual = check_servable(model, bases, method, residual=output.residual, freeze_a=frozen, offloaded=True)
         refuse_pair_of(config, residual)
+        entries = entries_of(bases)
         shell = without_weights(model)
         base: Source | BasePlan | None = None
         if residual == "base":
@@ -185,7 +187,7 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
             if residual == "base" and output.tokenizer is not None:
                 output.tokenizer.save_pretrained(part / "base")
             facts = init_record(model, original, method, config, residual, frozen, given.spaces, output.record)
-            record_start(part, facts, config.revision)
+            record_start(part, facts, config.revision, entries)
             write_cards(part, facts)
             records.write_manifest(part, "init", facts)
         report("adapters", len(layers), len(layers), 0)

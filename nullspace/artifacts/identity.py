@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import math
 import sys
@@ -65,6 +66,20 @@ def sampled_positions(total: int) -> torch.Tensor:
 def same_fingerprint(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two fingerprints are equal up to rounding to a 16-bit dtype."""
     return a.shape == b.shape and torch.allclose(a, b, rtol=FINGERPRINT_TOLERANCE, atol=1e-6)
+
+
+def as_text(fingerprint: torch.Tensor) -> str:
+    """A fingerprint in bfloat16, as base64: what a JSON file can hold in a line."""
+    return base64.b64encode(fingerprint.to(torch.bfloat16).view(torch.uint8).numpy().tobytes()).decode()
+
+
+def from_text(text: str) -> torch.Tensor | None:
+    """(≤ 64,) float32: the fingerprint of `as_text`; None for a text that is none."""
+    try:
+        content = bytearray(base64.b64decode(text, validate=True))
+        return torch.frombuffer(content, dtype=torch.bfloat16).to(torch.float32)
+    except ValueError:
+        return None
 
 
 # (d_out, d_in) of a weight, and its fingerprint; None if its values cannot be read.

@@ -1,8 +1,9 @@
 """A mark in the configuration of a residual base, valid while its weights are unchanged.
 
 A residual base W₀ − s·BA without its adapter is another model, but its files look like any other's. The mark in its `config.json`
-(`"nullspace": {"residual": …}`; other libraries keep the entry and ignore it) holds the method, the original model, and a few
-entries of one weight. After the adapter is merged, these entries differ and the mark is void.
+(`"nullspace": {"residual": …}`; other libraries keep the entry and ignore it) holds the method, the original model, a digest of the
+A and B whose product was subtracted, and a few entries of one weight. After the adapter is merged, these entries differ and the
+mark is void.
 """
 
 from __future__ import annotations
@@ -78,6 +79,14 @@ def mark_file(path: Path, method: str, original: str | None, change: Change) -> 
     """Put the entry into a `config.json`, in the format of transformers."""
     config = {**json.loads(path.read_text(encoding="utf-8")), KEY: entry(method, original, change)}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def name_start(path: Path, factors: str) -> None:
+    """Add to the entry of a `config.json`, if it has one, the digest of the A and B whose product was subtracted."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config.get(KEY), dict) and "residual" in config[KEY]:
+        config[KEY]["residual"]["factors"] = factors
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def unmark(model: nn.Module) -> None:

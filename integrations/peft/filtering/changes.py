@@ -30,6 +30,7 @@ from nullspace.integrations.peft.folders.describe import base_of
 from nullspace.integrations.peft.folders.export import check_pair, contents, is_zero, original_base
 from nullspace.integrations.peft.guard.adapted import Adapted, adapted_layers, start_of
 from nullspace.integrations.peft.layers import PEFT_RESIDUALS, SUBTRACTED
+from nullspace.integrations.peft.origin import recorded
 from nullspace.model.sharded import is_model_sharded
 
 _TWO = SUBTRACTED.format("")
@@ -132,6 +133,9 @@ def _given(now: Adapter, initial: Path) -> Adapter:
 
 def _start_of(now: Adapter) -> Adapter | None:
     """The start of an adapter, from the files around it; None for an adapter of an untouched base."""
+    kind = recorded(now.config, now.path).get("residual")
+    if kind in ("none", "zero"):
+        return None
     # PEFT saves "default" into the folder itself and any other adapter into a subfolder, its second one beside it.
     for second in (now.path / SUBTRACTED.format("default"), now.path.with_name(SUBTRACTED.format(now.path.name))):
         if (second / ADAPTER_CONFIG).is_file():
@@ -139,16 +143,15 @@ def _start_of(now: Adapter) -> Adapter | None:
     _refuse_peft_residual(now.config, str(now.path))
     base = base_of(now)
     init = init_around(now.path) or {}
-    hub = local_folder(base.named) if base.named and base.residual is None else None
     if init.get("residual") == "adapter":
         return _given(now, now.path.parent)
-    folder = (base.folder if base.residual else None) or (hub if hub is not None and is_residual(hub) else None)
+    folder = base.folder if base.residual else None
     if folder is not None and init_around(folder) is not None and (folder.parent / "adapter" / ADAPTER_CONFIG).is_file():
         return _given(now, folder.parent)
     # A base that save_init has called so, on another machine; or one that was never saved.
     named = base.named or ""
     lost = base.residual is None and (named.startswith("(residual of") or (os.path.isabs(named) and Path(named).name == "base"))
-    if base.residual or folder is not None or lost or says_two(now.path) or says_two(now.path.parent):
+    if base.residual or kind == "adapter" or lost or says_two(now.path) or says_two(now.path.parent):
         raise InputError(
             f"{now.path} was trained on a base without what it started with ({base.named}): give the folder that it started from, "
             "with initial= (on the command line --initial)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import transformers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from nullspace.errors import DamagedFileError
 
@@ -20,6 +23,8 @@ RESIDUAL = "## Its base is a residual model"
 TWO = "## It comes in two"
 # A residual base, from the adapter beside it.
 BESIDE = "../base"
+# The base in the table of a card of ours.
+_BASE_ROW = re.compile(r"^\| base \| `(.+)` \|$", re.MULTILINE)
 ADAPTERS = ("adapter", "trained", "subtracted", "export", "filtered", "combined")
 TITLES = {
     "adapter": "LoRA adapter before training ({method})",
@@ -94,12 +99,12 @@ def name_base(directory: Path, facts: Mapping[str, Any] | None, base: str) -> No
         card = ModelCard.load(path)
     except (ValueError, yaml.YAMLError) as error:
         raise DamagedFileError(f"{path} is no model card: {error}") from error
-    before, tags = card.data.base_model, card.data.tags
-    card.data.base_model = base
+    tags, before = card.data.tags, _BASE_ROW.search(card.text)
+    card.data.base_model = _on_hub(base)
     if isinstance(tags, list):  # PEFT's own names the base once more
         card.data.tags = [tag for tag in tags if not str(tag).startswith("base_model:")]
-    if isinstance(before, str) and (before == BESIDE or os.path.isabs(before)):
-        card.text = card.text.replace(before, base)
+    if before is not None and (before[1] == BESIDE or os.path.isabs(before[1])):
+        card.text = card.text.replace(before[1], base)
     notice = _notice(facts or {})
     if notice and notice.partition("\n")[0] not in card.text:
         card.text = f"{card.text.rstrip()}\n\n{notice}\n"
@@ -141,11 +146,20 @@ def _has_section(directory: Path, heading: str) -> bool:
 def _metadata(kind: str, facts: Mapping[str, Any], base: str | None) -> ModelCardData:
     method = facts.get("method")
     return ModelCardData(
-        base_model=base,
+        base_model=_on_hub(base),
         library_name="peft" if kind in ADAPTERS else "transformers",
         pipeline_tag="text-generation" if str(facts.get("architecture")).endswith("ForCausalLM") else None,
         tags=[*(["lora"] if kind in ADAPTERS else []), "nullspace", *([str(method)] if method else [])],
     )
+
+
+def _on_hub(name: str | None) -> str | None:
+    """A name if it may be one of the hub, which refuses cards whose metadata have a path as `base_model`."""
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return None
+    return name
 
 
 def _table(kind: str, facts: Mapping[str, Any], base: str | None) -> str:
@@ -249,7 +263,8 @@ def _notice(facts: Mapping[str, Any]) -> str:
         return (
             f"{TWO}\n\nThe frozen adapter in `subtracted`, in the folder in which this one started, takes away what "
             f"it starts with. On {model} without that one, outputs are wrong and nothing fails. `attach_subtracted` of "
-            "`nullspace.integrations.peft` loads it; `nullspace export` makes one plain adapter of both."
+            "`nullspace.integrations.peft` loads it; `nullspace export` makes one plain adapter of both. To share this one, share "
+            "both, or the export."
         )
     if facts.get("residual") != "base":
         return ""
@@ -261,5 +276,7 @@ def _notice(facts: Mapping[str, Any]) -> str:
         "- `disable_adapter()` leaves the residual model, which is no reference model.\n"
         "- Do not train a second plain adapter on the residual base alone.\n"
         "- PEFT reads the base's place from `adapter_config.json`. After folders were moved or uploaded, "
-        "`nullspace inspect ADAPTER` says whether it is still right, and `--base FOLDER_OR_NAME` writes it."
+        "`nullspace inspect ADAPTER` says whether it is still right, and `--base FOLDER_OR_NAME` writes it.\n"
+        "- To share it, upload the folder of the base as a model, write its name here with `--base`, then upload this folder. An "
+        "export needs no base of its own."
     )

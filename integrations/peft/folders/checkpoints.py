@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from nullspace.artifacts import identity, records
 from nullspace.errors import DamagedFileError
 from nullspace.integrations.peft.experts.layout import parameter_name
 from nullspace.integrations.peft.files import init_around
+from nullspace.integrations.peft.made_for import is_recorded_base
 from nullspace.integrations.peft.shell import parts_in_checkpoint
 from nullspace.integrations.transformers.load import ModelSource, empty_model
 
@@ -76,6 +77,19 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
     except HFValidationError:
         return None
     return Path(path).parent if isinstance(path, str) else None
+
+
+def has_recorded_weights(folder: Path, known: Mapping[str, str]) -> bool | None:
+    """Whether a checkpoint has the weights of which a record has some entries (`made_for.entries_of`); None if it cannot be said.
+
+    Args:
+        folder: of the checkpoint.
+        known: layer → text. Checkpoints of a base class have the same names without the first component.
+    """
+    names = {f"{name}.weight": name for name in known}
+    names = {**{name.partition(".")[2]: layer for name, layer in names.items()}, **names}
+    found = {names[key]: mark for key, mark in _fingerprints(folder, names).items()}
+    return is_recorded_base(known, found)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -36,9 +36,9 @@ from nullspace.integrations.peft.files import (
 )
 from nullspace.integrations.peft.filtering.moments import Moments
 from nullspace.integrations.peft.folders.cards import write_card
-from nullspace.integrations.peft.folders.checkpoints import is_residual, mark_of, what_differs
+from nullspace.integrations.peft.folders.checkpoints import has_recorded_weights, is_residual, local_folder, mark_of, what_differs
 from nullspace.integrations.peft.folders.cut import Cut
-from nullspace.integrations.peft.origin import check_origin, without_record
+from nullspace.integrations.peft.origin import check_origin, for_untouched, recorded
 from nullspace.integrations.transformers.load import ModelSource
 from nullspace.model.wrappers import unwrap, unwrapped
 
@@ -262,7 +262,7 @@ def write_plain(
     Raises:
         FileExistsError, OSError: of `new_directory`.
     """
-    config = without_record(config)
+    config = for_untouched(config)
     base, alpha = config["base_model_name_or_path"], config["lora_alpha"]
     rows = {layer_of(key): len(t) for key, t in tensors.items() if key.endswith(A_WEIGHT)}
     layers = places(config, rows, "the adapter")
@@ -291,8 +291,9 @@ def is_zero(a: torch.Tensor, b: torch.Tensor) -> bool:
 def original_base(start: Adapter, untouched: bool) -> str:
     """The name of the untouched base, from the initial adapter and the files around it."""
     init, named = init_around(start.path), start.config.get("base_model_name_or_path")
-    if init is not None:
-        name = init.get("model")
+    recorded_name = recorded(start.config, start.path).get("model")
+    if init is not None or recorded_name:
+        name = (init or {}).get("model") or recorded_name
     elif untouched:
         name = named
     else:
@@ -309,6 +310,12 @@ def _check_base(base: ModelSource, start: Adapter, now: Adapter) -> None:
     """Raise `ValueError` for an untouched base that differs from the one that the adapter was trained on."""
     if os.path.isdir(base) and is_residual(Path(base)):
         raise InputError(f"{base} is a residual base, and an export is for the untouched model: name that one")
+    folder, known = local_folder(base), recorded(start.config, start.path).get("base")
+    if folder is not None and known and has_recorded_weights(folder, known) is False:
+        raise OtherModelError(
+            f"{base} is not the model that {start.path} was made of: it has other weights. Export for that one (base=, on the "
+            "command line --base)"
+        )
     residual = start.path.parent / "base"
     if init_around(start.path) is None or not residual.is_dir():
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +15,13 @@ from torch import nn
 from nullspace.artifacts.identity import weights_of
 from nullspace.artifacts.residual import residual_mark
 from nullspace.artifacts.sitewise import Sitewise
-from nullspace.errors import InputError, InputTypeError, OtherModelError
+from nullspace.errors import AdapterWarning, InputError, InputTypeError, OtherModelError
 from nullspace.factors import LowRank
 from nullspace.integrations.peft.experts.adapters import ExpertAdapter, adapted_by
 from nullspace.integrations.peft.files import adapter_in, init_around, located, read_factors
 from nullspace.integrations.peft.layers import PEFT_RESIDUALS, SUBTRACTED, computed_weight, expert_layers, lora_layers
+from nullspace.integrations.peft.made_for import warn_of_base
+from nullspace.integrations.peft.origin import recorded
 from nullspace.model.linear import is_linear, weight_shape
 from nullspace.model.sharded_tensors import whole
 from nullspace.model.sites import Site
@@ -130,17 +133,21 @@ def start_of(peft_model: PeftModel, layers: tuple[Adapted, ...], initial: Initia
 
     If nothing subtracts the initial product, that is zero: ΔW = s·B A, also for an adapter that is trained on. If the base is a
     residual, or a second adapter subtracts the product, A₀ and B₀ are those of the second adapter, of `OUT/adapter` beside the base
-    (as `save_init` wrote them), or else the present ones.
+    (as `save_init` wrote them; where the adapter names it, or where the model was loaded from), or else the present ones.
 
     Args:
         peft_model: with the adapter.
         layers: of `adapted_layers`.
         initial: the adapter before training: a directory of PEFT or of `save_init`, what `read_factors` returns, or what this
-            function has returned. Needed only for a trained adapter on a residual base that was moved from its place.
+            function has returned. Needed only for a trained adapter on a residual base that was moved without it.
 
     Raises:
         FileNotFoundError: if a file of `initial` is missing.
         ValueError: naming the layer, if `initial` does not have it, or in another shape.
+
+    Warns:
+        UserWarning: if the adapter was made for another base, or needs a second one that is not loaded; if the present factors are
+            taken for the first ones of an adapter that was loaded.
     """
     model = unwrap(peft_model)
     config = model.peft_config[layers[0].adapter]
@@ -152,15 +159,24 @@ def start_of(peft_model: PeftModel, layers: tuple[Adapted, ...], initial: Initia
     subtracted = all(each.adapter in each.layer.lora_A for each in second)
     if isinstance(initial, Start):
         return initial
+    record = recorded(config)
+    warn_of_base(model, layers[0].adapter, record, stacklevel=3)
     if initial is None and not residual and not subtracted:
         return Start({}, False)
     if initial is not None:
         return Start(_unscaled(initial, layers), residual)
     if subtracted:
         return Start({each.name: LowRank(_copy(each.a), -_copy(each.b)) for each in second}, False)
-    base = located(config.base_model_name_or_path)
-    if base is not None and os.path.isabs(base) and init_around(Path(base)) is not None:
-        return Start(_unscaled(adapter_in(Path(base).parent), layers), True)
+    for base in map(located, (config.base_model_name_or_path, getattr(model.get_base_model(), "name_or_path", None))):
+        if base is not None and os.path.isabs(base) and init_around(Path(base)) is not None:
+            return Start(_unscaled(adapter_in(Path(base).parent), layers), True)
+    if record.get("factors") and not hasattr(model, "nullspace_residual"):
+        warnings.warn(
+            f"what adapter {layers[0].adapter!r} started as is not beside its base ({config.base_model_name_or_path}): changes are "
+            "counted from its present state. If it was trained before, give the folder that it started in: initial=",
+            AdapterWarning,
+            stacklevel=3,
+        )
     return Start({each.name: LowRank(_copy(each.a), _copy(each.b)) for each in layers}, True)
 
 
