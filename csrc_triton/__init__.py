@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from nullspace.checks import missing_package
+
 _OPS = {
     "syrk_accumulate": "syrk",
     "syrk_accumulate_rows": "selected",
@@ -44,7 +46,7 @@ def unavailable(device: torch.device) -> str | None:
     try:
         import triton
     except ImportError:
-        return "Triton is not installed (pip install triton)"
+        return "Triton is not installed (pip install 'nullspace-lora[triton]')"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON_VERSION:
         return f"Triton {triton.__version__} is older than {TRITON_VERSION[0]}.{TRITON_VERSION[1]}"
     return _launch_failure(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
@@ -59,5 +61,8 @@ def _launch_failure(device: torch.device) -> str | None:
 
 def __getattr__(name: str) -> Any:
     if name in _OPS:
-        return getattr(importlib.import_module(f"{__name__}.{_OPS[name]}"), name)
+        try:
+            return getattr(importlib.import_module(f"{__name__}.{_OPS[name]}"), name)
+        except ImportError as error:
+            raise missing_package(f"{__name__}.{name}", "triton", error) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

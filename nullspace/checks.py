@@ -9,10 +9,23 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nullspace.errors import DamagedFileError, InputError, InputTypeError
+from nullspace.errors import DamagedFileError, InputError, InputTypeError, MissingPackageError
 
 if TYPE_CHECKING:
     import torch
+
+
+def missing_package(what: str, extra: str, error: ImportError) -> MissingPackageError:
+    """The error of an optional package that is not installed, or is too old.
+
+    Args:
+        what: needs the package.
+        extra: of this distribution, that brings it: one of `project.optional-dependencies` in `pyproject.toml`.
+        error: of the import.
+    """
+    if isinstance(error, MissingPackageError):
+        return error
+    return MissingPackageError(f"{what} needs more packages: pip install 'nullspace-lora[{extra}]' ({error})")
 
 
 class Range(NamedTuple):

@@ -14,39 +14,44 @@ loads without nullspace.
 - `read_course` (`files`): an adapter from its start through training, for `nullspace.analysis`.
 """
 
-from nullspace.integrations.peft.corda import preprocess_corda
-from nullspace.integrations.peft.eva import get_eva_state_dict, initialize_lora_eva_weights
-from nullspace.integrations.peft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_course, read_factors, row_spaces
-from nullspace.integrations.peft.filtering.adapters import Filtered, filter_adapter, filter_path
-from nullspace.integrations.peft.filtering.checkpoints import checkpoint_path, filter_checkpoint
-from nullspace.integrations.peft.filtering.combine import Combined, combine_adapters
-from nullspace.integrations.peft.filtering.drift import adapter_drift
-from nullspace.integrations.peft.filtering.paths import FilterPath, LayerPath, Step
-from nullspace.integrations.peft.fit import fit_config
-from nullspace.integrations.peft.folders.describe import describe, set_base
-from nullspace.integrations.peft.folders.export import export_lora
-from nullspace.integrations.peft.from_data.initialize import initialize_lora_nullspace_weights
-from nullspace.integrations.peft.from_data.prepare import prepare
-from nullspace.integrations.peft.guard import (
-    Allowed,
-    Confinement,
-    Drift,
-    ForgettingCallback,
-    Gauge,
-    Reading,
-    StartDecay,
-    confine,
-    decay_to_start,
-    drift_of,
-    penalty,
-)
-from nullspace.integrations.peft.inject import inject_adapters
-from nullspace.integrations.peft.layers import check_servable, lora_layers
-from nullspace.integrations.peft.origin import freeze_a
-from nullspace.integrations.peft.save import save_init
-from nullspace.integrations.peft.subtracted import attach_subtracted
-from nullspace.integrations.peft.write import write_init
-from nullspace.methods import METHODS
+from nullspace.checks import missing_package
+
+try:
+    from nullspace.integrations.peft.corda import preprocess_corda
+    from nullspace.integrations.peft.eva import get_eva_state_dict, initialize_lora_eva_weights
+    from nullspace.integrations.peft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_course, read_factors, row_spaces
+    from nullspace.integrations.peft.filtering.adapters import Filtered, filter_adapter, filter_path
+    from nullspace.integrations.peft.filtering.checkpoints import checkpoint_path, filter_checkpoint
+    from nullspace.integrations.peft.filtering.combine import Combined, combine_adapters
+    from nullspace.integrations.peft.filtering.drift import adapter_drift
+    from nullspace.integrations.peft.filtering.paths import FilterPath, LayerPath, Step
+    from nullspace.integrations.peft.fit import fit_config
+    from nullspace.integrations.peft.folders.describe import describe, set_base
+    from nullspace.integrations.peft.folders.export import export_lora
+    from nullspace.integrations.peft.from_data.initialize import initialize_lora_nullspace_weights
+    from nullspace.integrations.peft.from_data.prepare import prepare
+    from nullspace.integrations.peft.guard import (
+        Allowed,
+        Confinement,
+        Drift,
+        ForgettingCallback,
+        Gauge,
+        Reading,
+        StartDecay,
+        confine,
+        decay_to_start,
+        drift_of,
+        penalty,
+    )
+    from nullspace.integrations.peft.inject import inject_adapters
+    from nullspace.integrations.peft.layers import check_servable, lora_layers
+    from nullspace.integrations.peft.origin import freeze_a
+    from nullspace.integrations.peft.save import save_init
+    from nullspace.integrations.peft.subtracted import attach_subtracted
+    from nullspace.integrations.peft.write import write_init
+    from nullspace.methods import METHODS
+except ImportError as error:
+    raise missing_package("nullspace.integrations.peft", "peft", error) from error
 
 __all__ = [
     "ADAPTER_CONFIG",

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -27,6 +27,7 @@ from nullspace.factors import LowRank
 from nullspace.integrations.peft import origin
 from nullspace.integrations.peft.experts.adapters import expert_adapters
 from nullspace.integrations.peft.experts.layout import Place, part_of_a, pattern_name, places
+from nullspace.integrations.peft.origin import Adapter
 from nullspace.model.linear import weight_of
 from nullspace.model.sharded import class_of, is_model_sharded, prepare_to_gather
 from nullspace.model.sharded_tensors import whole as gathered
@@ -111,12 +112,6 @@ def _gathered(peft_model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
     return {name: gathered(tensor).detach() if id(tensor) in chosen else tensor for name, tensor in own.items()}
 
 
-class Adapter(NamedTuple):
-    path: Path
-    config: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-
-
 def read_adapter(directory: Path) -> Adapter:
     """A LoRA adapter's configuration and tensors, all of them finite.
 
@@ -126,9 +121,8 @@ def read_adapter(directory: Path) -> Adapter:
     """
     path = directory / ADAPTER_CONFIG
     if not path.exists():
-        raise MissingFileError(
-            f"{path} is missing: {directory} is no folder of a PEFT adapter (hf download prints that of a hub name)"
-        )
+        hint = "of a hub name, give the folder that hf download prints"
+        raise MissingFileError(f"{path} is missing: {directory} is not a PEFT adapter ({hint})")
     config = records.read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise DamagedFileError(f"{path} does not describe a LoRA adapter")

@@ -12,7 +12,8 @@ import functools
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -26,15 +27,20 @@ from nullspace.integrations.peft.watch import watch
 from nullspace.model.sharded import has_deepspeed_engine
 from nullspace.model.wrappers import unwrap
 
-if TYPE_CHECKING:
-    from nullspace.integrations.peft.files import Adapter
-
 FIELD, KEY = "auto_mapping", "nullspace"
 _FIELDS = {
     "freeze_a": optional(flag()),
     "base": optional(map_of(text())),
     **{name: optional(or_none(text())) for name in ("model", "revision", "residual", "factors")},
 }
+
+
+class Adapter(NamedTuple):
+    """An adapter's folder, as `files.read_adapter` reads it."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
 
 
 def recorded(config: PeftConfig | Mapping[str, Any], what: object = "the adapter's configuration") -> dict[str, Any]:

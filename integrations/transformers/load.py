@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from nullspace.artifacts.records import read_json
-from nullspace.checks import check_device
+from nullspace.checks import check_device, missing_package
 from nullspace.errors import InputError, MissingFileError
 from nullspace.integrations.transformers.offload import load_offloaded, offload_map
 from nullspace.integrations.transformers.quantisation import check_quantisable, loading_options, set_planned_bytes, warn_of_rest
@@ -308,7 +308,11 @@ def _naming(name: str | os.PathLike[str]) -> Iterator[None]:
     """Context manager: name the model in errors of loading. transformers and its readers raise many types; few name a file."""
     try:
         yield
-    except (ImportError, MemoryError):
+    except ImportError as error:
+        if Path(name).suffix != ".gguf":
+            raise
+        raise missing_package(str(name), "gguf", error) from error
+    except MemoryError:
         raise
     except Exception as error:
         text = _line(error)

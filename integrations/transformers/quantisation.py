@@ -64,7 +64,7 @@ def loading_options(
     if asked is None:
         return {}
     if find_spec("bitsandbytes") is None:
-        raise MissingPackageError(f"{asked} needs the package bitsandbytes: pip install bitsandbytes")
+        raise MissingPackageError(f"{asked} needs bitsandbytes: pip install 'nullspace-lora[quantised]'")
     if load_in_8bit:
         chosen = BitsAndBytesConfig(load_in_8bit=True)
     else:

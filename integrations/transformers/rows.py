@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nullspace.checks import shown
+from nullspace.checks import missing_package, shown
 from nullspace.errors import InputError, MissingFileError
 
 Row = Mapping[str, Any]
@@ -50,8 +50,10 @@ def rows_of(data: str | os.PathLike[str], split: str) -> Iterator[Row]:
     if reader is not None:
         yield from reader(path)
         return
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as error:
+        raise missing_package(f"the data set {data} of the hub", "cli", error) from error
     name, _, configuration = str(data).partition(":")
     yield from datasets.load_dataset(name, configuration or None, split=split, streaming=True)
 
@@ -214,8 +216,10 @@ def _csv(path: Path) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet
-
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise missing_package(str(path), "cli", error) from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):

@@ -18,14 +18,15 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
-try:
-    import rich as rich
-    import typer
-except ImportError as error:
-    raise SystemExit(f"the command line needs more packages: pip install 'nullspace-lora[cli]' ({error})") from None
-
 import nullspace
-from nullspace.cli import after, calibrate, console, demo, failures, init, interrupts, keep, options, plan, report, together
+from nullspace.checks import missing_package
+
+try:
+    import typer
+
+    from nullspace.cli import after, calibrate, console, demo, failures, init, interrupts, keep, options, plan, report, together
+except ImportError as error:
+    raise missing_package("the command line", "cli", error) from error
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -57,7 +58,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of the `nullspace` command."""
+    """Run the `nullspace` command."""
     app()
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from nullspace.analysis import Row
-from nullspace.errors import MissingPackageError
+from nullspace.checks import missing_package
 
 try:
     import vl_convert
 except ImportError as error:
-    raise MissingPackageError(f"reports need vl-convert-python: pip install 'nullspace-lora[report]' ({error})") from None
+    raise missing_package("a report", "report", error) from error
 
 Spec = dict[str, Any]
 # Marks by which the series of a figure differ beside their colour, in this order.
