@@ -18,7 +18,7 @@ from torch import nn
 
 from nullspace.analysis import Course, State
 from nullspace.artifacts import records
-from nullspace.artifacts.residual import name_start
+from nullspace.artifacts.residual import name_start_in_file
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.checks import an_object, check_fields, finite, flag, list_of, map_of, optional, or_none, text, whole
 from nullspace.distributed import Job
@@ -98,7 +98,7 @@ def record_start(part: Path, facts: Mapping[str, Any], revision: str | None, bas
     for path in part.glob(f"*/{ADAPTER_CONFIG}"):
         _write_config(path, origin.with_record(records.read_json(path), record))
     if (part / "base").is_dir():
-        name_start(part / "base" / "config.json", digest)
+        name_start_in_file(part / "base" / "config.json", digest)
 
 
 def _gathered(peft_model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:

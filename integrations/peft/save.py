@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from nullspace.artifacts import records, store
+from nullspace.artifacts.residual import name_start
 from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.errors import InputError
@@ -104,7 +105,9 @@ def save_init(
 
     written_once(out, write)
     config.base_model_name_or_path = base_path
-    keep(config, recorded(records.read_json(out / "adapter" / ADAPTER_CONFIG)))
+    start = recorded(records.read_json(out / "adapter" / ADAPTER_CONFIG))
+    keep(config, start)
+    name_start(base, start["factors"])
     _keep_card(peft_model, facts, base_path)
     return out
 

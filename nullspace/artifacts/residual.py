@@ -81,9 +81,16 @@ def mark_file(path: Path, method: str, original: str | None, change: Change) -> 
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def name_start(path: Path, factors: str) -> None:
-    """Add to the entry of a `config.json`, if it has one, the digest of the A and B whose product was subtracted."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+def name_start(model: nn.Module, factors: str) -> None:
+    """Add to the entry, if there is one, the digest of the A and B whose product was subtracted."""
+    ours = getattr(getattr(model, "config", None), KEY, None)
+    if isinstance(ours, dict) and "residual" in ours:
+        ours["residual"]["factors"] = factors
+
+
+def name_start_in_file(path: Path, factors: str) -> None:
+    """The same in a `config.json`, if there is one."""
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if isinstance(config.get(KEY), dict) and "residual" in config[KEY]:
         config[KEY]["residual"]["factors"] = factors
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

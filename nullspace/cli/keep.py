@@ -75,7 +75,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
     leak = facts.get("leak")
     shown = {**facts, "leak": leak and f"{leak['median']:.2e} (median), {leak['worst']:.2e} (worst, {leak['worst_site']})"}
     for name, value in shown.items():
-        if name not in ("notes", "holds") and value not in (None, False):
+        if name not in ("notes", "holds", "base_problem") and value not in (None, False):
             console.print_line(f"{name.replace('_', ' '):12} {' '.join(str(value).split())}")
     for note in facts["notes"]:
         console.print_line(f"\n{note}")

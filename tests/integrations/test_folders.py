@@ -147,6 +147,9 @@ def test_an_adapter_that_has_lost_its_base_says_so(copy: Path) -> None:
     assert (told["base_kind"], told["base_found"]) == ("residual", None)  # as its card says
     assert "missing: /another/machine/out/base" in told["notes"][0]
     (copy / "trained" / "README.md").unlink()
+    assert describe(copy / "trained")["base_kind"] == "residual"  # as its configuration says
+    path = copy / "trained" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_mapping": None}))  # of an earlier version
     assert describe(copy / "trained")["base_kind"] == "unknown"
     assert "not a folder on this machine" in inspect(copy / "trained").stdout
     with pytest.raises(ValueError, match=r"needs the residual base .*/another/machine/out/base"):

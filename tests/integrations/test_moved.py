@@ -254,6 +254,8 @@ def test_nothing_is_written_for_a_wrong_base(kind: str, made: Made, tmp_path: Pa
         with pytest.raises(ValueError, match=r"trained (was made for|needs the residual base)"):
             set_base(folder / "trained", str(made.folder / base))
         assert (folder / "trained" / "adapter_config.json").read_bytes() == config
+    with pytest.raises(ValueError, match=r"sibling is not the model that .*exported was made for"):
+        read_changes(folder / "exported", base=str(made.folder / "sibling"))
     with pytest.raises(ValueError, match="exported was made for"):
         set_base(folder / "exported", str(made.folder / "sibling"))
 
@@ -327,7 +329,7 @@ def test_an_adapter_that_was_uploaded_alone_says_what_it_needs(
     snapshot = hub(f"me/{kind}", made.folder / kind / "out" / "adapter")
     (snapshot / "README.md").unlink()  # the configuration is enough
     notes = " ".join(describe(snapshot)["notes"])
-    words = {"residual": "needs the residual base that it was made with, which is missing", "pair": "'subtracted', in the folder"}
+    words = {"residual": "needs the residual base that it was made with, which is missing", "pair": "'subtracted' must be active"}
     assert words.get(kind, "is for the untouched base") in notes
     whole = hub(f"me/{kind}-out", made.folder / kind / "out")
     facts = describe(whole)

@@ -25,7 +25,7 @@ from nullspace.integrations.peft.files import (
     read_adapter,
 )
 from nullspace.integrations.peft.folders.cards import says_two
-from nullspace.integrations.peft.folders.checkpoints import is_residual, local_folder
+from nullspace.integrations.peft.folders.checkpoints import has_recorded_weights, is_residual, local_folder
 from nullspace.integrations.peft.folders.describe import base_of
 from nullspace.integrations.peft.folders.export import check_pair, contents, is_zero, original_base
 from nullspace.integrations.peft.guard.adapted import Adapted, adapted_layers, start_of
@@ -100,8 +100,11 @@ def read_changes(
             original = original_base(start, untouched)
         start = None if untouched else start
     named = located(base) or located(original)
-    if named and is_residual(local_folder(named) or Path(named)):
+    folder = local_folder(named) if named else None
+    if folder is not None and is_residual(folder):
         raise InputError(f"{named} is a residual base, and the changes are of the untouched model: name that one (base=, --base)")
+    if folder is not None and has_recorded_weights(folder, recorded(now.config).get("base") or {}) is False:
+        raise OtherModelError(f"{named} is not the model that {now.path} was made for: it has other weights (base=, --base)")
     changes = Changes(str(now.path), factors, contents(now.tensors), bool(now.config.get("use_dora")))
     return Stored(changes, now, start, named)
 

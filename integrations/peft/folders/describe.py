@@ -261,8 +261,8 @@ def _base_notes(adapter: Adapter, base: Base) -> list[str]:
         notes.append(
             "It takes away what another adapter starts with, and does nothing else: attach_subtracted loads it beside that one."
             if adapter.path.name == "subtracted"
-            else "The frozen adapter in 'subtracted', in the folder in which it started, must be active beside it "
-            "(attach_subtracted): alone it is silently wrong. nullspace export makes one plain adapter of both."
+            else "The frozen adapter in 'subtracted' must be active beside it (attach_subtracted; it is in the folder in which "
+            "this one started): alone it is silently wrong. nullspace export makes one plain adapter of both."
         )
     frozen = recorded(adapter.config, adapter.path).get("freeze_a", base.init.get("freeze_a"))
     if frozen and adapter.path.name != "subtracted":
