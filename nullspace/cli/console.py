@@ -53,9 +53,9 @@ class Bars(progress.Bars):
         self.close()
 
     def say(self, text: str) -> None:
-        """Print a line on standard output, below the bars."""
+        """Print a text on standard output, below the bars, in lines that end between words."""
         self.close()
-        stdout.print(text, soft_wrap=True, markup=False)
+        stdout.print(text, highlight=False, markup=False)
 
 
 class _Bar(tqdm):

@@ -9,20 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from plain_peft import PlainPeft
 from torch import nn
 
-from nullspace import Covariance, Covariances, NullSpace, NullSpaces, Site
-from nullspace.cli import demo
-from nullspace.integrations.peft import freeze_a
+from nullspace import Covariance, Covariances, NullSpace, NullSpaces, Site, compute_null_spaces
+from nullspace.integrations.peft import freeze_a, inject_adapters, save_init
 from nullspace.integrations.transformers import PackedBatches, load_model
-from nullspace.progress import reporter
 from reference import excess_leak, leak, optimal_leak, recorded_inputs
 
 pytestmark = pytest.mark.slow
 
 RANK = 32
 WALKED = 5 * 512  # tokens of the walk: more than the widest site and the rank need
+TEXTS = (
+    "The capital of France is",
+    "The quick brown fox jumps over the lazy dog. Water boils at a temperature of",
+    "def fibonacci(n):",
+)
 # Every kind of site at both ends, where the spectra are extreme, and in the middle.
 SITES = [
     f"model.layers.{layer}.{kind}"
@@ -48,16 +52,18 @@ def inputs(model_and_tokenizer: tuple[nn.Module, Any], prose: list[str]) -> dict
 
 
 @pytest.fixture(scope="module")
-def walk(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """What `nullspace demo` wrote, from the first samples in two uneven batches, and what its fresh process answered."""
-    out = tmp_path_factory.mktemp("demo") / "out"
-    found = demo.run(out, rank=RANK, overwrite=False, say=print, progress=reporter(False), samples=WALKED // 512)
-    return out, found
+def walk(smollm2: Path, prose: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter and its residual base, of the first samples in two uneven batches."""
+    model, tokenizer = load_model(smollm2, device="cpu")
+    batches = PackedBatches(prose, tokenizer, samples=WALKED // 512, length=512)
+    spaces = compute_null_spaces(model, batches, rank=RANK, progress=False)
+    adapted = inject_adapters(model, LoraConfig(r=RANK, lora_alpha=RANK, task_type="CAUSAL_LM"), spaces)
+    return save_init(tmp_path_factory.mktemp("walk") / "out", adapted, spaces, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
-def spaces(walk: tuple[Path, dict[str, Any]]) -> NullSpaces:
-    return NullSpaces.load(walk[0] / "spaces")
+def spaces(walk: Path) -> NullSpaces:
+    return NullSpaces.load(walk / "spaces")
 
 
 def space_of(x_nd: torch.Tensor, precision: str) -> NullSpace:
@@ -111,29 +117,32 @@ def test_one_float32_product_loses_the_null_space(inputs: dict[str, torch.Tensor
     assert excess_leak(basis, x) > 0.01
 
 
-def test_base_and_adapter_in_a_fresh_process_are_the_original_model(walk: tuple[Path, dict[str, Any]]) -> None:
-    _, found = walk
-    assert 0 < found["error"] <= 2e-4  # float32 arithmetic alone moves the original's logits by 7e-5
-    assert "Paris" in found["answer"]
-
-
-def test_the_stored_residual_and_factors_are_the_original_weights(
-    walk: tuple[Path, dict[str, Any]], model_and_tokenizer: tuple[nn.Module, Any]
+def test_base_and_adapter_in_a_process_without_nullspace_are_the_original_model(
+    walk: Path, model_and_tokenizer: tuple[nn.Module, Any], plain_peft: PlainPeft
 ) -> None:
+    original, tokenizer = model_and_tokenizer
+    batch = {"input_ids": tokenizer(TEXTS[1], return_tensors="pt")["input_ids"]}
+    with torch.no_grad():
+        expected = original(**batch).logits
+    error = float((plain_peft.logits(walk / "adapter", batch, walk / "base") - expected).abs().max())
+    assert 0 < error <= 2e-4  # float32 arithmetic alone moves the original's logits by 7e-5
+
+
+def test_the_stored_residual_and_factors_are_the_original_weights(walk: Path, model_and_tokenizer: tuple[nn.Module, Any]) -> None:
     """The same comparison in float64 arithmetic, where only the rounding of what was stored is left."""
     original, tokenizer = model_and_tokenizer
-    base, _ = load_model(walk[0] / "base", dtype=torch.float64, device="cpu")
-    adapted = PeftModel.from_pretrained(base, walk[0] / "adapter").double().eval()
+    base, _ = load_model(walk / "base", dtype=torch.float64, device="cpu")
+    adapted = PeftModel.from_pretrained(base, walk / "adapter").double().eval()
     reference = copy.deepcopy(original).double()
-    for text in ("The capital of France is", demo.PROBE, "def fibonacci(n):"):
+    for text in TEXTS:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             assert (adapted(ids).logits - reference(ids).logits).abs().max() <= 5e-5
 
 
-def test_v2_training_stays_in_the_null_space(walk: tuple[Path, dict[str, Any]], inputs: dict[str, torch.Tensor]) -> None:
-    base, _ = load_model(walk[0] / "base", device="cpu")
-    adapted = PeftModel.from_pretrained(base, walk[0] / "adapter", is_trainable=True)
+def test_v2_training_stays_in_the_null_space(walk: Path, inputs: dict[str, torch.Tensor]) -> None:
+    base, _ = load_model(walk / "base", device="cpu")
+    adapted = PeftModel.from_pretrained(base, walk / "adapter", is_trainable=True)
     freeze_a(adapted)
     layers = {name: module for name, module in adapted.base_model.model.named_modules() if name in inputs}
     start = {name: {k: v.detach().clone() for k, v in layer.named_parameters() if "lora_" in k} for name, layer in layers.items()}
