@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 def ask(base: Any, tokenizer: Any, adapter: Path, probe: Any, logits: Any, prompt: str) -> Answer:
     """Load an adapter without nullspace, and compare.
 
-    The base goes there as a temporary checkpoint, as transformers takes half a minute to read a GGUF file.
+    The base goes there as a temporary checkpoint, which loads faster than a GGUF file.
 
     Args:
         base: the untouched model.

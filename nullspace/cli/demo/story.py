@@ -117,15 +117,15 @@ def _calibrate(base: Path, rank: int, sizes: Sizes, bars: console.Bars) -> _Prep
     learned = [row["prompt"] + row["completion"] for row in train]
     keep = PackedBatches(known, tokenizer, samples=sizes.samples, length=sizes.length)
     task = PackedBatches(learned, tokenizer, samples=max(1, len("".join(learned)) // (4 * sizes.length)), length=sizes.length)
-    ready = {
+    moments = {
         name: Covariances(stream_covariances(model, batches, exclude=EXCLUDE, strategy="resident", progress=_as(name, bars)))
         for name, batches in (("keep", keep), ("task", task))
     }
     bars.say(
-        f"Calibrated: the inputs of {len(ready['keep'])} layers on {keep.tokens:,} tokens of what is to be kept, and on "
+        f"Calibrated: the inputs of {len(moments['keep'])} layers on {keep.tokens:,} tokens of what is to be kept, and on "
         f"{task.tokens:,} of the task.\n"
     )
-    return _Prepared(model, tokenizer, rank, sizes, bars, **ready, train=train, held_out=held_out, texts=texts)
+    return _Prepared(model, tokenizer, rank, sizes, bars, **moments, train=train, held_out=held_out, texts=texts)
 
 
 def _train(ready: _Prepared, part: Path) -> Any:
