@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 IGNORED = -100
+NEAR = 0.01
 
 
 class Point(NamedTuple):
@@ -100,15 +101,17 @@ def compare(judge: Judge, adapters: Sequence[str], step: Callable[[], None]) -> 
 
 
 def _scale(judge: Judge, adapter: str, full: Point, target: float) -> float:
-    """The scale at which an adapter has this task loss, which lies between the base's and its own."""
+    """The scale at which an adapter has this task loss, which lies between the base's and its own, to `NEAR` of what it learned."""
     from scipy.optimize import brentq
 
     known = {0.0: judge.base_loss, full.t: full.loss}
+    near = NEAR * (judge.base_loss - full.loss)
 
     def beyond(t: float) -> float:
-        return (known[t] if t in known else judge.loss(adapter, t)) - target
+        difference = (known[t] if t in known else judge.loss(adapter, t)) - target
+        return difference if abs(difference) > near else 0.0  # the search ends at a zero
 
-    return float(brentq(beyond, 0.0, full.t, xtol=1e-2))
+    return float(brentq(beyond, 0.0, full.t))
 
 
 def _batch(tokenizer: Any, rows: Sequence[dict[str, str]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
