@@ -199,7 +199,7 @@ def test_a_process_where_the_adapter_computes_something_else_is_an_error(
 ) -> None:
     monkeypatch.setattr(fresh, "error_elsewhere", lambda *_: 0.1)
     ready: Any = SimpleNamespace(bars=console.Bars(quiet=True))
-    with pytest.raises(RunError, match="does not reproduce the trained model: its logits differ by 1.0e-01"):
+    with pytest.raises(RunError, match=r"does not reproduce the trained model: its logits differ by 1\.0e-01"):
         story._load_elsewhere(ready, None, tmp_path, torch.zeros(1, 2), torch.ones(1, 2, 3))
 
 
