@@ -202,10 +202,11 @@ def _load_gguf(path: Path, options: Mapping[str, Any]) -> nn.Module:
 
 
 def drop_quantizer(model: Any) -> None:
-    """Make an ordinary model of one that was dequantised while loading (GGUF), so that `save_pretrained` takes it."""
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    """Make an ordinary model of one that was dequantised while loading (GGUF), so that `save_pretrained` and `Trainer` take it."""
+    model.hf_quantizer, model.is_quantized = None, False
+    for place, name in ((model.config, "quantization_config"), (model, "quantization_method")):
+        if hasattr(place, name):
+            delattr(place, name)
 
 
 def empty_model(

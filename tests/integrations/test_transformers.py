@@ -7,6 +7,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -17,7 +18,15 @@ import torch
 import transformers
 
 from models import FAMILIES, random_batches, tiny
-from nullspace.integrations.transformers import PackedBatches, empty_model, load_model, load_rows, load_texts, prompt_and_response
+from nullspace.integrations.transformers import (
+    PackedBatches,
+    drop_quantizer,
+    empty_model,
+    load_model,
+    load_rows,
+    load_texts,
+    prompt_and_response,
+)
 
 ROWS = [{"question": f"What is {i}?", "answer": [f"It is {i}.", "other"], "text": f"text {i}"} for i in range(5)]
 
@@ -256,6 +265,17 @@ def test_a_gguf_model_is_an_ordinary_one_after_loading(smollm2: Path) -> None:
     with torch.no_grad():
         ids = tokenizer("The capital of France is", return_tensors="pt")
         assert tokenizer.decode(model(**ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_a_model_that_was_dequantised_while_loading_can_be_trained(tmp_path: Path) -> None:
+    model: Any = tiny("llama")
+    model.is_quantized, model.quantization_method = True, "gguf"
+    model.hf_quantizer = SimpleNamespace(is_trainable=False, quantization_config=SimpleNamespace(quant_method="gguf"))
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="quantized"):
+        transformers.Trainer(model, arguments)
+    drop_quantizer(model)
+    transformers.Trainer(model, arguments)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "albert"])
