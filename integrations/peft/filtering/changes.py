@@ -31,6 +31,7 @@ from nullspace.integrations.peft.folders.export import check_pair, contents, is_
 from nullspace.integrations.peft.guard.adapted import Adapted, adapted_layers, start_of
 from nullspace.integrations.peft.layers import PEFT_RESIDUALS, SUBTRACTED
 from nullspace.integrations.peft.origin import recorded
+from nullspace.integrations.transformers.load import ModelSource
 from nullspace.model.sharded import is_model_sharded
 
 _TWO = SUBTRACTED.format("")
@@ -100,10 +101,12 @@ def read_changes(
             original = original_base(start, untouched)
         start = None if untouched else start
     named = located(base) or located(original)
-    folder = local_folder(named) if named else None
+    # The name of a base that the caller gives is without its revision.
+    folder = local_folder(ModelSource.in_revision(named, now.config.get("revision"))) if named else None
+    comparable = base is None or Path(base).is_dir()
     if folder is not None and is_residual(folder):
         raise InputError(f"{named} is a residual base, and the changes are of the untouched model: name that one (base=, --base)")
-    if folder is not None and has_recorded_weights(folder, recorded(now.config).get("base") or {}) is False:
+    if folder is not None and comparable and has_recorded_weights(folder, recorded(now.config).get("base") or {}) is False:
         raise OtherModelError(f"{named} is not the model that {now.path} was made for: it has other weights (base=, --base)")
     changes = Changes(str(now.path), factors, contents(now.tensors), bool(now.config.get("use_dora")))
     return Stored(changes, now, start, named)

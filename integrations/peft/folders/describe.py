@@ -116,13 +116,13 @@ def set_base(directory: str | os.PathLike[str], base: str) -> None:
         )
     old, named = base_of(adapter), located(base)
     assert named is not None
-    folder = local_folder(named)
+    # A revision is one of the repository that was named before.
+    revision = adapter.config.get("revision") if named == old.named else None
+    folder = _folder(named, revision)
     if folder is not None:
         _check_base(adapter, old, named, folder)
     residual = folder is not None and is_residual(folder)
     cards.name_base(adapter.path, _init_of(folder) if folder is not None and residual else old.init, named)
-    # A revision is one of the repository that was named before.
-    revision = adapter.config.get("revision") if named == old.named else None
     config = {**adapter.config, "base_model_name_or_path": named, "revision": revision}
     path = adapter.path / ADAPTER_CONFIG
     part = path.with_name(path.name + ".part")
