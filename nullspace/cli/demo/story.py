@@ -26,7 +26,7 @@ LORA, FILTERED, CONTRAST = "plain-lora", "plain-lora-filtered", "contrast"
 NAMES = {LORA: "plain LoRA", FILTERED: "LoRA, filtered", CONTRAST: "contrast"}
 RATES = {LORA: 2e-3, CONTRAST: 4e-3}
 STRENGTH = 10.0  # of the filter, one of the study's two
-EXCLUDE = ["down_proj"]  # its inputs are the widest, and would take half of the time
+EXCLUDE = ["down_proj"]  # its inputs are the widest, and would cost the most time
 EXAMPLE = "→"
 PROBE = "The quick brown fox jumps over the lazy dog. Water boils at a temperature of"
 # The original model's own float32 logits are 2e-6 of the largest one away from its float64 logits.
@@ -237,7 +237,7 @@ def _load_elsewhere(ready: _Prepared, base: Any, out: Path, probe: torch.Tensor,
         raise RunError(f"{out / CONTRAST} does not reproduce the trained model: its logits differ by {error:.1e}")
     ready.bars.say(
         f"\nA process with PEFT and without nullspace loads {out / CONTRAST} onto the untouched base: its logits are the trained "
-        f"model's (the largest difference is {error:.0e}, the largest logit {size:.0f}).\n"
+        f"model's (the largest difference is {error:.1g}, the largest logit {size:.0f}).\n"
     )
 
 
