@@ -29,7 +29,7 @@ def draw(base_loss: float, scores: Mapping[str, Scores]) -> str:
     kl = [0.0, *((each.equal or each.full).kl for each in scores.values())]
     names = ["base", *scores]
     parts = [_text(NAMES_END - 10, TOP + ROW * row + 20, name, anchor="end") for row, name in enumerate(names)]
-    parts += _panel(NAMES_END, "learned: task loss, nats a token", loss, [f"{each:.2f}" for each in loss])
+    parts += _panel(NAMES_END, "learned: task loss (lower is better)", loss, [f"{each:.2f}" for each in loss])
     where = "at equal learning" if is_equal else "as trained"
     parts += _panel(WIDTH // 2 + 70, f"kept: KL to the base, {where}", kl, ["0", *(f"{each:.4f}" for each in kl[1:])])
     return SVG.format(width=WIDTH, height=TOP + ROW * len(names) + 16, title=TITLE, body="\n".join(parts))
