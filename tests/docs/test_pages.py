@@ -257,7 +257,8 @@ def test_options_and_modules_that_are_named_in_sentences_exist() -> None:
         text = page.read_text(encoding="utf-8")
         if page.name not in OF_BENCHMARKS:
             spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
-            named = {each for span in spans for each in re.findall(r"(?<![\w-])--[a-z][\w-]*", span) if "python " not in span}
+            ours = [span for span in spans if not span.startswith(("python ", "pip "))]
+            named = {each for span in ours for each in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
             assert named <= options, name(page)
         for module in re.findall(r"python -m (benchmarks[\w.]*\w)", text):
             place = ROOT / module.replace(".", "/")
@@ -267,6 +268,6 @@ def test_options_and_modules_that_are_named_in_sentences_exist() -> None:
 def test_files_that_the_readme_links_to_exist() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", readme) if "://" not in link]
-    assert "docs/methods.md" in links
+    assert any(link.startswith("docs/methods.md") for link in links)
     assert [link for link in links if not (ROOT / link.partition("#")[0]).exists()] == []
     assert len(readme.splitlines()) <= 150
