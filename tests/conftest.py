@@ -12,6 +12,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ.pop("COLUMNS", None)  # of pytest-xdist's workers; rich takes it for the width of every terminal
 
 import filelock
 import pytest

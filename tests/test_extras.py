@@ -16,6 +16,7 @@ import peft as peft
 import pytest
 
 import nullspace
+from nullspace.cli.demo import material
 from nullspace.errors import MissingPackageError
 
 if sys.version_info < (3, 11):
@@ -36,7 +37,7 @@ NAMES = {"vl_convert": "vl-convert-python", "yaml": "transformers", "huggingface
 # What PyTorch brings.
 BROUGHT = {"jinja2", "typing_extensions"}
 # Of a function in a file: it is only called after `nullspace.integrations` was imported, or what is needed was looked for.
-LATER = {("init.py", "peft"), ("demo.py", "peft")}
+LATER = {("init.py", "peft"), *(("demo", package) for package in material.NEEDED)}
 
 
 def name_of(requirement: str) -> str:
@@ -149,7 +150,7 @@ def test_a_module_whose_package_is_missing_says_what_to_install(module: str, pac
 def test_what_is_imported_when_it_is_needed_says_it_too() -> None:
     seen = 0
     for path, package, inside in OPTIONAL:
-        if not is_in_a_function(inside) or (path.name, package) in LATER:
+        if not is_in_a_function(inside) or (path.name, package) in LATER or (path.parent.name, package) in LATER:
             continue
         seen += 1
         handlers = [handler for node in inside if isinstance(node, ast.Try) for handler in node.handlers]
@@ -172,7 +173,8 @@ def test_every_install_line_in_the_code_is_one_of_an_extra() -> None:
             if isinstance(text, str) and "pip install" in text and path.name != "checks.py":
                 lines[path.name, text] = LINE.findall(text)
     assert len(lines) > 2
-    known = set().union(*map(brings, PROJECT["optional-dependencies"]))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    known = {*re.findall(r"--no-deps ([a-z0-9-]+)", makefile)}.union(*map(brings, PROJECT["optional-dependencies"]))
     for (name, text), found in lines.items():
         assert len(found) == text.count("pip install"), (name, text)
         assert all(extra in PROJECT["optional-dependencies"] or package in known for extra, package in found), (name, text)

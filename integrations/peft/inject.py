@@ -230,6 +230,7 @@ def start_adapter(
         subtract(peft_model, config, layers, adapter_name)
     if freeze_a:
         freeze_layers(layers, adapter_name)
+    job.exchange(None)  # as in `_stored`: what follows gathers
     record_init(peft_model, model, adapter_name, method, residual, given)
     watch(peft_model, adapter_name, residual)
     if job.first:

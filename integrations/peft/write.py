@@ -155,6 +155,7 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
         frozen = METHODS[method].freezes_a(output.freeze_a)
         residual = check_servable(model, bases, method, residual=output.residual, freeze_a=frozen, offloaded=True)
         refuse_pair_of(config, residual)
+        job.exchange(None)  # an error on any rank must be known before the others wait for it in a gather
         entries = entries_of(bases)
         shell = without_weights(model)
         base: Source | BasePlan | None = None
