@@ -47,7 +47,7 @@ def answer(compared: Comparison) -> str:
 
 
 def _least(compared: Comparison) -> str:
-    ranked = compared.ranked()
+    ranked = compared.whole()
     best = ranked[0]
     if best == LORA:
         return f"None of {_learning(compared)} moves the model less than plain LoRA that is scaled down."
@@ -67,7 +67,7 @@ def _least(compared: Comparison) -> str:
 def _learning(compared: Comparison) -> str:
     """How many methods learn how much."""
     task = TASKS.get(compared.cell.task, compared.cell.task)
-    number = f"{len(compared.points)} methods, filtered ones counted apart,"
+    number = f"{len(compared.whole())} methods, filtered ones counted apart,"
     return f"{number} that learn {100 * compared.level:g} % of what plain LoRA can learn of {task}"
 
 
@@ -75,7 +75,7 @@ def _filtered(compared: Comparison) -> str:
     """Plain LoRA, filtered, against every start and constraint as it is trained."""
     if FILTERED not in compared.points:
         return "Plain LoRA, filtered after training, does not reach this learning." if FILTERED in compared.missed else ""
-    others = [way for way in compared.ranked() if way.how == "none" and method(way).kind != "plain"]
+    others = [way for way in compared.whole() if way.how == "none" and method(way).kind != "plain"]
     groups = {sign: listed([label(way) for way in others if apart(compared, FILTERED, way) == sign] or [""]) for sign in (-1, 0, 1)}
     words = {-1: "less than {}", 1: "more than {}", 0: "and it cannot be told apart from {}"}
     shown = [words[sign].format(groups[sign]) for sign in (-1, 1, 0) if groups[sign]]
@@ -86,7 +86,7 @@ def _filtered(compared: Comparison) -> str:
 
 def _lost(compared: Comparison) -> str:
     """What the gold answers lose with LoRA, and how much less with the way with the least KL, over the seeds that both have."""
-    best = next((way for way in compared.ranked() if way != LORA), None)
+    best = next((way for way in compared.whole() if way != LORA), None)
     less = compared.forgotten_less(best) if best else None
     if best is None or less is None:
         return f"The gold answers become {_likely(compared.forgotten(LORA).value)} with LoRA."
@@ -100,7 +100,7 @@ def _lost(compared: Comparison) -> str:
 
 def _uncalibrated(compared: Comparison) -> str:
     """Of the way with the least KL: what it leaves of LoRA's KL where nothing was calibrated."""
-    best = compared.ranked()[0]
+    best = compared.whole()[0]
     ratios = _elsewhere(compared, best)
     if best == LORA or not ratios:
         return ""
@@ -122,7 +122,7 @@ def _parts(ratios: Mapping[str, float], names: Iterable[str]) -> str:
 
 def wider(compared: Comparison, forms: Mapping[Cell, Comparison]) -> str:
     """Whether another form of the calibration takes the way with the least KL further where it is furthest behind."""
-    best = compared.ranked()[0]
+    best = compared.whole()[0]
     own = _elsewhere(compared, best)
     found = {cell: _elsewhere(each, best) for cell, each in forms.items() if best in each.points and best != LORA}
     better = {cell: ratios for cell, ratios in found.items() if ratios and max(ratios.values()) < max(own.values(), default=0)}
@@ -167,7 +167,7 @@ SITUATIONS: dict[str, Allowed] = {
 def whom(compared: Comparison) -> Table:
     """The way with the least KL in each situation, and the next."""
     table = [["what there is", "least KL", "KL ÷ LoRA's", "next", "KL ÷ LoRA's"]]
-    ranked = compared.ranked()
+    ranked = compared.whole()
     for situation, allowed in SITUATIONS.items():
         row = [situation]
         for way in [way for way in ranked if allowed(way)][:2]:
@@ -185,7 +185,7 @@ def starts(compared: Comparison) -> list[str]:
     }
     sentences = []
     for kind, what in kinds.items():
-        ways = [way for way in compared.ranked() if way.how == "none" and method(way).kind == kind]
+        ways = [way for way in compared.whole() if way.how == "none" and method(way).kind == kind]
         shown = [f"{label(way)} {part(ratio.value)}" for way in ways if (ratio := compared.ratio(way))]
         if shown:
             sentences.append(f"{what}, of LoRA's KL: {listed(shown)}.")
@@ -228,7 +228,7 @@ def behind(compared: Comparison) -> Table:
     """Probe by probe: the way with the least KL, the best without calibration, and what is calibrated and has more than LoRA."""
     table = [["", "least KL", "÷ LoRA's", "least without calibration", "÷ LoRA's", "calibrated, and more KL than LoRA's"]]
     for name in (*compared.questions, *ELSEWHERE):
-        ratios = {way: geometric_mean(each) for way in compared.points if (each := compared.probe_ratio(way, name))}
+        ratios = {way: geometric_mean(each) for way in compared.whole() if (each := compared.probe_ratio(way, name))}
         if len(ratios) < 2:
             continue
         ranked = sorted(ratios, key=lambda way: (ratios[way], way))

@@ -38,7 +38,7 @@ METHODS = {
     "pissa": Method("PiSSA", "start", residual=True),
     "lora-null v1": Method("LoRA-Null v1", "start", (KEEP,), True),
     "lora-null v1 split 8": Method("LoRA-Null v1, split 8", "start", (KEEP,), True),
-    "lora-null v2": Method("LoRA-Null v2", "frozen start", (KEEP,), True),
+    "lora-null v2": Method("LoRA-Null v2", "frozen start", (KEEP,)),
     "b-zero": Method("b-zero", "start", (KEEP,)),
     "corda-kpm": Method("CorDA-KPM", "start", (KEEP,), True),
     "sc-lora": Method("SC-LoRA", "start", (KEEP, TASK), True),

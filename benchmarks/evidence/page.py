@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS
-from benchmarks.evidence import figure, findings, sceptic, tables
+from benchmarks.evidence import figure, findings, names, sceptic, tables
 from benchmarks.evidence import settings as declared
 from benchmarks.evidence.findings import listed
 from benchmarks.evidence.names import FORMS, MODELS, PROBES, TASKS
@@ -236,7 +236,10 @@ def _left_out(compared: Compared) -> str:
         for field, (title, experiment, _) in FACTORS.items()
         if not compared.beside(field)
     ]
+    ways = {way.method for way in (*compared.main.points, *compared.main.missed)}
+    without = [each.label for name, each in names.METHODS.items() if name not in ways]
     lines = [*sceptic.LEFT_OUT, *([f"Not measured yet: {listed(unmeasured)}."] if unmeasured else [])]
+    lines += [f"Declared in `benchmarks/evidence/methods.py`, and not run in the main table: {listed(without)}."] if without else []
     return "## What was left out\n\n" + "\n".join(f"- {line}" for line in lines)
 
 

@@ -237,6 +237,11 @@ class Comparison:
         """Ways by rising KL."""
         return sorted(self.points, key=lambda way: (self.kl(way).value, way))
 
+    def whole(self) -> list[Way]:
+        """The ways that have all of LoRA's seeds, by rising KL: one that was lucky with some of them does not lead."""
+        wanted = set(self.points.get(LORA, ()))
+        return [way for way in self.ranked() if wanted <= set(self.points[way])]
+
     def kl(self, way: Way) -> Estimate:
         """Nats a token, the mean over sets."""
         return estimate(self._kl(list(self.points[way].values()), self.questions))
@@ -314,7 +319,7 @@ class Resolution(NamedTuple):
     """How finely the main measure tells LoRA from the best way.
 
     Attributes:
-        best: the way with the least KL.
+        best: the way with the least KL, of those that have all seeds.
         difference: KL of LoRA − KL of the best.
         questions: the width of the 95 % interval over questions, over the difference.
         both: the same with seeds resampled too.
@@ -328,7 +333,7 @@ class Resolution(NamedTuple):
 
 def resolution(compared: Comparison) -> Resolution | None:
     """None where LoRA has no point, or no other way has a seed in common with it."""
-    for best in compared.ranked():
+    for best in compared.whole():
         difference = compared.difference(best) if best != LORA else None
         if difference is not None:
             low, high = (abs(b - a) / abs(difference.value) for a, b in (difference.questions, difference.both))

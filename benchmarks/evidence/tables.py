@@ -184,13 +184,19 @@ def across(reference: Comparison, others: Mapping[Cell, Comparison]) -> Table:
     """KL of each way in several cells; over LoRA's there, and that of each seed."""
     comparisons = dict(sorted({reference.cell: reference, **others}.items()))
     cells = list(comparisons)
-    table = [["KL; ÷ LoRA's (each seed)", *(named_cell(cell, cells) for cell in cells)]]
+    table = [
+        [
+            "KL; ÷ LoRA's (each seed)",
+            *(named_cell(cell, cells) + _fewer(compared, reference) for cell, compared in comparisons.items()),
+        ]
+    ]
     for way in _in_several(reference, others):
         row = [label(way)]
         for compared in comparisons.values():
             if way in compared.points:
                 ratio = compared.ratio(way) if way != LORA else None
-                row.append(significant(compared.kl(way).value) + (f"; {_with_seeds(ratio)}" if ratio else ""))
+                against = f"; {_with_seeds(ratio)}" if ratio else ""
+                row.append(significant(compared.kl(way).value) + against + _missed(compared, way))
             else:
                 row.append("missed" if way in compared.missed else "")
         table.append(row)
@@ -199,6 +205,17 @@ def across(reference: Comparison, others: Mapping[Cell, Comparison]) -> Table:
 
 def _with_seeds(ratio: Estimate) -> str:
     return f"{significant(ratio.value, 2)} ({', '.join(significant(value, 2) for value in ratio.seeds)})"
+
+
+def _fewer(compared: Comparison, reference: Comparison) -> str:
+    """How many seeds a cell has, where they are fewer than the reference's."""
+    seeds = len(compared.points.get(LORA, ()))
+    return f" ({seeds} seed{'s' * (seeds > 1)})" if seeds < len(reference.points.get(LORA, ())) else ""
+
+
+def _missed(compared: Comparison, way: Way) -> str:
+    seeds = sorted(compared.missed.get(way, ()))
+    return f"; missed with seed {', '.join(map(str, seeds))}" if seeds else ""
 
 
 def _in_several(reference: Comparison, others: Mapping[Cell, Comparison]) -> list[Way]:
@@ -215,7 +232,7 @@ def factors(reference: Comparison, others: Mapping[Cell, Comparison]) -> Table:
             row = [label(way), with_interval(reference.kl(way))]
             for compared in others.values():
                 ratio = compared.ratio(way, way, other=reference)
-                row.append(_with_seeds(ratio) if ratio else "missed" if way in compared.missed else "")
+                row.append(_with_seeds(ratio) + _missed(compared, way) if ratio else "missed" if way in compared.missed else "")
             table.append(row)
     return table
 

@@ -132,6 +132,22 @@ def test_seeds_widen_the_interval_and_the_resolution_is_its_width_over_the_diffe
     assert found.both > 2 * found.questions  # KL of the seeds is as 1 : 2 : 3
 
 
+def test_what_has_not_all_seeds_is_shown_and_does_not_lead() -> None:
+    lucky = Way("mica")
+    missed = {"kind": "missed", **run_and_post(lucky, MAIN, 2, 2e-3), "level": 0.9, "reached": 0.8}
+    found = compared([*study(), scored(lucky, 0.01, 0), scored(lucky, 0.01, 1), missed])
+    assert found.ranked()[0] == lucky
+    assert lucky not in found.whole()
+    assert measures.resolution(found).best == CONTRAST  # type: ignore[union-attr]
+    said = findings.answer(found)
+    assert "**contrast** moves the model least" in said
+    assert "MiCA" not in said
+    assert all("MiCA" not in cell for row in findings.whom(found) for cell in row)
+    assert any(
+        cell.endswith("; missed with seed 2") for row in tables.across(found, {MAIN._replace(steps=100): found}) for cell in row
+    )
+
+
 def test_forgetting_counts_from_the_base(whole: Comparison) -> None:
     lost = whole.forgotten(LORA, ("nq",))
     assert lost.value == pytest.approx(2 * np.mean([rows("nq", 1.0, seed)["kl"] for seed in SEEDS]))
