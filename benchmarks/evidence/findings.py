@@ -190,7 +190,7 @@ def starts(compared: Comparison) -> list[str]:
         if shown:
             sentences.append(f"{what}, of LoRA's KL: {listed(shown)}.")
     filtered = []
-    for way in (way for way in compared.ranked() if way.how == "filter"):
+    for way in (way for way in compared.whole() if way.how == "filter"):
         ratio = compared.ratio(way, way._replace(how="none")) if way._replace(how="none") in compared.points else None
         if ratio:
             filtered.append(f"{label(way._replace(how='none'))} {part(ratio.value)} ({between(ratio.questions, 2)})")

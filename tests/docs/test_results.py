@@ -76,6 +76,19 @@ def test_what_a_calibration_costs(page: str) -> None:
         assert is_rounded(memory.partition(" GB")[0].replace("−", "-"), known["gb_above_forward"])
 
 
+def test_what_the_readme_claims_is_on_the_page_of_evidence() -> None:
+    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/evidence.md"))
+    claim = re.search(r"^\*SmolLM2-135M fine-tuned on GSM8K\..+?\*$", readme, flags=re.MULTILINE | re.DOTALL)
+    assert claim is not None
+    parts = dict(re.findall(r"(`contrast`|LoRA-Null v2|CorDA-KPM|filtered)\D*?(1/[\d.]+)", claim[0]))
+    alone = page[page.index("## What a start alone does") : page.index("## Where calibration is not ahead")]
+    on_page = {"`contrast`": "contrast", "LoRA-Null v2": "LoRA-Null v2", "CorDA-KPM": "CorDA-KPM", "filtered": "without it: LoRA"}
+    assert parts.keys() == on_page.keys()
+    assert all(re.search(rf"{on_page[name]} {re.escape(part)}(?![\d.]*\d)", alone) for name, part in parts.items())
+    form = page[page.index("### Calibration: the form") :]
+    assert re.search(r"^\| contrast \| [^|]+\| 10 \(", form, flags=re.MULTILINE)  # "ten times as much"
+
+
 def test_what_a_mixture_costs() -> None:
     measured = summary("experts-cpu.json")
     shown = {row[0]: row[1:] for row in rows("docs/results.md") if row[0] in measured and row[0] != "forward"}
