@@ -247,6 +247,17 @@ def no_intruders(compared: Comparison) -> str:
     return "PEFT's `reduce_intruder_dimension` found nothing to reduce in these changes: its row is LoRA's." if own and same else ""
 
 
+def rates(found: Evidence, cell: Cell) -> str:
+    """How many learning rates were run a method: `two`, `two or three`, …"""
+    tried: dict[str, set[float]] = {}
+    for point in found.within(cell, "validation"):
+        tried.setdefault(point.way.method, set()).add(point.rate)
+    words = ("no", "one", "two", "three")
+    return " or ".join(
+        words[number] if number < len(words) else str(number) for number in sorted({len(each) for each in tried.values()})
+    )
+
+
 def unequal(compared: Comparison) -> str:
     """How equal the learning is on the test split, for which nothing was chosen."""
     losses = {way: statistics.fmean(compared.values(way, "task", "loss")) for way in compared.points}

@@ -96,11 +96,10 @@ python -m benchmarks.evidence.page OUT/results.jsonl
 - **Calibration**: what must be kept is calibrated on NQ-open's *train* part; in the main table on {form}, with equal trace,
   {samples} samples each, the same for all methods that take any; the task on {of_task} training examples. {others}
   are not calibrated on (but for the forms with WikiText, its train part).
-- **What is chosen**: every run, of two or three rates a method, is scored on a validation split (other examples of the task;
+- **What is chosen**: every run, of {rates} rates a method, is scored on a validation split (other examples of the task;
   questions of NQ-open's train part on which nothing was calibrated) at t = {scales} times its change, and, filtered with strengths
   {strengths}, at t = {after}. For each method and seed, that rate, strength and t (interpolated between these) which reaches
-  the target with the least KL there is scored on the test split, and nothing else is. Where two rates
-  left the choice at an end, or missed the target, a third one is run after they have been reported.
+  the target with the least KL there is scored on the test split, and nothing else is. {third}
 - **Equal learning**: the target of a seed is base loss − {level:g} · (base loss − the lowest loss of plain LoRA over rate and t),
   on the validation split. On the test split the task losses then are {unequal}.
 - **KL**: KL(base ‖ model), nats a token of the gold answers; {counts}; the mean of the sets. *Forgotten*: how many nats an answer
@@ -111,6 +110,12 @@ python -m benchmarks.evidence.page OUT/results.jsonl
   methods are told apart where the interval of their ratio, with the seeds resampled too, leaves out 1.
 - **The same numbers again**: run a part into another folder (`--out AGAIN --methods lora contrast --seeds 0`), then
   `python -m benchmarks.evidence --out AGAIN --compare OUT` says whether all numbers that both have are the same to the last bit."""
+
+
+THIRD_RUN = """Where two rates
+  left the choice at an end, or missed the target, a third one is run after they have been reported."""
+THIRD_DECLARED = """A third rate is
+  declared for most methods, for where two leave the choice at an end or miss the target; none has been run yet."""
 
 
 def _measured(compared: Compared) -> str:
@@ -132,6 +137,8 @@ def _measured(compared: Compared) -> str:
         others=listed(text for probe, text in PROBES.items() if probe in main.base and not probe.startswith("nq")),
         batch=sizes["batch_size"],
         of_task=sizes["of_task"],
+        rates=findings.rates(compared.found, cell),
+        third=THIRD_RUN if "three" in findings.rates(compared.found, cell) else THIRD_DECLARED,
         scales=listed(f"{scale:g}" for scale in declared.SCALES),
         strengths=listed(f"{strength:g}" for strength in declared.STRENGTHS),
         after=listed(f"{scale:g}" for scale in declared.SCALES_AFTER),

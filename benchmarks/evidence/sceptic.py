@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.evidence.findings import unequal
+from benchmarks.evidence.findings import rates, unequal
 from benchmarks.evidence.fronts import fronts, learned
 from benchmarks.evidence.names import MODELS, PROBES, TASKS
 from benchmarks.evidence.statistics import LORA, Comparison, Evidence
@@ -68,8 +68,8 @@ def weaknesses(found: Evidence, main: Comparison) -> Table:
             f"`{STUDY} --examples 400 --validation-examples 300`",
         ),
         (
-            f"Two or three learning rates a method, and a choice on {sizes['validation_examples']} examples and "
-            f"{sizes['validation_questions']} questions. A method whose best rate lies elsewhere is wronged, although t "
+            f"{rates(found, cell).capitalize()} learning rates a method, and a choice on {sizes['validation_examples']} examples "
+            f"and {sizes['validation_questions']} questions. A method whose best rate lies elsewhere is wronged, although t "
             "makes up for much of it.",
             f"`{STUDY} --validation-examples 300 --validation-questions 400`; more `rates` in `benchmarks/evidence/methods.py`",
         ),

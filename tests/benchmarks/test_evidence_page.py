@@ -148,6 +148,15 @@ def test_what_has_not_all_seeds_is_shown_and_does_not_lead() -> None:
     )
 
 
+def test_as_many_rates_are_named_as_were_run() -> None:
+    one = study()
+    assert findings.rates(evidence(one), MAIN) == "one"
+    three = [*one, *(tried(CONTRAST, 0.05, 0, 1.0, rate) for rate in (4e-3, 8e-3))]
+    assert findings.rates(evidence(three), MAIN) == "one or three"
+    assert "a third one is run after" in page.page(three, "records.jsonl")
+    assert "none has been run yet" in page.page(one, "records.jsonl")
+
+
 def test_forgetting_counts_from_the_base(whole: Comparison) -> None:
     lost = whole.forgotten(LORA, ("nq",))
     assert lost.value == pytest.approx(2 * np.mean([rows("nq", 1.0, seed)["kl"] for seed in SEEDS]))

@@ -192,7 +192,9 @@ def _measure(ready: _Prepared, peft_model: Any, out: Path, part: Path) -> dict[s
     )
     console.print_table(_rows(judge.base_loss, scores))
     ready.bars.say(f"\n{reading(scores)}\n")
-    (part / "figure.svg").write_text(figure.draw(judge.base_loss, {NAMES[name]: each for name, each in scores.items()}))
+    (part / "figure.svg").write_text(
+        figure.draw(judge.base_loss, {NAMES[name]: each for name, each in scores.items()}), encoding="utf-8"
+    )
     ready.bars.say(f"Drawn in {out / 'figure.svg'}.\n")
     return scores
 
