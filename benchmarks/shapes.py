@@ -2,16 +2,20 @@
 
 `build` makes one directly on a device: shapes on the meta device, memory without values, normal numbers in place. The weights are
 scaled so that activations stay of order one through the depth: W ~ N(0, 1 / d_in), and what writes to the residual stream is
-divided by √(2 · blocks). `plant_massive` adds the massive activations that trained models have and random ones lack.
+divided by √(2 · blocks). `plant_massive` and `plant_spectrum` add what trained models have and random ones lack: massive activations,
+and inputs whose second moment has a steep spectrum.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
+
+from benchmarks.solvers import FRACTIONS, LOG_SPECTRUM
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WRITERS = ("o_proj", "down_proj")  # to the residual stream
@@ -137,6 +141,7 @@ def build(
     blocks: int | None = None,
     seed: int = 0,
     massive: bool = False,
+    steep: bool = False,
 ) -> Any:
     """The model with random weights, made on the device.
 
@@ -145,6 +150,7 @@ def build(
         device, dtype: of the weights.
         seed: of their generator; other devices give other numbers.
         massive: plant massive activations (`plant_massive`).
+        steep: plant a real layer's spectrum (`plant_spectrum`).
     """
     model = empty(name, blocks=blocks, dtype=dtype)
     model.to_empty(device=device)
@@ -167,9 +173,31 @@ def build(
             module.weight.normal_(0, 1, generator=generator)
         elif type(module).__name__.endswith("Norm"):
             module.weight.fill_(1)
+    if steep:
+        plant_spectrum(model)
     if massive:
         plant_massive(model)
     return model
+
+
+@torch.no_grad()
+def plant_spectrum(model: Any) -> None:
+    """Hidden states whose second moment has the spectrum of a real layer's inputs (`benchmarks.solvers.LOG_SPECTRUM`).
+
+    Random weights make inputs of a flat one, whose bottom no trained model has and no iteration finds quickly. Here what writes into
+    the residual stream, embeddings and the last projections of attention and MLP, is scaled channel by channel; the others see it
+    along random directions.
+    """
+    d = model.config.hidden_size
+    logs = np.interp(np.linspace(0, 1, d), FRACTIONS, LOG_SPECTRUM)
+    roots = torch.tensor(10 ** (logs / 2))
+    roots = roots[torch.randperm(d, generator=torch.Generator().manual_seed(0))] * (d**0.5 / torch.linalg.vector_norm(roots))
+    embeddings = model.get_input_embeddings().weight
+    scale = roots.to(embeddings.device, embeddings.dtype)
+    embeddings *= scale
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] in WRITERS and isinstance(module, nn.Linear):
+            module.weight *= scale[:, None]
 
 
 @torch.no_grad()

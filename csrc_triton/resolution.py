@@ -7,11 +7,11 @@
 - `addition`: a float32 addition of a chain (`plain`) rounds to nearest, relative to the whole sum. n of them make √n times as much;
   from launch to launch they are independent, and relative to the sum fall like 1 / √launches.
 
-The constants are an upper end of simulations, in which Kahan's pair added nothing to the error of the chains, as float64 would
-(`python -m benchmarks.resolution`); none was measured on a device yet (`python -m benchmarks.first_gpu.kernels`). `common` is that
-of inputs with a few large and nearly constant channels (layer 1's down projection in SmolLM2): all chains of an entry take the
-same way through the same roundings. Other inputs lose 2e-8 to 8e-8. float32 inputs, which TF32 products stand for,
-have float32's own resolution.
+The constants are an upper end: `common` is that of inputs with a few large and nearly constant channels (layer 1's down projection
+in SmolLM2), for which all chains of an entry take the same way through the same roundings. Hopper's are what an H100 lost there,
+2.0e-7 with windows of 128 and 4.8e-7 with 256; other inputs lost 3e-8 to 1.1e-7 and 7e-8 to 2.2e-7. Ampere's, and the power for
+shorter windows, are simulated (`python -m benchmarks.resolution`), which gave 1.8e-7 where the H100 lost 2.0e-7. float32 inputs,
+which TF32 products stand for, have float32's own resolution.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class Resolution(NamedTuple):
 
 
 # By compute capability (others round as Ampere does): the window that it is of, and `common`.
-COMMON = {(9, 0): (128, 1.8e-7), (8, 0): (64, 2.25e-7)}
-# By what power of its length a chain loses more than that window, or less.
-LONGER, SHORTER = 1.16, 0.7
+COMMON = {(9, 0): (128, 2.05e-7), (8, 0): (64, 2.25e-7)}
+# By what power of its length a chain loses more than that window, or less. On the H100 windows of 64, 256 and 512 lost 0.51, 2.4 and
+# 5.6 times as much as those of 128.
+LONGER, SHORTER = 1.25, 0.7
 ADDITION = 1.6e-8
 SINGLE = 2e-7
 

@@ -63,7 +63,9 @@ def candidates(device: str) -> dict[str, Any]:
     for variant in tiles.VARIANTS:
         if variant != base.variant:
             named[variant] = base._replace(variant=variant, window=512 if variant == "gemm" else base.window)
-    for window in (64, 256):
+            if variant.startswith("gluon"):  # windows of one step
+                named[variant] = named[variant]._replace(window=128, block_k=128, stages=3)
+    for window in sorted({64, 128, 256, 512} - {base.window}):
         named[f"window {window}"] = base._replace(window=window, block_k=min(window, base.block_k))
     if base.descriptor:
         named["pointers"] = base._replace(descriptor=False)

@@ -19,6 +19,7 @@ from nullspace import solvers
 from nullspace.checks import FRACTION, NOT_NEGATIVE, check_between, check_integer, check_one_of, check_real
 from nullspace.errors import InputError
 from nullspace.factors.low_rank import LowRank
+from nullspace.solvers.singular import thin_svd
 
 CORDA_MODES = ("kpm", "ipm")
 # Added to the diagonal of C, relative to its mean, by PEFT and the paper's code.
@@ -54,7 +55,7 @@ def lora_null(weight: torch.Tensor, basis: torch.Tensor, *, rank: int | None = N
     rank = _check_rank(basis.shape[1], weight.shape[0], rank)
     check_real("sigma_scale", sigma_scale)
     basis = basis.to(weight.device, torch.float64)
-    p, sigma, qt = torch.linalg.svd(weight.to(torch.float64) @ basis, full_matrices=False)
+    p, sigma, qt = thin_svd(weight.to(torch.float64) @ basis)
     right = qt[:rank] @ basis.T
     root = solvers.column_signs(right.mT) * (sigma_scale * sigma[:rank]).sqrt()
     return LowRank(A=root[:, None] * right, B=p[:, :rank] * root)

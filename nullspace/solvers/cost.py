@@ -26,13 +26,19 @@ INVERT_MIN_D = 3072
 SIDE_BY_SIDE_BYTES = 2**30
 
 # Shift-invert, by compute capability (None: all others) and smallest d: into how many parts k + GUARD columns are divided, which
-# gives the width of a block, and the order of the blocks of L that are inverted (`triangular.Factor`). Computed for an H100 and
-# k = 128, timed nowhere yet: a pass over L reads it twice at 3.3 TB/s and launches 4 d / block + 14 kernels of 5 µs; narrow blocks
-# take more passes, wide ones more columns, and the eigenproblem on the host their cube (612 columns 14 ms, 720 24 ms, one thread).
-# `python -m benchmarks.first_gpu.solvers` prints such rows.
+# gives the width of a block, and the order of the blocks of L that are inverted (`triangular.Factor`; WHOLE: all of L). On an H100,
+# k = 128, seconds of widths 18, 24, 36 and 72: with L⁻¹ 0.10, 0.064, 0.091 and 0.10 at d = 4096, 0.15, 0.13, 0.15 and 0.19 at 11008,
+# 0.16, 0.20, 0.19 and 0.23 at 14336; with blocks of 2048 up to 1.5 times as much, with 1024 up to twice. A step is bound by its
+# launches there. From 16384 on d³ / 3 more flops for L⁻¹ take longer than what they save. Other devices have fewer float64 flops a
+# launch: computed, not measured. `python -m benchmarks.first_gpu.solvers` prints such rows.
+WHOLE = 2**31
 INVERT_ON_CUDA: dict[tuple[int, int] | None, dict[int, tuple[int, int]]] = {
+    (9, 0): {0: (6, WHOLE), 16384: (6, 2048)},
     None: {0: (12, 256), 2048: (12, 512), 4096: (12, 1024)},
 }
+# On a GPU shift-invert begins here: an H100 takes 0.041 s for d = 2048 and k = 128, `torch.linalg.eigh` 0.029 s; at 4096, 0.064 and
+# 0.127 s.
+INVERT_MIN_D_ON_CUDA = 3072
 # On a CPU: the multiple of LEAST_WIDTH next to (k + GUARD) / 6. One thread, d = 4096, k = 128, seconds of the processor on a loaded
 # machine, the least of two: 3.6, 4.5, 3.4 and 3.5 with 12, 18, 24 and 36 columns; MKL's triangular solver prefers multiples of 12.
 INVERT_ON_CPU = 6
@@ -55,8 +61,7 @@ def choose_method(d: int, k: int, device: torch.device | str = "cpu", *, every: 
             return "shift-invert"
         if d >= SUBSET_MIN_D and k <= d * SUBSET_FRACTION:
             return "lapack-subset"
-    # By count: `invert_flops` at the largest k that shift-invert takes is below half of the 9 d³ of all pairs. Neither was timed.
-    elif kind == "cuda" and not every and krylov.LEAST_ORDER * (k + krylov.GUARD) <= d:
+    elif kind == "cuda" and not every and d >= max(INVERT_MIN_D_ON_CUDA, krylov.LEAST_ORDER * (k + krylov.GUARD)):
         return "shift-invert"
     return "eigh"
 

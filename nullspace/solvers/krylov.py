@@ -99,6 +99,8 @@ def shift_invert(c: torch.Tensor, k: int, tuning: Tuning) -> tuple[torch.Tensor,
         pairs = None if ritz is None else _certified(c, scale, norm, factor, ritz, k)
         if pairs is not None:
             return pairs[0] * scale, pairs[1]
+        if ritz is None and (attempt == 1 or estimate == 0):
+            return None  # convergence is slow: wide blocks would need more columns still
         del lower, factor, ritz  # before the next factor is made
     return None
 
@@ -195,7 +197,7 @@ def inverse_krylov(
     wanted = k + GUARD
     most = min(MAX_COLUMNS * wanted, len(factor.lower))
     space = Space(factor, most, tuning)
-    columns, before = first_check(wanted, tuning.width), math.inf
+    columns, behind, before = first_check(wanted, tuning.width), 0, math.inf
     while True:
         grown = space.extended(columns)
         pairs = space.ritz(wanted)
@@ -219,9 +221,12 @@ def inverse_krylov(
             return Ritz(theta, space.image(theta, y)), 0.0
         if float(error.max()) <= RITZ_TOLERANCE and (excess > before / 2 or not grown):
             return Ritz(theta, factor.solve(orthonormal(space.image(theta, y)))), 0.0
-        if not grown:
+        # Convergence gathers speed: it may need half of the columns that the rate so far would ask for, but no fewer.
+        added, gained = space.columns - behind, math.log10(before / excess) if before < math.inf else math.inf
+        if not grown or space.columns + added * math.log10(excess) / max(gained, 1e-3) / 2 > most:
             return None, 0.0
-        columns, before = space.columns + math.ceil((wanted / DIGIT + tuning.width) * math.log10(excess)), excess
+        behind, before = space.columns, excess
+        columns = space.columns + math.ceil((wanted / DIGIT + tuning.width) * math.log10(excess))
 
 
 class Space:

@@ -228,7 +228,7 @@ def cells(capability: int) -> dict[tuple[str, str], Callable[[], dict[str, Any]]
     in the name of an instruction; 8.6 and 8.9 share 8.0's instructions, and have less shared memory, which only `_syrk` and its
     grouped form come near; copies and sums of float32 numbers are compiled as those of 16 bits."""
     table = HALF.get(divmod(capability, 10), HALF_DEFAULT)  # type: ignore[arg-type]
-    half = table[min(table)]
+    half = table[max(table)]
     result: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {}
     for dtype, base in ((torch.bfloat16, half), (torch.float16, half), (torch.float32, SINGLE)):
         name = f"{NAMES[dtype]} sm_{capability}"
@@ -240,7 +240,7 @@ def cells(capability: int) -> dict[tuple[str, str], Callable[[], dict[str, Any]]
             if dtype != torch.float16:
                 result["grouped", f"{name}{suffix}"] = partial(grouped_for, dtype, tiling, capability)
             if capability == 90 and dtype != torch.float32:
-                gluon = base._replace(variant=f"gluon-{variant}")
+                gluon = base._replace(variant=f"gluon-{variant}", block_k=128, window=128, stages=3)
                 result["gluon", f"{name} {variant}"] = partial(gluon_for, dtype, gluon, capability)
         if capability in (86, 89) or dtype == torch.float16:
             continue

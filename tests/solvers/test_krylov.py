@@ -106,7 +106,7 @@ def test_the_widest_layer_of_a_70b_model_fits_24_gb_beside_the_sums_of_its_block
 
 @pytest.mark.parametrize(
     ("d", "k", "every", "method"),
-    [(4096, 128, False, "shift-invert"), (576, 32, False, "shift-invert"), (576, 128, False, "eigh"), (4096, 128, True, "eigh")],
+    [(4096, 128, False, "shift-invert"), (3072, 128, False, "shift-invert"), (2048, 128, False, "eigh"), (4096, 128, True, "eigh")],
 )
 def test_what_auto_takes_on_cuda(d: int, k: int, every: bool, method: str) -> None:
     assert choose_method(d, k, "cuda", every=every) == method
