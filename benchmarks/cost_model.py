@@ -97,7 +97,7 @@ class Gpu:
         cholesky: float64 flops a second, counted as d³ / 3.
         solves: float64 flops a second of two triangular solves, counted as 2 d² a column, where they do not wait for memory.
         eigh: float64 flops a second of `torch.linalg.eigh`, counted as 9 d³.
-        host_eigh: the host's flops a second in a symmetric eigenproblem of some hundred, counted as 4/3 n³.
+        small: columns a second in a symmetric eigenproblem of some hundred of them.
         transfer: bytes a second from pinned host memory.
         side_by_side: how many times as fast several sites are solved at once.
     """
@@ -113,7 +113,7 @@ class Gpu:
     cholesky: Figure
     solves: Figure
     eigh: Figure
-    host_eigh: Figure
+    small: Figure
     transfer: Figure
     side_by_side: Figure
 
@@ -137,7 +137,7 @@ class Gpu:
         """Shift-invert by `nullspace.solvers.cost.tuning`.
 
         Cholesky, the steps of the space and of the search for what was missed, products of the columns among themselves, one small
-        problem on the host. A step multiplies or reads the factor twice, whichever takes longer, and launches its small kernels.
+        problem. A step multiplies or reads the factor twice, whichever takes longer, and launches its small kernels.
         """
         wanted, chosen = k + krylov.GUARD, tuning(d, k, "cuda")
         columns = krylov.first_check(wanted, chosen.width)
@@ -146,7 +146,7 @@ class Gpu:
         step = _longer(at(2.0 * d * d * chosen.width, self.solves), at(8.0 * d * d, self.copy))
         step = step.plus(at(LAUNCHES_A_STEP + 4 * -(-d // block), self.launch))
         products = at(2 / 3 * d * block**2 + 2.0 * d * d * wanted + 4.0 * d * columns**2, self.solves)
-        return at(d**3 / 3, self.cholesky).plus(step.times(steps), products, at(4 / 3 * columns**3, self.host_eigh))
+        return at(d**3 / 3, self.cholesky).plus(step.times(steps), products, at(columns, self.small))
 
     def eigh_seconds(self, d: int) -> Seconds:
         """`torch.linalg.eigh`: its flops, and the launches that each column of the tridiagonal reduction waits for."""
@@ -183,7 +183,7 @@ H100 = Gpu(
     cholesky=Figure(10e12, 25e12, "guess, from 67e12 of the float64 tensor cores (data sheet)"),
     solves=Figure(4e12, 10e12, "guess: triangular solves of a hundred columns are no large products"),
     eigh=Figure(2e12, 4.5e12, "guess: below 3 % of the float64 peak are reported (arXiv 2410.02170)"),
-    host_eigh=Figure(4e9, 15e9, "guess: 3e9 to 6e9 are seen on one core of a busy CPU"),
+    small=Figure(5e4, 1e5, "guess: a column of the tridiagonal form waits for a few launches"),
     transfer=Figure(20e9, 50e9, "guess, from PCIe 5's 64e9 (data sheet)"),
     side_by_side=Figure(1.5, 3.0, "guess: three or four sites on streams of their own"),
 )
@@ -315,8 +315,8 @@ def measured_on(results: Mapping[str, Mapping[str, Any]], gpu: Gpu = H100) -> Gp
     know("solves", solves, "solvers: the fastest application of the factor to 72 columns or more")
     eighs = [9.0 * row["d"] ** 3 / row["seconds"] for row in rows if row.get("method") == "torch.linalg.eigh" and "seconds" in row]
     know("eigh", eighs, "solvers: torch.linalg.eigh")
-    small = [4 / 3 * row["n"] ** 3 / row["host_s"] for row in rows if row.get("n", 0) >= 432 and "host_s" in row]
-    know("host_eigh", small, "solvers: small eigenproblems on the host")
+    small = [row["n"] / row["device_s"] for row in rows if row.get("n", 0) >= 432 and "device_s" in row]
+    know("small", small, "solvers: small eigenproblems on the device")
     gains = [1 / row["over one after the other"] for row in rows if row.get("at once", 0) >= 3]
     know("side_by_side", gains, "solvers: three and four at once")
     forward = [

@@ -2,8 +2,8 @@
 
 `build` makes one directly on a device: shapes on the meta device, memory without values, normal numbers in place. The weights are
 scaled so that activations stay of order one through the depth: W ~ N(0, 1 / d_in), and what writes to the residual stream is
-divided by √(2 · blocks). `plant_massive` and `plant_spectrum` add what trained models have and random ones lack: massive activations,
-and inputs whose second moment has a steep spectrum.
+divided by √(2 · blocks). `plant_massive` and `plant_spectrum` add what trained models have and random ones lack: massive
+activations, and hidden states whose second moment has a steep spectrum.
 """
 
 from __future__ import annotations
@@ -184,9 +184,9 @@ def build(
 def plant_spectrum(model: Any) -> None:
     """Hidden states whose second moment has the spectrum of a real layer's inputs (`benchmarks.solvers.LOG_SPECTRUM`).
 
-    Random weights make inputs of a flat one, whose bottom no trained model has and no iteration finds quickly. Here what writes into
-    the residual stream, embeddings and the last projections of attention and MLP, is scaled channel by channel; the others see it
-    along random directions.
+    Random weights make inputs of a flat one, which no trained model has, and whose bottom no iteration finds quickly. Here what
+    writes into the residual stream, embeddings and the last projections of attention and MLP, is scaled channel by channel. The
+    inputs of these last projections themselves stay flatter at their bottom than a trained model's.
     """
     d = model.config.hidden_size
     logs = np.interp(np.linspace(0, 1, d), FRACTIONS, LOG_SPECTRUM)

@@ -9,9 +9,9 @@
 
 The constants are an upper end: `common` is that of inputs with a few large and nearly constant channels (layer 1's down projection
 in SmolLM2), for which all chains of an entry take the same way through the same roundings. Hopper's are what an H100 lost there,
-2.0e-7 with windows of 128 and 4.8e-7 with 256; other inputs lost 3e-8 to 1.1e-7 and 7e-8 to 2.2e-7. Ampere's, and the power for
-shorter windows, are simulated (`python -m benchmarks.resolution`), which gave 1.8e-7 where the H100 lost 2.0e-7. float32 inputs,
-which TF32 products stand for, have float32's own resolution.
+2.0e-7 with windows of 128 (`benchmarks/results/first_gpu-h100/more.json`); other inputs lost 3e-8 to 1.1e-7. Ampere's, and the power for
+shorter windows, are simulated (`python -m benchmarks.resolution`). On the tests' inputs the simulation of Hopper gave what the H100
+lost, to three digits. float32 inputs, which TF32 products stand for, have float32's own resolution.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Resolution(NamedTuple):
         return self.addition**2 * (tokens / self.window) / self.splits**2
 
 
-# By compute capability (others round as Ampere does): the window that it is of, and `common`.
-COMMON = {(9, 0): (128, 2.05e-7), (8, 0): (64, 2.25e-7)}
-# By what power of its length a chain loses more than that window, or less. On the H100 windows of 64, 256 and 512 lost 0.51, 2.4 and
-# 5.6 times as much as those of 128.
-LONGER, SHORTER = 1.25, 0.7
+# By compute capability (others round as Ampere does): a window, its `common`, and by what power of its length a longer chain loses
+# more. On the H100 windows of 64, 256 and 512 lost 0.51, 2.4 and 5.6 times as much as those of 128.
+COMMON = {(9, 0): (128, 2.05e-7, 1.25), (8, 0): (64, 2.25e-7, 1.16)}
+# By what power a shorter one loses less.
+SHORTER = 0.7
 ADDITION = 1.6e-8
 SINGLE = 2e-7
 
@@ -54,6 +54,6 @@ def resolution_of(tiling: Tiling, dtype: torch.dtype, device: torch.device, *, g
     if dtype == torch.float32:
         return Resolution(SINGLE, addition, tiling.window, splits)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    window, common = COMMON.get(capability, COMMON[8, 0])
+    window, common, longer = COMMON.get(capability, COMMON[8, 0])
     length = tiling.window / window
-    return Resolution(common * length ** (LONGER if length > 1 else SHORTER), addition, tiling.window, splits)
+    return Resolution(common * length ** (longer if length > 1 else SHORTER), addition, tiling.window, splits)

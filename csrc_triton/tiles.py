@@ -55,18 +55,21 @@ class Tiling(NamedTuple):
 
 
 # For 16-bit inputs, by compute capability and by the smallest width that a tiling serves. `python -m benchmarks.first_gpu.kernels
-# --sweep` prints such rows. On an H100, times as fast as cuBLAS's full product (8k tokens up to d = 3072, 16k above), with windows of
-# 128 and 256 and with steps of 64 tokens in windows of 256: 1.17, 1.32 and 1.35 at d = 4096, 1.08, 1.29 and 1.36 at 14336; tiles of
-# 64 and of 128: 0.66 and 0.30 at d = 576, 0.85 and 0.57 at 1024, 0.71 and 0.72 at 2048. There float32's own addition is no faster
-# than Kahan's, and Gluon's two warpgroups are slower than both (0.94 and 1.22 at 14336): L2 binds, not arithmetic.
+# --sweep` prints such rows. Hopper's are the fastest on an H100 of those with a resolution of 3e-8 or less, on steep inputs as on
+# others: times as fast as cuBLAS's full product, 16k tokens (`benchmarks/results/first_gpu-h100/kernels.json`, `more.json`),
+#     window       64     128    192    256    320    512    128, one addition    128, Gluon
+#     4096         0.82   1.15   1.31   1.32   1.34   1.00   1.29                 1.01
+#     14336        0.79   1.10   1.28   1.35   1.43   1.46   1.30                 0.94
+#     resolution   –      2.6e-8 4.1e-8 6.2e-8 8.1e-8 1.5e-7 4.4e-8 to 1.7e-7     2.6e-8
+# From 192 on the L2 cache binds, not arithmetic. Tiles of 64 and of 128, with windows of 256 and 8k tokens: 0.66 and 0.30 at
+# d = 576, 0.85 and 0.57 at 1024, 0.71 and 0.72 at 2048.
 # Windows: Hopper rounds once in 16 tokens, 25 binary places behind the largest product; Ampere once in 8, 24 places behind, and
-# needs windows half as long for the same resolution. On inputs of SmolLM2-135M windows of 256 raise the excess leak from at most
-# 1.5e-8 to 6.4e-8 (cuBLAS: 2.1e-6). Ampere's rows are computed (tests/csrc_triton/test_compiled.py: everything stays in registers,
-# shared memory fits), not timed; other devices get them.
+# needs windows half as long for the same resolution (simulated: benchmarks/resolution.py). Ampere's row is not timed: the compiled
+# loop keeps everything in registers, and shared memory fits (tests/csrc_triton/test_compiled.py). Other devices get it.
 HALF = {
     (9, 0): {
-        1: Tiling(block=64, block_k=64, window=256, warps=4, stages=3, descriptor=True),
-        2048: Tiling(block=128, block_k=64, window=256, warps=8, stages=4, descriptor=True),
+        1: Tiling(block=64, block_k=64, window=128, warps=4, stages=3, descriptor=True),
+        2048: Tiling(block=128, block_k=128, window=128, warps=8, stages=3, descriptor=True),
     },
     (8, 0): {1: Tiling(block=128, block_k=32, window=64, warps=8, stages=4, descriptor=False)},
 }
@@ -99,9 +102,8 @@ def candidates(dtype: torch.dtype, device: torch.device, d: int) -> list[Tiling]
     if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
         for step, stages in ((128, 3), (64, 6)):
             whole = Tiling(block=128, block_k=step, window=step, warps=8, stages=stages, descriptor=True)
-            result += [whole._replace(variant=variant) for variant in ("kahan", "gluon-kahan", "gluon-plain")]
-        wide = Tiling(block=128, block_k=64, window=256, warps=8, stages=4, descriptor=True)
-        result += [wide, wide._replace(block_k=128, stages=3), wide._replace(window=512)]
+            result += [whole._replace(variant=variant) for variant in ("kahan", "plain", "gluon-kahan", "gluon-plain")]
+        result += [Tiling(block=128, block_k=64, window=window, warps=8, stages=4, descriptor=True) for window in (128, 192, 256)]
     else:
         result += [base._replace(block_k=64), base._replace(stages=base.stages + 1), base._replace(window=2 * base.window)]
     if d < 2 * NARROW:

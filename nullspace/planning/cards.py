@@ -1,7 +1,7 @@
 """GPUs by name, for forecasts: what their data sheets say, and what a forecast assumes that they reach.
 
 `CARDS` is the only table. Its columns are figures of data sheets. Rates are assumed to grow with them from those of the H100, which
-are forecasts themselves (`benchmarks/results/cost.md`): none of these cards has been measured.
+were measured (`benchmarks/results/first_gpu-h100`); no other card was.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ Where they come from, by the title of the publication; a maker's figure with spa
 """
 
 REFERENCE = CARDS["H100"]
-"""The card whose rates are forecast part by part: those of the others are in proportion to it."""
+"""The card whose rates were measured: those of the others are in proportion to it."""
 OF_DOUBLE = 0.5
 """Part of its float64 peak that an eigenproblem can reach at most: it binds where that peak is low."""
 

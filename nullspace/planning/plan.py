@@ -15,6 +15,7 @@ import torch
 from nullspace.checks import check_integer, check_one_of
 from nullspace.planning.cards import OF_DOUBLE, REFERENCE, Card
 from nullspace.planning.units import duration, gigabytes
+from nullspace.solvers.cost import EIGH_ON_CUDA
 
 PLACES = ("device", "host", "disk")
 EXPERTS = ("auto", "each", "pooled")
@@ -48,8 +49,8 @@ class Rates:
     def of(cls, device: str, dtype: torch.dtype, threads: int | None = None, card: Card = REFERENCE) -> Rates:
         """Estimates for a kind of device.
 
-        Of an H100 they are the middle of what `benchmarks/results/cost.md` forecasts, not measured. Those of other cards are
-        assumed in proportion: products of the model and sums to the peak of 16-bit products (of a float32 model to that of
+        Of an H100 in bfloat16 they are measured, on two blocks of Llama-3-8B (`benchmarks/results/first_gpu-h100`). Most of the
+        seconds of the sums are the host's there. Those of other cards are assumed in proportion: products of the model and sums to the peak of 16-bit products (of a float32 model to that of
         float32), eigenproblems, half of whose work waits for memory, to its bandwidth, and at most half of the float64 peak.
 
         Args:
@@ -62,10 +63,10 @@ class Rates:
         if device == "cuda":
             products, memory = card.half / REFERENCE.half, card.bandwidth / REFERENCE.bandwidth
             return cls(
-                forward=400e12 * products if half else 40e12 * card.single / REFERENCE.single,
-                sums=375e12 * products,
-                decomposition=min(3e12 * memory, OF_DOUBLE * card.double),
-                transfer=30e9 * card.link / REFERENCE.link,
+                forward=380e12 * products if half else 40e12 * card.single / REFERENCE.single,
+                sums=125e12 * products,
+                decomposition=min(EIGH_ON_CUDA * memory, OF_DOUBLE * card.double),
+                transfer=55e9 * card.link / REFERENCE.link,
                 disk=2e9,
             )
         threads = threads or torch.get_num_threads()

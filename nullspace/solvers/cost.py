@@ -27,24 +27,30 @@ SIDE_BY_SIDE_BYTES = 2**30
 
 # Shift-invert, by compute capability (None: all others) and smallest d: into how many parts k + GUARD columns are divided, which
 # gives the width of a block, and the order of the blocks of L that are inverted (`triangular.Factor`; WHOLE: all of L). On an H100,
-# k = 128, seconds of widths 18, 24, 36 and 72: with L⁻¹ 0.10, 0.064, 0.091 and 0.10 at d = 4096, 0.15, 0.13, 0.15 and 0.19 at 11008,
-# 0.16, 0.20, 0.19 and 0.23 at 14336; with blocks of 2048 up to 1.5 times as much, with 1024 up to twice. A step is bound by its
-# launches there. From 16384 on d³ / 3 more flops for L⁻¹ take longer than what they save. Other devices have fewer float64 flops a
-# launch: computed, not measured. `python -m benchmarks.first_gpu.solvers` prints such rows.
+# k = 128, seconds (`benchmarks/results/first_gpu-h100/more.json`):
+#     width          18      24      36      72      blocks of 2048, width 24     blocks of 1024
+#     d = 4096       0.096   0.064   0.091   0.10    0.079                        0.11
+#     d = 11008      0.15    0.13    0.15    0.19    0.17                         0.18
+#     d = 14336      0.16    0.20    0.19    0.23    0.17                         0.21
+# Launches bind a step, so that L⁻¹, two products, pays up to there; from 16384 on the d³ / 3 flops more that it takes do not. Other
+# devices: computed, not measured. `python -m benchmarks.first_gpu.solvers` prints such rows.
 WHOLE = 2**31
 INVERT_ON_CUDA: dict[tuple[int, int] | None, dict[int, tuple[int, int]]] = {
     (9, 0): {0: (6, WHOLE), 16384: (6, 2048)},
     None: {0: (12, 256), 2048: (12, 512), 4096: (12, 1024)},
 }
-# On a GPU shift-invert begins here: an H100 takes 0.041 s for d = 2048 and k = 128, `torch.linalg.eigh` 0.029 s; at 4096, 0.064 and
-# 0.127 s.
-INVERT_MIN_D_ON_CUDA = 3072
+# On a GPU shift-invert begins here. On an H100, k = 128, it takes 0.041, 0.082 and 0.081 s at d = 2048, 3072 and 4096, and
+# `torch.linalg.eigh` 0.029, 0.067 and 0.126 s.
+INVERT_MIN_D_ON_CUDA = 3584
 # On a CPU: the multiple of LEAST_WIDTH next to (k + GUARD) / 6. One thread, d = 4096, k = 128, seconds of the processor on a loaded
 # machine, the least of two: 3.6, 4.5, 3.4 and 3.5 with 12, 18, 24 and 36 columns; MKL's triangular solver prefers multiples of 12.
 INVERT_ON_CPU = 6
 LEAST_WIDTH = 12
-# Flops a second of `torch.linalg.eigh` on an H100: a forecast.
-EIGH_ON_CUDA = 3e12
+# On an H100 (`benchmarks/results/first_gpu-h100/more.json`): flops a second of `torch.linalg.eigh` of 9 d³, and the seconds a column beside
+# them, which fit 0.029, 0.067, 0.126, 1.33 and 2.69 s at d = 2048, 3072, 4096, 11008 and 14336; the same of shift-invert, a step
+# (0.064, 0.12 and 0.16 s at 4096, 11008 and 14336), and the seconds a column of its small eigenproblem.
+EIGH_ON_CUDA, EIGH_COLUMN = 1e13, 12e-6
+INVERT_ON_H100, INVERT_STEP, SMALL_COLUMN = 3.5e13, 1.2e-3, 13e-6
 
 
 def choose_method(d: int, k: int, device: torch.device | str = "cpu", *, every: bool = False) -> str:
@@ -71,8 +77,9 @@ def tuning(d: int, k: int, device: torch.device | str = "cpu") -> krylov.Tuning:
     device = torch.device(device)
     if device.type == "cpu":
         return krylov.Tuning(LEAST_WIDTH * max(1, round((k + krylov.GUARD) / INVERT_ON_CPU / LEAST_WIDTH)))
+    # Where there is none, the H100's: forecasts for other cards are scaled from it.
     present = device.type == "cuda" and torch.cuda.is_available()
-    rows = INVERT_ON_CUDA.get(torch.cuda.get_device_capability(device) if present else None, INVERT_ON_CUDA[None])
+    rows = INVERT_ON_CUDA.get(torch.cuda.get_device_capability(device) if present else (9, 0), INVERT_ON_CUDA[None])
     parts, block = rows[max(least for least in rows if least <= d)]
     return krylov.Tuning(max(8, (k + krylov.GUARD) // parts), block, cholesky=True)
 
@@ -109,18 +116,16 @@ def decomposition_cost(d: int, rank: int, device: str, eigh_rate: float = EIGH_O
         size, flops = invert_cost(d, k, chosen)
         if device == "cpu":
             return size, flops, flops / 0.45
-        # A forecast (`benchmarks/results/cost.md`): products and solves run at three times the rate of `eigh`, the host's small
-        # eigenproblem at a four-hundredth of an H100's.
-        small = 4 / 3 * krylov.first_check(k + krylov.GUARD, chosen.width) ** 3
-        return size, flops, flops / 3 + eigh_rate / (EIGH_ON_CUDA / 400) * small
+        columns = krylov.first_check(k + krylov.GUARD, chosen.width)
+        waiting = INVERT_STEP * columns / chosen.width + SMALL_COLUMN * columns
+        return size, flops, flops * EIGH_ON_CUDA / INVERT_ON_H100 + waiting * eigh_rate
     if method == "lapack-subset":
         # The reflectors lie in the square, and LAPACK works on them there; several small ones are at work at once.
         flops = 4 / 3 * d**3 + 4 * d * d * k
         return side_by_side(d) * (square + 64 * 8 * d + 32 * d * k), flops, 3 * flops
-    # Vectors, and a workspace of two squares. On a GPU every column of the tridiagonal reduction waits for about four launches of
-    # 4.5 µs (a forecast).
-    waiting = 18e-6 * eigh_rate * d if device == "cuda" else 0.0
-    return 4 * square + 16 * d * k, 9.0 * d**3, 9.0 * d**3 + waiting
+    # Beside C, vectors and a workspace of two squares; on an H100, of four.
+    workspace, waiting = (4, EIGH_COLUMN * eigh_rate * d) if device == "cuda" else (2, 0.0)
+    return (2 + workspace) * square + 16 * d * k, 9.0 * d**3, 9.0 * d**3 + waiting
 
 
 def invert_cost(d: int, k: int, tuning: krylov.Tuning) -> tuple[int, float]:

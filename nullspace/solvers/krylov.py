@@ -221,7 +221,7 @@ def inverse_krylov(
             return Ritz(theta, space.image(theta, y)), 0.0
         if float(error.max()) <= RITZ_TOLERANCE and (excess > before / 2 or not grown):
             return Ritz(theta, factor.solve(orthonormal(space.image(theta, y)))), 0.0
-        # Convergence gathers speed: it may need half of the columns that the rate so far would ask for, but no fewer.
+        # Convergence gathers speed. Where half of the columns that the rate so far asks for are too many, the spectrum is flat.
         added, gained = space.columns - behind, math.log10(before / excess) if before < math.inf else math.inf
         if not grown or space.columns + added * math.log10(excess) / max(gained, 1e-3) / 2 > most:
             return None, 0.0
@@ -314,11 +314,16 @@ class Space:
 def largest_pairs(small: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The m largest eigenvalues of a symmetric matrix of some hundreds of rows, descending, and their vectors, on its device.
 
-    On a CPU LAPACK's subset driver. On a GPU all pairs: an H100 takes 8 ms for an order of 720 and 18 ms for 1440, the host beside it
-    24 and 126 ms (`benchmarks/results/first-gpu-h100/solvers.json`).
+    On a CPU LAPACK's subset driver. On a GPU all pairs: an H100 takes 8 ms for an order of 720 and 18 ms for 1440, the host beside
+    it 24 and 126 ms (`benchmarks/results/first_gpu-h100/solvers.json`).
     """
     if small.device.type == "cpu":
         values, vectors = bottom_pairs(-small.numpy(), m, overwrite=True)
         return -torch.from_numpy(values[:m]), torch.from_numpy(vectors)
+    return largest_by_eigh(small, m)
+
+
+def largest_by_eigh(small: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`largest_pairs` from all pairs."""
     values, vectors = torch.linalg.eigh(small)
     return values.flip(0)[:m], vectors.flip(1)[:, :m]

@@ -240,7 +240,7 @@ def cells(capability: int) -> dict[tuple[str, str], Callable[[], dict[str, Any]]
             if dtype != torch.float16:
                 result["grouped", f"{name}{suffix}"] = partial(grouped_for, dtype, tiling, capability)
             if capability == 90 and dtype != torch.float32:
-                gluon = base._replace(variant=f"gluon-{variant}", block_k=128, window=128, stages=3)
+                gluon = base._replace(variant=f"gluon-{variant}")
                 result["gluon", f"{name} {variant}"] = partial(gluon_for, dtype, gluon, capability)
         if capability in (86, 89) or dtype == torch.float16:
             continue

@@ -22,7 +22,7 @@ from reference import entrywise_error
 pytest.importorskip("triton")
 from nullspace.csrc_triton import gemm, grouped, selected, stage, syrk
 
-HOPPER = HALF[9, 0][2048]._replace(block_k=128, window=128, stages=3)
+HOPPER = HALF[9, 0][2048]
 SMALL = Tiling(block=64, block_k=32, window=64, warps=4, stages=2, descriptor=False)
 # Windows of one step and of two, tokens shared by programs, and every variant.
 TILINGS = [
