@@ -9,9 +9,9 @@
 
 The constants are an upper end: `common` is that of inputs with a few large and nearly constant channels (layer 1's down projection
 in SmolLM2), for which all chains of an entry take the same way through the same roundings. Hopper's are what an H100 lost there,
-2.0e-7 with windows of 128 (`benchmarks/results/first_gpu-h100/more.json`); other inputs lost 3e-8 to 1.1e-7. Ampere's, and the power for
-shorter windows, are simulated (`python -m benchmarks.resolution`). On the tests' inputs the simulation of Hopper gave what the H100
-lost, to three digits. float32 inputs, which TF32 products stand for, have float32's own resolution.
+2.0e-7 with windows of 128 (`benchmarks/results/first_gpu-h100/more.json`); other inputs lost 3e-8 to 1.1e-7. Ampere's, and the
+power for shorter windows, are simulated (`python -m benchmarks.resolution`). On the tests' inputs the simulation of Hopper gave
+what the H100 lost, to three digits. float32 inputs, which TF32 products stand for, have float32's own resolution.
 """
 
 from __future__ import annotations

@@ -49,9 +49,10 @@ class Rates:
     def of(cls, device: str, dtype: torch.dtype, threads: int | None = None, card: Card = REFERENCE) -> Rates:
         """Estimates for a kind of device.
 
-        Of an H100 in bfloat16 they are measured, on two blocks of Llama-3-8B (`benchmarks/results/first_gpu-h100`). Most of the
-        seconds of the sums are the host's there. Those of other cards are assumed in proportion: products of the model and sums to the peak of 16-bit products (of a float32 model to that of
-        float32), eigenproblems, half of whose work waits for memory, to its bandwidth, and at most half of the float64 peak.
+        Of an H100 in bfloat16 they are measured, on two blocks of Llama-3-8B (`benchmarks/results/first_gpu-h100`); most of the
+        seconds of the sums are the host's there. Those of other cards are assumed in proportion: products of the model and sums to
+        the peak of 16-bit products (of a float32 model to that of float32), eigenproblems, half of whose work waits for memory, to
+        its bandwidth, and at most half of the float64 peak.
 
         Args:
             device: `"cuda"`, or `"cpu"`: by thread, from `benchmarks/results` (an AMD EPYC with AVX2, float32).

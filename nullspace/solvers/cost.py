@@ -46,11 +46,12 @@ INVERT_MIN_D_ON_CUDA = 3584
 # machine, the least of two: 3.6, 4.5, 3.4 and 3.5 with 12, 18, 24 and 36 columns; MKL's triangular solver prefers multiples of 12.
 INVERT_ON_CPU = 6
 LEAST_WIDTH = 12
-# On an H100 (`benchmarks/results/first_gpu-h100/more.json`): flops a second of `torch.linalg.eigh` of 9 d³, and the seconds a column beside
-# them, which fit 0.029, 0.067, 0.126, 1.33 and 2.69 s at d = 2048, 3072, 4096, 11008 and 14336; the same of shift-invert, a step
-# (0.064, 0.12 and 0.16 s at 4096, 11008 and 14336), and the seconds a column of its small eigenproblem.
+# On an H100 (`benchmarks/results/first_gpu-h100/more.json`). Of `torch.linalg.eigh`: flops a second, 9 d³, and the seconds a column
+# beside them; it took 0.029, 0.067, 0.126, 1.33 and 2.69 s at d = 2048, 3072, 4096, 11008 and 14336.
 EIGH_ON_CUDA, EIGH_COLUMN = 1e13, 12e-6
-INVERT_ON_H100, INVERT_STEP, SMALL_COLUMN = 3.5e13, 1.2e-3, 13e-6
+# Of shift-invert: flops a second, the seconds a step, and the seconds a column of its small eigenproblem; it took 0.064 to 0.081,
+# 0.12 to 0.13 and 0.16 s at 4096, 11008 and 14336.
+INVERT_ON_H100, INVERT_STEP, SMALL_COLUMN = 3.5e13, 2e-3, 13e-6
 
 
 def choose_method(d: int, k: int, device: torch.device | str = "cpu", *, every: bool = False) -> str:

@@ -15,6 +15,7 @@ from benchmarks.cost_model import H100, Work, measured_on, price, results_in
 from benchmarks.environment import RESULTS
 from nullspace.planning.plan import Rates
 from nullspace.planning.survey import Survey
+from nullspace.solvers.cost import EIGH_COLUMN, INVERT_MIN_D_ON_CUDA, decomposition_cost
 
 
 def test_counts_are_those_of_the_planner() -> None:
@@ -27,12 +28,24 @@ def test_counts_are_those_of_the_planner() -> None:
     assert weights == pytest.approx(survey.block_weights[0], rel=0.01)  # but for the norms
 
 
-def test_the_planner_counts_with_the_middle_of_the_forecast() -> None:
-    assumed, forecast = Rates.of("cuda", torch.bfloat16), H100.rates()
-    for name in ("forward", "sums", "decomposition", "transfer"):
-        assert getattr(assumed, name) == pytest.approx(getattr(forecast, name), rel=0.1), name
-    assert assumed.estimated
-    assert forecast.estimated
+def test_the_planner_counts_with_what_an_h100_took() -> None:
+    assumed, measured = Rates.of("cuda", torch.bfloat16), RESULTS / "first_gpu-h100"
+    found = measured_on(results_in(measured))
+    for name in ("forward", "transfer"):
+        assert getattr(assumed, name) == pytest.approx(getattr(found, name).middle, rel=0.1), name
+    job = json.loads((measured / "job.json").read_text())["rows"]
+    seconds = {row["variant"]: row["seconds"] for row in job if row.get("blocks") == 2 and "seconds" in row}
+    sums = 256 * 1024 * 2 * (3 * 4096**2 + 14336**2)
+    assert assumed.sums == pytest.approx(sums / (seconds["sums-layerwise"] - seconds["forward"]), rel=0.1)
+    more = json.loads((measured / "more.json").read_text())
+    for row in more["second"]:
+        if row["what"] == "whole" and row["d"] >= INVERT_MIN_D_ON_CUDA:
+            inverting = decomposition_cost(row["d"], 128, "cuda", assumed.decomposition)[2] / assumed.decomposition
+            assert inverting == pytest.approx(row["seconds"], rel=0.2)
+            every = 9 * row["d"] ** 3 / assumed.decomposition + EIGH_COLUMN * row["d"]
+            assert every == pytest.approx(row["eigh"], rel=0.15)
+    assert assumed.estimated  # for another card, and another model
+    assert H100.rates().estimated
 
 
 def test_the_kernel_is_no_faster_than_its_tensor_cores() -> None:
@@ -89,7 +102,7 @@ def test_what_first_gpu_has_measured_replaces_the_forecast(tmp_path: Path) -> No
     assert set(results) == set(ROWS)
     gpu = measured_on(results)
     assert gpu.name == "a GPU"
-    assert {name for name, figure in gpu.figures().items() if not figure.measured} == {"launch", "transfer"}
+    assert {name for name, figure in gpu.figures().items() if not figure.measured} == {"launch", "transfer", "small"}
     assert (gpu.cholesky.middle, gpu.eigh.middle, gpu.side_by_side.middle) == pytest.approx((20e12, 4e12, 2.0))
     assert gpu.solves.middle == pytest.approx(5e12)
     _, _, flops, _ = Work("Llama-3-8B").counts()
