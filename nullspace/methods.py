@@ -24,6 +24,9 @@ from nullspace.model.linear import weight_shape
 from nullspace.moments.covariance import Covariance
 from nullspace.moments.directions import Directions
 
+OTHER = {"A": "B", "B": "A"}
+"""The other factor."""
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -31,13 +34,15 @@ class Sources:
 
     Attributes:
         spaces: null spaces (`"lora-null"`, `"b-zero"`).
-        covariances: second moments: of the data to be preserved (`"corda-kpm"`, `"corda-exact"`, and null spaces, if `spaces` is
-            None), or of the task (`"contrast"`, `"corda-ipm"`, `"eva"`, `"sc-lora"`).
+        covariances: second moments: of the data to be preserved (`"corda-kpm"`, `"corda-exact"`, `"mica-data"`, and null spaces, if
+            `spaces` is None), or of the task (`"contrast"`, `"corda-ipm"`, `"eva"`, `"sc-lora"`, `"astra"`).
         preserve: second moments of the data to be preserved, for `"contrast"` and `"sc-lora"`.
         sigma_scale: see `nullspace.factors.lora_null`.
         beta: see `nullspace.factors.sc_lora`.
         damping: see `nullspace.factors.corda` and `nullspace.factors.contrast`.
         split: A takes `split` times its share of the product, and B 1 / `split` of its own.
+        window: which singular triples are taken: between 0, the largest, and 1, the smallest (`nullspace.factors.skipped`); by
+            default the method's own.
         seed: of random numbers (`"orthogonal"`), at least 0.
         directions: collects the layers whose data span too few directions.
     """
@@ -49,6 +54,7 @@ class Sources:
     beta: float = 0.5
     damping: float = factors.DAMPING
     split: float = 1.0
+    window: float | None = None
     seed: int = 0
     directions: Directions = field(default_factory=Directions, compare=False)
 
@@ -63,7 +69,7 @@ class Layer:
 
     Attributes:
         name: in the base model.
-        weight: (d_out, d_in) W₀; None for a method that does not change the base.
+        weight: (d_out, d_in) W₀; None for a method that does not read it.
         d_out: rows of the weight.
         d_in: its columns.
         rank: r of the adapter.
@@ -85,11 +91,13 @@ class Method:
     Attributes:
         needs: the sources that must be given, by their names in `Sources`; `"spaces"` may be computed from `covariances`.
         changes_base: whether the product B A is not zero, so that it has to be subtracted somewhere. These methods read the weight.
+        reads: whether it reads the weight and leaves it as it is.
         options: the numbers of `Sources` that it takes, by name.
         start: computes the factors.
         draws: whether it draws random numbers, by `Sources.seed`.
         even: whether the rank must be even.
-        frozen: whether A is frozen unless the caller says otherwise.
+        frozen: the factor that is frozen unless the caller says otherwise (`frozen_factor`), `"A"` or `"B"`.
+        zero: the factor that starts at zero, so that nothing is learned with the other one alone.
         of_task: whether `covariances` are of the task's data; if not, of what is to be preserved.
         ranges: of options that are narrower here than in `OPTIONS`.
     """
@@ -100,7 +108,9 @@ class Method:
     start: Callable[[Layer, Sources], LowRank]
     draws: bool = False
     even: bool = False
-    frozen: bool = False
+    reads: bool = False
+    frozen: str | None = None
+    zero: str | None = None
     of_task: bool = False
     ranges: Mapping[str, Range] = field(default_factory=dict)
 
@@ -113,9 +123,10 @@ class Method:
         """The range of one of its options."""
         return self.ranges.get(option, OPTIONS[option])
 
-    def freezes_a(self, freeze_a: bool | None) -> bool:
-        """Whether A is frozen: as the caller says or, if that is None, as the method does it."""
-        return self.frozen if freeze_a is None else freeze_a
+    @property
+    def reads_weight(self) -> bool:
+        """Whether the factors are made of the weight."""
+        return self.changes_base or self.reads
 
 
 def _weight(layer: Layer) -> torch.Tensor:
@@ -128,26 +139,54 @@ def _basis(layer: Layer, given: Sources) -> torch.Tensor:
     return given.spaces[layer.name].basis
 
 
-def _moment(layer: Layer, given: Sources, source: Covariances | None, *, mode: str = "ipm") -> tuple[Covariance, torch.Tensor]:
+def _moment(
+    layer: Layer, given: Sources, source: Covariances | None, *, window: float = factors.LARGEST
+) -> tuple[Covariance, torch.Tensor]:
     """A layer's covariance and its matrix, whose rank is compared with what the method needs."""
     assert source is not None
     covariance = source[layer.name].completed(layer.d_in + layer.rank)
     c = covariance.matrix()
-    given.directions.look_at(layer.name, covariance, layer.rank, c, spared=spared(mode, layer.d_out, layer.d_in, layer.rank))
+    given.directions.look_at(layer.name, covariance, layer.rank, c, spared=spared(window, layer.d_out, layer.d_in, layer.rank))
     return covariance, c
 
 
-def spared(mode: str, d_out: int, d_in: int, rank: int) -> int | None:
-    """How many directions CorDA's data may lack: `"kpm"` leaves r of the min(d_out, d_in) that a weight has to the adapter."""
-    return d_in - (min(d_out, d_in) - rank) if mode == "kpm" else None
+def spared(window: float, d_out: int, d_in: int, rank: int) -> int:
+    """How many directions the data may lack that decide on the singular triples of a window.
+
+    Those of the r smallest of min(d_out, d_in) triples are what the others leave, and may be without any input.
+    """
+    most = min(d_out, d_in)
+    before = factors.skipped(most, rank, window)
+    return d_in - (before if before == most - rank else before + rank)
+
+
+def _window(given: Sources, default: float) -> float:
+    return default if given.window is None else given.window
 
 
 def _corda(mode: str) -> Callable[[Layer, Sources], LowRank]:
     def start(layer: Layer, given: Sources) -> LowRank:
-        covariance, c = _moment(layer, given, given.covariances, mode=mode)
+        covariance, c = _moment(layer, given, given.covariances, window=factors.CORDA_MODES[mode])
         return factors.corda(_weight(layer), c, rank=layer.rank, mode=mode, damping=given.damping, trace=covariance.peft_trace)
 
     return start
+
+
+def _corda_exact(layer: Layer, given: Sources) -> LowRank:
+    window = _window(given, factors.SMALLEST)
+    _, c = _moment(layer, given, given.covariances, window=window)
+    return factors.corda_exact(_weight(layer), c, rank=layer.rank, window=window)
+
+
+def _astra(layer: Layer, given: Sources) -> LowRank:
+    window = _window(given, factors.LARGEST)
+    _, c = _moment(layer, given, given.covariances, window=window)
+    return factors.astra(_weight(layer), c, rank=layer.rank, window=window)
+
+
+def _mica_data(layer: Layer, given: Sources) -> LowRank:
+    _, c = _moment(layer, given, given.covariances, window=factors.SMALLEST)
+    return factors.mica_data(_weight(layer), c, rank=layer.rank)
 
 
 def _contrast(layer: Layer, given: Sources) -> LowRank:
@@ -187,36 +226,57 @@ METHODS: Mapping[str, Method] = {
         ),
     ),
     "b-zero": Method(
-        ("spaces",), False, (), lambda layer, given: factors.b_zero(_basis(layer, given), layer.d_out, rank=layer.rank)
+        needs=("spaces",),
+        changes_base=False,
+        options=(),
+        start=lambda layer, given: factors.b_zero(_basis(layer, given), layer.d_out, rank=layer.rank),
+        zero="B",
     ),
     "contrast": Method(
         needs=("covariances", "preserve"),
         changes_base=False,
         options=("damping",),
         start=_contrast,
-        frozen=True,
+        frozen="A",
+        zero="B",
         of_task=True,
         ranges={"damping": POSITIVE},
     ),
     "corda-kpm": Method(("covariances",), True, ("damping", "split"), _corda("kpm")),
     "corda-ipm": Method(("covariances",), True, ("damping", "split"), _corda("ipm"), of_task=True),
-    "corda-exact": Method(
-        needs=("covariances",),
-        changes_base=True,
-        options=("split",),
-        start=lambda layer, given: factors.corda_exact(
-            _weight(layer), _moment(layer, given, given.covariances, mode="kpm")[1], rank=layer.rank
-        ),
-    ),
+    "corda-exact": Method(("covariances",), True, ("split", "window"), _corda_exact),
+    "astra": Method(("covariances",), True, ("split", "window"), _astra, of_task=True),
     "sc-lora": Method(("covariances", "preserve"), True, ("beta", "split"), _sc_lora, of_task=True),
-    "milora": Method((), True, ("split",), lambda layer, _: factors.milora(_weight(layer), rank=layer.rank)),
+    "milora": Method(
+        needs=(),
+        changes_base=True,
+        options=("split", "window"),
+        start=lambda layer, given: factors.milora(_weight(layer), rank=layer.rank, window=_window(given, factors.SMALLEST)),
+    ),
     "pissa": Method((), True, ("split",), lambda layer, _: factors.pissa(_weight(layer), rank=layer.rank)),
-    "eva": Method(("covariances",), False, (), _eva, of_task=True),
+    "olora-tail": Method((), True, ("split",), lambda layer, _: factors.olora_tail(_weight(layer), rank=layer.rank)),
+    "mica": Method(
+        needs=(),
+        changes_base=False,
+        options=(),
+        start=lambda layer, _: factors.mica(_weight(layer), rank=layer.rank),
+        reads=True,
+        frozen="B",
+        zero="A",
+    ),
+    "mica-data": Method(("covariances",), False, (), _mica_data, reads=True, frozen="B", zero="A"),
+    "eva": Method(("covariances",), False, (), _eva, of_task=True, zero="B"),
     "orthogonal": Method((), False, (), _orthogonal, draws=True, even=True),
 }
 
 
-OPTIONS: Mapping[str, Range] = {"sigma_scale": POSITIVE, "beta": FRACTION, "damping": NOT_NEGATIVE, "split": POSITIVE}
+OPTIONS: Mapping[str, Range] = {
+    "sigma_scale": POSITIVE,
+    "beta": FRACTION,
+    "damping": NOT_NEGATIVE,
+    "split": POSITIVE,
+    "window": FRACTION,
+}
 """The numbers of `Sources` and their ranges."""
 
 
@@ -230,12 +290,39 @@ def check_method(method: str, given: Sources | None = None) -> None:
     check_one_of("method", method, METHODS)
     if given is None:
         return
-    for option in OPTIONS:
-        check_real(option, getattr(given, option), METHODS[method].allowed(option))
     plain = Sources()
+    for option in OPTIONS:
+        if getattr(given, option) is not None or getattr(plain, option) is not None:
+            check_real(option, getattr(given, option), METHODS[method].allowed(option))
     for option in OPTIONS:
         if getattr(given, option) != getattr(plain, option) and method not in takers(option):
             raise InputError(f"{option} belongs to {' and '.join(map(repr, takers(option)))}; {method!r} does not take it")
+
+
+def frozen_factor(method: str, freeze_a: bool | None = None, freeze_b: bool | None = None) -> str | None:
+    """The factor that does not train, `"A"` or `"B"`; None if both train.
+
+    Args:
+        method: one of `METHODS`.
+        freeze_a: whether A is frozen; None: as the method does it.
+        freeze_b: whether B is, likewise.
+
+    Raises:
+        ValueError: if nothing would be learned: with both frozen, or with the other one at zero.
+    """
+    entry = METHODS[method]
+    said = {"A": freeze_a, "B": freeze_b}
+    frozen = [factor for factor, says in said.items() if says]
+    if len(frozen) == 2:
+        raise InputError("with freeze_a and freeze_b nothing trains: leave out one of them")
+    if not frozen:
+        return None if entry.frozen is None or said[entry.frozen] is not None else entry.frozen
+    if entry.zero == frozen[0]:
+        raise InputError(
+            f"method {method!r} starts with {frozen[0]} = 0, and with {frozen[0]} frozen nothing is learned: leave out "
+            f"freeze_{frozen[0].lower()}"
+        )
+    return frozen[0]
 
 
 def check_sources(method: str, given: Sources) -> None:

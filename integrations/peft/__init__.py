@@ -45,7 +45,7 @@ try:
     )
     from nullspace.integrations.peft.inject import inject_adapters
     from nullspace.integrations.peft.layers import check_servable, lora_layers
-    from nullspace.integrations.peft.origin import freeze_a
+    from nullspace.integrations.peft.origin import freeze_a, freeze_b
     from nullspace.integrations.peft.save import save_init
     from nullspace.integrations.peft.subtracted import attach_subtracted
     from nullspace.integrations.peft.write import write_init
@@ -84,6 +84,7 @@ __all__ = [
     "filter_path",
     "fit_config",
     "freeze_a",
+    "freeze_b",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
     "initialize_lora_nullspace_weights",

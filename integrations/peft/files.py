@@ -50,7 +50,7 @@ _CONFIG_FIELDS = {
 }
 # The fields of an init's record that are used here.
 _INIT_FIELDS = {name: optional(or_none(text())) for name in ("model", "method", "residual", "architecture")}
-_INIT_FIELDS |= {"leak": optional(or_none(an_object())), "freeze_a": optional(flag())}
+_INIT_FIELDS |= {"leak": optional(or_none(an_object())), "freeze_a": optional(flag()), "freeze_b": optional(flag())}
 _LEAK_FIELDS = {"median": finite(0), "worst": finite(0), "worst_site": text()}
 # Folders that transformers' Trainer saves during training.
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -93,7 +93,7 @@ def _write_config(path: Path, config: Mapping[str, Any]) -> None:
 def record_start(part: Path, facts: Mapping[str, Any], revision: str | None, base: Mapping[str, str]) -> None:
     """Write the record of the start (`origin.recorded`) into the folders of an init, whose manifest the facts are."""
     digest = origin.digest_of(records.load_tensors(part / "adapter" / ADAPTER_WEIGHTS))
-    record = {name: facts[name] for name in ("freeze_a", "model", "residual")}
+    record = {name: facts[name] for name in ("freeze_a", "freeze_b", "model", "residual") if name in facts}
     record |= {"revision": revision, "base": dict(base), "factors": digest}
     for path in part.glob(f"*/{ADAPTER_CONFIG}"):
         _write_config(path, origin.with_record(records.read_json(path), record))
@@ -171,7 +171,7 @@ def init_record(
     method: str,
     config: LoraConfig,
     residual: str,
-    freeze_a: bool,
+    frozen: str | None,
     spaces: NullSpaces | None,
     record: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def init_record(
         method: of `inject_adapters`.
         config: of the adapter.
         residual: as `check_servable` returns it.
-        freeze_a: whether A is to stay as it is.
+        frozen: the factor that is to stay as it is, if there is one.
         spaces: that the adapter is made of, if any.
         record: further facts of the caller, which take precedence.
     """
@@ -196,7 +196,7 @@ def init_record(
         "alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
         "residual": residual,
-        "freeze_a": freeze_a,
+        **origin.frozen_entries(frozen),
         "leak": {"median": leaks[len(leaks) // 2][0], "worst": leaks[-1][0], "worst_site": leaks[-1][1]} if leaks else None,
         **(record or {}),
     }

@@ -25,15 +25,15 @@ from nullspace.integrations.peft.layers import (
     check_servable,
     freeze_layers,
     lora_layers,
-    starts_at_zero,
     stored_weight,
+    zero_factor,
 )
 from nullspace.integrations.peft.save import record_init
 from nullspace.integrations.peft.start import random_seed, residual_of, start_of, with_spaces
-from nullspace.integrations.peft.subtracted import refuse_pair_of, subtract
+from nullspace.integrations.peft.subtracted import refuse_settings, subtract
 from nullspace.integrations.peft.targets import own_config
 from nullspace.integrations.peft.watch import warn_of_dropout, watch
-from nullspace.methods import METHODS, Sources, check_method, check_sources
+from nullspace.methods import METHODS, Sources, check_method, check_sources, frozen_factor
 from nullspace.model.linear import weight_of
 from nullspace.model.sharded import (
     has_deepspeed_engine,
@@ -56,11 +56,13 @@ def inject_adapters(
     covariances: Covariances | None = None,
     preserve: Covariances | None = None,
     freeze_a: bool | None = None,
+    freeze_b: bool | None = None,
     residual: str = "auto",
     sigma_scale: float = 1.0,
     beta: float = 0.5,
     damping: float = DAMPING,
     split: float = 1.0,
+    window: float | None = None,
     adapter_name: str = "default",
 ) -> PeftModel:
     """Add LoRA adapters that a method initialises. The model's outputs stay what they were.
@@ -75,8 +77,12 @@ def inject_adapters(
     | `"contrast"` | `contrast`: A = directions of the task, not of `preserve`; B = 0 | `covariances` of the task, `preserve` | W₀ |
     | `"corda-kpm"`, `"corda-ipm"` | `corda` (arXiv 2406.05223) | `covariances` | W₀ − s·BA |
     | `"corda-exact"` | `corda_exact`, kpm: the optimum that CorDA approximates | `covariances` | W₀ − s·BA |
+    | `"astra"` | `astra` (arXiv 2602.19111) | `covariances` of the task | W₀ − s·BA |
     | `"sc-lora"` | `sc_lora` (arXiv 2505.23724) | `covariances` of the task, `preserve` | W₀ − s·BA |
     | `"milora"`, `"pissa"` | `milora` (arXiv 2406.09044), `pissa` (arXiv 2404.02948) | the weight | W₀ − s·BA |
+    | `"olora-tail"` | `olora_tail` (arXiv 2606.02437) | the weight | W₀ − s·BA |
+    | `"mica"` | `mica` (arXiv 2604.01694): B = the smallest left singular vectors, frozen; A = 0 | the weight | W₀ |
+    | `"mica-data"` | `mica_data`: B = the directions of the smallest outputs, frozen; A = 0 | the weight, `covariances` | W₀ |
     | `"eva"` | `eva` (arXiv 2410.07170), all layers of rank r, B = 0 | `covariances` of the task | W₀ |
     | `"orthogonal"` | `orthogonal`: random, B A = 0 | nothing | W₀ |
 
@@ -85,7 +91,8 @@ def inject_adapters(
     With `freeze_a=True` A does not change (for `"lora-null"` the paper's v2): every update stays in the row space of A. For all
     methods B then starts at zero on the untouched base: as (W₀ − s·B₀A) + s·BA = W₀ + s·(B − B₀)A, B and B − B₀ have the same
     gradients, and training takes the same steps. Decoupled weight decay differs: here it draws the update to zero; on a residual
-    base it draws B to zero, and so takes s·B₀A out of the model.
+    base it draws B to zero, and so takes s·B₀A out of the model. With `freeze_b=True` the factors change places: every update stays
+    in the column space of B, and A starts at zero.
 
     Args:
         model: the base model, on any device; it is changed in place, as `get_peft_model` does. If it is sharded over the processes
@@ -103,13 +110,14 @@ def inject_adapters(
         preserve: the same, of the data that are to be preserved, for `"contrast"` and `"sc-lora"`.
         freeze_a: train B alone; by default for `"contrast"`, and for no other method. The adapter's configuration records it, but
             PEFT does not act on that: call `freeze_a` after loading an adapter to train it on.
+        freeze_b: train A alone; by default for `"mica"` and `"mica-data"`, and for no other method. The same holds with `freeze_b`.
         residual: what subtracts s·BA again. `"base"`: the weight. `"adapter"`: a second, frozen adapter
             (`{adapter_name}_subtracted`, −B₀A₀), which leaves all weights as they are, quantised or tied ones too, and is active
             beside the first; `attach_subtracted` loads it again, `export_lora` makes one plain adapter of both. `"auto"`: neither
-            with `freeze_a`, as B starts at zero; otherwise the base where it can be changed, else the second adapter. (Do not merge
-            two adapters into a quantised base, where PEFT rounds the sum to the base's grid after each: merge what `export_lora`
-            makes, into a base that is not quantised. With two active adapters of experts, PEFT computes the changes of all experts
-            of a parameter at every call.)
+            with `freeze_a` or `freeze_b`, as B or A starts at zero; otherwise the base where it can be changed, else the second
+            adapter. (Do not merge two adapters into a quantised base, where PEFT rounds the sum to the base's grid after each:
+            merge what `export_lora` makes, into a base that is not quantised. With two active adapters of experts, PEFT computes
+            the changes of all experts of a parameter at every call.)
         sigma_scale: see `nullspace.factors.lora_null`; only for `"lora-null"`.
         beta: see `nullspace.factors.sc_lora`; only for `"sc-lora"`.
         damping: see `nullspace.factors.corda` and `nullspace.factors.contrast`; only for `"corda-kpm"`, `"corda-ipm"` (≥ 0) and
@@ -117,6 +125,8 @@ def inject_adapters(
         split: A takes `split` times its share of the product and B 1 / `split` of its own, which leaves B A as it is; for methods
             whose product is not zero. With a larger one, steps of A move B A less, relative to those of B: with Adam, whose steps
             do not depend on the size of a factor, the relative change of A a step falls by `split`, and that of B rises by it.
+        window: which singular triples are taken, between 0 (the largest) and 1 (the smallest): see `nullspace.factors.skipped`; for
+            `"milora"`, `"corda-exact"` (1 by default) and `"astra"` (0).
         adapter_name: PEFT's name for the adapter.
 
     Returns:
@@ -142,14 +152,15 @@ def inject_adapters(
     """
     model = unwrap(model)
     job = Job() if is_model_sharded(model) else Job.alone()
-    given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, split, seed=random_seed(method))
+    given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, split, window, random_seed(method))
     with job.sharing_errors(), unwrapped(model):
         check_method(method, given)
         check_sources(method, given)
+        frozen = frozen_factor(method, freeze_a, freeze_b)
         check_adapter_name(adapter_name)
         check_model(model, config, job)
         own = own_config(config, model, given, job)
-        return adapt(model, own, given, method=method, freeze_a=freeze_a, residual=residual, adapter_name=adapter_name, job=job)
+        return adapt(model, own, given, method=method, frozen=frozen, residual=residual, adapter_name=adapter_name, job=job)
 
 
 def check_adapter_name(name: str) -> None:
@@ -185,7 +196,7 @@ def adapt(
     given: Sources,
     *,
     method: str,
-    freeze_a: bool | None,
+    frozen: str | None,
     residual: str,
     adapter_name: str,
     job: Job,
@@ -196,12 +207,12 @@ def adapt(
         with placeholder_weights(model):
             peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
         _freeze_base(peft_model, own, config)
-        start_adapter(peft_model, adapter_name, given, method=method, freeze_a=freeze_a, residual=residual, job=job)
+        start_adapter(peft_model, adapter_name, given, method=method, frozen=frozen, residual=residual, job=job)
     return peft_model
 
 
 def start_adapter(
-    peft_model: PeftModel, adapter_name: str, given: Sources, *, method: str, freeze_a: bool | None, residual: str, job: Job
+    peft_model: PeftModel, adapter_name: str, given: Sources, *, method: str, frozen: str | None, residual: str, job: Job
 ) -> None:
     """Write A and B of a method into an adapter that PEFT has made, and what subtracts their product.
 
@@ -211,25 +222,25 @@ def start_adapter(
         peft_model: with the adapter, whose product is zero.
         adapter_name: PEFT's name for it.
         given: checked sources.
-        method, freeze_a, residual: as in `inject_adapters`.
+        method, residual: as in `inject_adapters`.
+        frozen: as `frozen_factor` returns it.
         job: the processes that share the weights.
     """
     model: Any = peft_model.get_base_model()
     config: Any = peft_model.peft_config[adapter_name]
-    freeze_a = METHODS[method].freezes_a(freeze_a)
     layers = lora_layers(peft_model, adapter_name)
     given = with_spaces(method, given, layers, adapter_name)
     bases = {name: layer.get_base_layer() for name, layer in layers.items()}
     refuse_sharded_experts(bases)
     check_layers(bases, {name: layer.r[adapter_name] for name, layer in layers.items()}, method, given, job)
-    residual = check_servable(model, bases, method, residual=residual, freeze_a=freeze_a)
-    refuse_pair_of(config, residual)
+    residual = check_servable(model, bases, method, residual=residual, freeze_a=frozen == "A", freeze_b=frozen == "B")
+    refuse_settings(config, residual, frozen)
     for name, layer in layers.items():
-        _write_factors(name, layer, adapter_name, method, given, job, zero=starts_at_zero(residual, freeze_a))
+        _write_factors(name, layer, adapter_name, method, given, job, zero=zero_factor(residual, frozen))
     if residual == "adapter":
         subtract(peft_model, config, layers, adapter_name)
-    if freeze_a:
-        freeze_layers(layers, adapter_name)
+    if frozen:
+        freeze_layers(layers, adapter_name, frozen)
     job.exchange(None)  # as in `_stored`: what follows gathers
     record_init(peft_model, model, adapter_name, method, residual, given)
     watch(peft_model, adapter_name, residual)
@@ -282,10 +293,10 @@ def _freeze_base(peft_model: PeftModel, own: set[int], config: LoraConfig) -> No
 
 
 @torch.no_grad()
-def _write_factors(name: str, layer: Any, adapter: str, method: str, given: Sources, job: Job, *, zero: bool) -> None:
-    """Compute and write A and B. The base does not change."""
+def _write_factors(name: str, layer: Any, adapter: str, method: str, given: Sources, job: Job, *, zero: str | None) -> None:
+    """Compute and write A and B; `zero` is the one that starts at zero. The base does not change."""
     stored = weight_of(layer.get_base_layer())
-    if METHODS[method].changes_base:
+    if METHODS[method].reads_weight:
         stored = _stored(layer, job)
     a, b = start_of(name, layer, stored, adapter, method, given)
     job.exchange(None)
@@ -293,7 +304,7 @@ def _write_factors(name: str, layer: Any, adapter: str, method: str, given: Sour
         # Those of the first process: the results of several may differ by rounding, and adapters must not.
         parameter.copy_(factor if job.count == 1 else job.broadcast(factor.contiguous(), 0).to(factor.device))
     if zero:
-        layer.lora_B[adapter].weight.zero_()
+        getattr(layer, f"lora_{zero}")[adapter].weight.zero_()
 
 
 def _stored(layer: Any, job: Job) -> torch.Tensor:

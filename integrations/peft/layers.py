@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from nullspace.integrations.peft.base import source_of
 from nullspace.integrations.peft.experts.adapters import ExpertAdapter, expert_adapters
 from nullspace.integrations.peft.experts.layout import parameter_name
 from nullspace.integrations.peft.shell import on_disk, plan_base, without_weights
-from nullspace.methods import METHODS, Sources, check_rank
+from nullspace.methods import METHODS, OTHER, Sources, check_rank
 from nullspace.model.experts import ExpertMatrix
 from nullspace.model.linear import is_conv1d, is_linear, weight_of, weight_shape
 from nullspace.model.quantised import dequantised, is_dequantisable
@@ -48,6 +48,7 @@ def check_servable(
     *,
     residual: str = "base",
     freeze_a: bool = False,
+    freeze_b: bool = False,
     offloaded: bool = False,
 ) -> str:
     """Where the residual goes. Cheap: call it before a calibration.
@@ -57,11 +58,12 @@ def check_servable(
         layers: module name → linear base layer.
         method: of `inject_adapters`.
         residual: of `inject_adapters`.
-        freeze_a: of `inject_adapters`.
+        freeze_a, freeze_b: whether A is frozen, or B.
         offloaded: accept weights that accelerate keeps on the disk: `write_init` reads them, `inject_adapters` cannot change them.
 
     Returns:
-        `"none"` (the method leaves the base alone), `"base"`, `"adapter"`, or `"zero"` (A is frozen, and B starts at zero).
+        `"none"` (the method leaves the base alone), `"base"`, `"adapter"`, or `"zero"` (one factor is frozen, and the other one
+        starts at zero).
 
     Raises:
         ValueError: naming the layer, and what to use instead.
@@ -73,18 +75,19 @@ def check_servable(
             f"{type(model).__name__} {described(mark)}: start from that, or merge the adapter into the residual first (PEFT's "
             "merge_and_unload)"
         )
+    if METHODS[method].reads_weight:
+        blind = [name for name, each in METHODS.items() if not each.reads_weight]
+        for name, layer in layers.items():
+            if not is_readable(layer, offloaded):
+                raise InputError(
+                    f"the weight of {name!r} ({_described(layer)}) is quantised or offloaded, and its values cannot be read; "
+                    f"{_listed(blind)} do not need them"
+                )
     if not METHODS[method].changes_base:
         return "none"
-    untouched = [name for name, each in METHODS.items() if not each.changes_base]
-    for name, layer in layers.items():
-        if not is_readable(layer, offloaded):
-            raise InputError(
-                f"the weight of {name!r} ({_described(layer)}) is quantised or offloaded, and its values cannot be read; "
-                f"{_listed(untouched)} do not need them"
-            )
     if residual == "adapter":
         return "adapter"
-    if residual == "auto" and freeze_a:
+    if residual == "auto" and (freeze_a or freeze_b):
         return "zero"
     obstacle = _obstacle(model, layers, offloaded)
     if obstacle is None:
@@ -94,6 +97,7 @@ def check_servable(
         return "base"
     if residual == "auto":
         return "adapter"
+    untouched = [name for name, each in METHODS.items() if not each.changes_base]
     raise InputError(
         f"{obstacle}, so it cannot become the residual of method {method!r}: let a second, frozen adapter take the product away "
         f'(inject_adapters(..., residual="adapter")), leave the layer out of target_modules, or use {_listed(untouched)}, '
@@ -101,14 +105,14 @@ def check_servable(
     )
 
 
-def starts_at_zero(residual: str, freeze_a: bool) -> bool:
-    """Whether B starts at zero whatever the method's B₀ is: where A is frozen, and nothing subtracts s·B₀A₀.
+def zero_factor(residual: str, frozen: str | None) -> str | None:
+    """The factor that starts at zero whatever the method's is: the one that trains, where nothing subtracts s·B₀A₀.
 
     Args:
         residual: as `check_servable` returns it.
-        freeze_a: whether A is frozen.
+        frozen: the factor that does not train, `"A"` or `"B"`, if there is one.
     """
-    return freeze_a and residual not in ("base", "adapter")
+    return None if frozen is None or residual in ("base", "adapter") else OTHER[frozen]
 
 
 def _obstacle(model: nn.Module, layers: Mapping[str, nn.Module], offloaded: bool) -> str | None:
@@ -248,12 +252,15 @@ def check_layers(bases: Mapping[str, nn.Module], ranks: Mapping[str, int], metho
         check_rank(method, given, name, base, ranks[name])
 
 
-def is_a_frozen(layers: Mapping[str, LoraLayer | ExpertAdapter], adapter: str) -> bool:
-    """Whether `freeze_layers` has frozen the A of all of these layers."""
-    return all("lora_A" in layer.frozen_peft_weight_names.get(adapter, ()) for layer in layers.values())
+def frozen_of(layers: Mapping[str, LoraLayer | ExpertAdapter], adapter: str) -> str | None:
+    """The factor that `freeze_layers`, or PEFT's MiCA, has frozen in all of these layers, `"A"` or `"B"`; None if both train."""
+    names = [layer.frozen_peft_weight_names.get(adapter, ()) for layer in layers.values()]
+    return next((factor for factor in OTHER if all(f"lora_{factor}" in each for each in names)), None)
 
 
-def freeze_layers(layers: Mapping[str, LoraLayer | ExpertAdapter], adapter: str, names: tuple[str, ...] = ("lora_A",)) -> None:
+def freeze_layers(layers: Mapping[str, LoraLayer | ExpertAdapter], adapter: str, factors: Iterable[str]) -> None:
+    """Freeze A, B or both of an adapter."""
+    names = tuple(f"lora_{factor}" for factor in factors)
     for layer in layers.values():
         # PEFT's own record of what set_adapter must not switch on again; a new dictionary, since the default is the class's.
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: names}
@@ -262,9 +269,11 @@ def freeze_layers(layers: Mapping[str, LoraLayer | ExpertAdapter], adapter: str,
 
 
 def unfreeze_layers(layers: Mapping[str, LoraLayer | ExpertAdapter], adapter: str) -> None:
-    """Undo `freeze_layers`: A is trained where B is."""
+    """Undo `freeze_layers`: a factor is trained where the other one is."""
     for layer in layers.values():
         if layer.frozen_peft_weight_names.get(adapter):
             layer.frozen_peft_weight_names = {k: v for k, v in layer.frozen_peft_weight_names.items() if k != adapter}
-            b: Any = layer.lora_B[adapter].weight
-            layer.lora_A[adapter].requires_grad_(b.requires_grad)
+            factors: list[Any] = [layer.lora_A[adapter], layer.lora_B[adapter]]
+            trained = any(factor.weight.requires_grad for factor in factors)
+            for factor in factors:
+                factor.requires_grad_(trained)

@@ -1,4 +1,4 @@
-"""What an adapter's configuration records of its start: whether A is frozen, the base that it is for, and a digest of A₀ and B₀.
+"""What an adapter's configuration records of its start: what of A and B is frozen, the base that it is for, a digest of A₀ and B₀.
 
 PEFT drops the fields of a configuration that it does not know, with a warning. `auto_mapping` is a dictionary that it reads and
 saves as it is; of its entries PEFT uses two of its own, where there is no task type. The entry `KEY` in it passes through plain
@@ -21,15 +21,17 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from nullspace.artifacts import residual
 from nullspace.checks import check_fields, flag, map_of, optional, or_none, text
 from nullspace.errors import AdapterWarning, InputError, OtherModelError
-from nullspace.integrations.peft.layers import freeze_layers, is_a_frozen, lora_layers
+from nullspace.integrations.peft.layers import freeze_layers, frozen_of, lora_layers
 from nullspace.integrations.peft.made_for import warn_of_base
 from nullspace.integrations.peft.watch import watch
+from nullspace.methods import OTHER
 from nullspace.model.sharded import has_deepspeed_engine
 from nullspace.model.wrappers import unwrap
 
 FIELD, KEY = "auto_mapping", "nullspace"
 _FIELDS = {
     "freeze_a": optional(flag()),
+    "freeze_b": optional(flag()),
     "base": optional(map_of(text())),
     **{name: optional(or_none(text())) for name in ("model", "revision", "residual", "factors")},
 }
@@ -46,8 +48,9 @@ class Adapter(NamedTuple):
 def recorded(config: PeftConfig | Mapping[str, Any], what: object = "the adapter's configuration") -> dict[str, Any]:
     """The record; empty if there is none.
 
-    Its entries: `freeze_a`; `model`, `revision` and `base` (name, and entries of weights, of the untouched base: `made_for`);
-    `residual` (as in an init's manifest); `factors` (a digest). What an export has of them is true of its base.
+    Its entries: `freeze_a`, `freeze_b` (absent if false); `model`, `revision` and `base` (name, and entries of weights, of the
+    untouched base: `made_for`); `residual` (as in an init's manifest); `factors` (a digest). What an export has of them is true of
+    its base.
 
     Args:
         config: in memory, or the content of a file.
@@ -62,6 +65,16 @@ def recorded(config: PeftConfig | Mapping[str, Any], what: object = "the adapter
         return {}
     check_fields(record, _FIELDS, f"{what}: {KEY} in {FIELD}")
     return dict(record)
+
+
+def frozen_in(record: Mapping[str, Any]) -> str | None:
+    """The factor that a record, or the manifest of an init, says is frozen, `"A"` or `"B"`."""
+    return next((factor for factor in OTHER if record.get(f"freeze_{factor.lower()}")), None)
+
+
+def frozen_entries(frozen: str | None) -> dict[str, bool]:
+    """The same for a record or manifest."""
+    return {"freeze_a": frozen == "A", **({"freeze_b": True} if frozen == "B" else {})}
 
 
 def with_record(config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,8 +126,8 @@ def check_origin(now: Adapter, start: Adapter, *, stacklevel: int) -> None:
         ValueError: naming both, if the records differ, or if the start no longer holds the factors that it was recorded with.
 
     Warns:
-        UserWarning: if one of them has no record, so that shapes alone were compared. Not where they have the same A, which two
-            starts do not share, and not where all products were zero; and if A was to be frozen and has changed.
+        UserWarning: if one of them has no record, so that shapes alone were compared. Not where they have the same A or the same B,
+            which two starts do not share, and not where all products were zero; and if A or B was to be frozen and has changed.
     """
     mine, first = recorded(now.config, now.path), recorded(start.config, start.path)
     check_same(mine, first, now.path, start.path)
@@ -123,24 +136,36 @@ def check_origin(now: Adapter, start: Adapter, *, stacklevel: int) -> None:
             f"{start.path} no longer holds the factors that it started with (it was trained in place, or converted): give the "
             "folder as it was before training"
         )
-    firsts = {key: t.double() for key, t in start.tensors.items() if ".lora_A." in key}
-    changed = [key for key, first_a in firsts.items() if not torch.equal(now.tensors[key].double(), first_a)]
-    if mine.get("freeze_a") and changed:
+    changed = {factor: _changed(now, start, f".lora_{factor}.") for factor in OTHER}
+    frozen = frozen_in(mine)
+    if frozen and changed[frozen]:
+        kept = {"A": "rows", "B": "columns"}[frozen]
         warnings.warn(
-            f"{now.path} is recorded as trained with A frozen, but A has changed in {len(changed)} layers: it was trained on "
-            "without freeze_a after loading, or filtered, and its update is no longer one of the rows of its first A",
+            f"{now.path} is recorded as trained with {frozen} frozen, but {frozen} has changed in {changed[frozen]} layers: it was "
+            f"trained on without freeze_{frozen.lower()} after loading, or filtered, and its update is no longer one of the {kept} "
+            f"of its first {frozen}",
             AdapterWarning,
             stacklevel=stacklevel + 1,
         )
-    products = any(bool(t.any()) for key, t in start.tensors.items() if ".lora_B." in key)
+    products = any(
+        bool(t.any()) and bool(start.tensors[key.replace(".lora_B.", ".lora_A.")].any())
+        for key, t in start.tensors.items()
+        if key.endswith(".lora_B.weight")
+    )
     missing = [str(each.path) for each, record in ((now, mine), (start, first)) if not record.get("factors")]
-    if missing and changed and products:
+    if missing and all(changed.values()) and products:
         warnings.warn(
             f"no record of the first factors is in {' and '.join(missing)} (an earlier version wrote it, or PEFT saved it without "
             f"a task_type): that {now.path} was trained from {start.path} was checked by settings and shapes alone",
             AdapterWarning,
             stacklevel=stacklevel + 1,
         )
+
+
+def _changed(now: Adapter, start: Adapter, part: str) -> int:
+    """How many of the first factors whose names have this part are others now."""
+    firsts = {key: t for key, t in start.tensors.items() if f"{part}weight" in key}
+    return sum(not torch.equal(now.tensors[key].double(), first.double()) for key, first in firsts.items())
 
 
 def check_same(mine: Mapping[str, Any], first: Mapping[str, Any], now: object, start: object) -> None:
@@ -160,34 +185,56 @@ def freeze_a(peft_model: PeftModel, adapter_name: str = "default") -> None:
     `attach_subtracted`, `confine` and `ForgettingCallback` look for it and do this by themselves.
 
     Raises:
-        ValueError: if the model has no LoRA layer with an adapter of that name, or is in a DeepSpeed engine that trains A.
+        ValueError: if the model has no LoRA layer with an adapter of that name, its B is frozen, or it is in a DeepSpeed engine
+            that trains A.
 
     Warns:
         UserWarning: if the adapter was made for another base than this one.
     """
-    _freeze_a(peft_model, adapter_name)
+    _freeze(peft_model, adapter_name, "A")
+    _warn_of_base(peft_model, adapter_name)
+
+
+def freeze_b(peft_model: PeftModel, adapter_name: str = "default") -> None:
+    """Train A alone from now on (MiCA). As `freeze_a`, with the factors in each other's place.
+
+    PEFT does this by itself only for adapters of its own `init_lora_weights="mica"`.
+    """
+    _freeze(peft_model, adapter_name, "B")
+    _warn_of_base(peft_model, adapter_name)
+
+
+def _warn_of_base(peft_model: Any, adapter_name: str) -> None:
     model = unwrap(peft_model)
-    warn_of_base(model, adapter_name, recorded(model.peft_config[adapter_name]), stacklevel=2)
+    warn_of_base(model, adapter_name, recorded(model.peft_config[adapter_name]), stacklevel=3)
 
 
-def _freeze_a(peft_model: Any, adapter_name: str) -> None:
+def _freeze(peft_model: Any, adapter_name: str, factor: str) -> None:
     model = unwrap(peft_model)
     layers = lora_layers(model, adapter_name)
     if not layers:
         raise InputError(f"the model has no LoRA adapter named {adapter_name!r}")
-    if has_deepspeed_engine(peft_model) and any(layer.lora_A[adapter_name].weight.requires_grad for layer in layers.values()):
-        raise InputError("A is a parameter of a DeepSpeed engine's optimizer already: call freeze_a before deepspeed.initialize")
-    freeze_layers(layers, adapter_name)
+    name = f"freeze_{factor.lower()}"
+    if frozen_of(layers, adapter_name) == OTHER[factor]:
+        raise InputError(f"{OTHER[factor]} of adapter {adapter_name!r} is frozen: with {name} nothing would train")
+    weights = [getattr(layer, f"lora_{factor}")[adapter_name].weight for layer in layers.values()]
+    if has_deepspeed_engine(peft_model) and any(weight.requires_grad for weight in weights):
+        raise InputError(
+            f"{factor} is a parameter of a DeepSpeed engine's optimizer already: call {name} before deepspeed.initialize"
+        )
+    freeze_layers(layers, adapter_name, factor)
     config: Any = model.peft_config[adapter_name]
-    keep(config, {**recorded(config), "freeze_a": True})
+    rest = {entry: value for entry, value in recorded(config).items() if not entry.startswith("freeze_")}
+    keep(config, {**frozen_entries(factor), **rest})
     if residual.residual_mark(model.get_base_model()) is not None:
         watch(model, adapter_name, "base")
 
 
 def freeze_recorded(peft_model: Any, adapter_names: Iterable[str]) -> None:
-    """Freeze A of those of a model's adapters whose configuration records that."""
+    """Freeze A or B of those of a model's adapters whose configuration records that."""
     model = unwrap(peft_model)
     for name in adapter_names if isinstance(model, PeftModel) else ():
         config = model.peft_config.get(name)
-        if isinstance(config, LoraConfig) and recorded(config).get("freeze_a") and not is_a_frozen(lora_layers(model, name), name):
-            _freeze_a(peft_model, name)
+        frozen = frozen_in(recorded(config)) if isinstance(config, LoraConfig) else None
+        if frozen and frozen_of(lora_layers(model, name), name) != frozen:
+            _freeze(peft_model, name, frozen)

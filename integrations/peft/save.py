@@ -22,9 +22,9 @@ from nullspace.artifacts.spaces import NullSpaces
 from nullspace.errors import InputError
 from nullspace.integrations.peft.files import ADAPTER_CONFIG, init_record, located, record_start, save_adapter
 from nullspace.integrations.peft.folders.cards import CARD, name_base, set_section, write_card, write_cards
-from nullspace.integrations.peft.layers import SUBTRACTED, WRAPPED, is_a_frozen, lora_layers, take_out
+from nullspace.integrations.peft.layers import SUBTRACTED, WRAPPED, frozen_of, lora_layers, take_out
 from nullspace.integrations.peft.made_for import entries_of
-from nullspace.integrations.peft.origin import keep, recorded
+from nullspace.integrations.peft.origin import frozen_entries, keep, recorded
 from nullspace.integrations.peft.shell import saving_here, without_weights
 from nullspace.methods import Sources
 from nullspace.model.sharded import is_model_sharded
@@ -77,7 +77,7 @@ def save_init(
     config: Any = peft_model.peft_config[adapter]
     original = located(config.base_model_name_or_path)
     base_path = os.path.abspath(out / "base") if residual == "base" else original
-    frozen = is_a_frozen(lora_layers(peft_model, adapter), adapter)
+    frozen = frozen_of(lora_layers(peft_model, adapter), adapter)
     name = getattr(base, "name_or_path", None)
     facts = init_record(base, name, peft_model.nullspace_method, config, residual, frozen, spaces, record)
 
@@ -123,8 +123,9 @@ def record_init(peft_model: Any, model: nn.Module, adapter: str, method: str, re
     # A residual base has no name before save_init gives it one, and must not keep that of the original model.
     config.base_model_name_or_path = UNSAVED.format(original or "a model without a name") if residual == "base" else original
     layers = lora_layers(peft_model, adapter)
-    frozen, entries = is_a_frozen(layers, adapter), entries_of({name: layer.get_base_layer() for name, layer in layers.items()})
-    keep(config, {"freeze_a": frozen, "model": original, "revision": config.revision, "residual": residual, "base": entries})
+    frozen, entries = frozen_of(layers, adapter), entries_of({name: layer.get_base_layer() for name, layer in layers.items()})
+    record = {"model": original, "revision": config.revision, "residual": residual, "base": entries}
+    keep(config, {**frozen_entries(frozen), **record})
     if residual == "adapter":
         peft_model.peft_config[SUBTRACTED.format(adapter)].base_model_name_or_path = original
     facts = init_record(model, original, method, config, residual, frozen, given.spaces, None)

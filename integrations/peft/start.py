@@ -56,14 +56,15 @@ def start_of(
     scaling = layer.scaling[adapter]
     dtype_a, dtype_b = (each[adapter].weight.dtype for each in (layer.lora_A, layer.lora_B))
     with _naming(name):
-        weight = _exact(layer, stored) if METHODS[method].changes_base else None
+        entry = METHODS[method]
+        weight = _exact(layer, stored) if entry.reads_weight else None
         if weight is not None and not is_finite(stored):
             raise InputError("the weight holds NaN or Inf: load an undamaged model, or leave the layer out of target_modules")
         device = torch.device("cpu") if stored.device.type == "meta" else stored.device
         target = Layer(name, weight, layer.out_features, layer.in_features, layer.r[adapter], device)
-        a, b = METHODS[method].start(target, given)
+        a, b = entry.start(target, given)
         # s·BA is the product that counts, so where it is not zero each factor takes 1/√s.
-        root = 1.0 if weight is None else math.sqrt(scaling)
+        root = math.sqrt(scaling) if entry.changes_base else 1.0
         a, b = (a / (root / given.split)).to(dtype_a), (b / (root * given.split)).to(dtype_b)
         if not (is_finite(a) and is_finite(b)):
             raise InputError(f"A or B holds NaN or Inf in {dtype_a}: check lora_alpha, sigma_scale and split")

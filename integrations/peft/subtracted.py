@@ -26,7 +26,7 @@ from nullspace.model.wrappers import unwrap
 def attach_subtracted(peft_model: PeftModel, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Load the second adapter of `inject_adapters(..., residual="adapter")` beside the first, frozen and active.
 
-    An A that the first adapter's configuration records as frozen is frozen again (`freeze_a`).
+    An A or B that the first adapter's configuration records as frozen is frozen again (`freeze_a`, `freeze_b`).
 
     For training on: `PeftModel.from_pretrained(base, OUT/adapter, is_trainable=True)`, then this with `OUT/subtracted`.
 
@@ -64,8 +64,16 @@ def attach_subtracted(peft_model: PeftModel, directory: str | os.PathLike[str], 
     warn_of_base(peft_model, adapter_name, record, stacklevel=2)
 
 
-def refuse_pair_of(config: LoraConfig, residual: str) -> None:
-    """Raise `ValueError` for what PEFT does not do with a second adapter, if the residual (of `check_servable`) is one."""
+def refuse_settings(config: LoraConfig, residual: str, frozen: str | None) -> None:
+    """Raise `ValueError` for what PEFT does not do with a second adapter, if the residual is one, or with a frozen B.
+
+    Args:
+        config: of the first adapter.
+        residual: as `check_servable` returns it.
+        frozen: the factor that does not train.
+    """
+    if frozen == "B" and config.lora_bias:
+        raise InputError("lora_bias is a bias of B, which does not train with B frozen: leave it out, or freeze_b=False")
     if residual == "adapter" and config.use_dora:
         raise InputError("DoRA's magnitudes do not add up over two adapters: use_dora needs a base that can be changed")
     if residual == "adapter" and config.trainable_token_indices:
@@ -101,7 +109,7 @@ def subtract(peft_model: PeftModel, config: LoraConfig, layers: Mapping[str, Any
 
 def _activate_both(peft_model: PeftModel, layers: Mapping[str, Any], adapter: str) -> None:
     second = SUBTRACTED.format(adapter)
-    freeze_layers(layers, second, ("lora_A", "lora_B"))
+    freeze_layers(layers, second, "AB")
     set_adapter = functools.partial(_set_adapter, peft_model)
     peft_model.set_adapter = set_adapter  # type: ignore[method-assign]
     set_adapter(adapter)

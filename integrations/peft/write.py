@@ -30,14 +30,14 @@ from nullspace.integrations.peft.experts.checks import warn_of_two
 from nullspace.integrations.peft.experts.layout import layers_by_parameter, stacked
 from nullspace.integrations.peft.files import ADAPTER_WEIGHTS, init_record, located, record_start, save_adapter
 from nullspace.integrations.peft.folders.cards import write_cards
-from nullspace.integrations.peft.layers import check_layers, check_servable, held_weight, lora_layers, starts_at_zero, stored_weight
+from nullspace.integrations.peft.layers import check_layers, check_servable, held_weight, lora_layers, stored_weight, zero_factor
 from nullspace.integrations.peft.made_for import entries_of
 from nullspace.integrations.peft.shell import BasePlan, on_disk, plan_base, saving_here, without_weights
 from nullspace.integrations.peft.start import random_seed, residual_of, start_of, with_spaces
-from nullspace.integrations.peft.subtracted import add_second, refuse_pair_of
+from nullspace.integrations.peft.subtracted import add_second, refuse_settings
 from nullspace.integrations.peft.targets import own_config
 from nullspace.integrations.peft.watch import warn_of_dropout
-from nullspace.methods import METHODS, Sources, check_method, check_sources
+from nullspace.methods import METHODS, Sources, check_method, check_sources, frozen_factor
 from nullspace.model.experts import ExpertMatrix, named_layers
 from nullspace.model.sharded import is_model_sharded, prepare_to_gather
 from nullspace.model.weights import tensor_of
@@ -58,11 +58,13 @@ def write_init(
     covariances: Covariances | None = None,
     preserve: Covariances | None = None,
     freeze_a: bool | None = None,
+    freeze_b: bool | None = None,
     residual: str = "auto",
     sigma_scale: float = 1.0,
     beta: float = 0.5,
     damping: float = DAMPING,
     split: float = 1.0,
+    window: float | None = None,
     tokenizer: Any = None,
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -90,8 +92,8 @@ def write_init(
             default group (FSDP2, ZeRO-3, DTensors of tensor parallelism), all of them have to call this with the same arguments:
             weights are gathered one at a time, and the first process writes.
         config: as in `inject_adapters`.
-        spaces, method, covariances, preserve, sigma_scale, beta, damping, split: as in `inject_adapters`.
-        freeze_a: the same; the adapter's configuration, its card and the record say so.
+        spaces, method, covariances, preserve, sigma_scale, beta, damping, split, window: as in `inject_adapters`.
+        freeze_a, freeze_b: the same; the adapter's configuration, its card and the record say so.
         residual: as in `inject_adapters`.
         tokenizer: saved beside the base, if given.
         record: JSON-able facts to keep in `nullspace.json`.
@@ -110,8 +112,9 @@ def write_init(
     model = unwrap(model)
     job = Job() if is_model_sharded(model) else Job.alone()
     with job.sharing_errors(), unwrapped(model):
-        given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, split, seed=random_seed(method))
-        output = _Output(Path(out), tokenizer, freeze_a, residual, record or {}, overwrite, max_shard_bytes)
+        given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, split, window, random_seed(method))
+        freeze = (freeze_a, freeze_b)
+        output = _Output(Path(out), tokenizer, freeze, residual, record or {}, overwrite, max_shard_bytes)
 
         def write() -> None:
             _write(output, model, config, given, method, reporter(progress, bars=job.first), job)
@@ -128,7 +131,8 @@ class _Output(NamedTuple):
 
     folder: Path
     tokenizer: Any
-    freeze_a: bool | None
+    freeze: tuple[bool | None, bool | None]
+    """A, B"""
     residual: str
     record: Mapping[str, Any]
     overwrite: bool
@@ -138,6 +142,7 @@ class _Output(NamedTuple):
 def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources, method: str, report: Progress, job: Job) -> None:
     check_method(method, given)
     check_sources(method, given)
+    frozen = frozen_factor(method, *output.freeze)
     resolved = store.resolved(output.folder)
     sharded = prepare_to_gather(model, job)
     config = own_config(config, model, given, job)
@@ -152,9 +157,9 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
         targets = layers_by_parameter(layers)
         given = with_spaces(method, given, layers, adapter)
         check_layers(bases, {name: layer.r[adapter] for name, layer in layers.items()}, method, given, job)
-        frozen = METHODS[method].freezes_a(output.freeze_a)
-        residual = check_servable(model, bases, method, residual=output.residual, freeze_a=frozen, offloaded=True)
-        refuse_pair_of(config, residual)
+        freeze: dict[str, Any] = {"freeze_a": frozen == "A", "freeze_b": frozen == "B"}
+        residual = check_servable(model, bases, method, residual=output.residual, **freeze, offloaded=True)
+        refuse_settings(config, residual, frozen)
         job.exchange(None)  # an error on any rank must be known before the others wait for it in a gather
         entries = entries_of(bases)
         shell = without_weights(model)
@@ -170,7 +175,8 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
         config.base_model_name_or_path = os.path.abspath(output.folder / "base") if residual == "base" else located(original)
         files = _plan_adapters(peft_model, config, layers, plans, residual)
         if not job.first:  # the first process writes, the others take part in gathering
-            for name in _gathered(base, targets, residual, output.max_shard_bytes):
+            reads = targets if METHODS[method].reads_weight else {}
+            for name in _gathered(base, reads, residual, output.max_shard_bytes):
                 _fetch(name, modules, job)
             job.exchange(None)
             return
@@ -180,7 +186,7 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
             shutil.copytree(plans, part, dirs_exist_ok=True)
             with contextlib.ExitStack() as stack:
                 written = [stack.enter_context(file.opened(part)) for file in files]
-                zero = starts_at_zero(residual, frozen)
+                zero = zero_factor(residual, frozen)
                 starts = _Starts(modules, layers, targets, adapter, method, given, zero, report, job, written)
                 _write_weights(part / "base", base, starts, model, shell, residual, output.max_shard_bytes)
             if starts.changes:
@@ -216,13 +222,13 @@ def _write_weights(
             starts.start(tensor, starts.stored(tensor))
 
 
-def _gathered(base: Source | BasePlan | None, targets: Iterable[str], residual: str, max_shard_bytes: int) -> Iterator[str]:
-    """Names of the tensors that `_write_weights` gathers, in its order."""
+def _gathered(base: Source | BasePlan | None, reads: Iterable[str], residual: str, max_shard_bytes: int) -> Iterator[str]:
+    """Names of the tensors that `_write_weights` gathers, in its order; `reads`: those that the method reads."""
     if isinstance(base, BasePlan):
         files = files_of(base, max_shard_bytes).filename_to_tensors.values()
         yield from base.owners(key for keys in files for key in keys)
-    elif residual in ("adapter", "zero"):
-        yield from targets
+    elif residual != "base":
+        yield from reads
 
 
 @dataclass
@@ -236,8 +242,8 @@ class _Starts:
     adapter: str
     method: str
     given: Sources
-    zero: bool
-    """Whether B starts at zero, whatever the method's is."""
+    zero: str | None
+    """The factor that starts at zero, whatever the method's is."""
     report: Progress
     job: Job
     files: Sequence[_AdapterFile]
@@ -259,7 +265,7 @@ class _Starts:
         for name in self.targets[tensor]:
             self.report("adapters", self.done, len(self.layers), 0)
             a, b = start_of(name, self.layers[name], self._part(name, stored), self.adapter, self.method, self.given)
-            made[name] = a, torch.zeros_like(b) if self.zero else b
+            made[name] = torch.zeros_like(a) if self.zero == "A" else a, torch.zeros_like(b) if self.zero == "B" else b
             self.done += 1
         first = self.layers[self.targets[tensor][0]]
         path, (a, b) = (first.path, stacked([*made.values()])) if isinstance(first, ExpertAdapter) else (name, made[name])
@@ -270,7 +276,7 @@ class _Starts:
     def _part(self, name: str, stored: torch.Tensor) -> torch.Tensor:
         """A layer's weight in the tensor that holds it; the tensor itself where the method does not read the weight."""
         module = self.modules[name]
-        if isinstance(module, ExpertMatrix) and METHODS[self.method].changes_base:
+        if isinstance(module, ExpertMatrix) and METHODS[self.method].reads_weight:
             return module.of_stack(stored)
         return stored
 
@@ -280,7 +286,7 @@ class _Starts:
     def stored(self, tensor: str) -> torch.Tensor:
         """The values of a tensor of `targets`, dequantised; where the method does not read it, the tensor as it is."""
         module = self.modules[self.targets[tensor][0]]
-        if not METHODS[self.method].changes_base:
+        if not METHODS[self.method].reads_weight:
             return held_weight(module)
         if isinstance(module, ExpertMatrix):
             return self.fetch(tensor)

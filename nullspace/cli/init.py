@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 
 METHODS = (
-    *("lora-null", "b-zero", "contrast", "corda-kpm", "corda-ipm", "corda-exact", "sc-lora"),
-    *("milora", "pissa", "eva", "orthogonal"),
+    *("lora-null", "b-zero", "contrast", "corda-kpm", "corda-ipm", "corda-exact", "astra", "sc-lora"),
+    *("milora", "pissa", "olora-tail", "mica", "mica-data", "eva", "orthogonal"),
 )
 _check_fraction = functools.partial(check_real, allowed=FRACTION)
 _check_not_negative = functools.partial(check_real, allowed=NOT_NEGATIVE)
@@ -66,7 +66,7 @@ class Adapter:
     use_rslora: bool = option("Scale by alpha / sqrt(rank).", False)
     method: str = option(
         "How the adapter begins; contrast keeps most, with covariances of the task and of what must be kept (--preserve). "
-        "contrast, b-zero, eva and orthogonal leave the base alone.",
+        "contrast, b-zero, mica, mica-data, eva and orthogonal leave the base alone.",
         "lora-null",
         one_of(*METHODS),
     )
@@ -88,13 +88,24 @@ class Adapter:
     factor_split: float = option(
         "A takes so many times its share of the adapter's product, and B as much less.", 1.0, check_real, of_methods("split")
     )
+    window: float | None = option(
+        "milora, corda-exact, astra: which singular triples: 0 the largest, 1 the smallest, 0.5 those in the middle. By default 1; "
+        "for astra 0.",
+        None,
+        _check_fraction,
+        of_methods("window"),
+    )
     freeze_a: bool | None = option(
         "B alone is trained, from zero on the original model, so that no base is written; by default for contrast.",
         None,
     )
+    freeze_b: bool | None = option(
+        "A alone is trained, from zero on the original model, so that no base is written; by default for mica and mica-data.",
+        None,
+    )
     residual: str = option(
         "What subtracts the adapter's initial product: 'base' (OUT/base), 'adapter' (a second, frozen one, OUT/subtracted) or "
-        "'auto': none with --freeze-a, else the base where it can be changed.",
+        "'auto': none with --freeze-a or --freeze-b, else the base where it can be changed.",
         "auto",
         one_of("auto", "base", "adapter"),
         needed("methods that change the base", lambda values: method_of(values).changes_base),
@@ -103,7 +114,8 @@ class Adapter:
 
     def numbers(self) -> dict[str, Any]:
         """The numbers of `nullspace.methods.OPTIONS`, by their names there."""
-        return {"sigma_scale": self.sigma_scale, "beta": self.beta, "damping": self.damping, "split": self.factor_split}
+        numbers = {"sigma_scale": self.sigma_scale, "beta": self.beta, "damping": self.damping, "split": self.factor_split}
+        return numbers | ({} if self.window is None else {"window": self.window})
 
 
 def init(
@@ -123,10 +135,11 @@ def init(
     from nullspace.artifacts.checkpoint import COVARIANCES
     from nullspace.integrations import peft
     from nullspace.methods import METHODS as ENTRIES
+    from nullspace.methods import frozen_factor
     from nullspace.model.coverage import covered_share
 
     began = time.perf_counter()
-    method = ENTRIES[adapter.method]
+    method, frozen = ENTRIES[adapter.method], frozen_factor(adapter.method, adapter.freeze_a, adapter.freeze_b)
     _check_sources(source, adapter, method.needs)
     if source.data is None and not together.is_first():
         return None
@@ -145,7 +158,8 @@ def init(
                 calibration.targets,
                 adapter.method,
                 residual=adapter.residual,
-                freeze_a=method.freezes_a(adapter.freeze_a),
+                freeze_a=frozen == "A",
+                freeze_b=frozen == "B",
                 offloaded=True,
             )
             _warn_of_neighbour(adapter)
@@ -171,7 +185,7 @@ def init(
         if not (shown.as_json or shown.quiet):
             if inputs.spaces is None:
                 console.print_line(f"{share:.1%} of the parameters in the model's matrices have adapters.\n")
-            console.print_line(_next_steps(out, calibration, residual, method.freezes_a(adapter.freeze_a)))
+            console.print_line(_next_steps(out, calibration, residual, frozen))
     return document
 
 
@@ -208,7 +222,7 @@ def _check_sources(source: Source, adapter: Adapter, needs: Collection[str]) -> 
 
 def _warn_of_neighbour(adapter: Adapter) -> None:
     """Warn where a default has a cheaper setting beside it that keeps more: LoRA-Null whose A is trained since nothing was said."""
-    is_default = adapter.freeze_a is None and adapter.residual == "auto" and adapter.factor_split == 1.0
+    is_default = adapter.freeze_a is None and not adapter.freeze_b and adapter.residual == "auto" and adapter.factor_split == 1.0
     if adapter.method == "lora-null" and is_default and together.is_first():
         warnings.warn(
             "A is trained too (LoRA-Null v1): --freeze-a (v2) forgot less at equal learning (docs/results.md), writes no base and "
@@ -277,6 +291,7 @@ def _write_init(
         covariances=None if "spaces" in method.needs else inputs.covariances,
         preserve=inputs.preserved,
         freeze_a=adapter.freeze_a,
+        freeze_b=adapter.freeze_b,
         residual=adapter.residual,
         **numbers,
         tokenizer=calibration.tokenizer,
@@ -294,7 +309,7 @@ def _origin(source: Source, text: Text) -> dict[str, Any]:
     return {"data": described(source.data, source.weights), **text.record()}
 
 
-def _next_steps(out: Path, calibration: Calibration, residual: str, frozen: bool) -> str:
+def _next_steps(out: Path, calibration: Calibration, residual: str, frozen: str | None) -> str:
     base = str(out / "base") if residual == "base" else calibration.base.name
     running, kind = calibration.running, type(calibration.model).__name__
     automatic = "AutoModelForCausalLM" if kind.endswith("ForCausalLM") else kind
@@ -305,12 +320,12 @@ def _next_steps(out: Path, calibration: Calibration, residual: str, frozen: bool
     quantised = f", quantization_config=BitsAndBytesConfig({config})" if running.load_in_4bit or running.load_in_8bit else ""
     doors = "nullspace.integrations.peft"
     second = f"    {doors}.attach_subtracted(model, {str(out / 'subtracted')!r})\n" if residual == "adapter" else ""
-    b_alone = f"    {doors}.freeze_a(model)  # train B alone\n" if frozen else ""
+    alone = {"A": f"    {doors}.freeze_a(model)  # train B alone\n", "B": f"    {doors}.freeze_b(model)  # train A alone\n"}
     return (
         f"\nWrote {out}. To train it:\n\n"
         f"    base = {automatic}.from_pretrained({base!r}{quantised})\n"
         f"    model = PeftModel.from_pretrained(base, {str(out / 'adapter')!r}, is_trainable=True)\n"
-        f"{second}{b_alone}\n"
+        f"{second}{alone.get(frozen or '', '')}\n"
         f"and afterwards, for the untouched base: nullspace export TRAINED --initial {out} --out EXPORTED"
     )
 

@@ -1,40 +1,47 @@
 """What an adapter is made of, from weights and second moments of inputs: pure functions of tensors, in float64.
 
-- `starts`: the two factors before training, one function a method.
-- `contrast`: a start from two second moments, of the task and of what must be kept.
+- `inputs`, `outputs`, `orthogonal`, `contrast`: the two factors before training, one function a method; from directions of the
+  input, from directions of the output, random, and from two second moments, of the task and of what must be kept.
 - `filters`: after training, a change that keeps its effect on the task and loses that on what must be kept; several in one.
 - `truncated`: a change cut to a smaller rank where its inputs notice it least.
 """
 
 from nullspace.factors.contrast import contrast
 from nullspace.factors.filters import RIDGE, Curve, Filter, Forecast, combined, filtered
+from nullspace.factors.inputs import b_zero, centred, eva, lora_null
 from nullspace.factors.low_rank import LowRank
-from nullspace.factors.starts import (
+from nullspace.factors.orthogonal import orthogonal
+from nullspace.factors.outputs import (
     CORDA_MODES,
     DAMPING,
+    LARGEST,
+    SMALLEST,
     ZERO,
-    b_zero,
-    centred,
+    astra,
     corda,
     corda_exact,
-    eva,
-    lora_null,
+    mica,
+    mica_data,
     milora,
-    orthogonal,
+    olora_tail,
     pissa,
     sc_lora,
+    skipped,
 )
 from nullspace.factors.truncation import truncated
 
 __all__ = [
     "CORDA_MODES",
     "DAMPING",
+    "LARGEST",
     "RIDGE",
+    "SMALLEST",
     "ZERO",
     "Curve",
     "Filter",
     "Forecast",
     "LowRank",
+    "astra",
     "b_zero",
     "centred",
     "combined",
@@ -44,9 +51,13 @@ __all__ = [
     "eva",
     "filtered",
     "lora_null",
+    "mica",
+    "mica_data",
     "milora",
+    "olora_tail",
     "orthogonal",
     "pissa",
     "sc_lora",
+    "skipped",
     "truncated",
 ]

@@ -9,7 +9,7 @@ from nullspace.checks import check_between, check_integer, check_real
 from nullspace.errors import InputError
 from nullspace.factors.filters import unit_trace
 from nullspace.factors.low_rank import LowRank
-from nullspace.factors.starts import DAMPING
+from nullspace.factors.outputs import DAMPING
 
 
 @torch.no_grad()

@@ -122,8 +122,8 @@ def _certified(
     return None
 
 
-def left_singular(m: torch.Tensor, k: int, *, end: str = "top") -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest or smallest singular values of a matrix, and their left singular vectors: M = U Σ Vᵀ.
+def left_singular(m: torch.Tensor, k: int, *, end: str = "top", skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest or smallest singular values of a matrix, or k in between, and their left singular vectors: M = U Σ Vᵀ.
 
     Of a product W C it is these that give CorDA's factors without an inverse: U_r Σ_r V_rᵀ C⁻¹ = U_r U_rᵀ W.
 
@@ -136,6 +136,8 @@ def left_singular(m: torch.Tensor, k: int, *, end: str = "top") -> tuple[torch.T
         m: (n, d) real matrix; taken in float64.
         k: how many, 1 ≤ k ≤ min(n, d).
         end: `"top"`: σ_1 … σ_k; `"bottom"`: the last k of the min(n, d) singular values.
+        skip: leave out so many of that end: σ_{skip + 1} … σ_{skip + k}, or the k before the last `skip`. The vectors are computed
+            together with those that lie between them and the nearer end.
 
     Returns:
         Singular values (k,), descending, and orthonormal vectors (n, k), float64, on the device of `m`; the entry of largest
@@ -145,19 +147,26 @@ def left_singular(m: torch.Tensor, k: int, *, end: str = "top") -> tuple[torch.T
     2 l s² + s³ more for the bottom. 8 · (2 n d + 4 s²) bytes.
 
     Raises:
-        ValueError: if `m` is not a matrix or holds NaN or Inf, k is out of range, or `end` is unknown.
+        ValueError: if `m` is not a matrix or holds NaN or Inf, k or `skip` is out of range, or `end` is unknown.
     """
     if not check_integer("k", k, least=None) >= 1 or m.ndim != 2 or k > min(m.shape):
         raise InputError(f"k must be between 1 and the smaller side of the matrix {tuple(m.shape)}, not {k}")
     if end not in ("top", "bottom"):
         raise InputError(f"end must be 'top' or 'bottom', not {end!r}")
+    rest = min(m.shape) - k
+    if check_integer("skip", skip, least=0) > rest:
+        raise InputError(f"skip must be at most {rest}, with k = {k} of the matrix {tuple(m.shape)}, not {skip}")
     check_finite(m)
     m = m.to(torch.float64)
-    pairs = left_top(m, k) if end == "top" else left_bottom(m, k)
+    at_top = end == "top"
+    if 2 * skip > rest:
+        at_top, skip = not at_top, rest - skip
+    pairs = left_top(m, k + skip) if at_top else left_bottom(m, k + skip)
     if pairs is None:
         u, sigma, _ = torch.linalg.svd(m, full_matrices=False)
-        pairs = (sigma[:k], u[:, :k]) if end == "top" else (sigma[-k:], u[:, -k:])
-    return pairs[0], with_fixed_signs(pairs[1])
+        pairs = (sigma[: k + skip], u[:, : k + skip]) if at_top else (sigma[-k - skip :], u[:, -k - skip :])
+    wanted = slice(skip, None) if at_top else slice(0, k)  # both are descending
+    return pairs[0][wanted], with_fixed_signs(pairs[1][:, wanted])
 
 
 def left_top(m: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -233,7 +233,7 @@ class _Solver:
     def __call__(self, site: Site, covariance: Covariance) -> tuple[dict[str, CordaEigens], torch.Tensor | None]:
         c = covariance.matrix()
         for name in site.members:
-            rest = spared(self.mode, *weight_shape(self.targets[name]), self.ranks[name])
+            rest = spared(CORDA_MODES[self.mode], *weight_shape(self.targets[name]), self.ranks[name])
             self.directions.look_at(name, covariance, self.ranks[name], c, spared=rest)
         if not self.from_file:
             c /= covariance.tokens

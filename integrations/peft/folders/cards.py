@@ -15,6 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from nullspace.errors import DamagedFileError
+from nullspace.integrations.peft.origin import frozen_in
+from nullspace.methods import OTHER
 
 CARD = "README.md"
 # Heading of the section that every card of an adapter for a residual base has.
@@ -247,12 +249,13 @@ def _example(facts: Mapping[str, Any], base: str | None, adapter: str = ".") -> 
 
 
 def _frozen(facts: Mapping[str, Any]) -> str:
-    """The section on training B alone; empty if A is trained too."""
-    if not facts.get("freeze_a"):
+    """The section on training one factor alone; empty if both are trained."""
+    frozen = frozen_in(facts)
+    if frozen is None:
         return ""
     return (
-        "## A is frozen\n\nThis adapter trains B alone. PEFT loads A trainable: to train it on, call `freeze_a(model)` of "
-        "`nullspace.integrations.peft` after loading it, before the optimizer is made."
+        f"## {frozen} is frozen\n\nThis adapter trains {OTHER[frozen]} alone. PEFT loads {frozen} trainable: to train it on, call "
+        f"`freeze_{frozen.lower()}(model)` of `nullspace.integrations.peft` after loading it, before the optimizer is made."
     )
 
 

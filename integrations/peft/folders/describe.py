@@ -28,8 +28,9 @@ from nullspace.integrations.peft.files import (
 from nullspace.integrations.peft.folders import cards
 from nullspace.integrations.peft.folders.checkpoints import has_recorded_weights, is_residual, local_folder, mark_of
 from nullspace.integrations.peft.folders.export import PLAIN, contents, described, vllm_rank
-from nullspace.integrations.peft.origin import recorded
+from nullspace.integrations.peft.origin import frozen_in, recorded
 from nullspace.integrations.transformers.load import ModelSource
+from nullspace.methods import OTHER
 
 MODEL_CONFIG = "config.json"
 # Fields of an init record about the method.
@@ -182,7 +183,7 @@ def _base_at(adapter: Adapter, record: Mapping[str, Any]) -> Base:
     named = adapter.config.get("base_model_name_or_path")
     folder = Path(os.path.abspath(adapter.path))
     named_folder = _folder(named, adapter.config.get("revision"))
-    start = {name: record[name] for name in ("model", "residual", "freeze_a") if name in record}
+    start = {name: record[name] for name in ("model", "residual", "freeze_a", "freeze_b") if name in record}
     if records.kind_of(folder) in PLAIN:
         return Base(named, named_folder, False, start)
     init = init_around(folder)
@@ -264,9 +265,13 @@ def _base_notes(adapter: Adapter, base: Base) -> list[str]:
             else "The frozen adapter in 'subtracted' must be active beside it (attach_subtracted; it is in the folder in which "
             "this one started): alone it is silently wrong. nullspace export makes one plain adapter of both."
         )
-    frozen = recorded(adapter.config, adapter.path).get("freeze_a", base.init.get("freeze_a"))
+    record = recorded(adapter.config, adapter.path)
+    frozen = frozen_in(record if "freeze_a" in record else base.init)
     if frozen and adapter.path.name != "subtracted":
-        notes.append("It trains B alone, and PEFT loads A trainable: to train it on, call freeze_a after loading it.")
+        notes.append(
+            f"It trains {OTHER[frozen]} alone, and PEFT loads {frozen} trainable: to train it on, call "
+            f"freeze_{frozen.lower()} after loading it."
+        )
     if base.named and base.folder is not None and not _is_at(base.named, base.folder):
         notes.append(
             f"{ADAPTER_CONFIG} names {base.named!r}, but the base is in {base.folder}: nullspace inspect {adapter.path} --base "

@@ -62,8 +62,8 @@ def export_lora(
 ) -> Path:
     """Write, after training, a plain LoRA for the *untouched* base model, equivalent to the trained adapter on the residual one.
 
-    With W₀ = W_res + s·B₀A₀, the trained model is W_res + s·BA = W₀ + s·(BA − B₀A₀). Where A was frozen that is s·(B − B₀)A₀, of
-    rank r; otherwise `[s·B, −s·B₀][A; A₀]`, of rank 2r.
+    With W₀ = W_res + s·B₀A₀, the trained model is W_res + s·BA = W₀ + s·(BA − B₀A₀). Where A was frozen that is s·(B − B₀)A₀, and
+    where B was s·B₀(A − A₀), of rank r; otherwise `[s·B, −s·B₀][A; A₀]`, of rank 2r.
 
     The scaling s is in B, so that α = r, without rsLoRA and without patterns: consumers that read only `r` and `lora_alpha`
     (llama.cpp, older vLLM) apply what PEFT does. Layers of a smaller rank are padded with zeros to the largest. The factors have
@@ -184,6 +184,8 @@ def _plain_factors(now: Adapter, start: Adapter, layer: str, place: Place) -> Lo
         return LowRank(a, scaling * (b - b0))
     if is_zero(a0, b0):
         return LowRank(a, scaling * b)
+    if torch.equal(b, b0):
+        return LowRank(a - a0, scaling * b)
     return LowRank(torch.cat([a, a0]), scaling * torch.cat([b, -b0], dim=1))
 
 

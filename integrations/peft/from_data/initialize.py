@@ -25,9 +25,9 @@ from nullspace.integrations.peft.layers import (
     without_adapters,
 )
 from nullspace.integrations.peft.start import random_seed
-from nullspace.integrations.peft.subtracted import refuse_pair_of
+from nullspace.integrations.peft.subtracted import refuse_settings
 from nullspace.integrations.peft.targets import check_fields
-from nullspace.methods import METHODS
+from nullspace.methods import METHODS, frozen_factor
 from nullspace.model.experts import named_layers
 from nullspace.model.sharded import is_model_sharded
 from nullspace.model.sharded_tensors import is_sharded
@@ -51,6 +51,7 @@ def initialize_lora_nullspace_weights(
     experts: str = "auto",
     device: torch.device | str | None = None,
     freeze_a: bool | None = None,
+    freeze_b: bool | None = None,
     residual: str = "auto",
     adapter_name: str = "default",
     progress: bool | Progress = True,
@@ -66,14 +67,14 @@ def initialize_lora_nullspace_weights(
 
     A and B of the adapter are overwritten, with what `nullspace.prepare` gives the base model; its rank, scaling and layers stay.
     While the model is calibrated its own modules are in the places of PEFT's layers, so that no adapter takes part. Other adapters
-    stay as they are. Call it before the optimizer is made (TRL makes it in `train`), as it decides whether A is trained.
+    stay as they are. Call it before the optimizer is made (TRL makes it in `train`), as it decides which of A and B are trained.
 
     Args:
         peft_model: with the adapter; changed in place.
         adapter_name: PEFT's name for the adapter.
         tokenizer, task, keep, method, samples, length, batch_size: see `nullspace.prepare`.
-        strategy, precision, experts, device, freeze_a, progress, numbers: see `nullspace.prepare`. Layers of the adapter that the
-            data do not reach are errors.
+        strategy, precision, experts, device, freeze_a, freeze_b, progress, numbers: see `nullspace.prepare`. Layers of the adapter
+            that the data do not reach are errors.
         residual: see `inject_adapters`. A base that other adapters use too is not changed: `"auto"` then adds the second adapter.
 
     Raises:
@@ -93,7 +94,8 @@ def initialize_lora_nullspace_weights(
     with job.sharing_errors():
         config, adapters = _checked(adapted, adapter_name)
         given = read_arguments(method, task, keep, numbers, seed=random_seed(method))
-        residual = _residual_beside_others(adapted, adapter_name, method, residual, freeze_a)
+        frozen = frozen_factor(method, freeze_a, freeze_b)
+        residual = _residual_beside_others(adapted, adapter_name, method, residual, frozen)
         base = adapted.get_base_model()
         weights_job = job if is_model_sharded(base) else Job.alone()
         with unwrapped(adapted), contextlib.ExitStack() as held:
@@ -104,8 +106,8 @@ def initialize_lora_nullspace_weights(
                 layers = Targets({name: modules[name] for name in adapters})
                 ranks = {name: layer.r[adapter_name] for name, layer in adapters.items()}
                 check_layers(layers, ranks, method, given.sources, weights_job)
-                freezes = METHODS[method].freezes_a(freeze_a)
-                refuse_pair_of(config, check_servable(base, layers, method, residual=residual, freeze_a=freezes))
+                freeze: dict[str, Any] = {"freeze_a": frozen == "A", "freeze_b": frozen == "B"}
+                refuse_settings(config, check_servable(base, layers, method, residual=residual, **freeze), frozen)
                 if "spaces" in given.data:
                     check_spaces_rank(layers, max(ranks.values()))
                 loaders = given.loaders(how, tokenizer, base)
@@ -113,7 +115,7 @@ def initialize_lora_nullspace_weights(
             with as_it_was_on_error(adapted, config), _factors_kept(adapters, adapter_name):
                 unfreeze_layers(adapters, adapter_name)
                 config.init_lora_weights = True
-                how_to_start: dict[str, Any] = {"method": method, "freeze_a": freeze_a, "residual": residual}
+                how_to_start: dict[str, Any] = {"method": method, "frozen": frozen, "residual": residual}
                 start_adapter(adapted, adapter_name, sources, **how_to_start, job=weights_job)
 
 
@@ -159,7 +161,7 @@ def _checked(peft_model: Any, adapter_name: str) -> tuple[LoraConfig, dict[str, 
     return config, layers
 
 
-def _residual_beside_others(peft_model: PeftModel, adapter_name: str, method: str, residual: str, freeze_a: bool | None) -> str:
+def _residual_beside_others(peft_model: PeftModel, adapter_name: str, method: str, residual: str, frozen: str | None) -> str:
     """`residual`, for a base that other adapters may use too."""
     others = [name for name in peft_model.peft_config if name != adapter_name]
     if not others or method not in METHODS or not METHODS[method].changes_base:
@@ -168,7 +170,7 @@ def _residual_beside_others(peft_model: PeftModel, adapter_name: str, method: st
         raise InputError(
             f"residual='base' would change what adapter {others[0]!r} was made for: use residual='adapter', or delete that adapter"
         )
-    return "adapter" if residual == "auto" and not METHODS[method].freezes_a(freeze_a) else residual
+    return "adapter" if residual == "auto" and frozen is None else residual
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ from nullspace.integrations.peft.experts.checks import refuse_sharded_experts
 from nullspace.integrations.peft.from_data.calibration import Calibration, calibrated, check_spaces_rank, read_arguments
 from nullspace.integrations.peft.inject import adapt, check_adapter_name, check_model, inject_adapters
 from nullspace.integrations.peft.layers import check_layers, check_servable
-from nullspace.integrations.peft.subtracted import refuse_pair_of
+from nullspace.integrations.peft.subtracted import refuse_settings
 from nullspace.integrations.peft.targets import checked_config, exact_config, rank_of, wanted_layers
-from nullspace.methods import METHODS, Sources
+from nullspace.methods import Sources, frozen_factor
 from nullspace.model.sharded import is_model_sharded
 from nullspace.model.wrappers import unwrap, unwrapped
 from nullspace.progress import Progress
@@ -38,6 +38,7 @@ def prepare(
     experts: str = "auto",
     device: torch.device | str | None = None,
     freeze_a: bool | None = None,
+    freeze_b: bool | None = None,
     residual: str = "auto",
     adapter_name: str = "default",
     progress: bool | Progress = True,
@@ -54,9 +55,9 @@ def prepare(
     | method | `task` | `keep` |
     |---|---|---|
     | `"contrast"` (default), `"sc-lora"` | needed | needed |
-    | `"lora-null"`, `"b-zero"`, `"corda-kpm"`, `"corda-exact"` | | needed |
-    | `"corda-ipm"`, `"eva"` | needed | |
-    | `"milora"`, `"pissa"`, `"orthogonal"` | | |
+    | `"lora-null"`, `"b-zero"`, `"corda-kpm"`, `"corda-exact"`, `"mica-data"` | | needed |
+    | `"corda-ipm"`, `"eva"`, `"astra"` | needed | |
+    | `"milora"`, `"pissa"`, `"olora-tail"`, `"mica"`, `"orthogonal"` | | |
 
     Args:
         model: the base model; changed in place, as by `get_peft_model`.
@@ -79,9 +80,9 @@ def prepare(
         samples, batch_size: sequences of each of the two, and of a batch.
         length: tokens a sequence; by default 1024, or the model's positions if it has fewer.
         strategy, precision, experts, device: how the model is run: see `nullspace.stream_covariances`.
-        freeze_a, residual, adapter_name: see `inject_adapters`.
+        freeze_a, freeze_b, residual, adapter_name: see `inject_adapters`.
         progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
-        numbers: `sigma_scale`, `beta`, `damping` and `split`, of methods that take them: see `inject_adapters`.
+        numbers: `sigma_scale`, `beta`, `damping`, `split` and `window`, of methods that take them: see `inject_adapters`.
 
     Returns:
         The `PeftModel`. Where its base is a residual (`"lora-null"` with A trained, CorDA, …), call `save_init` before training.
@@ -108,16 +109,17 @@ def prepare(
         given = read_arguments(method, task, keep, numbers)
         own = checked_config(config, model)
         check_adapter_name(adapter_name)
-        start: dict[str, Any] = {"method": method, "freeze_a": freeze_a, "residual": residual, "adapter_name": adapter_name}
+        frozen = frozen_factor(method, freeze_a, freeze_b)
+        start: dict[str, Any] = {"method": method, "residual": residual, "adapter_name": adapter_name}
         if not given.data:
             start |= numbers | {name: getattr(given.sources, name) for name in ("spaces", "covariances", "preserve")}
-            return inject_adapters(model, config, **start)
+            return inject_adapters(model, config, freeze_a=freeze_a, freeze_b=freeze_b, **start)
         how.check(model)
         weights_job = job if is_model_sharded(model) else Job.alone()
         check_model(model, own, weights_job)
         layers = wanted_layers(own, model, list(given.sources.of_model()))
         exact = exact_config(own, model, layers, warn=job.first)
-        _check_start(model, layers, exact, given.sources, method, freeze_a, residual, weights_job)
+        _check_start(model, layers, exact, given.sources, method, frozen, residual, weights_job)
         rank = max(rank_of(name, exact) for name in layers)
         if "spaces" in given.data:
             check_spaces_rank(layers, rank)
@@ -125,7 +127,7 @@ def prepare(
         with calibrated(model, layers, given, loaders, how, rank, job) as sources:
             if set(layers) != before:
                 exact = exact_config(own, model, layers, warn=False)
-            return adapt(model, exact, sources, **start, job=weights_job)
+            return adapt(model, exact, sources, **start, frozen=frozen, job=weights_job)
 
 
 def _check_start(
@@ -134,11 +136,12 @@ def _check_start(
     config: LoraConfig,
     sources: Sources,
     method: str,
-    freeze_a: bool | None,
+    frozen: str | None,
     residual: str,
     job: Job,
 ) -> None:
     """The checks of `start_adapter`, before there is an adapter."""
     refuse_sharded_experts(layers)
     check_layers(layers, {name: rank_of(name, config) for name in layers}, method, sources, job)
-    refuse_pair_of(config, check_servable(model, layers, method, residual=residual, freeze_a=METHODS[method].freezes_a(freeze_a)))
+    freeze: dict[str, Any] = {"freeze_a": frozen == "A", "freeze_b": frozen == "B"}
+    refuse_settings(config, check_servable(model, layers, method, residual=residual, **freeze), frozen)

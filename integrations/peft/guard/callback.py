@@ -46,7 +46,8 @@ class ForgettingCallback(TrainerCallback):
     and `kl_to_base` with texts. They are in `trainer.state.log_history` and in what is printed. `attach(trainer)`, in place of
     `callbacks=[…]`, puts the callback before the reporters (W&B, TensorBoard, …), so that these get them too.
 
-    An A that the adapter's configuration records as frozen (`freeze_a`) is frozen again, when the Trainer is made or in `attach`.
+    An A or B that the adapter's configuration records as frozen (`freeze_a`, `freeze_b`) is frozen again, when the Trainer is made
+    or in `attach`.
 
     Every saved adapter's card (`README.md`) has the last reading in a section of its own, which is taken anew for a checkpoint.
 
