@@ -164,7 +164,7 @@ def test_every_method_from_the_text_and_from_kept_covariances(
     products = []
     for name, source in (("one", from_text), ("two", ["--covariances", tmp_path / "kept", *RANK] if needs else RANK)):
         out = tmp_path / name
-        more = ["--no-freeze-a"] if name == "two" else []
+        more = ["--no-freeze-a", "--no-freeze-b"] if name == "two" else []
         result = run("init", tiny_checkpoint, "--out", out, *source, *options, *more, "-q")
         assert result.exit_code == 0, result.output
         model = AutoPeftModelForCausalLM.from_pretrained(out / "adapter")
@@ -173,10 +173,12 @@ def test_every_method_from_the_text_and_from_kept_covariances(
         record = json.loads((out / "nullspace.json").read_text())
         assert record["method"] == method
         assert ("beta" in record) == (method == "sc-lora")
-        frozen = name == "one" and method == "contrast"
-        assert record["freeze_a"] == frozen
-        assert ("freeze_a(model)" in (out / "adapter" / "README.md").read_text(encoding="utf-8")) == frozen
-        assert ("call freeze_a after loading it" in run("inspect", out).stdout) == frozen
+        frozen = METHODS[method].frozen if name == "one" else None
+        card, shown = (out / "adapter" / "README.md").read_text(encoding="utf-8"), run("inspect", out).stdout
+        for factor in ("a", "b"):
+            assert record.get(f"freeze_{factor}", False) == (frozen == factor.upper())
+            assert (f"freeze_{factor}(model)" in card) == (frozen == factor.upper())
+            assert (f"call freeze_{factor} after loading it" in shown) == (frozen == factor.upper())
         layers = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")}
         products.append({n: (m.lora_A["default"].weight, m.lora_B["default"].weight) for n, m in layers.items()})
     if method != "orthogonal":

@@ -197,7 +197,8 @@ def test_starts_as_the_base_and_what_is_saved_is_what_was_trained(
     if it.dtype == torch.float32:
         assert close(logits(adapted), before, 2e-6)
     else:  # rounding the residual costs no more than computing in 16 bits does anyhow
-        assert (logits(adapted) - exact).abs().max() <= 2 * (before - exact).abs().max()
+        # (OLoRA-tail's product is larger than these small weights, and so is what rounding its residual costs.)
+        assert (logits(adapted) - exact).abs().max() <= (4 if method == "olora-tail" else 2) * (before - exact).abs().max()
     save_init(tmp_path / "init", adapted)
     frozen = frozen_factor(method, it.options.get("freeze_a"), it.options.get("freeze_b"))
     residual = METHODS[method].changes_base and frozen is None

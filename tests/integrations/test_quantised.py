@@ -432,13 +432,13 @@ def test_what_cannot_be_read_is_refused_by_the_methods_that_look_at_the_weight(r
     # Those of the full model, but for what would tell it from the packed one.
     known = {"spaces": NullSpaces([spaces[site.name] for site in spaces.sites]), "covariances": sums, "preserve": sums}
     for method, each in METHODS.items():
-        if not each.changes_base and residual != "auto":  # which subtract nothing
+        if not each.reads_weight and residual != "auto":  # which subtract nothing
             continue
         model = tiny("llama")
         model.model.layers[1].mlp.up_proj = _Packed(model.model.layers[1].mlp.up_proj)
         state = state_of(model)
         given = {name: known[name] for name in each.needs}
-        if not each.changes_base:
+        if not each.reads_weight:
             adapted = inject_adapters(model, LoraConfig(r=RANK), method=method, residual=residual, **given)
             assert len(lora_layers(adapted, "default")) == len(spaces)
             assert unchanged(adapted, state)

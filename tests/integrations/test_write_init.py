@@ -82,6 +82,7 @@ CASES = [
     ("qwen2", torch.float32, {"r": RANK}, {}),  # tied embeddings
     ("qwen2", torch.bfloat16, {"r": RANK}, {"method": "b-zero"}),
     *(("llama", torch.bfloat16, {"r": RANK}, {"method": method}) for method in list(integration.METHODS)[2:]),
+    ("llama", torch.bfloat16, {"r": RANK, "lora_alpha": 16}, {"method": "corda-exact", "window": 0.5, "freeze_b": True}),
     ("gpt2", torch.float32, {"r": RANK}, {"method": "corda-kpm"}),
     ("gpt2", torch.float32, {"r": RANK, "lora_alpha": 3}, {}),  # Conv1D, tied embeddings
     ("gpt2", torch.float16, {"r": RANK}, {}),
@@ -117,7 +118,7 @@ def test_every_file_is_the_same(
     assert written.keys() == wanted.keys()
     assert [name for name in wanted if written[name] != wanted[name]] == []
     method = integration.METHODS[options.get("method", "lora-null")]
-    assert ("base/model.safetensors" in wanted) == (method.changes_base and not options.get("freeze_a"))
+    assert ("base/model.safetensors" in wanted) == (method.changes_base and not {"freeze_a", "freeze_b"} & set(options))
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

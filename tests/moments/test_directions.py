@@ -69,7 +69,7 @@ def test_every_method_names_layers_and_numbers_once(door: str, method: str, of: 
     assert re.search(r"\(5\)|\(5 of 48 directions, \d+ needed\)", few)
     (equal,) = said(lambda: start("equal"))
     spanned = 0 if method == "eva" else 1
-    needed = {"corda-kpm": 40, "corda-exact": 40, "lora-null": 40, "b-zero": 40}.get(method, R)
+    needed = {"corda-kpm": 40, "corda-exact": 40, "mica-data": 40, "lora-null": 40, "b-zero": 40}.get(method, R)
     assert re.search(
         rf"9 of 9 (layers|sites) .*layers\.0\.self_attn\.q_proj \({spanned} of 48 directions, {needed} needed\)", equal
     )
