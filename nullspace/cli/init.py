@@ -17,6 +17,7 @@ from nullspace.cli import console, options, together
 from nullspace.cli.calibrate import Calibration, reserved, row_spaces
 from nullspace.cli.data import DATA, WEIGHTS, Text, described
 from nullspace.cli.options import (
+    Condition,
     Layers,
     Loading,
     RunningForSpaces,
@@ -40,6 +41,14 @@ METHODS = (
 )
 _check_fraction = functools.partial(check_real, allowed=FRACTION)
 _check_not_negative = functools.partial(check_real, allowed=NOT_NEGATIVE)
+
+
+def _learns_without(factor: str) -> Condition:
+    """Methods that learn something where this factor is frozen: not those that start with it at zero."""
+    name = f"freeze_{factor.lower()}"
+    return needed(
+        f"methods that do not start with {factor} = 0", lambda values: not (values[name] and method_of(values).zero == factor)
+    )
 
 
 @dataclass(frozen=True)
@@ -98,10 +107,12 @@ class Adapter:
     freeze_a: bool | None = option(
         "B alone is trained, from zero on the original model, so that no base is written; by default for contrast.",
         None,
+        needs=_learns_without("A"),
     )
     freeze_b: bool | None = option(
         "A alone is trained, from zero on the original model, so that no base is written; by default for mica and mica-data.",
         None,
+        needs=_learns_without("B"),
     )
     residual: str = option(
         "What subtracts the adapter's initial product: 'base' (OUT/base), 'adapter' (a second, frozen one, OUT/subtracted) or "

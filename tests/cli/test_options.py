@@ -34,25 +34,30 @@ OF_MODEL = {"targets", "exclude", "dtype", "offload", "load_in_4bit", "load_in_8
 OF_ROWS, OF_HUB = {"field"}, {"split"}
 OF_TEXT = {*OF_FORM, "samples", "length", "batch_size", *OF_ROWS, *OF_HUB}
 ALL_OF_DATA = OF_DATA | OF_ROWS | OF_HUB
-NUMBERS = {"sigma_scale", "beta", "damping", "factor_split", "preserve"}
+NUMBERS = {"sigma_scale", "beta", "damping", "factor_split", "window", "preserve"}
 ALL = {"all_rows"}
 UNTOUCHED = {"avoid", "spectrum", "residual"}  # methods that leave the base alone, and compute no null space
-OF_NULL, OF_CORDA = {"sigma_scale", "factor_split"}, {"damping", "factor_split"}
+OF_NULL, OF_CORDA, OF_WINDOW = {"sigma_scale", "factor_split"}, {"damping", "factor_split"}, {"factor_split", "window"}
 
 # (command, its source) → the options that have no effect there. Paths do not exist: nothing may be looked at before the options.
 SOURCES: dict[tuple[str, str], set[str]] = {
     ("init", "MODEL --data a.txt"): {*OF_ROWS, *OF_HUB, "partial", *NUMBERS - OF_NULL},
-    ("init", "MODEL --data a.md --method b-zero"): {*OF_ROWS, *OF_HUB, "partial", "residual", *NUMBERS},
+    ("init", "MODEL --data a.md --method b-zero"): {*OF_ROWS, *OF_HUB, "partial", "residual", "freeze_b", *NUMBERS},
     ("init", "MODEL --data a.jsonl"): {*OF_HUB, "partial", *NUMBERS - OF_NULL},
-    ("init", "MODEL --data a.parquet --method eva"): {*ALL, *OF_HUB, "partial", *UNTOUCHED, *NUMBERS},
+    ("init", "MODEL --data a.parquet --method eva"): {*ALL, *OF_HUB, "partial", "freeze_b", *UNTOUCHED, *NUMBERS},
     ("init", "MODEL --data some/set --method corda-kpm"): {*ALL, "partial", "avoid", "spectrum", *NUMBERS - OF_CORDA},
     ("init", "MODEL --data set:part --strategy resident"): {"hidden_states", "partial", *NUMBERS - OF_NULL},
     ("init", "MODEL --spaces s"): {*ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - OF_NULL},
     ("init", "MODEL --covariances c"): {*ALL_OF_DATA, *NUMBERS - OF_NULL},
     ("init", "MODEL --covariances c --method corda-ipm"): {*ALL, *ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - OF_CORDA},
-    ("init", "MODEL --covariances c --method corda-exact"): {*ALL, *ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - {"factor_split"}},
-    ("init", "MODEL --data a.csv --method sc-lora --preserve p"): {*ALL, *OF_HUB, "avoid", "spectrum", "sigma_scale", "damping"},
-    ("init", "MODEL --covariances c --method contrast --preserve p"): {*ALL, *ALL_OF_DATA, *UNTOUCHED, *OF_NULL, "beta"},
+    ("init", "MODEL --covariances c --method corda-exact"): {*ALL, *ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - OF_WINDOW},
+    ("init", "MODEL --data a.csv --method sc-lora --preserve p"): {
+        *ALL, *OF_HUB, "avoid", "spectrum", "sigma_scale", "damping", "window",
+    },
+    ("init", "MODEL --covariances c --method contrast --preserve p"): {
+        *ALL, *ALL_OF_DATA, *UNTOUCHED, *OF_NULL, "beta", "window", "freeze_b",
+    },
+    ("init", "MODEL --covariances c --method mica-data"): {*ALL, *ALL_OF_DATA, "freeze_a", *UNTOUCHED, *NUMBERS},
     ("init", "MODEL --method pissa"): {*ALL, *ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - {"factor_split"}},
     ("init", "MODEL --method orthogonal"): {*ALL, *ALL_OF_DATA, "partial", *UNTOUCHED, *NUMBERS},
     ("compute", "MODEL --data a.json"): {*OF_HUB, "partial"},
@@ -87,7 +92,7 @@ VALUES = {
     "revision": "main", "device_map": "auto", "attn": "eager",
     "device": "cpu", "field": "text", "alpha": "4", "preserve": "p", "avoid": "a", "spaces": "s", "covariances": "c", "study": "s",
     "data": "a.txt", "shard": "1/2", "weights": "1,1", "model": "m", "adapter": "x=a", "initial": "i", "base": "b", "out": "o",
-    "exclude": "lm_head", "strength": "1", "drift": "1", "worst": "1", "retain": "1", "task": "t", "rank": "4",
+    "exclude": "lm_head", "window": "0.5", "strength": "1", "drift": "1", "worst": "1", "retain": "1", "task": "t", "rank": "4",
     "task_data": "a.txt", "keep_data": "a.txt", "adapter_name": "n", "device_memory": "8GB", "gpu": "L4", "host_memory": "8GB",
 }  # fmt: skip
 OTHERS = {"plan": {"weights": "host"}, "filter": {"keep": "k"}}
