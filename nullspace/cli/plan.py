@@ -58,6 +58,9 @@ class Work:
     load_in_8bit: bool = options.LOAD_IN_8BIT
     attn: str | None = options.ATTN
     freeze_a: bool = option("Plan a training of B alone.", False)
+    freeze_b: bool = option(
+        "Plan a training of A alone.", False, needs=needed("a training of both", lambda values: not values["freeze_a"])
+    )
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def plan(
     usable = functools.partial(is_typed, quantised=_is_quantised(empty), asked=machine.weights)
     says = answer(empty, targets, workload, survey, device_memory=limits[0], host_memory=limits[1], usable=usable)
     command = _Command(model, loading, work, workload.experts if has_experts else None)
-    trained = trainings(empty, targets, survey, workload, freeze_a=work.freeze_a)
+    trained = trainings(empty, targets, survey, workload, freeze_a=work.freeze_a, freeze_b=work.freeze_b)
     share = covered_share(empty, survey.reached)
     if as_json:
         return _document(model, machine, says, command, trained, share)
@@ -185,7 +188,7 @@ class _Command:
 
     def of(self, plan: Plan, exclude: tuple[str, ...] = ()) -> list[str]:
         """The lines of a plan that leaves these layers out."""
-        loads, rank = self._loads(), self._changed("rank", "freeze_a")
+        loads, rank = self._loads(), self._changed("rank", "freeze_a", "freeze_b")
         layers = [*self._changed("targets"), *self._excluded(exclude), *(["--experts", self.experts] if self.experts else [])]
         placed = [*(["--device", "cpu"] if plan.device == "cpu" else []), *(["--offload"] if plan.weights == "disk" else [])]
         run = [*self._changed("samples", "length"), *self._batch(plan), "--strategy", plan.strategy, *placed]
@@ -227,7 +230,7 @@ def _typed(name: str, value: Any) -> list[str]:
 
 
 def trainings(
-    empty: Any, targets: Mapping[str, nn.Module], survey: Survey, workload: Workload, *, freeze_a: bool = False
+    empty: Any, targets: Mapping[str, nn.Module], survey: Survey, workload: Workload, **freeze: bool
 ) -> dict[str, list[Training]]:
     """Memory for training on a model without weights, which is left with weights of 4 bits.
 
@@ -238,10 +241,10 @@ def trainings(
     from nullspace.planning.training import training
 
     name = "quantised" if _is_quantised(empty) else str(survey.dtype).removeprefix("torch.")
-    known = {name: training(empty, targets, survey, workload, freeze_a=freeze_a)}
+    known = {name: training(empty, targets, survey, workload, **freeze)}
     if name != "quantised":
         set_planned_bytes(empty, empty.config, load_in_4bit=True)
-        known["4-bit"] = training(empty, targets, survey, workload, freeze_a=freeze_a)
+        known["4-bit"] = training(empty, targets, survey, workload, **freeze)
     return known
 
 

@@ -4,7 +4,8 @@ Memory of the peak, in bytes, with T tokens a batch, V entries of the vocabulary
 
 - weights: as they are stored, and with 4 bits the largest layer once more, dequantised (QLoRA, arXiv 2305.14314);
 - adapter: 4 P (PEFT keeps an adapter in float32), P = Σ r (d_in + d_out) over the target layers;
-- gradients: 4 Q; optimizer: 8 Q, the two moments of AdamW (arXiv 1711.05101) in float32; Q = P, or with A frozen Σ r d_out;
+- gradients: 4 Q; optimizer: 8 Q, the two moments of AdamW (arXiv 1711.05101) in float32; Q = P, or Σ r d_out with A frozen,
+  Σ r d_in with B frozen;
 - activations: what autograd keeps for the backward pass. Without checkpointing, Σ over blocks of what a block keeps; with it
   (arXiv 1604.06174), one hidden state a block. Either way the arguments of the blocks, and 4 T d of the last norm;
 - loss or block: the logits, which a loop that logs them holds, and the larger of 12 T V of log-probabilities, their gradient and
@@ -73,7 +74,13 @@ class Training:
 
 
 def training(
-    model: nn.Module, targets: Mapping[str, nn.Module], survey: Survey, workload: Workload, *, freeze_a: bool = False
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    survey: Survey,
+    workload: Workload,
+    *,
+    freeze_a: bool = False,
+    freeze_b: bool = False,
 ) -> list[Training]:
     """Memory for training an adapter on some layers, without and with checkpointing.
 
@@ -83,11 +90,13 @@ def training(
         survey: of this model for this workload.
         workload: whose batch size, length and rank count.
         freeze_a: whether B alone is trained; then no adapted layer keeps its input.
+        freeze_b: whether A alone is trained.
     """
     adapted = {name: layer for name, layer in targets.items() if name in survey.reached}
     size = sum(workload.rank * sum(weight_shape(layer)) for layer in adapted.values())
-    trained = sum(workload.rank * weight_shape(layer)[0] for layer in adapted.values()) if freeze_a else size
-    kept, counted = kept_by_blocks(model, adapted, survey, workload.rank, freeze_a=freeze_a)
+    shapes = [weight_shape(layer) for layer in adapted.values()]
+    trained = workload.rank * sum(d_out * (not freeze_b) + d_in * (not freeze_a) for d_out, d_in in shapes)
+    kept, counted = kept_by_blocks(model, adapted, survey, workload.rank, trained=(not freeze_a, not freeze_b))
     head, tokens = output_head(model), workload.batch_size * workload.length
     vocabulary = 0 if head is None else weight_shape(head)[0]
     always = {
@@ -117,7 +126,7 @@ def training(
 
 
 def kept_by_blocks(
-    model: nn.Module, targets: Mapping[str, nn.Module], survey: Survey, rank: int, *, freeze_a: bool = False
+    model: nn.Module, targets: Mapping[str, nn.Module], survey: Survey, rank: int, *, trained: tuple[bool, bool] = (True, True)
 ) -> tuple[list[int], bool]:
     """What autograd keeps of each block for the backward pass, and whether it was counted.
 
@@ -136,7 +145,7 @@ def kept_by_blocks(
         kind = _kind(block, inside, survey.block_calls[index])
         if kind not in known:
             try:
-                known[kind] = kept_by_block(block, inside, survey.block_calls[index], rank, survey.dtype, freeze_a=freeze_a)
+                known[kind] = kept_by_block(block, inside, survey.block_calls[index], rank, survey.dtype, trained=trained)
             except Exception:  # kernels without a derivative on the meta device
                 return estimate, False
         kept.append(known[kind])
@@ -150,7 +159,7 @@ def kept_by_block(
     rank: int,
     dtype: torch.dtype,
     *,
-    freeze_a: bool = False,
+    trained: tuple[bool, bool] = (True, True),
 ) -> int:
     """Bytes that autograd saves in a block's forward pass; weights and the block's arguments other than hidden states left out.
 
@@ -164,7 +173,7 @@ def kept_by_block(
         call: arguments of the block, with `TensorShape`s in the place of tensors.
         rank: of the adapter.
         dtype: of the model.
-        freeze_a: whether A has no gradient.
+        trained: whether A has a gradient, and B.
     """
     stacks = {f"{layer.experts_name}.{layer.parameter}" for layer in targets.values() if isinstance(layer, ExpertMatrix)}
     own = {name for name, _ in block.named_parameters() if any(stack.endswith(f".{name}") for stack in stacks)}
@@ -187,8 +196,8 @@ def kept_by_block(
         def beside(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             x: torch.Tensor = args[0]
             d_out, d_in = weight_shape(module)
-            a = torch.empty(rank, d_in, dtype=dtype, device="meta", requires_grad=not freeze_a)
-            b = torch.empty(d_out, rank, dtype=dtype, device="meta", requires_grad=True)
+            a = torch.empty(rank, d_in, dtype=dtype, device="meta", requires_grad=trained[0])
+            b = torch.empty(d_out, rank, dtype=dtype, device="meta", requires_grad=trained[1])
             factors.extend((a, b))
             if dtype.itemsize < SINGLE:  # copies of autocast, as A and B are
                 x = x.clone()
