@@ -63,8 +63,16 @@ def train(model: nn.Module, steps: int = 20) -> None:
     model.eval()
 
 
-@pytest.mark.parametrize("method", integration.METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+# A method does not see the family: one on all of them, the others on both layouts of a weight and on one more.
+PAIRS = [
+    (family, method)
+    for number, method in enumerate(integration.METHODS)
+    for family in FAMILIES
+    if method == "lora-null" or family in ("llama", "gpt2", [*FAMILIES][number % len(FAMILIES)])
+]
+
+
+@pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_the_model_computes_what_it_computed_before(family: str, method: str) -> None:
     model = tiny(family)
     before = logits(model)

@@ -102,16 +102,18 @@ def test_decay_draws_the_update_to_zero_and_on_a_residual_base_takes_the_first_p
         assert (difference + 1e-2 * 0.5 * products[name]).abs().max() <= 1e-12, name
 
 
-@pytest.mark.parametrize("method", ["lora-null", "orthogonal"])
-def test_a_start_with_frozen_a_writes_nothing_but_the_adapter(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "frozen"), [("lora-null", "A"), ("orthogonal", "A"), ("lora-null", "B")])
+def test_a_start_with_one_factor_frozen_writes_nothing_but_the_adapter(method: str, frozen: str, tmp_path: Path) -> None:
+    name_of, other = f"freeze_{frozen.lower()}", {"A": "lora_B", "B": "lora_A"}[frozen]
+    freeze: dict[str, Any] = {name_of: True}
     base = tiny("llama")
     base.name_or_path = base.config._name_or_path = "the/base"
     state = {name: value.clone() for name, value in base.state_dict().items()}
     sources = sources_for(method, "llama")
     torch.manual_seed(1)
-    write_init(tmp_path / "two", base, config(), method=method, freeze_a=True, progress=False, **sources)
+    write_init(tmp_path / "two", base, config(), method=method, **freeze, progress=False, **sources)
     torch.manual_seed(1)
-    model = inject_adapters(base, config(), method=method, freeze_a=True, **sources)
+    model = inject_adapters(base, config(), method=method, **freeze, **sources)
     save_init(tmp_path / "one", model, sources.get("spaces"))
     weights = {
         name.replace("base_model.model.", "").replace("base_layer.", ""): value for name, value in model.state_dict().items()
@@ -119,10 +121,10 @@ def test_a_start_with_frozen_a_writes_nothing_but_the_adapter(method: str, tmp_p
     assert all(torch.equal(weights[name], value) for name, value in state.items())
     for out in (tmp_path / "one", tmp_path / "two"):
         assert not {"base", "subtracted"} & {path.name for path in out.iterdir()}
-        assert not any(t.any() for key, t in load_file(out / "adapter" / "adapter_model.safetensors").items() if "lora_B" in key)
+        assert not any(t.any() for key, t in load_file(out / "adapter" / "adapter_model.safetensors").items() if other in key)
         written = json.loads((out / "adapter" / "adapter_config.json").read_text())
         assert written["base_model_name_or_path"] == "the/base"
-        assert written["auto_mapping"][KEY]["freeze_a"] is True
+        assert written["auto_mapping"][KEY][name_of] is True
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "one" / "adapter" / name).read_bytes() == (tmp_path / "two" / "adapter" / name).read_bytes()
     steps(model, 1)
@@ -131,7 +133,7 @@ def test_a_start_with_frozen_a_writes_nothing_but_the_adapter(method: str, tmp_p
     exported = json.loads((tmp_path / "exported" / "adapter_config.json").read_text())
     assert exported["r"] == RANK  # an export is another adapter, for the same base
     assert exported["auto_mapping"][KEY].keys() == {"model", "revision", "residual", "base"}
-    assert any("call freeze_a after loading" in note for note in describe(tmp_path / "trained")["notes"])
+    assert any(f"call {name_of} after loading" in note for note in describe(tmp_path / "trained")["notes"])
 
 
 # ---- what is recorded passes through plain PEFT
@@ -194,6 +196,25 @@ def test_a_is_frozen_again_on_reload(helper: Callable[[PeftModel, Path], None], 
         assert any(p.requires_grad for name, p in again.named_parameters() if "lora_A" in name)
         helper(again, folder)
         assert frozen != any(p.requires_grad for name, p in again.named_parameters() if "lora_A.default" in name)
+
+
+def test_b_is_frozen_again_on_reload_and_an_export_warns_where_it_has_changed(tmp_path: Path) -> None:
+    model = started(tmp_path / "init", method="lora-null", spaces=spaces_for("llama"), residual="adapter", freeze_b=True)
+    record = recorded(model.peft_config["default"])
+    assert (record["freeze_a"], record["freeze_b"]) == (False, True)
+    steps(model, 1)
+    model.save_pretrained(tmp_path / "trained", selected_adapters=["default"])
+    export_lora(tmp_path / "trained", tmp_path / "init", tmp_path / "exported")
+    assert records.read_json(tmp_path / "exported" / "adapter_config.json")["r"] == RANK
+    again = PeftModel.from_pretrained(tiny("llama"), tmp_path / "trained", is_trainable=True)
+    attached(again, tmp_path / "init")
+    assert {n.split(".")[-3] for n, p in again.named_parameters() if p.requires_grad} == {"lora_A"}
+    for p in (p for name, p in again.named_parameters() if "lora_B.default" in name):
+        p.requires_grad_(True)
+    steps(again, 1)
+    again.save_pretrained(tmp_path / "both", selected_adapters=["default"])
+    with pytest.warns(UserWarning, match=r"trained with B frozen, but B has changed in 3 layers.*without freeze_b.*columns"):
+        export_lora(tmp_path / "both", tmp_path / "init", tmp_path / "again")
 
 
 # ---- whether two folders belong together
