@@ -566,7 +566,7 @@ def adapters_are_those_of_the_model_in_one_piece(
     sums = Covariances(stream(whole, random_batches(6), targets=targets, precision="fp64", job=Job.alone()).items())
     sources = {"spaces": spaces, "covariances": sums, "preserve": sums}
     rank = dist.get_rank()
-    for method in ("lora-null", "b-zero", "contrast", "milora", "orthogonal"):
+    for method in ("lora-null", "b-zero", "contrast", "mica", "orthogonal"):
         given = {name: sources[name] for name in METHODS[method].needs}
         model = make()
         before = logits(model) if runs else None
