@@ -97,7 +97,7 @@ class Method:
         draws: whether it draws random numbers, by `Sources.seed`.
         even: whether the rank must be even.
         frozen: the factor that is frozen unless the caller says otherwise (`frozen_factor`), `"A"` or `"B"`.
-        zero: the factor that starts at zero, so that nothing is learned with the other one alone.
+        zero: the factor that starts at zero: with it frozen, nothing is learned.
         of_task: whether `covariances` are of the task's data; if not, of what is to be preserved.
         ranges: of options that are narrower here than in `OPTIONS`.
     """

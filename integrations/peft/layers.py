@@ -35,7 +35,7 @@ RESIDUAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The name of the second adapter, which subtracts it.
 SUBTRACTED = "{}_subtracted"
 # Beginnings of PEFT's `init_lora_weights` with which it subtracts s·BA from the base, whose residual is in no file.
-PEFT_RESIDUALS = ("pissa", "corda", "olora", "loftq", "lora_ga")
+PEFT_RESIDUALS = ("pissa", "corda", "olora", "loftq", "lora_ga", "astra")
 # Where PEFT's wrappers keep what they wrap.
 WRAPPED = ("base_layer", "original_module", "token_adapter")
 ONE_AT_A_TIME = "it holds one weight at a time, and the model may be offloaded"

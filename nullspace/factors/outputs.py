@@ -23,7 +23,7 @@ import math
 import torch
 
 from nullspace import solvers
-from nullspace.checks import FRACTION, NOT_NEGATIVE, check_between, check_one_of, check_real
+from nullspace.checks import FRACTION, NOT_NEGATIVE, check_between, check_integer, check_one_of, check_real
 from nullspace.errors import InputError
 from nullspace.factors.low_rank import LowRank
 from nullspace.solvers.singular import thin_svd
@@ -45,8 +45,12 @@ def skipped(most: int, rank: int, window: float) -> int:
 
     A start takes the triples s + 1 … s + r. s runs from 0 (the largest) to most − r (the smallest), and the window is the part of
     this range that s is at, so that one number serves layers of all sizes: ½ takes those in the middle.
+
+    Raises:
+        ValueError: if the rank is not between 1 and `most`, or the window not between 0 and 1.
     """
-    return math.floor(window * (most - rank) + 0.5)
+    most = check_integer("most", most)
+    return math.floor(check_real("window", window, FRACTION) * (most - check_between("rank", rank, most)) + 0.5)
 
 
 @torch.no_grad()
@@ -283,7 +287,7 @@ def _left(m: torch.Tensor, rank: int, window: float) -> tuple[torch.Tensor, torc
     """Singular values (r,) and left singular vectors of a window of M, largest first."""
     most = min(m.shape)
     _check_rank_of(m, rank, most)
-    return solvers.left_singular(m, rank, skip=skipped(most, rank, check_real("window", window, FRACTION)))
+    return solvers.left_singular(m, rank, skip=skipped(most, rank, window))
 
 
 def _smallest(m: torch.Tensor, rank: int) -> LowRank:

@@ -215,6 +215,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     *((lambda f=f: f(WEIGHT, 0 * C, rank=1), "inputs are all zero") for f in OF_MOMENT),
     *((lambda f=f: f(WEIGHT, torch.eye(4), rank=1), r"needs a second moment \(d_in, d_in\)") for f in OF_MOMENT),
     *((lambda w=w: factors.milora(WEIGHT, rank=1, window=w), "window must be between 0 and 1") for w in (-0.1, 1.1, NAN)),
+    (lambda: factors.skipped(4, 5, 0.5), "rank must be between 1 and 4"),
+    (lambda: factors.skipped(4, 1, NAN), "window must be between 0 and 1"),
     (lambda: factors.astra(WEIGHT, C, rank=1, window=2), "window must be between 0 and 1"),
     (lambda: factors.corda_exact(WEIGHT, C, rank=1, window=NAN), "window must be between 0 and 1"),
 ]
