@@ -148,7 +148,7 @@ def check_origin(now: Adapter, start: Adapter, *, stacklevel: int) -> None:
             stacklevel=stacklevel + 1,
         )
     products = any(
-        bool(t.any()) and bool(start.tensors[key.replace(".lora_B.", ".lora_A.")].any())
+        bool(t.any()) and bool(start.tensors.get(key.replace(".lora_B.", ".lora_A."), t).any())
         for key, t in start.tensors.items()
         if key.endswith(".lora_B.weight")
     )
