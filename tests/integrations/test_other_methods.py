@@ -7,6 +7,7 @@ and what is saved is the trained model in a process that has only transformers a
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,10 @@ from plain_peft import PlainPeft
 from torch import nn
 
 from models import random_batches, tiny
-from nullspace import Covariances, factors
+from nullspace import Covariances, factors, solvers
 from nullspace.factors import LowRank
 from nullspace.integrations.peft import confine, export_lora, inject_adapters, lora_layers, read_factors, save_init
+from nullspace.methods import METHODS, Layer, Sources
 from reference import optimal_leak, recorded_inputs
 
 pytestmark = [
@@ -44,11 +46,11 @@ def start(model: nn.Module, method: str, *, rank: int = RANK, **options: Any) ->
     return inject_adapters(model, LoraConfig(r=rank, lora_alpha=rank), method=method, **sources_for(method, "llama"), **options)
 
 
-@functools.cache
-def starts_of(method: str) -> Mapping[str, LowRank]:
-    """The factors of a method, by layer."""
-    layers = lora_layers(start(tiny("llama"), method), "default")
-    return {name: LowRank(each.lora_A["default"].weight, each.lora_B["default"].weight) for name, each in layers.items()}
+def start_of(method: str, model: nn.Module, name: str) -> LowRank:
+    """The factors of a method for a layer of a tiny Llama."""
+    weight = model.get_submodule(name).weight.detach()
+    a, b = METHODS[method].start(Layer(name, weight, *weight.shape, RANK, weight.device), Sources(**sources_for(method, "llama")))
+    return LowRank(a.float(), b.float())
 
 
 def layer_of(model: PeftModel, name: str) -> Any:
@@ -56,12 +58,13 @@ def layer_of(model: PeftModel, name: str) -> Any:
 
 
 def lora_xs(model: nn.Module) -> PeftModel:
-    """R = Σ v_i P_i is any r × r matrix if the P_i are the r² unit matrices."""
-    starts = starts_of("corda-kpm")
+    """Of every start with a product, in turns. R = Σ v_i P_i is any r × r matrix if the P_i are the r² unit matrices."""
+    methods = itertools.cycle(name for name, each in METHODS.items() if each.changes_base)
+    starts = {name: start_of(next(methods), model, name) for name in spaces_for("llama")}
     adapted = get_peft_model(model, peft.TinyLoraConfig(r=RANK, u=RANK**2, target_modules=list(starts)))
     for name, (a, b) in starts.items():
         layer = layer_of(adapted, name)
-        layer.tinylora_A["default"], layer.tinylora_B["default"] = a.detach(), b.detach()
+        layer.tinylora_A["default"], layer.tinylora_B["default"] = a, b
         layer.tinylora_P["default"] = torch.eye(RANK**2).view(RANK**2, RANK, RANK)
     return adapted
 
@@ -74,7 +77,7 @@ def pooled(moments: Covariances) -> torch.Tensor:
 
 def shared_a() -> torch.Tensor:
     keep, task = pooled(covariances_for("llama")), pooled(covariances_for("llama", seed=2))
-    return factors.contrast(task, keep, WIDTH, rank=RANK).A
+    return 6**0.5 * factors.contrast(task, keep, WIDTH, rank=RANK).A
 
 
 def vera(model: nn.Module) -> PeftModel:
@@ -84,13 +87,13 @@ def vera(model: nn.Module) -> PeftModel:
 
 
 def adalora(model: nn.Module) -> PeftModel:
-    starts = starts_of("lora-null")
+    starts = {name: start_of("lora-null", model, name) for name in spaces_for("llama")}
     config = peft.AdaLoraConfig(init_r=RANK, target_r=RANK // 2, total_step=4, tfinal=1, target_modules=list(starts))
     adapted = get_peft_model(model, config)
     for name, (a, b) in starts.items():
         layer = layer_of(adapted, name)
-        layer.lora_A["default"].data = nn.functional.normalize(a.detach(), dim=1)
-        layer.lora_B["default"].data = nn.functional.normalize(b.detach(), dim=0)
+        layer.lora_A["default"].data = nn.functional.normalize(a, dim=1)
+        layer.lora_B["default"].data = nn.functional.normalize(b, dim=0)
     return adapted
 
 
@@ -103,7 +106,7 @@ def adalora_steps(model: PeftModel) -> None:
         optimizer.step()
         model.base_model.update_and_allocate(step)
         optimizer.zero_grad()
-    assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) < RANK * len(starts_of("lora-null"))
+    assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) < RANK * len(spaces_for("llama"))
 
 
 def hra(model: nn.Module) -> PeftModel:
@@ -127,10 +130,10 @@ def lora_fa_steps(model: PeftModel) -> None:
 
 def check_lora_xs(model: PeftModel) -> None:
     """r² numbers a layer are trained, and the product B R A is a LoRA of rank r."""
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == RANK**2 * len(starts_of("corda-kpm"))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == RANK**2 * len(spaces_for("llama"))
     check_directions(lambda layer: layer.tinylora_A["default"], model)
     _, converted = peft.convert_to_lora(model, RANK)
-    for name in starts_of("corda-kpm"):
+    for name in spaces_for("llama"):
         a, b = (converted[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
         change = layer_of(model, name).get_delta_weight("default")
         assert a.shape[0] == RANK
@@ -189,14 +192,20 @@ def check_saved(model: PeftModel, before: torch.Tensor, folder: Path, plain_peft
     assert close(plain_peft.logits(folder, BATCH, base), wanted, SAME[torch.float32])
 
 
-def test_a_shared_a_of_the_pooled_moment_leaks_least_over_all_sites() -> None:
+def test_bottom_directions_of_the_pooled_moment_leak_least_over_all_sites() -> None:
     names = [site.name for site in covariances_for("llama").sites if site.d_in == WIDTH]
     inputs = recorded_inputs(tiny("llama"), random_batches(), names)
-    values, vectors = torch.linalg.eigh(pooled(covariances_for("llama")))
-    leaks = [(x.double() @ vectors[:, :RANK]).norm() / x.double().norm() for x in inputs.values()]
     together = torch.cat([x.double() / x.double().norm() for x in inputs.values()])
-    assert torch.stack(leaks).square().mean().sqrt() == pytest.approx(optimal_leak(together, RANK), rel=1e-6)
-    assert float(values[:RANK].sum()) == pytest.approx(optimal_leak(together, RANK) ** 2, rel=1e-6)
+    _, basis = solvers.bottom_eigenpairs(pooled(covariances_for("llama")), RANK)
+    squares = torch.stack([(x.double() @ basis).norm() / x.double().norm() for x in inputs.values()]).square()
+    assert float(squares.mean().sqrt()) == pytest.approx(optimal_leak(together, RANK), rel=1e-6)
+
+
+def test_a_shared_a_has_the_norm_of_veras_own() -> None:
+    own = get_peft_model(tiny("llama"), peft.VeraConfig(r=RANK, target_modules=TARGETS)).base_model.vera_A["default"]
+    a, task = shared_a(), pooled(covariances_for("llama", seed=2))
+    assert float(((a @ task) * a).sum() / task.trace()) == pytest.approx(2 * RANK / WIDTH)
+    assert float(own.square().mean()) == pytest.approx(2 / WIDTH, rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["OLoRA", "LoRA-GA"])
