@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import nullspace
-from nullspace import factors
+from nullspace import factors, solvers
 from nullspace.integrations import peft
 from nullspace.methods import METHODS
 
@@ -52,7 +52,7 @@ def test_every_method_has_a_row() -> None:
 
 def test_what_the_tables_name_exists() -> None:
     known = functions_of_tests()
-    ours = {*METHODS, *factors.__all__, *peft.__all__, *nullspace.__all__}
+    ours = {*METHODS, *(name for module in (nullspace, factors, solvers, peft) for name in module.__all__)}
     for row in rows():
         of_tests = [name for name in row.by if name.startswith("test_")]
         assert set(row.by) - set(of_tests) <= ours, row
