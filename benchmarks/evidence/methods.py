@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.nn.utils import parametrize
 from transformers import TrainerCallback
 
 from benchmarks.holding_parts import factors_of, penalise
-from nullspace import Covariances, analysis, factors
+from nullspace import Covariances, analysis
 from nullspace.factors import LowRank
-from nullspace.integrations.peft import confine, decay_to_start, freeze_a, inject_adapters, lora_layers
+from nullspace.integrations.peft import confine, decay_to_start, freeze_a, inject_adapters, lora_layers, oplora
 from nullspace.model.sites import find_targets
 
 
@@ -124,7 +123,7 @@ def prepare(
     peft_model = _started(model, how, rank, keep, task)
     callbacks: list[TrainerCallback] = []
     if how.spared:
-        _spare(peft_model, how.spared)
+        callbacks.append(oplora(peft_model, how.spared))
     if how.corrected:
         _correct_gradients(peft_model)
     if how.leak:
@@ -161,36 +160,6 @@ def _started(model: Any, how: Method, rank: int, keep: Covariances | None, task:
     if "task" in how.needs:
         sources = {"covariances": task, "preserve": keep}
     return inject_adapters(model, config, method=how.start, freeze_a=how.freeze_a, split=how.split, **sources)  # type: ignore[arg-type]
-
-
-class _Outside(nn.Module):
-    """(I − Q Qᵀ) M, or M (I − Q Qᵀ) with `right`, for Q (d, k) with orthonormal columns: M's part outside of their span."""
-
-    basis: torch.Tensor
-
-    def __init__(self, basis: torch.Tensor, *, right: bool) -> None:
-        super().__init__()
-        self.register_buffer("basis", basis)
-        self._right = right
-
-    def forward(self, matrix: torch.Tensor) -> torch.Tensor:
-        if self._right:
-            return matrix - (matrix @ self.basis) @ self.basis.mT
-        return matrix - self.basis @ (self.basis.mT @ matrix)
-
-
-@torch.no_grad()
-def _spare(peft_model: PeftModel, k: int) -> None:
-    """OPLoRA: every use of A and B reads A (I − V Vᵀ) and (I − U Uᵀ) B, with W₀'s k leading singular vectors U, V.
-
-    k is at most half of a weight's smaller side, so that half of its singular directions are left to the adapter.
-    """
-    for layer in lora_layers(peft_model, "default").values():
-        weight = layer.get_base_layer().weight
-        leading = factors.pissa(weight, rank=min(k, min(weight.shape) // 2))
-        for part, basis, right in (("lora_A", leading.A.mT, True), ("lora_B", leading.B, False)):
-            outside = _Outside(nn.functional.normalize(basis, dim=0).to(weight), right=right)
-            parametrize.register_parametrization(getattr(layer, part)["default"], "weight", outside)
 
 
 def _correct_gradients(peft_model: PeftModel) -> None:

@@ -10,7 +10,8 @@ loads without nullspace.
 - `export_lora` (`folders.export`): a trained adapter as a plain LoRA for the untouched base.
 - `filter_adapter`, `filter_checkpoint`, `combine_adapters`, `adapter_drift` (`filtering`): less forgetting, after training.
 - `describe` and `set_base` (`folders.describe`): what a folder holds, and which base an adapter needs.
-- `confine`, `penalty`, `decay_to_start`, `Gauge`, `ForgettingCallback` (`guard`): hold what must be kept while an adapter trains.
+- `confine`, `oplora`, `penalty`, `clora`, `decay_to_start`, `Gauge`, `ForgettingCallback` (`guard`): hold what must be kept while
+  an adapter trains.
 - `read_course` (`files`): an adapter from its start through training, for `nullspace.analysis`.
 """
 
@@ -38,9 +39,11 @@ try:
         Gauge,
         Reading,
         StartDecay,
+        clora,
         confine,
         decay_to_start,
         drift_of,
+        oplora,
         penalty,
     )
     from nullspace.integrations.peft.inject import inject_adapters
@@ -73,6 +76,7 @@ __all__ = [
     "attach_subtracted",
     "check_servable",
     "checkpoint_path",
+    "clora",
     "combine_adapters",
     "confine",
     "decay_to_start",
@@ -90,6 +94,7 @@ __all__ = [
     "initialize_lora_nullspace_weights",
     "inject_adapters",
     "lora_layers",
+    "oplora",
     "penalty",
     "prepare",
     "preprocess_corda",

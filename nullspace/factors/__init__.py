@@ -2,10 +2,12 @@
 
 - `inputs`, `outputs`, `orthogonal`, `contrast`: the two factors before training, one function a method; from directions of the
   input, from directions of the output, random, and from two second moments, of the task and of what must be kept.
+- `constraints`: the leading directions that a change is kept out of while it trains, and CLoRA's penalty.
 - `filters`: after training, a change that keeps its effect on the task and loses that on what must be kept; several in one.
 - `truncated`: a change cut to a smaller rank where its inputs notice it least.
 """
 
+from nullspace.factors.constraints import Leading, clora, leading_inputs, leading_outputs, leading_singular
 from nullspace.factors.contrast import contrast
 from nullspace.factors.filters import RIDGE, Curve, Filter, Forecast, combined, filtered
 from nullspace.factors.inputs import b_zero, centred, eva, lora_null
@@ -40,16 +42,21 @@ __all__ = [
     "Curve",
     "Filter",
     "Forecast",
+    "Leading",
     "LowRank",
     "astra",
     "b_zero",
     "centred",
+    "clora",
     "combined",
     "contrast",
     "corda",
     "corda_exact",
     "eva",
     "filtered",
+    "leading_inputs",
+    "leading_outputs",
+    "leading_singular",
     "lora_null",
     "mica",
     "mica_data",

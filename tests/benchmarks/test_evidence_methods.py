@@ -25,7 +25,7 @@ from nullspace.integrations.peft import Confinement, StartDecay, lora_layers
 
 RANK = 4
 FROZEN = {"lora-fa": "lora_A", "lora-null v2": "lora_A", "contrast": "lora_A", "mica": "lora_B"}
-CALLBACKS: dict[str, list[type]] = {"confine": [Confinement], "lora decay to start 0.3": [StartDecay]}
+CALLBACKS: dict[str, list[type]] = {"confine": [Confinement], "oplora": [Confinement], "lora decay to start 0.3": [StartDecay]}
 
 
 @pytest.fixture(scope="module")

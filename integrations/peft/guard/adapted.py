@@ -26,6 +26,9 @@ from nullspace.model.linear import is_linear, weight_shape
 from nullspace.model.sharded_tensors import whole
 from nullspace.model.sites import Site
 from nullspace.model.wrappers import unwrap
+from nullspace.moments.covariance import Covariance
+
+FACTORS = ("lora_A", "lora_B")
 
 
 class Adapted(NamedTuple):
@@ -39,13 +42,16 @@ class Adapted(NamedTuple):
     @property
     def a(self) -> nn.Parameter:
         """A (r, d_in)."""
-        weight: nn.Parameter = self.layer.lora_A[self.adapter].weight
-        return weight
+        return self.factor("lora_A")
 
     @property
     def b(self) -> nn.Parameter:
         """B (d_out, r)."""
-        weight: nn.Parameter = self.layer.lora_B[self.adapter].weight
+        return self.factor("lora_B")
+
+    def factor(self, name: str) -> nn.Parameter:
+        """One of `FACTORS`."""
+        weight: nn.Parameter = getattr(self.layer, name)[self.adapter].weight
         return weight
 
     @property
@@ -53,13 +59,12 @@ class Adapted(NamedTuple):
         """s: the layer adds s·B A x."""
         return float(self.layer.scaling[self.adapter])
 
-    @property
-    def frozen(self) -> bool:
-        """Whether A does not train (`freeze_a`), also where the adapter is not active at the moment."""
-        if "lora_A" in self.layer.frozen_peft_weight_names.get(self.adapter, ()):
+    def freezes(self, name: str) -> bool:
+        """Whether one of `FACTORS` does not train (A: `freeze_a`), also where the adapter is not active at the moment."""
+        if name in self.layer.frozen_peft_weight_names.get(self.adapter, ()):
             return True
         # A view of the stacked A of experts needs no gradient under no_grad.
-        weight = adapted_by(self.layer).lora_A[self.adapter].weight
+        weight = getattr(adapted_by(self.layer), name)[self.adapter].weight
         return self.adapter in self.layer.active_adapters and not weight.requires_grad
 
 
@@ -218,6 +223,14 @@ def check_known(known: Sitewise[Any], layers: tuple[Adapted, ...], start: Start)
         known.check(each.name, base, (weight_shape(base), None) if start.residual else weights.get(each.name))
         sites.setdefault(of_layer[each.name], []).append(each)
     return sites
+
+
+def check_reached(name: str, covariance: Covariance) -> None:
+    """Raise `TypeError` if this is no second moment, and `ValueError` naming the site if its inputs are all zero."""
+    if not isinstance(covariance, Covariance):
+        raise InputTypeError("Covariances are needed (nullspace.compute_covariances), not NullSpaces")
+    if not covariance.trace > 0:
+        raise InputError(f"site {name!r}: its calibration inputs are all zero. Leave its layers out, or add data that reach it")
 
 
 def original_weight(each: Adapted, start: Start) -> torch.Tensor:

@@ -18,6 +18,7 @@ from nullspace.integrations.peft.guard.adapted import (
     Start,
     adapted_layers,
     check_known,
+    check_reached,
     original_weight,
     start_of,
 )
@@ -140,7 +141,7 @@ class _Site:
 
     def squares(self) -> Iterable[torch.Tensor]:
         for each, start, weight, seen in zip(self.layers, self._starts, self._weights, self._seen(), strict=True):
-            b = _values(each.b)
+            b = values_of(each.b)
             if start is not None:
                 b = torch.cat([b - start.B, b], dim=1)
             yield weight * ((seen @ seen.mT) * (b.mT @ b)).sum()
@@ -169,7 +170,7 @@ class _Site:
 
 def _rows(each: Adapted, start: LowRank | None) -> torch.Tensor:
     """A; or [A₀; A − A₀], as ΔW = (B − B₀) A₀ + B (A − A₀)."""
-    return _values(each.a) if start is None else torch.cat([start.A, _values(each.a) - start.A])
+    return values_of(each.a) if start is None else torch.cat([start.A, values_of(each.a) - start.A])
 
 
 def root_of(covariance: Covariance, device: torch.device, name: str) -> torch.Tensor:
@@ -178,9 +179,8 @@ def root_of(covariance: Covariance, device: torch.device, name: str) -> torch.Te
     Raises:
         ValueError: naming the site, if the inputs are all zero or this is no second moment.
     """
+    check_reached(name, covariance)
     trace = covariance.trace
-    if not trace > 0:
-        raise InputError(f"site {name!r}: its calibration inputs are all zero. Leave its layers out, or add data that reach it")
     if covariance.products == "qr":
         return (covariance.root().mT / trace**0.5).to(device, torch.float32).contiguous()
     c = covariance.matrix().to(device) / trace
@@ -191,7 +191,7 @@ def root_of(covariance: Covariance, device: torch.device, name: str) -> torch.Te
     raise InputError(f"site {name!r}: its second moment is not positive semi-definite. Compute it again")
 
 
-def _values(parameter: torch.Tensor) -> torch.Tensor:
+def values_of(parameter: torch.Tensor) -> torch.Tensor:
     """All of a parameter in float32, with its gradient if it needs one."""
     if is_dtensor(parameter) and parameter.requires_grad and torch.is_grad_enabled():
         return parameter.full_tensor().to(torch.float32)  # type: ignore[attr-defined]

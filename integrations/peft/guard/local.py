@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from nullspace.errors import InputError
-from nullspace.model.sharded_tensors import is_dtensor, is_zero, mesh_device, shape_of, write
+from nullspace.model.sharded_tensors import is_dtensor, is_zero, mesh_device, shape_of, whole, write
 
 
 def read(parameter: torch.Tensor) -> torch.Tensor:
@@ -41,6 +42,30 @@ def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
     elif deepspeed is not None:
         deepspeed.utils.safe_set_full_fp32_param(parameter, value)  # does nothing unless ZeRO manages it
     write(parameter, value)
+
+
+def read_whole(parameter: torch.Tensor) -> torch.Tensor:
+    """As `read`, but all rows of a DTensor, which is a collective."""
+    return read(whole(parameter) if is_dtensor(parameter) else parameter)
+
+
+def put_whole(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Write what `read_whole` returns: to a DTensor the rows of this rank."""
+    put(parameter, rows_here(parameter, value))
+
+
+def on_gradient(parameter: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The handle of a hook: what is added to the parameter's gradient is `change` of it, a linear function of the whole gradient.
+
+    A gradient that DDP or DeepSpeed averages is changed before, one that FSDP2 has summed after that, which is a collective.
+    """
+    if not is_dtensor(parameter):
+        return parameter.register_hook(change)
+
+    def after(summed: Any) -> None:
+        put_whole(summed.grad, change(whole(summed.grad)))
+
+    return parameter.register_post_accumulate_grad_hook(after)
 
 
 def rows_here(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from calibrated import covariances_for, sources_for
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from models import random_batches, tiny
-from nullspace.integrations.peft import drift_of, freeze_a, inject_adapters, lora_layers, penalty
+from nullspace.integrations.peft import clora, drift_of, freeze_a, inject_adapters, lora_layers, penalty
 from nullspace.model.linear import weight_of
 
 CONFIG: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -156,3 +156,62 @@ def test_batches_are_what_covariances_are_of() -> None:
     before, after = (torch.cat([each.flatten(0, 1) for each in outputs[key]]).double() for key in ("before", "after"))
     measured = float((after - before).norm() / before.norm())
     assert drift_of(model, covariances_for("llama")).layers[name] == pytest.approx(measured, rel=1e-4)
+
+
+def projected(model: PeftModel, family: str, k: int, start: dict[str, Any] | None = None) -> torch.Tensor:
+    """Σ ‖A P‖² + ‖Bᵀ Q‖² in float64, with P and Q by decompositions of their own; with `start`, of what A and B have changed by."""
+    original, total = dict(tiny(family).named_modules()), []
+    for name, layer in lora_layers(model, "default").items():
+        w0, c = weight_of(original[name]).detach().double(), covariances_for(family)[name].matrix()
+        w0 = w0.mT if layer.fan_in_fan_out else w0
+        p, q = (torch.linalg.svd(moment).U[:, :k] for moment in (c, w0 @ c @ w0.mT))
+        a, b = (getattr(layer, factor)["default"].weight.double() for factor in ("lora_A", "lora_B"))
+        if start is not None:
+            a, b = a - start[name][0], b - start[name][1]
+        total += [(a @ p).square().sum(), (b.mT @ q).square().sum()]
+    return torch.stack(total).sum()
+
+
+@pytest.mark.parametrize("case", ["plain", "Conv1D", "residual"])
+def test_clora_with_the_leading_inputs_is_the_dense_formula(case: str) -> None:
+    family, _, method = CASES[case]
+    if method:
+        model = inject_adapters(tiny(family), LoraConfig(**CONFIG), **method, **sources_for(method["method"], family))
+    else:
+        model = get_peft_model(tiny(family), LoraConfig(**CONFIG))
+    layers = lora_layers(model, "default").items()
+    factors = {name: [getattr(layer, f)["default"].weight for f in ("lora_A", "lora_B")] for name, layer in layers}
+    start = {name: [p.detach().double() for p in pair] for name, pair in factors.items()} if method else None
+    hold = clora(model, 3, covariances_for(family))
+    shaken(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    wanted, value = projected(model, family, 3, start), hold()
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-4, atol=0)
+    for our, their in zip(torch.autograd.grad(value, parameters), torch.autograd.grad(wanted, parameters), strict=True):
+        assert (our - their).norm() <= 1e-3 * their.norm()
+
+
+def test_clora_with_random_matrices_is_that_of_its_seed_and_takes_them_into_the_null_space() -> None:
+    model = shaken(get_peft_model(tiny("llama"), LoraConfig(**CONFIG)))
+    holds = [clora(model, 0.5, seed=seed) for seed in (3, 3, 4)]
+    values = [float(hold().detach()) for hold in holds]
+    assert values[0] == values[1] != values[2]
+    layers = lora_layers(model, "default").values()
+    whole = sum(
+        float(getattr(layer, f)["default"].weight.detach().square().sum()) for layer in layers for f in ("lora_A", "lora_B")
+    )
+    assert 0.3 * whole < values[0] < 0.5 * whole  # half of d_in of A, at most half of d_out of B
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.4)
+    for _ in range(20):
+        holds[0]().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(holds[0]().detach()) < 1e-6 * values[0]
+    assert float(holds[2]().detach()) > 0.1 * values[2]
+    for k, seed, text in (
+        (0, 0, "k must be at least 1"),
+        (1.5, 0, "k must be a number of directions"),
+        (4, -1, "seed must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            clora(model, k, seed=seed)
