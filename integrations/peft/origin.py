@@ -182,7 +182,7 @@ def freeze_a(peft_model: PeftModel, adapter_name: str = "default") -> None:
 
     PEFT saves the weights but not which of them were frozen: call this after `PeftModel.from_pretrained(..., is_trainable=True)`,
     before the optimizer is made. That A is frozen is recorded in the adapter's configuration from now on (`auto_mapping`), where
-    `attach_subtracted`, `confine` and `ForgettingCallback` look for it and do this by themselves.
+    `attach_subtracted`, `confine`, `oplora` and `ForgettingCallback` look for it and do this by themselves.
 
     Raises:
         ValueError: if the model has no LoRA layer with an adapter of that name, its B is frozen, or it is in a DeepSpeed engine

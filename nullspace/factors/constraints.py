@@ -51,20 +51,22 @@ def leading_outputs(weight: torch.Tensor, c: torch.Tensor, *, k: int) -> Leading
     Args:
         weight: (d_out, d_in) W.
         c: (d_in, d_in) second moment of the inputs, in any scale.
-        k: how many, at most d_out.
+        k: how many, at most the smaller side of the weight: the outputs have no more directions.
 
-    Cost: 2 · d_out · d_in · (d_in + d_out) flops and those of `solvers.top_eigenpairs`.
+    Cost: with s = min(d_out, d_in), those of `solvers.top_eigenpairs` of order s, and about 2 · d_in · s · (d_in + s) flops; for a
+    weight with more rows than columns, 2 · d_out · d_in · (d_in + k) more, for W = Q R and U = Q eig(R C Rᵀ).
 
     Raises:
         TypeError, ValueError: as `leading_inputs`; if the shapes do not fit.
     """
     if weight.ndim != 2 or c.shape != (weight.shape[1], weight.shape[1]):
         raise InputError(f"a weight {tuple(weight.shape)} needs a second moment (d_in, d_in), not {tuple(c.shape)}")
-    check_between("k", k, len(weight))
+    check_between("k", k, min(weight.shape))
     weight = weight.to(torch.float64)
-    outputs = weight @ unit_trace(c, "the inputs").to(weight.device) @ weight.mT
+    turned, rows = torch.linalg.qr(weight) if len(weight) > weight.shape[1] else (None, weight)
+    outputs = rows @ unit_trace(c, "the inputs").to(weight.device) @ rows.mT
     values, basis = solvers.top_eigenpairs((outputs + outputs.mT) / 2, k)
-    return Leading(basis, _left_over(values.sum(), outputs.trace()))
+    return Leading(basis if turned is None else turned @ basis, _left_over(values.sum(), outputs.trace()))
 
 
 @torch.no_grad()

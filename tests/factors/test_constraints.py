@@ -84,7 +84,7 @@ def test_what_has_no_leading_directions_is_refused() -> None:
         (lambda: leading_outputs(weight, torch.zeros(6, 6), k=2), "second moment of the inputs is zero"),
         (lambda: leading_inputs(c * float("nan"), k=2), "NaN or Inf"),
         (lambda: leading_inputs(c, k=7), "k must be between 1 and 6, not 7"),
-        (lambda: leading_outputs(weight, c, k=10), "k must be between 1 and 9, not 10"),
+        (lambda: leading_outputs(weight, c, k=10), "k must be between 1 and 6, not 10"),
         (lambda: leading_singular(weight, k=7), "k must be between 1 and 6, not 7"),
         (lambda: leading_outputs(weight, torch.eye(9), k=2), r"a weight \(9, 6\) needs a second moment"),
         (lambda: leading_singular(weight[0], k=1), r"a weight \(d_out, d_in\) is needed, not \(6,\)"),

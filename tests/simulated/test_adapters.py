@@ -21,6 +21,7 @@ from nullspace import Covariances, compute_covariances, compute_null_spaces, gra
 from nullspace.integrations.peft import (
     ForgettingCallback,
     Gauge,
+    clora,
     confine,
     decay_to_start,
     drift_of,
@@ -30,6 +31,7 @@ from nullspace.integrations.peft import (
     initialize_lora_eva_weights,
     inject_adapters,
     lora_layers,
+    oplora,
     penalty,
     preprocess_corda,
     save_init,
@@ -162,13 +164,22 @@ def test_confine(directions: str, damping: float | None, sources: dict[str, dict
     on_device(model)
 
 
+@pytest.mark.parametrize("of", ["weights", "moments"])
+def test_oplora(of: str, gpu: Any) -> None:
+    model = adapted()
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    oplora(model, 5, covariances_for("llama") if of == "moments" else None, optimizer=optimizer)
+    step_on(model, optimizer)
+    on_device(model)
+
+
 def test_drift_penalty_and_gauge(gpu: Any) -> None:
     model, covariances = adapted(), covariances_for("llama")
     assert drift_of(model, covariances).median > 0
     assert Gauge(model, covariances)().worst > 0
-    hold = penalty(model, covariances)()
-    assert hold.device == CUDA
-    hold.backward()
+    holds = [penalty(model, covariances), clora(model, 5, covariances), clora(model, 5)]
+    assert all(hold().device == CUDA for hold in holds)
+    sum(hold() for hold in holds).backward()
     assert all(parameter.grad is not None and parameter.grad.device == CUDA for parameter in trained(model))
 
 

@@ -93,7 +93,7 @@ def adapted_layers(
         if isinstance(each.layer, ExpertAdapter) and not experts:
             raise InputError(
                 f"adapter {name!r} is on {each.name!r}, one of several experts in one parameter: such a parameter can be measured "
-                "(Gauge, penalty) and filtered, but not confined or decayed. Freeze A (freeze_a), or leave the experts out"
+                "(Gauge, penalty, clora) and filtered, but not confined or decayed. Freeze A (freeze_a), or leave the experts out"
             )
         if not is_linear(base) or name not in each.layer.lora_A or type(each.layer).__name__ == "ParamWrapper":
             raise InputError(
@@ -225,12 +225,27 @@ def check_known(known: Sitewise[Any], layers: tuple[Adapted, ...], start: Start)
     return sites
 
 
-def check_reached(name: str, covariance: Covariance) -> None:
-    """Raise `TypeError` if this is no second moment, and `ValueError` naming the site if its inputs are all zero."""
+def inputs_of(known: Sitewise[Any], site: Site) -> Covariance:
+    """The second moment of a site's inputs; of an expert with few tokens, completed.
+
+    Raises:
+        TypeError: if `known` has something else than second moments.
+        ValueError: naming the site, if its inputs are all zero.
+    """
+    covariance = known[site.members[0]]
     if not isinstance(covariance, Covariance):
-        raise InputTypeError("Covariances are needed (nullspace.compute_covariances), not NullSpaces")
+        raise InputTypeError(f"Covariances are needed (nullspace.compute_covariances), not {type(known).__name__}")
+    covariance = covariance.completed(site.d_in)
+    check_reached(site, covariance)
+    return covariance
+
+
+def check_reached(site: Site, covariance: Covariance) -> None:
+    """Raise `ValueError` naming the site if its inputs are all zero."""
     if not covariance.trace > 0:
-        raise InputError(f"site {name!r}: its calibration inputs are all zero. Leave its layers out, or add data that reach it")
+        raise InputError(
+            f"site {site.name!r}: its calibration inputs are all zero. Leave its layers out, or add data that reach it"
+        )
 
 
 def original_weight(each: Adapted, start: Start) -> torch.Tensor:

@@ -18,7 +18,7 @@ from nullspace.integrations.peft.guard.adapted import (
     Start,
     adapted_layers,
     check_known,
-    check_reached,
+    inputs_of,
     original_weight,
     start_of,
 )
@@ -95,7 +95,7 @@ class Gauge:
         groups, report = check_known(covariances, layers, self.start), reporter(progress)
         self._sites: list[_Site] = []
         for site, members in groups.items():
-            self._sites.append(_Site(site, covariances[members[0].name], members, self.start))
+            self._sites.append(_Site(site, inputs_of(covariances, site), members, self.start))
             report("gauge", len(self._sites), len(groups), 0)
         self.layers = tuple(each.name for site in self._sites for each in site.layers)
 
@@ -123,7 +123,7 @@ class _Site:
 
     def __init__(self, site: Site, covariance: Covariance, layers: list[Adapted], start: Start) -> None:
         self.layers = layers
-        self._root = root_of(covariance.completed(site.d_in), layers[0].a.device, site.name)
+        self._root = root_of(covariance, layers[0].a.device, site.name)
         self._starts = [start.of(each) for each in layers]
         self._weights = [self._scale(each, start) for each in layers]
         # By layer: A, its version, and A L.
@@ -177,9 +177,8 @@ def root_of(covariance: Covariance, device: torch.device, name: str) -> torch.Te
     """L (d_in, d_in) float32 with L Lᵀ = C / tr C, up to a shift of rounding's size.
 
     Raises:
-        ValueError: naming the site, if the inputs are all zero or this is no second moment.
+        ValueError: naming the site, if this is no second moment.
     """
-    check_reached(name, covariance)
     trace = covariance.trace
     if covariance.products == "qr":
         return (covariance.root().mT / trace**0.5).to(device, torch.float32).contiguous()

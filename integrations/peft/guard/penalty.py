@@ -17,7 +17,7 @@ from nullspace.integrations.peft.guard.adapted import (
     Start,
     adapted_layers,
     check_known,
-    check_reached,
+    inputs_of,
     original_weight,
     start_of,
 )
@@ -95,7 +95,7 @@ def clora(
         ValueError: as `Gauge`; for a number that is out of range.
     """
     k, seed = check_directions(k), check_integer("seed", seed, least=0)
-    layers = adapted_layers(peft_model, adapter_name)
+    layers = adapted_layers(peft_model, adapter_name, experts=True)
     start = start_of(peft_model, layers, initial)
     spaces: dict[Adapted, _Spaces] = {}
     report = reporter(progress)
@@ -129,10 +129,9 @@ def _random(layers: tuple[Adapted, ...], k: float, seed: int) -> Iterator[tuple[
 
 def _leading(layers: tuple[Adapted, ...], k: float, start: Start, covariances: Covariances) -> Iterator[tuple[Adapted, _Spaces]]:
     groups = check_known(covariances, layers, start)
+    moments = {site: inputs_of(covariances, site) for site in groups}
     for site, members in groups.items():
-        check_reached(site.name, covariances[members[0].name])
-    for site, members in groups.items():
-        c = covariances[members[0].name].matrix().to(members[0].a.device)
+        c = moments[site].matrix().to(members[0].a.device)
         p = leading_inputs(c, k=directions_of(k, site.d_in)).basis.to(torch.float32)
         for each in members:
             weight = original_weight(each, start)

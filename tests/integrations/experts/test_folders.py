@@ -24,6 +24,7 @@ from nullspace import Covariance, Covariances, NullSpaces, analysis
 from nullspace.integrations.peft import (
     Gauge,
     attach_subtracted,
+    clora,
     combine_adapters,
     confine,
     decay_to_start,
@@ -31,6 +32,7 @@ from nullspace.integrations.peft import (
     export_lora,
     filter_adapter,
     inject_adapters,
+    oplora,
     penalty,
     read_course,
     read_factors,
@@ -285,7 +287,9 @@ def test_experts_are_measured_and_filtered_and_not_confined(trained: tuple[Path,
         wanted = float(torch.sqrt(torch.trace((b @ a) @ c @ (b @ a).T) / torch.trace(weight @ c @ weight.T)))
         assert reading.layers[name] == pytest.approx(wanted, rel=1e-4)
         assert by_folder.layers[name] == pytest.approx(wanted, rel=1e-6)
-    penalty(model, keep)().backward()
+    for hold in (penalty(model, keep), clora(model, 4, keep)):
+        model.zero_grad()
+        hold().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name and "experts" in name)
     filtered = filter_adapter(folder / "plain", task, keep, tmp_path / "filtered", strength=1.0, progress=False)
     assert filtered.after.drift is None or filtered.after.drift < reading.median
@@ -299,7 +303,7 @@ def test_experts_are_measured_and_filtered_and_not_confined(trained: tuple[Path,
     )
     again = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     assert PeftModel.from_pretrained(again, combined.out).peft_config["default"].r == 2 * RANK
-    for hold in (lambda: confine(model, keep), lambda: decay_to_start(model, 0.1)):
+    for hold in (lambda: confine(model, keep), lambda: oplora(model, 4, keep), lambda: decay_to_start(model, 0.1)):
         with pytest.raises(ValueError, match=r"'.*experts\.\w+\[0\]', one of several experts in one parameter"):
             hold()
 

@@ -1,4 +1,4 @@
-"""`confine`, `penalty`, the gauge and the callback in two processes: DDP, FSDP2, ZeRO 1 to 3, and a Trainer under DDP."""
+"""What holds an adapter, the gauge and the callback in two processes: DDP, FSDP2, ZeRO 1 to 3, and a Trainer under DDP."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from nullspace.artifacts.identity import weights_of
 from nullspace.distributed import Job
 from nullspace.integrations.peft import (
     ForgettingCallback,
+    clora,
     confine,
     decay_to_start,
     drift_of,
     inject_adapters,
     lora_layers,
+    oplora,
     penalty,
 )
 from nullspace.model.blocks import find_blocks
@@ -37,6 +39,7 @@ from processes import Checks
 
 pytestmark = pytest.mark.processes
 check = Checks(__file__)
+FACTORS, SPARED = ("lora_A", "lora_B"), 5
 
 
 @functools.cache
@@ -104,6 +107,59 @@ def as_in_one_process(rank: int, count: int, folder: Path) -> None:
         assert confinement.allowed.keys() == start.keys()
 
 
+def spared_in_one_piece(steps: int) -> PeftModel:
+    model = adapted(r=5)
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    oplora(model, SPARED, covariances_alone(), optimizer=optimizer)
+    hold = clora(model, SPARED, covariances_alone())
+    for number in range(steps):
+        for rank in range(2):
+            (model(**batch_of(rank, number)).loss / 2).backward()
+        hold().backward()
+        torch.nn.utils.clip_grad_norm_(trained(model), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@check(2)
+def spared_as_in_one_process(rank: int, count: int, folder: Path) -> None:
+    """The same of `oplora`, whose gradients are clipped after they were projected, and of `clora`."""
+    alone, covariances = whole_factors(spared_in_one_piece(2)), covariances_alone()
+    for kind in ("ddp", "fsdp2"):
+        model = adapted(r=5)
+        runs: Any = DistributedDataParallel(model) if kind == "ddp" else sharded(model)
+        optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+        oplora(runs, SPARED, covariances, optimizer=optimizer)
+        hold = clora(runs, SPARED, covariances)
+        for number in range(2):
+            (runs(**batch_of(rank, number)).loss + hold()).backward()
+            torch.nn.utils.clip_grad_norm_(trained(model), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        for (name, ours), theirs in zip(whole_factors(model).items(), alone.values(), strict=True):
+            for our, their in zip(ours, theirs, strict=True):
+                assert (our - their).norm() <= 1e-3 * their.norm(), (kind, name)
+        assert spared_leak(model, {name: b @ a for name, (a, b) in whole_factors(model).items()}) <= 1e-6, kind
+
+
+def whole_factors(model: PeftModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    layers = lora_layers(model, "default").items()
+    return {name: tuple(whole(getattr(layer, f)["default"].weight).detach().clone() for f in FACTORS) for name, layer in layers}
+
+
+def spared_leak(model: PeftModel, changes: dict[str, torch.Tensor]) -> float:
+    """The largest part of a change along the leading inputs and outputs, relative to it."""
+    worst = 0.0
+    for name, layer in lora_layers(model, "default").items():
+        change, c = changes[name], covariances_alone()[name].matrix()
+        w = whole(layer.get_base_layer().weight).detach().double()
+        u, v = (torch.linalg.eigh(moment)[1][:, -SPARED:] for moment in (w @ c @ w.mT, c))
+        parts = (u.mT @ change.double(), change.double() @ v)
+        worst = max(worst, *(float(part.norm() / change.norm()) for part in parts))
+    return worst
+
+
 @check(2)
 def zero_with_its_float32_copy(rank: int, count: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), DS_ACCELERATOR="cpu")
@@ -135,13 +191,22 @@ def zero_with_its_float32_copy(rank: int, count: int, folder: Path) -> None:
         for (name, ours), theirs in zip(whole_rows(model).items(), masters(model).values(), strict=True):
             assert (ours - theirs).norm() <= rounding * theirs.norm(), (stage, name)
         assert drift_of(engine.module, covariances_alone()).median > 0
+        spared: Any = oplora(engine.module, SPARED, covariances_alone())
+        spared.on_train_begin(None, None, None)  # as in a Trainer: gradients are projected too
+        first = {factor: masters(model, factor) for factor in FACTORS}
+        engine.backward(engine(**batch_of(rank, 3)).loss)
+        engine.step()
+        spared.project()
+        changed = {f: {name: now - first[f][name] for name, now in masters(model, f).items()} for f in FACTORS}
+        both = {name: changed["lora_B"][name].sum(1, keepdim=True) @ changed["lora_A"][name].sum(0, keepdim=True) for name in start}
+        assert spared_leak(model, both) <= 1e-5, stage
 
 
-def masters(model: PeftModel) -> dict[str, torch.Tensor]:
+def masters(model: PeftModel, factor: str = "lora_A") -> dict[str, torch.Tensor]:
     import deepspeed
 
-    layers = lora_layers(model, "default").items()
-    return {name: deepspeed.utils.safe_get_full_fp32_param(layer.lora_A["default"].weight).clone() for name, layer in layers}
+    layers = {name: getattr(layer, factor)["default"].weight for name, layer in lora_layers(model, "default").items()}
+    return {name: deepspeed.utils.safe_get_full_fp32_param(weight).clone() for name, weight in layers.items()}
 
 
 @check(2)

@@ -132,7 +132,7 @@ def damping_of(site: Site, known: Covariance | NullSpace, strength: float, like:
     """
     if not isinstance(known, Covariance):
         raise InputError("damping needs the second moments: give Covariances (nullspace.compute_covariances), not NullSpaces")
-    check_reached(site.name, known)
+    check_reached(site, known)
     return Damping(known.matrix().to(like.device), strength), Allowed(site.d_in, site.d_in, 1.0)
 
 

@@ -17,7 +17,7 @@ from nullspace.integrations.peft.guard.adapted import (
     Start,
     adapted_layers,
     check_known,
-    check_reached,
+    inputs_of,
     original_weight,
     start_of,
 )
@@ -126,20 +126,19 @@ def _of_moments(trained: _Trained, k: float, start: Start, covariances: Covarian
     """A of the layers of a site together, from its second moment; B layer by layer, from that of its outputs."""
     readers, writers = (trained[factor] for factor in FACTORS)
     groups = check_known(covariances, tuple({each.name: each for each in (*readers, *writers)}.values()), start)
-    for site, members in groups.items():
-        check_reached(site.name, covariances[members[0].name])
+    moments = {each.name: inputs_of(covariances, site) for site, members in groups.items() for each in members}
     sites = {site: [each for each in members if each in readers] for site, members in groups.items()}
     sites = {site: members for site, members in sites.items() if members}
 
     def solve(site: Site, known: Any) -> Leading:
         return leading_inputs(known.matrix().to(sites[site][0].a.device), k=directions_of(k, site.d_in))
 
-    pairs = ((site, covariances[members[0].name]) for site, members in sites.items())
+    pairs = ((site, moments[members[0].name]) for site, members in sites.items())
     for members, leading in zip(sites.values(), decompose(pairs, solve), strict=True):
         yield _held(members, "lora_A", leading)
     for each in writers:
         weight = original_weight(each, start)
-        c = covariances[each.name].matrix().to(weight.device)
+        c = moments[each.name].matrix().to(weight.device)
         yield _held([each], "lora_B", leading_outputs(weight, c, k=directions_of(k, min(weight.shape))))
 
 
