@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibrated import covariances_for, sources_for
+from calibrated import covariances_for, sources_for, spaces_for
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from models import random_batches, tiny
@@ -135,6 +135,9 @@ def test_what_cannot_be_measured_is_refused_by_name() -> None:
         penalty(get_peft_model(tiny("llama"), LoraConfig(**CONFIG)), covariances, adapter_name="other")
     with pytest.raises(TypeError, match="a PeftModel is needed, not LlamaForCausalLM"):
         penalty(tiny("llama"), covariances)  # type: ignore[arg-type]
+    for hold in (penalty, lambda model, spaces: clora(model, 3, spaces)):
+        with pytest.raises(TypeError, match=r"Covariances are needed .*, not NullSpaces"):
+            hold(get_peft_model(tiny("llama"), LoraConfig(**CONFIG)), spaces_for("llama"))
     merged = get_peft_model(tiny("llama"), LoraConfig(**CONFIG))
     merged.merge_adapter()
     with pytest.raises(ValueError, match=r"merged into the weight of .* unmerge_adapter"):
