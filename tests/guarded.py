@@ -10,6 +10,7 @@ import torch
 import transformers
 from calibrated import covariances_for
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.utils import parametrize
 
 from models import VOCABULARY, random_batches, tiny
 from nullspace import Covariances
@@ -31,6 +32,27 @@ def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 def rows(model: PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
     """A by layer, a copy."""
     return {name: layer.lora_A[adapter].weight.detach().clone() for name, layer in lora_layers(model, adapter).items()}
+
+
+class Outside(torch.nn.Module):
+    """(I − Q Qᵀ) M, or M (I − Q Qᵀ)."""
+
+    def __init__(self, basis: torch.Tensor, *, right: bool) -> None:
+        super().__init__()
+        self.basis, self.right = basis, right
+
+    def forward(self, matrix: torch.Tensor) -> torch.Tensor:
+        projector = torch.eye(len(self.basis), dtype=matrix.dtype) - self.basis @ self.basis.mT
+        return matrix @ projector if self.right else projector @ matrix
+
+
+def project_in_forward(model: PeftModel) -> None:
+    """OPLoRA as its paper has it: every use of A and B reads A (I − V Vᵀ) and (I − U Uᵀ) B, with half of W₀'s singular vectors."""
+    for layer in lora_layers(model, "default").values():
+        u, sigma, vh = torch.linalg.svd(layer.get_base_layer().weight.detach(), full_matrices=False)
+        k = len(sigma) // 2
+        parametrize.register_parametrization(layer.lora_A["default"], "weight", Outside(vh[:k].mT, right=True))
+        parametrize.register_parametrization(layer.lora_B["default"], "weight", Outside(u[:, :k], right=False))
 
 
 def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:

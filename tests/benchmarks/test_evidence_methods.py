@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from calibrated import covariances_for
+from guarded import project_in_forward
 from steps import logits
 
 pytest.importorskip("benchmarks.evidence.methods", reason="needs the repository's root on the path: python -m pytest")
@@ -17,7 +18,7 @@ from peft.tuners.lora.intruders import reduce_intruder_dimension
 
 from benchmarks.evidence import posts
 from benchmarks.evidence.methods import METHODS, Prepared, change_of, prepare
-from benchmarks.holding_parts import with_adapters
+from benchmarks.holding_parts import factors_of, with_adapters
 from models import random_batches, tiny
 from nullspace import Covariances
 from nullspace.factors import LowRank
@@ -118,6 +119,19 @@ def test_oplora_does_not_touch_the_leading_singular_spaces(base: torch.nn.Module
         assert float((u[:, :k].mT @ whole).norm()) < 1e-5 * float(whole.norm())
         assert float((whole @ vh[:k].mT).norm()) < 1e-5 * float(whole.norm())
         torch.testing.assert_close(torch.linalg.svdvals(weight + 1e-3 * whole)[:k], sigma[:k])
+
+
+def test_oplora_trains_as_with_projections_in_every_forward_pass(base: torch.nn.Module) -> None:
+    """What the study did when its figures were recorded."""
+    ours, theirs = (prepared_of(copy.deepcopy(base).double(), {}, method) for method in ("oplora", "lora"))
+    project_in_forward(theirs.model)
+    theirs = theirs._replace(before=factors_of(theirs.model))
+    for each in (ours, theirs):
+        train(each)
+    expected = change_of(theirs)
+    for name, delta in change_of(ours).items():
+        wanted, found = (part.B @ part.A for part in (expected[name], delta))
+        assert float((found - wanted).norm()) <= 1e-9 * float(wanted.norm()), name
 
 
 def test_mica_reads_out_by_the_smallest_left_singular_vectors(base: torch.nn.Module) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from calibrated import covariances_for, spaces_for
-from guarded import CONFIG, adapted, step, trained, trainer_of
+from guarded import CONFIG, adapted, project_in_forward, step, trained, trainer_of
 from peft import LoraConfig, OSFConfig, PeftModel, get_peft_model
-from torch.nn.utils import parametrize
 
 from models import random_batches, tiny
 from nullspace import Covariances
@@ -87,29 +86,13 @@ def test_any_optimizer(name: str, of: str) -> None:
             assert held.allowed[name].leak == pytest.approx(float(reached) ** 0.5, abs=1e-7)
 
 
-class Outside(torch.nn.Module):
-    """(I − Q Qᵀ) M, or M (I − Q Qᵀ)."""
-
-    def __init__(self, basis: torch.Tensor, *, right: bool) -> None:
-        super().__init__()
-        self.basis, self.right = basis, right
-
-    def forward(self, matrix: torch.Tensor) -> torch.Tensor:
-        projector = torch.eye(len(self.basis), dtype=matrix.dtype) - self.basis @ self.basis.mT
-        return matrix @ projector if self.right else projector @ matrix
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_products_are_those_of_projections_in_every_forward_pass(name: str) -> None:
     """The paper's ΔW = P_L B A P_R, with clipped gradients; k beyond half of the smaller side is that half."""
     torch.manual_seed(0)
     ours = adapted().double()
     theirs = copy.deepcopy(ours)
-    for layer in lora_layers(theirs, "default").values():
-        u, sigma, vh = torch.linalg.svd(layer.get_base_layer().weight.detach(), full_matrices=False)
-        k = len(sigma) // 2
-        parametrize.register_parametrization(layer.lora_A["default"], "weight", Outside(vh[:k].mT, right=True))
-        parametrize.register_parametrization(layer.lora_B["default"], "weight", Outside(u[:, :k], right=False))
+    project_in_forward(theirs)
     for model in (ours, theirs):
         optimizer = OPTIMIZERS[name](trained(model))
         if model is ours:
