@@ -67,8 +67,8 @@ def oplora(
       the singular vectors of W₀, up to k = min(d_out, d_in) − r).
     - An A or a B that does not train is left as it is.
 
-    It is used in the three ways of `confine`. Where an optimizer takes no hooks (DeepSpeed), give it to the Trainer, or call
-    `project()` after each step: ΔW is held, but the gradients are not projected.
+    It is used in the three ways of `confine`. Where an optimizer takes no hooks (DeepSpeed), give it to the Trainer; or call
+    `project()` after each step, by which ΔW is held but gradients are not projected.
 
     Args:
         peft_model: as for `confine`. If it is sharded (FSDP2, ZeRO), all ranks have to call this, and B is gathered at each step.
@@ -110,47 +110,62 @@ def oplora(
     return confinement if optimizer is None else confinement.attach(optimizer)
 
 
+def _numbers(trained: _Trained, k: float, *, of_weights: bool) -> dict[tuple[str, str], int]:
+    """(factor, layer) → how many directions it spares.
+
+    Raises:
+        ValueError: naming the layer, if fewer than its adapter's rank are left.
+    """
+    numbers = {}
+    for factor, layers in trained.items():
+        for each in layers:
+            d_out, d_in = weight_shape(each.layer.get_base_layer())
+            d, side = (d_in, "inputs") if factor == "lora_A" else (d_out, "outputs")
+            taken = directions_of(k, d_in if factor == "lora_A" and not of_weights else min(d_out, d_in))
+            rank = each.layer.r[each.adapter]
+            if d - taken < rank:
+                raise InputError(
+                    f"k leaves {d - taken} of the {d} directions of the {side} of {each.name!r}, whose adapter has rank {rank}: "
+                    "spare fewer"
+                )
+            numbers[factor, each.name] = taken
+    return numbers
+
+
 def _of_weights(trained: _Trained, k: float, start: Start) -> Iterator[Held]:
     """Layer by layer, from the singular vectors of its own weight."""
-    wanted = {each.name: each for layers in trained.values() for each in layers}
-    trains = {factor: {each.name for each in layers} for factor, layers in trained.items()}
-    for name, each in wanted.items():
-        smaller = min(weight_shape(each.layer.get_base_layer()))
-        spaces = leading_singular(original_weight(each, start), k=directions_of(k, smaller))
+    numbers = _numbers(trained, k, of_weights=True)
+    for each in {each.name: each for layers in trained.values() for each in layers}.values():
+        trains = [factor for factor in FACTORS if (factor, each.name) in numbers]
+        spaces = leading_singular(original_weight(each, start), k=numbers[trains[0], each.name])
         for factor, leading in zip(FACTORS, spaces, strict=True):
-            if name in trains[factor]:
+            if factor in trains:
                 yield _held([each], factor, leading)
 
 
 def _of_moments(trained: _Trained, k: float, start: Start, covariances: Covariances) -> Iterator[Held]:
     """A of the layers of a site together, from its second moment; B layer by layer, from that of its outputs."""
-    readers, writers = (trained[factor] for factor in FACTORS)
-    groups = check_known(covariances, tuple({each.name: each for each in (*readers, *writers)}.values()), start)
+    numbers = _numbers(trained, k, of_weights=False)
+    every = {each.name: each for layers in trained.values() for each in layers}
+    groups = check_known(covariances, tuple(every.values()), start)
     moments = {each.name: inputs_of(covariances, site) for site, members in groups.items() for each in members}
-    sites = {site: [each for each in members if each in readers] for site, members in groups.items()}
+    sites = {site: [each for each in members if ("lora_A", each.name) in numbers] for site, members in groups.items()}
     sites = {site: members for site, members in sites.items() if members}
 
     def solve(site: Site, known: Any) -> Leading:
-        return leading_inputs(known.matrix().to(sites[site][0].a.device), k=directions_of(k, site.d_in))
+        first = sites[site][0]
+        return leading_inputs(known.matrix().to(first.a.device), k=numbers["lora_A", first.name])
 
     pairs = ((site, moments[members[0].name]) for site, members in sites.items())
     for members, leading in zip(sites.values(), decompose(pairs, solve), strict=True):
         yield _held(members, "lora_A", leading)
-    for each in writers:
+    for each in trained["lora_B"]:
         weight = original_weight(each, start)
         c = moments[each.name].matrix().to(weight.device)
-        yield _held([each], "lora_B", leading_outputs(weight, c, k=directions_of(k, min(weight.shape))))
+        yield _held([each], "lora_B", leading_outputs(weight, c, k=numbers["lora_B", each.name]))
 
 
 def _held(layers: list[Adapted], factor: str, leading: Leading) -> Held:
     d, k = leading.basis.shape
-    like = layers[0].factor(factor)
-    for each in layers:
-        rank = each.layer.r[each.adapter]
-        if d - k < rank:
-            side = "inputs" if factor == "lora_A" else "outputs"
-            raise InputError(
-                f"k leaves {d - k} of the {d} directions of the {side} of {each.name!r}, whose adapter has rank {rank}: spare fewer"
-            )
-    change = Projection(kept_as(leading.basis, like), inside=False)
+    change = Projection(kept_as(leading.basis, layers[0].factor(factor)), inside=False)
     return Held(layers, factor, change, Allowed(d - k, d, leading.leak), lengths=False, remedy="spare fewer (k)")
