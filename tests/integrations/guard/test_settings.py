@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from models import random_batches, tiny
 from nullspace import analysis
 from nullspace.factors import LowRank
-from nullspace.integrations.peft import confine, drift_of, lora_layers, penalty
+from nullspace.integrations.peft import confine, drift_of, lora_layers, oplora, penalty
 
 BATCH = random_batches(1, 4, 24, seed=7)[0]
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -148,11 +148,16 @@ def test_a_four_bit_base() -> None:
         start = rows(lora)
         step(lora, optimizer)
     assert outside(rows(lora), start) <= 1e-6
+    start = rows(lora)
+    with oplora(lora, 5):
+        step(lora, optimizer)
     drift = drift_of(lora, covariances)
     for name, layer in lora_layers(lora, "default").items():
         a, b = (each["default"].weight.detach().double() for each in (layer.lora_A, layer.lora_B))
         with torch.no_grad():
             weight = layer.get_base_layer()(torch.eye(layer.in_features)).T  # as it computes
+        changed, leading = a - start[name].double(), torch.linalg.svd(weight.double()).Vh[:5]
+        assert 0 < (changed @ leading.mT).norm() <= 1e-5 * changed.norm()
         change, c = LowRank(a, layer.scaling["default"] * b), covariances[name].matrix()
         assert drift.layers[name] == pytest.approx(analysis.drift(weight, c, change), rel=1e-2)
     assert float(hold().detach()) == pytest.approx(sum(value**2 for value in drift.layers.values()), rel=1e-5)
