@@ -141,7 +141,11 @@ class Data:
 
     def of_task(self, task: str) -> list[dict[str, torch.Tensor]]:
         """Batches of training examples, for the second moments of the task."""
-        rows = self.examples(declared.TASKS[task].train, self.sizes.of_task)
+        return self.batches(declared.TASKS[task].train)
+
+    def batches(self, parts: Sequence[Part]) -> list[dict[str, torch.Tensor]]:
+        """The first `of_task` examples of some parts, a batch each."""
+        rows = self.examples(parts, self.sizes.of_task)
         return [{"input_ids": torch.tensor([row["input_ids"]])} for row in rows]
 
 
