@@ -8,6 +8,7 @@ loads without nullspace.
 - `preprocess_corda` (`corda`): PEFT's function of this name.
 - `get_eva_state_dict` and `initialize_lora_eva_weights` (`eva`): PEFT's two functions for EVA, from exact second moments.
 - `export_lora` (`folders.export`): a trained adapter as a plain LoRA for the untouched base.
+- `convert_to_lora` (`folders.convert`): PEFT's function of this name, cut to a rank where the layers' inputs notice it least.
 - `filter_adapter`, `filter_checkpoint`, `combine_adapters`, `adapter_drift` (`filtering`): less forgetting, after training.
 - `describe` and `set_base` (`folders.describe`): what a folder holds, and which base an adapter needs.
 - `confine`, `oplora`, `penalty`, `clora`, `decay_to_start`, `Gauge`, `ForgettingCallback` (`guard`): hold what must be kept while
@@ -27,6 +28,7 @@ try:
     from nullspace.integrations.peft.filtering.drift import adapter_drift
     from nullspace.integrations.peft.filtering.paths import FilterPath, LayerPath, Step
     from nullspace.integrations.peft.fit import fit_config
+    from nullspace.integrations.peft.folders.convert import convert_to_lora
     from nullspace.integrations.peft.folders.describe import describe, set_base
     from nullspace.integrations.peft.folders.export import export_lora
     from nullspace.integrations.peft.from_data.initialize import initialize_lora_nullspace_weights
@@ -79,6 +81,7 @@ __all__ = [
     "clora",
     "combine_adapters",
     "confine",
+    "convert_to_lora",
     "decay_to_start",
     "describe",
     "drift_of",

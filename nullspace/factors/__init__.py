@@ -5,6 +5,7 @@
 - `constraints`: the leading directions that a change is kept out of while it trains, and CLoRA's penalty.
 - `filters`: after training, a change that keeps its effect on the task and loses that on what must be kept; several in one.
 - `truncated`: a change cut to a smaller rank where its inputs notice it least.
+- `alphaedit`: the projector through which AlphaEdit edits a weight.
 """
 
 from nullspace.factors.constraints import Leading, clora, leading_inputs, leading_outputs, leading_singular
@@ -29,7 +30,9 @@ from nullspace.factors.outputs import (
     pissa,
     sc_lora,
     skipped,
+    svd_llm,
 )
+from nullspace.factors.projection import THRESHOLD, alphaedit
 from nullspace.factors.truncation import truncated
 
 __all__ = [
@@ -38,12 +41,14 @@ __all__ = [
     "LARGEST",
     "RIDGE",
     "SMALLEST",
+    "THRESHOLD",
     "ZERO",
     "Curve",
     "Filter",
     "Forecast",
     "Leading",
     "LowRank",
+    "alphaedit",
     "astra",
     "b_zero",
     "centred",
@@ -66,5 +71,6 @@ __all__ = [
     "pissa",
     "sc_lora",
     "skipped",
+    "svd_llm",
     "truncated",
 ]

@@ -9,6 +9,7 @@ window, and in how B A is divided between A and B:
     mica_data        M = C                        the smallest                            B = Q, A = 0
     corda            M = C²                       the largest (ipm), the smallest (kpm)   √Σ to each, then C⁻¹ to A
     corda_exact      M = C                        the same (or others)                    equal norms
+    svd_llm          M = C                        the largest                             √Σ to each, then C^-½ to A
     astra            M = C                        the largest (or others)                 B = Q, A = Qᵀ W₀
     sc_lora          M = (1 − β) C₊ − β C₋        the largest                             B = Q, A = Qᵀ W₀
 
@@ -220,6 +221,36 @@ def corda_exact(weight: torch.Tensor, c: torch.Tensor, *, rank: int, mode: str =
     weight, (c,) = _with_moments(weight, c)
     _, u = _left(_outputs(weight, c), rank, CORDA_MODES[mode] if window is None else window)
     return _projected(weight, u, None)
+
+
+@torch.no_grad()
+def svd_llm(weight: torch.Tensor, c: torch.Tensor, *, rank: int) -> LowRank:
+    """SVD-LLM's low-rank weight (arXiv 2403.07378, section 3.1): S Sᵀ = C, SVD(W₀ S) = U Σ Vᵀ, W′ = U_r Σ_r V_rᵀ S⁻¹.
+
+    W′ = B A is the best matrix of rank r in ‖(W₀ − W′) X‖_F, and to leave out one triple costs ‖σ_i u_i v_iᵀ S⁻¹ X‖_F = σ_i. Any S
+    with S Sᵀ = C gives the same U and Σ. Here it is V Λ^½ of C = V Λ Vᵀ, and as U_rᵀ W₀ S = Σ_r V_rᵀ the inverse is not formed:
+    W′ = U_r U_rᵀ W₀, the product of `corda_exact` with `mode="ipm"`. So C may be singular, where a Cholesky factorisation fails.
+
+    B = U_r √Σ_r and A = √Σ_r V_rᵀ S⁻¹, as in the paper's code, whose r for a share ρ of the parameters is
+    ⌊ρ · d_out · d_in / (d_out + d_in)⌋.
+
+    Args:
+        weight: (d_out, d_in) W₀.
+        c: (d_in, d_in) second moment of the layer's inputs; B grows with the fourth root of its scale, and A shrinks.
+        rank: r, at most the smaller side of the weight.
+
+    Returns:
+        `LowRank(A (r, d_in), B (d_out, r))`, float64, σ descending with σ_i = ‖b_i‖², A positive in the entry of largest magnitude
+        of every row. A σ_i that a C in float64 cannot tell from zero is replaced by ‖u_iᵀ W₀‖ in this division.
+
+    Raises:
+        ValueError: if the shapes do not fit, r is out of range, or C is zero or holds NaN or Inf.
+    """
+    weight, (c,) = _with_moments(weight, c)
+    sigma, u = _left(_outputs(weight, c), rank, LARGEST)
+    sigma = sigma * _mean_diagonal(c).sqrt()
+    noise = (len(c) * torch.finfo(torch.float64).eps) ** 0.5 * sigma[0]
+    return _projected(weight, u, torch.where(sigma > noise, sigma, 0.0))
 
 
 @torch.no_grad()
