@@ -23,7 +23,7 @@ from typing import Any
 
 RANK, RANKS = 32, (4, 8, 16)
 STEPS, RATE, SEED = 60, 2e-3, 0
-EXAMPLES, WINDOWS, WINDOW = 256, 32, 512
+EXAMPLES, WINDOWS, WINDOW = 128, 16, 512
 TEXTS = ("calibration", "held-out", "other text")
 
 

@@ -1,4 +1,4 @@
-"""AlphaEdit's projector: of the inputs themselves, against the SVD that the paper's code takes, and what an edit through it moves."""
+"""AlphaEdit's projector against the inputs themselves and the SVD of the paper's code; and what an edit through it moves."""
 
 from __future__ import annotations
 
