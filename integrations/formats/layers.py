@@ -17,9 +17,7 @@ def check_layers(source: Sitewise, layers: Sequence[str]) -> list[str]:
     for number, name in enumerate(layers):
         if name not in source:
             known = ", ".join(list(source)[:3])
-            raise InputError(
-                f"there is no {source.WHAT} for the layer {name!r}; there are such for {known}, … ({len(source)} layers)"
-            )
+            raise InputError(f"there is no {source.WHAT} for {name!r}; there are such for {known}, … ({len(source)} layers)")
         if name in layers[:number]:
             raise InputError(f"the layer {name!r} is named twice")
     return list(layers)

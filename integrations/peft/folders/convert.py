@@ -46,7 +46,7 @@ def convert_to_lora(
     moments = loaded(covariances)
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, layer in layers.items():
-        _check(moments, name.removeprefix(PREFIX), layer.get_base_layer())
+        _check(moments, name.removeprefix(PREFIX), layer)
     config, tensors = convert_by_peft(model, rank, adapter_name)
     for name, layer in layers.items():
         keys = name + A_WEIGHT, name + B_WEIGHT
@@ -60,10 +60,13 @@ def convert_to_lora(
     return config, tensors
 
 
-def _check(moments: Covariances, name: str, base: nn.Module) -> None:
+def _check(moments: Covariances, name: str, layer: Any) -> None:
+    base = layer.get_base_layer()
     if not is_linear(base):
         raise InputError(f"{name!r} is a {type(base).__name__}: only linear layers have a second moment")
     check(moments, "covariances", name, weights_of({name: base})[name], "the adapter")
+    if not all(bool(each.isfinite().all()) for each in layer.parameters() if each.is_floating_point() and each.itemsize > 1):
+        raise InputError(f"{name!r} or its adapter holds NaN or Inf")
 
 
 def _as_product(layer: Any, adapter_name: str) -> LowRank:
