@@ -22,8 +22,8 @@ from statistics import median
 from typing import Any
 
 RANK, RANKS = 32, (4, 8, 16)
-STEPS, RATE, SEED = 60, 2e-3, 0
-EXAMPLES, WINDOWS, WINDOW = 128, 16, 512
+STEPS, RATE, SEED = 30, 2e-3, 0
+EXAMPLES, WINDOWS, WINDOW = 64, 8, 512
 TEXTS = ("calibration", "held-out", "other text")
 
 
@@ -138,7 +138,7 @@ def main() -> None:
     with temporary_folder() as folder:
         moments = {}
         for text, batches in inputs(data).items():
-            compute_covariances(model, batches, Path(folder) / text, strategy="resident", progress=False)
+            compute_covariances(model, batches, Path(folder) / text, strategy="resident", precision="mixed", progress=False)
             moments[text] = Covariances.load(Path(folder) / text)
             print(f"moments of {text}: {moments[text].rows()[0]['tokens']:,} tokens", flush=True)
         tokens = {text: each.rows()[0]["tokens"] for text, each in moments.items()}

@@ -102,6 +102,20 @@ def test_what_a_mixture_costs() -> None:
             assert abs(known["forecast_over_measured"] - 1) <= 0.15, variant
 
 
+def test_what_a_cut_to_a_smaller_rank_loses() -> None:
+    truncation = pytest.importorskip("benchmarks.truncation", reason="needs the repository's root on the path: python -m pytest")
+    record = json.loads((RESULTS / "truncation-cpu.json").read_text(encoding="utf-8"))
+    assert len(record["layers"]) == 210
+    assert record["summary"] == truncation.summarise(record["layers"])
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert "\n".join(truncation.table(record["summary"], 210)) in page
+    # On the inputs that the cut is by it is the optimum: in every layer.
+    for row in record["layers"]:
+        for errors in row["errors"].values():
+            by_c, frobenius = errors["calibration"]
+            assert by_c <= frobenius, row["layer"]
+
+
 def test_plans_of_published_models() -> None:
     plans = pytest.importorskip("benchmarks.plans", reason="needs the repository's root on the path: python -m pytest")
     page = (ROOT / "docs/large-models.md").read_text(encoding="utf-8")
