@@ -1,1 +1,1 @@
-"""Thin layers over transformers and PEFT, each imported only by those who ask for it."""
+"""Thin layers over transformers and PEFT, and the formats of other projects; each is imported only where it is asked for."""

@@ -27,6 +27,7 @@ from nullspace.checks import check_integer, is_plain_name
 from nullspace.errors import InputError
 from nullspace.integrations.formats.layers import check_layers, with_tokens
 
+FILE = "{model}/{dataset}_stats/{layer}_float32_mom2_{samples}.npz"
 CONSTRUCTOR = "util.runningstats.SecondMoment()"
 
 
@@ -64,8 +65,10 @@ def write_memit(
     for what, name in (("model", model), ("dataset", dataset)):
         if not is_plain_name(name):
             raise InputError(f"{what} names a folder in {stats} and cannot be {name!r}: write '_' for '/'")
-    folder = Path(stats) / model / f"{dataset}_stats"
-    files = {name: folder / f"{name}_float32_mom2_{samples}.npz" for name in check_layers(covariances, layers)}
+    files = {
+        name: Path(stats, FILE.format(model=model, dataset=dataset, layer=name, samples=samples))
+        for name in check_layers(covariances, layers)
+    }
     for file in files.values():
         store.check_free(file, Path.is_file, overwrite=overwrite)
     for name, file in files.items():
