@@ -15,7 +15,6 @@ import torch
 
 from nullspace.artifacts import store
 from nullspace.artifacts.covariances import Covariances
-from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.checks import POSITIVE, check_real
 from nullspace.errors import DataWarning, InputError
@@ -31,7 +30,7 @@ def write_projectors(
     threshold: float | None = None,
     overwrite: bool = False,
 ) -> list[int]:
-    """Write `null_space_project.pt`.
+    """Write `null_space_project.pt`. In a process group, call it in one process.
 
     Args:
         source: covariances: the directions are those whose eigenvalue per token is below the threshold, as in AlphaEdit's code
@@ -74,12 +73,8 @@ def write_projectors(
             covariance = with_tokens(source, name)
             p.copy_(alphaedit(covariance.matrix() / covariance.mass, threshold=threshold))
     directions = [round(float(p.diagonal().sum(dtype=torch.float64))) for p in projectors]
-
-    def write() -> None:
-        with store.new_file(out, overwritable=Path.is_file, overwrite=overwrite) as part:
-            torch.save(projectors, part)
-
-    written_once(out, write)
+    with store.new_file(out, overwritable=Path.is_file, overwrite=overwrite) as part:
+        torch.save(projectors, part)
     odd = [f"{name!r} ({count} of {d_in})" for name, count in zip(names, directions, strict=True) if count in (0, d_in)]
     if odd:
         warnings.warn(

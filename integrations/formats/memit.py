@@ -22,7 +22,6 @@ import torch
 
 from nullspace.artifacts import store
 from nullspace.artifacts.covariances import Covariances
-from nullspace.artifacts.shared_writes import written_once
 from nullspace.checks import check_integer, is_plain_name
 from nullspace.errors import InputError
 from nullspace.integrations.formats.layers import check_layers, with_tokens
@@ -42,6 +41,8 @@ def write_memit(
     overwrite: bool = False,
 ) -> list[Path]:
     """Write the second moments of some layers where ROME, MEMIT and AlphaEdit look for their statistics.
+
+    In a process group, call it in one process.
 
     Args:
         covariances: of the text whose knowledge edits are to keep, from the untouched model.
@@ -78,10 +79,6 @@ def write_memit(
         if not bool(mom2.isfinite().all()):
             raise InputError(f"the second moment of {name!r} is beyond the range of float32")
         arrays = {"mom2.constructor": np.array(CONSTRUCTOR), "mom2.count": np.array(covariance.tokens), "mom2.mom2": mom2.numpy()}
-
-        def write(file: Path = file, arrays: dict[str, np.ndarray] = arrays) -> None:
-            with store.new_file(file, overwritable=Path.is_file, overwrite=overwrite) as part, part.open("wb") as stream:
-                np.savez(stream, **arrays, sample_size=np.array(samples))  # type: ignore[arg-type]
-
-        written_once(file, write)
+        with store.new_file(file, overwritable=Path.is_file, overwrite=overwrite) as part, part.open("wb") as stream:
+            np.savez(stream, **arrays, sample_size=np.array(samples))  # type: ignore[arg-type]
     return list(files.values())
