@@ -26,7 +26,6 @@ METHODS: dict[str, Any] = {
     "loha": lambda targets: peft.LoHaConfig(r=4, alpha=4, target_modules=targets),
     "lokr": lambda targets: peft.LoKrConfig(r=4, alpha=4, target_modules=targets),
     "vera": lambda targets: peft.VeraConfig(r=16, target_modules=targets, d_initial=0.5),
-    "fourierft": lambda targets: peft.FourierFTConfig(n_frequency=200, target_modules=targets),
 }
 CASES = [(method, "llama") for method in METHODS] + [("vera", "gpt2")]
 
@@ -34,7 +33,7 @@ CASES = [(method, "llama") for method in METHODS] + [("vera", "gpt2")]
 def adapted(method: str, family: str = "llama") -> peft.PeftModel:
     """A model whose adapter has been changed by more than a training would."""
     targets = TARGETS[family]
-    if method == "vera" and family == "llama":  # whose layers share one A and one B
+    if method == "vera" and family == "llama":  # whose layers share one A and one B, so they have to be of one shape
         targets = ["q_proj", "o_proj"]
     model = peft.get_peft_model(tiny(family), METHODS[method](targets)).eval()
     stir(model, 0.2)
