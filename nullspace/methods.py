@@ -19,7 +19,7 @@ from nullspace.artifacts.sitewise import Sitewise
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.checks import FRACTION, NOT_NEGATIVE, POSITIVE, Range, check_integer, check_one_of, check_real
 from nullspace.errors import InputError
-from nullspace.factors import LowRank
+from nullspace.factors import Allocation, LowRank, budget
 from nullspace.model.linear import weight_shape
 from nullspace.moments.covariance import Covariance
 from nullspace.moments.directions import Directions
@@ -44,6 +44,7 @@ class Sources:
         window: which singular triples are taken: between 0, the largest, and 1, the smallest (`nullspace.factors.skipped`); by
             default the method's own.
         seed: of random numbers (`"orthogonal"`), at least 0.
+        allocation: how a budget was distributed over the layers. Each layer's null space is then cut to the rank that it got.
         directions: collects the layers whose data span too few directions.
     """
 
@@ -56,6 +57,7 @@ class Sources:
     split: float = 1.0
     window: float | None = None
     seed: int = 0
+    allocation: Allocation | None = None
     directions: Directions = field(default_factory=Directions, compare=False)
 
     def of_model(self) -> Iterator[Sitewise]:
@@ -100,6 +102,9 @@ class Method:
         zero: the factor that starts at zero: with it frozen, nothing is learned.
         of_task: whether `covariances` are of the task's data; if not, of what is to be preserved.
         ranges: of options that are narrower here than in `OPTIONS`.
+        shares: of the directions that a start of the layer's rank takes, in the method's objective; None if that is no sum over
+            directions, or the start of a smaller rank does not take some of the same.
+        spares: whether the smallest shares are wanted.
     """
 
     needs: tuple[str, ...]
@@ -113,6 +118,8 @@ class Method:
     zero: str | None = None
     of_task: bool = False
     ranges: Mapping[str, Range] = field(default_factory=dict)
+    shares: Callable[[Layer, Sources], torch.Tensor] | None = None
+    spares: bool = False
 
     @property
     def data(self) -> dict[str, str]:
@@ -136,7 +143,14 @@ def _weight(layer: Layer) -> torch.Tensor:
 
 def _basis(layer: Layer, given: Sources) -> torch.Tensor:
     assert given.spaces is not None
-    return given.spaces[layer.name].basis
+    basis = given.spaces[layer.name].basis
+    return basis if given.allocation is None else basis[:, : layer.rank]
+
+
+def _leaks(layer: Layer, given: Sources) -> torch.Tensor:
+    assert given.spaces is not None
+    space = given.spaces[layer.name]
+    return space.eigenvalues[: layer.rank] / (space.trace or 1.0)
 
 
 def _moment(
@@ -148,6 +162,12 @@ def _moment(
     c = covariance.matrix()
     given.directions.look_at(layer.name, covariance, layer.rank, c, spared=spared(window, layer.d_out, layer.d_in, layer.rank))
     return covariance, c
+
+
+def _matrix(layer: Layer, source: Covariances | None) -> torch.Tensor:
+    """The same matrix, for a look at its eigenvalues."""
+    assert source is not None
+    return source[layer.name].completed(layer.d_in + layer.rank).matrix()
 
 
 def spared(window: float, d_out: int, d_in: int, rank: int) -> int:
@@ -172,6 +192,16 @@ def _corda(mode: str) -> Callable[[Layer, Sources], LowRank]:
     return start
 
 
+def _corda_shares(mode: str) -> Callable[[Layer, Sources], torch.Tensor]:
+    def shares(layer: Layer, given: Sources) -> torch.Tensor:
+        update, c = _corda(mode)(layer, given), _matrix(layer, given.covariances)
+        c = c / c.diagonal().mean()
+        c.diagonal().add_(given.damping)
+        return budget.output_shares(update, _weight(layer), c @ c)
+
+    return shares
+
+
 def _corda_exact(layer: Layer, given: Sources) -> LowRank:
     window = _window(given, factors.SMALLEST)
     _, c = _moment(layer, given, given.covariances, window=window)
@@ -189,11 +219,20 @@ def _mica_data(layer: Layer, given: Sources) -> LowRank:
     return factors.mica_data(_weight(layer), c, rank=layer.rank)
 
 
+def _of_outputs(start: Callable[[Layer, Sources], LowRank]) -> Callable[[Layer, Sources], torch.Tensor]:
+    return lambda layer, given: budget.output_shares(start(layer, given), _weight(layer), _matrix(layer, given.covariances))
+
+
 def _contrast(layer: Layer, given: Sources) -> LowRank:
     assert given.preserve is not None
     _, task = _moment(layer, given, given.covariances)
     keep = given.preserve[layer.name].completed(layer.d_in + layer.rank).matrix()
     return factors.contrast(task.to(layer.device), keep, layer.d_out, rank=layer.rank, damping=given.damping)
+
+
+def _contrast_ratios(layer: Layer, given: Sources) -> torch.Tensor:
+    task, keep = (_matrix(layer, source) for source in (given.covariances, given.preserve))
+    return budget.input_ratios(_contrast(layer, given), task, keep, damping=given.damping)
 
 
 def _eva(layer: Layer, given: Sources) -> LowRank:
@@ -204,10 +243,28 @@ def _eva(layer: Layer, given: Sources) -> LowRank:
     return factors.eva(c, mean, covariance.mass, layer.d_out, rank=layer.rank)
 
 
+def _variances(layer: Layer, given: Sources) -> torch.Tensor:
+    assert given.covariances is not None
+    covariance = given.covariances[layer.name].completed(layer.d_in + layer.rank)
+    return budget.input_shares(_eva(layer, given), factors.centred(covariance.matrix(), covariance.mean(), covariance.mass))
+
+
 def _sc_lora(layer: Layer, given: Sources) -> LowRank:
     moments = [_moment(layer, given, source) for source in (given.covariances, given.preserve)]
     per_token = [c / covariance.mass for covariance, c in moments]
     return factors.sc_lora(_weight(layer), *per_token, rank=layer.rank, beta=given.beta)
+
+
+def _sc_shares(layer: Layer, given: Sources) -> torch.Tensor:
+    assert given.covariances is not None
+    assert given.preserve is not None
+    plus, minus = (_matrix(layer, source) / source[layer.name].mass for source in (given.covariances, given.preserve))
+    plus, minus = (1 - given.beta) * plus, given.beta * minus
+    return budget.output_shares(_sc_lora(layer, given), _weight(layer), plus - minus, total=plus + minus)
+
+
+def _of_weight(start: Callable[..., LowRank]) -> Callable[[Layer, Sources], torch.Tensor]:
+    return lambda layer, _: budget.output_shares(start(_weight(layer), rank=layer.rank), _weight(layer))
 
 
 def _orthogonal(layer: Layer, given: Sources) -> LowRank:
@@ -224,6 +281,8 @@ METHODS: Mapping[str, Method] = {
         start=lambda layer, given: factors.lora_null(
             _weight(layer), _basis(layer, given), rank=layer.rank, sigma_scale=given.sigma_scale
         ),
+        shares=_leaks,
+        spares=True,
     ),
     "b-zero": Method(
         needs=("spaces",),
@@ -231,6 +290,8 @@ METHODS: Mapping[str, Method] = {
         options=(),
         start=lambda layer, given: factors.b_zero(_basis(layer, given), layer.d_out, rank=layer.rank),
         zero="B",
+        shares=_leaks,
+        spares=True,
     ),
     "contrast": Method(
         needs=("covariances", "preserve"),
@@ -241,20 +302,43 @@ METHODS: Mapping[str, Method] = {
         zero="B",
         of_task=True,
         ranges={"damping": POSITIVE},
+        shares=_contrast_ratios,
     ),
-    "corda-kpm": Method(("covariances",), True, ("damping", "split"), _corda("kpm")),
-    "corda-ipm": Method(("covariances",), True, ("damping", "split"), _corda("ipm"), of_task=True),
-    "corda-exact": Method(("covariances",), True, ("split", "window"), _corda_exact),
-    "astra": Method(("covariances",), True, ("split", "window"), _astra, of_task=True),
-    "sc-lora": Method(("covariances", "preserve"), True, ("beta", "split"), _sc_lora, of_task=True),
+    "corda-kpm": Method(("covariances",), True, ("damping", "split"), _corda("kpm"), shares=_corda_shares("kpm"), spares=True),
+    "corda-ipm": Method(("covariances",), True, ("damping", "split"), _corda("ipm"), of_task=True, shares=_corda_shares("ipm")),
+    "corda-exact": Method(
+        needs=("covariances",),
+        changes_base=True,
+        options=("split", "window"),
+        start=_corda_exact,
+        shares=_of_outputs(_corda_exact),
+        spares=True,
+    ),
+    "astra": Method(("covariances",), True, ("split", "window"), _astra, of_task=True, shares=_of_outputs(_astra)),
+    "sc-lora": Method(("covariances", "preserve"), True, ("beta", "split"), _sc_lora, of_task=True, shares=_sc_shares),
     "milora": Method(
         needs=(),
         changes_base=True,
         options=("split", "window"),
         start=lambda layer, given: factors.milora(_weight(layer), rank=layer.rank, window=_window(given, factors.SMALLEST)),
+        shares=_of_weight(factors.milora),
+        spares=True,
     ),
-    "pissa": Method((), True, ("split",), lambda layer, _: factors.pissa(_weight(layer), rank=layer.rank)),
-    "olora-tail": Method((), True, ("split",), lambda layer, _: factors.olora_tail(_weight(layer), rank=layer.rank)),
+    "pissa": Method(
+        needs=(),
+        changes_base=True,
+        options=("split",),
+        start=lambda layer, _: factors.pissa(_weight(layer), rank=layer.rank),
+        shares=_of_weight(factors.pissa),
+    ),
+    "olora-tail": Method(
+        needs=(),
+        changes_base=True,
+        options=("split",),
+        start=lambda layer, _: factors.olora_tail(_weight(layer), rank=layer.rank),
+        shares=_of_weight(factors.olora_tail),
+        spares=True,
+    ),
     "mica": Method(
         needs=(),
         changes_base=False,
@@ -263,9 +347,21 @@ METHODS: Mapping[str, Method] = {
         reads=True,
         frozen="B",
         zero="A",
+        shares=_of_weight(factors.mica),
+        spares=True,
     ),
-    "mica-data": Method(("covariances",), False, (), _mica_data, reads=True, frozen="B", zero="A"),
-    "eva": Method(("covariances",), False, (), _eva, of_task=True, zero="B"),
+    "mica-data": Method(
+        needs=("covariances",),
+        changes_base=False,
+        options=(),
+        start=_mica_data,
+        reads=True,
+        frozen="B",
+        zero="A",
+        shares=_of_outputs(_mica_data),
+        spares=True,
+    ),
+    "eva": Method(("covariances",), False, (), _eva, of_task=True, zero="B", shares=_variances),
     "orthogonal": Method((), False, (), _orthogonal, draws=True, even=True),
 }
 

@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--triviaqa", metavar="SOURCE", help="ask TriviaQA too: a file, or a hub data set")
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=["main"])
-    parser.add_argument("--methods", nargs="+", choices=methods.METHODS)
+    parser.add_argument("--methods", nargs="+", choices=methods.EVERY)
     parser.add_argument("--tasks", nargs="+", choices=declared.TASKS, help="in the place of the experiments' own")
     parser.add_argument("--steps", nargs="+", type=int, help="in the place of the experiments' own")
     parser.add_argument("--ranks", nargs="+", type=int, help="in the place of the experiments' own")

@@ -19,7 +19,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
-from benchmarks.holding_parts import factors_of, penalise
+from benchmarks.evidence import allocations
+from benchmarks.evidence.allocations import factors_of
+from benchmarks.holding_parts import penalise
 from nullspace import Covariances, analysis
 from nullspace.factors import LowRank
 from nullspace.integrations.peft import confine, decay_to_start, freeze_a, inject_adapters, lora_layers, oplora
@@ -59,6 +61,10 @@ class Method(NamedTuple):
     """k of OPLoRA"""
     corrected: bool = False
     """LoRA-FA's gradient of B"""
+    largest: int = 0
+    """of `rank_budget`: the largest rank of a layer, as a multiple of the rank; 0 for uniform ranks"""
+    allocation: str = ""
+    """"eva" or "adalora": `allocations`"""
 
 
 METHODS: dict[str, Method] = {
@@ -85,6 +91,17 @@ METHODS: dict[str, Method] = {
     "pissa": Method((2.5e-4, 5e-4), start="pissa"),
 }
 
+# The experiment `budget`: the same parameters as of uniform ranks, elsewhere. Not in the table of all methods.
+BUDGETED: dict[str, Method] = {
+    "contrast budget": Method((4e-3, 8e-3), ("keep", "task"), start="contrast", largest=4),
+    "lora-null v2 budget": Method((4e-3, 8e-3), ("keep",), start="lora-null", freeze_a=True, largest=4),
+    "eva": Method((2e-3, 4e-3), ("task",), start="eva"),
+    "eva budget": Method((2e-3, 4e-3), ("task",), start="eva", largest=2),
+    "eva rho 2": Method((2e-3, 4e-3), ("task",), start="eva", allocation="eva"),
+    "adalora": Method((3e-2, 6e-2), allocation="adalora"),
+}
+EVERY = METHODS | BUDGETED
+
 
 class Prepared(NamedTuple):
     """A model with adapters that are ready to be trained."""
@@ -105,7 +122,7 @@ def prepare(
 
     Args:
         model: the base, whose weights no change was added to.
-        method: a key of `METHODS`.
+        method: a key of `EVERY`.
         rank: r of the adapters.
         seed: of a random start.
         keep: second moments of what must be kept; for methods that need "keep".
@@ -115,7 +132,7 @@ def prepare(
         KeyError: for another method.
         ValueError: if second moments that the method needs are missing.
     """
-    how = METHODS[method]
+    how = EVERY[method]
     missing = [name for name, given in (("keep", keep), ("task", task)) if name in how.needs and given is None]
     if missing:
         raise ValueError(f"method {method!r} needs second moments: {' and '.join(missing)}")
@@ -131,6 +148,8 @@ def prepare(
         callbacks.append(confine(peft_model, keep, how.leak))  # changes A, so it stands before what remembers the start
     if how.start_decay:
         callbacks.append(decay_to_start(peft_model, how.start_decay))
+    if how.allocation == "adalora":
+        callbacks.append(allocations.Allocating())
     if how.penalty:
         assert keep is not None
         penalise(peft_model, keep, how.penalty)
@@ -150,15 +169,23 @@ def _started(model: Any, how: Method, rank: int, keep: Covariances | None, task:
         task_type="CAUSAL_LM",
         init_lora_weights=how.init,  # type: ignore[arg-type]
     )
+    if how.allocation == "adalora":
+        return allocations.start_adalora(model, config)
     if how.start is None:
         peft_model: Any = get_peft_model(model, config)
         if how.freeze_a:
             freeze_a(peft_model)
         return peft_model
     # A method of two sets of data takes those of the task as its covariances; a method of one takes those that it needs.
-    sources: dict[str, Covariances | None] = {"covariances": keep} if "keep" in how.needs else {}
+    sources: dict[str, Any] = {"covariances": keep} if "keep" in how.needs else {}
     if "task" in how.needs:
-        sources = {"covariances": task, "preserve": keep}
+        sources = {"covariances": task} | ({"preserve": keep} if "keep" in how.needs else {})
+    if how.allocation == "eva":
+        assert task is not None
+        return allocations.start_as_eva(model, config, task)
+    if how.largest:
+        config.r = config.lora_alpha = how.largest * rank
+        sources["rank_budget"] = rank
     return inject_adapters(model, config, method=how.start, freeze_a=how.freeze_a, split=how.split, **sources)  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import holding_parts, preservation
 from benchmarks.environment import environment
-from benchmarks.evidence import choice, methods, posts
+from benchmarks.evidence import allocations, choice, methods, posts
 from benchmarks.evidence import settings as declared
 from benchmarks.evidence.base import kept, moments, read_reference, reference_file, rounded
 from benchmarks.evidence.choice import Curve, Point
@@ -104,6 +104,8 @@ class Worker:
         holding_parts.write_change(path, change, {})
         seconds = {"start": started - began, "train": time.perf_counter() - started}
         self.lines.write({"kind": "run", "run": dict(run), "train_losses": losses, "seconds": seconds, "commit": self.commit})
+        if unit.method in methods.BUDGETED:
+            self.lines.write({"kind": "ranks", "run": dict(run), **allocations.summary(prepared.model)})
         print(
             f"trained {path.stem}: {losses[0]:.3f} to {losses[-1]:.3f}, {seconds['start']:.0f} + {seconds['train']:.0f} s",
             flush=True,
@@ -111,7 +113,7 @@ class Worker:
 
     def _start(self, unit: Unit, seed: int) -> methods.Prepared:
         """A model with adapters; where the data alone decide how they start, that of the last unit again, put back to its start."""
-        method = methods.METHODS[unit.method]
+        method = methods.EVERY[unit.method]
         key = (*unit._replace(seeds=(), whole=True, steps=0, first_rates=0), None if method.start else seed)
         if key in self._prepared:
             prepared, start = self._prepared[key]

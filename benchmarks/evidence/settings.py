@@ -126,4 +126,8 @@ EXPERIMENTS = {
     "longer": Experiment(_LEADING, steps=(100,), rate_factor=0.5),
     "samples": Experiment(_LEADING, samples=(16, 64)),
     "ranks": Experiment(_LEADING, ranks=(8, 64)),
+    "budget": Experiment(
+        ("lora", "contrast", "contrast budget", "lora-null v2", "lora-null v2 budget", "eva", "eva budget", "eva rho 2", "adalora"),
+        rates=1,
+    ),
 }

@@ -48,7 +48,7 @@ class Unit(NamedTuple):
 
     @property
     def rates(self) -> list[float]:
-        return [rate * self.rate_factor for rate in methods.METHODS[self.method].rates[: self.first_rates]]
+        return [rate * self.rate_factor for rate in methods.EVERY[self.method].rates[: self.first_rates]]
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -77,7 +77,7 @@ def units_of(name: str, experiment: Experiment, sizes: Sizes, seeds: tuple[int, 
     after: list[Unit] = []
     cells = product(experiment.tasks, experiment.steps, experiment.ranks, chosen, experiment.forms, experiment.samples)
     for task, steps, rank, method, form, given in cells:
-        samples, how = given or sizes.samples, methods.METHODS[method]
+        samples, how = given or sizes.samples, methods.EVERY[method]
         own = (form, samples) if "keep" in how.needs else ("", 0)
         unit = Unit(
             method, task, steps, rank, *own, seeds, whole=first, first_rates=experiment.rates, rate_factor=experiment.rate_factor

@@ -18,6 +18,7 @@ from nullspace.artifacts.spaces import NullSpaces
 from nullspace.distributed import Job
 from nullspace.errors import InputError, InputTypeError, ResourceUseWarning
 from nullspace.factors import DAMPING
+from nullspace.integrations.peft.budget import patterns_of_parameters, within_budget
 from nullspace.integrations.peft.experts.checks import refuse_sharded_experts, warn_of_two
 from nullspace.integrations.peft.layers import (
     ONE_AT_A_TIME,
@@ -63,6 +64,7 @@ def inject_adapters(
     damping: float = DAMPING,
     split: float = 1.0,
     window: float | None = None,
+    rank_budget: int | None = None,
     adapter_name: str = "default",
 ) -> PeftModel:
     """Add LoRA adapters that a method initialises. The model's outputs stay what they were.
@@ -127,6 +129,11 @@ def inject_adapters(
             do not depend on the size of a factor, the relative change of A a step falls by `split`, and that of B rises by it.
         window: which singular triples are taken, between 0 (the largest) and 1 (the smallest): see `nullspace.factors.skipped`; for
             `"milora"`, `"corda-exact"` (1 by default) and `"astra"` (0).
+        rank_budget: a rank, at most `config.r`. Layers then get ranks of their own, from 1 to `config.r` (to that of `rank_pattern`
+            for them, or to what their weight or null space has), that together train at most as many parameters as this rank in
+            every layer, and are worth most in the method's objective (`nullspace.factors.allocated`): never less than uniform
+            ranks. They become `rank_pattern`, and `alpha_pattern` with the scaling s that the configuration gives each layer. A
+            null space of more columns is cut to the layer's rank first. Not for `"orthogonal"`, nor with a window.
         adapter_name: PEFT's name for the adapter.
 
     Returns:
@@ -160,6 +167,8 @@ def inject_adapters(
         check_adapter_name(adapter_name)
         check_model(model, config, job)
         own = own_config(config, model, given, job)
+        budget: dict[str, Any] = {"rank_budget": rank_budget, "frozen": frozen, "residual": residual}
+        own, given = within_budget(own, model, given, method, **budget, job=job)
         return adapt(model, own, given, method=method, frozen=frozen, residual=residual, adapter_name=adapter_name, job=job)
 
 
@@ -204,7 +213,7 @@ def adapt(
     """`inject_adapters` with a configuration of `exact_config`, and sources that were checked."""
     with as_it_was_on_error(model):
         own = {id(p) for p in model.parameters()}
-        with placeholder_weights(model):
+        with placeholder_weights(model), patterns_of_parameters():
             peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
         _freeze_base(peft_model, own, config)
         start_adapter(peft_model, adapter_name, given, method=method, frozen=frozen, residual=residual, job=job)
@@ -229,7 +238,7 @@ def start_adapter(
     model: Any = peft_model.get_base_model()
     config: Any = peft_model.peft_config[adapter_name]
     layers = lora_layers(peft_model, adapter_name)
-    given = with_spaces(method, given, layers, adapter_name)
+    given = with_spaces(method, given, max((layer.r[adapter_name] for layer in layers.values()), default=1))
     bases = {name: layer.get_base_layer() for name, layer in layers.items()}
     refuse_sharded_experts(bases)
     check_layers(bases, {name: layer.r[adapter_name] for name, layer in layers.items()}, method, given, job)

@@ -20,6 +20,7 @@ from nullspace.artifacts.residual import name_start
 from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.errors import InputError
+from nullspace.integrations.peft.budget import budget_facts
 from nullspace.integrations.peft.files import ADAPTER_CONFIG, init_record, located, record_start, save_adapter
 from nullspace.integrations.peft.folders.cards import CARD, name_base, set_section, write_card, write_cards
 from nullspace.integrations.peft.layers import SUBTRACTED, WRAPPED, frozen_of, lora_layers, take_out
@@ -79,7 +80,8 @@ def save_init(
     base_path = os.path.abspath(out / "base") if residual == "base" else original
     frozen = frozen_of(lora_layers(peft_model, adapter), adapter)
     name = getattr(base, "name_or_path", None)
-    facts = init_record(base, name, peft_model.nullspace_method, config, residual, frozen, spaces, record)
+    more = {**peft_model.nullspace_budget, **(record or {})}
+    facts = init_record(base, name, peft_model.nullspace_method, config, residual, frozen, spaces, more)
 
     def write() -> None:
         with store.new_directory(out, overwrite=overwrite) as part, unwrapped(peft_model):
@@ -118,6 +120,7 @@ def record_init(peft_model: Any, model: nn.Module, adapter: str, method: str, re
     A collective, where weights are sharded.
     """
     peft_model.nullspace_residual, peft_model.nullspace_method = residual, method
+    peft_model.nullspace_budget = budget_facts(given)
     config = peft_model.peft_config[adapter]
     original = peft_model.nullspace_model = located(config.base_model_name_or_path)
     # A residual base has no name before save_init gives it one, and must not keep that of the original model.
@@ -128,7 +131,7 @@ def record_init(peft_model: Any, model: nn.Module, adapter: str, method: str, re
     keep(config, {**frozen_entries(frozen), **record})
     if residual == "adapter":
         peft_model.peft_config[SUBTRACTED.format(adapter)].base_model_name_or_path = original
-    facts = init_record(model, original, method, config, residual, frozen, given.spaces, None)
+    facts = init_record(model, original, method, config, residual, frozen, given.spaces, peft_model.nullspace_budget)
     _keep_card(peft_model, facts, config.base_model_name_or_path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,12 +23,11 @@ def random_seed(method: str) -> int:
     return int(torch.randint(2**62, ())) if draws else 0
 
 
-def with_spaces(method: str, given: Sources, layers: Mapping[str, Any], adapter: str) -> Sources:
-    """The same with null spaces, computed from the covariances if the method needs them and they are not given."""
+def with_spaces(method: str, given: Sources, rank: int) -> Sources:
+    """The same with null spaces, computed from the covariances if the method needs them and they are not given: of this rank."""
     if "spaces" not in METHODS[method].needs or given.spaces is not None:
         return given
     assert given.covariances is not None
-    rank = max((layer.r[adapter] for layer in layers.values()), default=1)
     spaces = NullSpaces.from_covariances(given.covariances, rank=rank, progress=False)
     return replace(given, spaces=spaces, covariances=None)
 
@@ -55,7 +54,7 @@ def start_of(
     """
     scaling = layer.scaling[adapter]
     dtype_a, dtype_b = (each[adapter].weight.dtype for each in (layer.lora_A, layer.lora_B))
-    with _naming(name):
+    with naming(name):
         entry = METHODS[method]
         weight = _exact(layer, stored) if entry.reads_weight else None
         if weight is not None and not is_finite(stored):
@@ -89,7 +88,7 @@ def residual_of(name: str, layer: Any, stored: torch.Tensor, adapter: str, a: to
     Raises:
         ValueError, RuntimeError, MemoryError: naming the layer.
     """
-    with _naming(name):
+    with naming(name):
         weight = _exact(layer, stored)
         rest = weight.addmm_(b.to(weight), a.to(weight), alpha=-layer.scaling[adapter]).to(stored.dtype)
         if not is_finite(rest):
@@ -108,7 +107,7 @@ def _is_transposed(layer: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Context manager: errors name the layer."""
     try:
         yield

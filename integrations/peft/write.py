@@ -25,6 +25,7 @@ from nullspace.distributed import Job
 from nullspace.errors import InputError
 from nullspace.factors import DAMPING
 from nullspace.integrations.peft.base import Source, check_plan, copy_base, files_of, source_of, write_base
+from nullspace.integrations.peft.budget import budget_facts, patterns_of_parameters, within_budget
 from nullspace.integrations.peft.experts.adapters import ExpertAdapter
 from nullspace.integrations.peft.experts.checks import warn_of_two
 from nullspace.integrations.peft.experts.layout import layers_by_parameter, stacked
@@ -65,6 +66,7 @@ def write_init(
     damping: float = DAMPING,
     split: float = 1.0,
     window: float | None = None,
+    rank_budget: int | None = None,
     tokenizer: Any = None,
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -92,7 +94,7 @@ def write_init(
             default group (FSDP2, ZeRO-3, DTensors of tensor parallelism), all of them have to call this with the same arguments:
             weights are gathered one at a time, and the first process writes.
         config: as in `inject_adapters`.
-        spaces, method, covariances, preserve, sigma_scale, beta, damping, split, window: as in `inject_adapters`.
+        spaces, method, covariances, preserve, sigma_scale, beta, damping, split, window, rank_budget: as in `inject_adapters`.
         freeze_a, freeze_b: the same; the adapter's configuration, its card and the record say so.
         residual: as in `inject_adapters`.
         tokenizer: saved beside the base, if given.
@@ -114,7 +116,7 @@ def write_init(
     with job.sharing_errors(), unwrapped(model):
         given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, split, window, random_seed(method))
         freeze = (freeze_a, freeze_b)
-        output = _Output(Path(out), tokenizer, freeze, residual, record or {}, overwrite, max_shard_bytes)
+        output = _Output(Path(out), tokenizer, freeze, residual, record or {}, overwrite, max_shard_bytes, rank_budget)
 
         def write() -> None:
             _write(output, model, config, given, method, reporter(progress, bars=job.first), job)
@@ -137,6 +139,7 @@ class _Output(NamedTuple):
     record: Mapping[str, Any]
     overwrite: bool
     max_shard_bytes: int
+    rank_budget: int | None
 
 
 def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources, method: str, report: Progress, job: Job) -> None:
@@ -146,16 +149,18 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
     resolved = store.resolved(output.folder)
     sharded = prepare_to_gather(model, job)
     config = own_config(config, model, given, job)
+    budget: dict[str, Any] = {"rank_budget": output.rank_budget, "frozen": frozen, "residual": output.residual}
+    config, given = within_budget(config, model, given, method, **budget, job=job)
     reserved = store.reserved(resolved, overwrite=output.overwrite) if job.first else contextlib.nullcontext()
     with reserved, temporary_folder() as plans:
-        with torch.random.fork_rng(devices=[]):  # the numbers that PEFT draws are not used
+        with torch.random.fork_rng(devices=[]), patterns_of_parameters():  # the numbers that PEFT draws are not used
             peft_model = get_peft_model(without_weights(model), config)
         adapter = peft_model.active_adapter
         layers = lora_layers(peft_model, adapter)
         modules = named_layers(model)
         bases = {name: modules[name] for name in layers}
         targets = layers_by_parameter(layers)
-        given = with_spaces(method, given, layers, adapter)
+        given = with_spaces(method, given, max((layer.r[adapter] for layer in layers.values()), default=1))
         check_layers(bases, {name: layer.r[adapter] for name, layer in layers.items()}, method, given, job)
         freeze: dict[str, Any] = {"freeze_a": frozen == "A", "freeze_b": frozen == "B"}
         residual = check_servable(model, bases, method, residual=output.residual, **freeze, offloaded=True)
@@ -193,7 +198,8 @@ def _write(output: _Output, model: nn.Module, config: LoraConfig, given: Sources
                 mark_file(part / "base" / "config.json", method, located(original), clearest(starts.changes))
             if residual == "base" and output.tokenizer is not None:
                 output.tokenizer.save_pretrained(part / "base")
-            facts = init_record(model, original, method, config, residual, frozen, given.spaces, output.record)
+            more = {**budget_facts(given), **output.record}
+            facts = init_record(model, original, method, config, residual, frozen, given.spaces, more)
             record_start(part, facts, config.revision, entries)
             write_cards(part, facts)
             records.write_manifest(part, "init", facts)

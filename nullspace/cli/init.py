@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import nullspace
-from nullspace.checks import FRACTION, NOT_NEGATIVE, check_real
+from nullspace.checks import FRACTION, NOT_NEGATIVE, check_between, check_integer, check_real
 from nullspace.cli import console, options, together
 from nullspace.cli.calibrate import Calibration, reserved, row_spaces
 from nullspace.cli.data import DATA, WEIGHTS, Text, described
@@ -71,6 +71,12 @@ class Adapter:
     PANEL: ClassVar[str] = "Adapter"
 
     rank: int = options.RANK
+    rank_budget: int | None = option(
+        "As many trained parameters as this rank in every layer has, where they buy most; --rank is then the largest of a layer.",
+        None,
+        check_integer,
+        needed("methods whose objective is a sum over directions: all but 'orthogonal'", lambda v: method_of(v).shares is not None),
+    )
     alpha: float | None = option("LoRA's alpha; the rank by default, so that the scaling is 1.", None, check_real)
     use_rslora: bool = option("Scale by alpha / sqrt(rank).", False)
     method: str = option(
@@ -229,6 +235,8 @@ def _check_sources(source: Source, adapter: Adapter, needs: Collection[str]) -> 
     if adapter.preserve is None and "preserve" in needs:
         raise InputError(f"{adapter.method!r} needs --preserve")
     check_method(adapter.method, Sources(**adapter.numbers()))
+    if adapter.rank_budget is not None:
+        check_between("--rank-budget", adapter.rank_budget, adapter.rank, " (--rank, the largest rank of a layer)")
 
 
 def _warn_of_neighbour(adapter: Adapter) -> None:
@@ -304,6 +312,7 @@ def _write_init(
         freeze_a=adapter.freeze_a,
         freeze_b=adapter.freeze_b,
         residual=adapter.residual,
+        rank_budget=adapter.rank_budget,
         **numbers,
         tokenizer=calibration.tokenizer,
         record={**record, "model": calibration.base.name},

@@ -4,10 +4,12 @@
   input, from directions of the output, random, and from two second moments, of the task and of what must be kept.
 - `constraints`: the leading directions that a change is kept out of while it trains, and CLoRA's penalty.
 - `filters`: after training, a change that keeps its effect on the task and loses that on what must be kept; several in one.
+- `allocated`: the ranks of all layers within one budget of parameters, by what each rank buys.
 - `truncated`: a change cut to a smaller rank where its inputs notice it least.
 - `alphaedit`: the projector through which AlphaEdit edits a weight.
 """
 
+from nullspace.factors.budget import Allocation, Offer, allocated, caught, spared
 from nullspace.factors.constraints import Leading, clora, leading_inputs, leading_outputs, leading_singular
 from nullspace.factors.contrast import contrast
 from nullspace.factors.filters import RIDGE, Curve, Filter, Forecast, combined, filtered
@@ -43,14 +45,18 @@ __all__ = [
     "SMALLEST",
     "THRESHOLD",
     "ZERO",
+    "Allocation",
     "Curve",
     "Filter",
     "Forecast",
     "Leading",
     "LowRank",
+    "Offer",
+    "allocated",
     "alphaedit",
     "astra",
     "b_zero",
+    "caught",
     "centred",
     "clora",
     "combined",
@@ -71,6 +77,7 @@ __all__ = [
     "pissa",
     "sc_lora",
     "skipped",
+    "spared",
     "svd_llm",
     "truncated",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +19,14 @@ from peft.optimizers import create_lorafa_optimizer
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 
 from benchmarks.evidence import posts
-from benchmarks.evidence.methods import METHODS, Prepared, change_of, prepare
-from benchmarks.holding_parts import factors_of, with_adapters
+from benchmarks.evidence.allocations import factors_of, summary
+from benchmarks.evidence.methods import BUDGETED, EVERY, METHODS, Prepared, change_of, prepare
+from benchmarks.holding_parts import with_adapters
 from models import random_batches, tiny
 from nullspace import Covariances
 from nullspace.factors import LowRank
 from nullspace.integrations.peft import Confinement, StartDecay, lora_layers
+from nullspace.model.sites import find_targets
 
 RANK = 4
 FROZEN = {"lora-fa": "lora_A", "lora-null v2": "lora_A", "contrast": "lora_A", "mica": "lora_B"}
@@ -90,8 +94,44 @@ def test_a_method_starts_at_the_base_and_trains_what_it_says(
     torch.testing.assert_close(logits(added(base, change)), trained, atol=5e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::nullspace.errors.NullspaceWarning")
+@pytest.mark.parametrize("method", BUDGETED)
+def test_a_method_with_a_budget_has_the_ranks_and_the_change_that_it_says(
+    base: torch.nn.Module, sources: dict[str, Covariances], method: str
+) -> None:
+    prepared = prepared_of(base, sources, method)
+    torch.testing.assert_close(logits(prepared.model), logits(base), atol=2e-5, rtol=1e-4)
+    steps, calls = 4, prepared.callbacks
+    for each in calls:
+        each.on_train_begin(None, SimpleNamespace(max_steps=steps), None, model=prepared.model)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW([p for p in prepared.model.parameters() if p.requires_grad], lr=5e-2)
+    for step in range(steps):
+        batch = random_batches(1, 2, 24, seed=step)[0]
+        prepared.model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        for each in calls:
+            each.on_optimizer_step(None, SimpleNamespace(global_step=step), None)  # type: ignore[arg-type]
+        optimizer.zero_grad()
+    prepared.model.eval()
+    ranks = [int(each.A.any(1).sum()) for each in factors_of(prepared.model).values()]
+    said = summary(prepared.model)
+    assert said["ranks"] == {"least": min(ranks), "median": statistics.median(ranks), "most": max(ranks)}
+    assert (len(set(ranks)) > 1) == (method != "eva")
+    layers = find_targets(base)
+    frozen = "contrast" in method or "v2" in method
+    uniform = sum(RANK * (sum(layer.weight.shape) if not frozen else len(layer.weight)) for layer in layers.values())
+    if "budget" in method:
+        assert 0.95 * uniform <= said["parameters"] <= uniform
+    else:
+        assert sum(ranks) == RANK * len(layers) or method == "adalora"
+        assert sum(ranks) <= RANK * len(layers)
+    trained = logits(prepared.model)
+    assert (trained - logits(base)).abs().max() > 1e-3
+    torch.testing.assert_close(logits(added(base, change_of(prepared))), trained, atol=5e-5, rtol=1e-4)
+
+
 def test_declarations() -> None:
-    for how in METHODS.values():
+    for how in EVERY.values():
         rates = sorted(how.rates)
         assert 2 <= len(rates) <= 3
         assert all(1.999 <= high / low <= 4.001 for low, high in pairwise(rates)), rates

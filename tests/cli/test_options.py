@@ -59,7 +59,7 @@ SOURCES: dict[tuple[str, str], set[str]] = {
     },
     ("init", "MODEL --covariances c --method mica-data"): {*ALL, *ALL_OF_DATA, "freeze_a", *UNTOUCHED, *NUMBERS},
     ("init", "MODEL --method pissa"): {*ALL, *ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - {"factor_split"}},
-    ("init", "MODEL --method orthogonal"): {*ALL, *ALL_OF_DATA, "partial", *UNTOUCHED, *NUMBERS},
+    ("init", "MODEL --method orthogonal"): {*ALL, *ALL_OF_DATA, "partial", "rank_budget", *UNTOUCHED, *NUMBERS},
     ("compute", "MODEL --data a.json"): {*OF_HUB, "partial"},
     ("compute", "MODEL --data a.txt --strategy resident"): {*OF_ROWS, *OF_HUB, "hidden_states", "partial"},
     ("compute", "--covariances c"): {*ALL_OF_DATA, *OF_MODEL},
@@ -93,6 +93,7 @@ VALUES = {
     "device": "cpu", "field": "text", "alpha": "4", "preserve": "p", "avoid": "a", "spaces": "s", "covariances": "c", "study": "s",
     "data": "a.txt", "shard": "1/2", "weights": "1,1", "model": "m", "adapter": "x=a", "initial": "i", "base": "b", "out": "o",
     "exclude": "lm_head", "window": "0.5", "strength": "1", "drift": "1", "worst": "1", "retain": "1", "task": "t", "rank": "4",
+    "rank_budget": "4",
     "task_data": "a.txt", "keep_data": "a.txt", "adapter_name": "n", "device_memory": "8GB", "gpu": "L4", "host_memory": "8GB",
 }  # fmt: skip
 OTHERS = {"plan": {"weights": "host"}, "filter": {"keep": "k"}}
@@ -199,6 +200,8 @@ def test_every_option_has_an_effect_or_is_refused(
     ("command", "words"),
     [
         *((f"init m --method pissa --alpha {value}", "--alpha must be a positive number") for value in ("0", "nan", "inf", "-4")),
+        ("init m --method pissa --rank 4 --rank-budget 5", "--rank-budget must be between 1 and 4, not 5 (--rank"),
+        ("init m --method pissa --rank-budget 0", "--rank-budget must be at least 1"),
         *((f"init m --data a.txt --sigma-scale {value}", "--sigma-scale must be") for value in ("0", "nan", "inf", "-1")),
         *((f"init m --method pissa --factor-split {value}", "--factor-split must be") for value in ("0", "nan", "inf", "-1")),
         *((f"init m --data a --method sc-lora --preserve p --beta {v}", "--beta must be between") for v in ("nan", "-1", "1.5")),

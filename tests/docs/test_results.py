@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nullspace.reporting.study import Spread, at_equal_loss, knowledge_lost, read_study
+from nullspace.reporting.study import Spread, at_equal_loss, knowledge_lost, read_records, read_study
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -64,6 +64,13 @@ def test_what_holds_through_training() -> None:
         first = lines.index(tables.markdown(table[:1]).splitlines()[0])
         shown = itertools.takewhile(lambda line: line.startswith("|"), lines[first:])
         assert list(shown) == tables.markdown(table).splitlines()
+
+
+def test_what_a_budget_of_ranks_does() -> None:
+    budget = pytest.importorskip("benchmarks.evidence.budget", reason="needs the repository's root on the path: python -m pytest")
+    page = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    assert budget.with_table(page, read_records(budget.RECORDS)) == page
+    assert budget.HEAD[0] in page
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])

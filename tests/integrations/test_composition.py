@@ -84,6 +84,7 @@ COMPOSITIONS = {
     "DoRA, bfloat16": Composition({"use_dora": True}, dtype=torch.bfloat16),
     "LoRA+": Composition(optimizer=loraplus),
     "patterns": Composition(PATTERNS),
+    "rank budget, rsLoRA": Composition({"use_rslora": True, "lora_alpha": 12}, options={"rank_budget": 3}),
     "dropout": Composition({"lora_dropout": 0.3}),
     "whole head and norms, frozen A": Composition(
         {"modules_to_save": ["lm_head", "post_attention_layernorm"]}, options={"freeze_a": True}
@@ -114,8 +115,11 @@ CASES = [
     (name, method)
     for number, method in enumerate(METHODS)
     for name in COMPOSITIONS
-    if (method in THOROUGH or name in ("bfloat16", FEW[number % len(FEW)])) and learns(name, method)
+    if name != "rank budget, rsLoRA"
+    and (method in THOROUGH or name in ("bfloat16", FEW[number % len(FEW)]))
+    and learns(name, method)
 ]
+CASES += [("rank budget, rsLoRA", method) for method in ("contrast", "corda-kpm", "pissa", "mica-data")]
 
 
 def check_base(base: Path, original: Path, adapted: PeftModel) -> None:

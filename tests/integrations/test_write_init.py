@@ -76,6 +76,7 @@ CASES = [
     ("llama", torch.float32, {"r": RANK, "lora_alpha": 3, "use_rslora": True}, {"sigma_scale": 2.0}),
     ("llama", torch.float32, {"r": RANK, "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.down_proj": 5}}, {}),
     ("llama", torch.float32, {"r": RANK, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"k_proj": 32}, "use_rslora": True}, {}),
+    ("llama", torch.float32, {"r": RANK, "lora_alpha": 16}, {"rank_budget": 3}),
     ("llama", torch.bfloat16, {"r": 5, "target_modules": ["q_proj", "down_proj"]}, {}),
     ("llama", torch.bfloat16, {"r": RANK, "lora_alpha": 16}, {"split": 3.0, "freeze_a": True}),
     ("llama", torch.float32, {"r": RANK}, {"method": "b-zero"}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -120,10 +119,8 @@ def _components_of(site: Site, covariance: Covariance, wanted: int, gather: bool
 
 def distribute(components: Mapping[str, Components], ranks: Mapping[str, int]) -> dict[str, int]:
     """How many of the largest shares are each layer's, as many as the ranks add up to. Equal ones go to the first layer."""
-    every = [(share, name) for name, each in components.items() for share in each.shares.tolist()]
-    every.sort(key=lambda pair: -pair[0])  # stable
-    counts = Counter(name for _, name in every[: sum(ranks.values())])
-    return {name: counts[name] for name in components}
+    offers = {name: factors.caught(each.shares, 1) for name, each in components.items()}
+    return factors.allocated(offers, sum(ranks.values()), least=0).ranks
 
 
 def factor(name: str, components: Components, rank: int, *, whiten: bool, device: torch.device | None) -> torch.Tensor:

@@ -171,7 +171,7 @@ def _table(kind: str, facts: Mapping[str, Any], base: str | None) -> str:
         "untouched model": facts.get("model") if base != facts.get("model") else None,
         "method": facts.get("method"),
         "data": facts.get("data"),
-        "rank": facts.get("rank"),
+        "rank": _rank(facts),
         "alpha": facts.get("alpha"),
         "rsLoRA": "yes" if facts.get("use_rslora") else None,
         "leak": f"{leak['median']:.2e} (median), {leak['worst']:.2e} (worst, {leak['worst_site']})" if leak else None,
@@ -179,6 +179,18 @@ def _table(kind: str, facts: Mapping[str, Any], base: str | None) -> str:
         "also holds": ", ".join(facts.get("holds") or ()) or None,
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {code(value)} |" for name, value in rows.items() if value is not None)])
+
+
+def _rank(facts: Mapping[str, Any]) -> Any:
+    """The rank, or how the ranks of a budget are distributed."""
+    budget = facts.get("rank_budget")
+    if budget is None:
+        return facts.get("rank")
+    more = budget["gain"] / budget["uniform_gain"] - 1 if budget["uniform_gain"] else 0.0
+    return (
+        f"{budget['smallest']} to {budget['largest']} ({budget['parameters']:,} trained parameters, where they buy most: "
+        f"{more:+.2g} of the objective of uniform ranks)"
+    )
 
 
 def _filter_rows(facts: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from nullspace.distributed import Job
+from nullspace.integrations.peft.budget import check_rank_budget, largest_ranks, within_budget
 from nullspace.integrations.peft.experts.checks import refuse_sharded_experts
 from nullspace.integrations.peft.from_data.calibration import Calibration, calibrated, check_spaces_rank, read_arguments
 from nullspace.integrations.peft.inject import adapt, check_adapter_name, check_model, inject_adapters
@@ -40,6 +41,7 @@ def prepare(
     freeze_a: bool | None = None,
     freeze_b: bool | None = None,
     residual: str = "auto",
+    rank_budget: int | None = None,
     adapter_name: str = "default",
     progress: bool | Progress = True,
     **numbers: float,
@@ -80,7 +82,7 @@ def prepare(
         samples, batch_size: sequences of each of the two, and of a batch.
         length: tokens a sequence; by default 1024, or the model's positions if it has fewer.
         strategy, precision, experts, device: how the model is run: see `nullspace.stream_covariances`.
-        freeze_a, freeze_b, residual, adapter_name: see `inject_adapters`.
+        freeze_a, freeze_b, residual, rank_budget, adapter_name: see `inject_adapters`.
         progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
         numbers: `sigma_scale`, `beta`, `damping`, `split` and `window`, of methods that take them: see `inject_adapters`.
 
@@ -109,24 +111,30 @@ def prepare(
         given = read_arguments(method, task, keep, numbers)
         own = checked_config(config, model)
         check_adapter_name(adapter_name)
+        check_rank_budget(rank_budget, own, method, numbers.get("window"))
         frozen = frozen_factor(method, freeze_a, freeze_b)
+        budget: dict[str, Any] = {"rank_budget": rank_budget, "frozen": frozen, "residual": residual}
         start: dict[str, Any] = {"method": method, "residual": residual, "adapter_name": adapter_name}
         if not given.data:
             start |= numbers | {name: getattr(given.sources, name) for name in ("spaces", "covariances", "preserve")}
-            return inject_adapters(model, config, freeze_a=freeze_a, freeze_b=freeze_b, **start)
+            return inject_adapters(model, config, freeze_a=freeze_a, freeze_b=freeze_b, rank_budget=rank_budget, **start)
         how.check(model)
         weights_job = job if is_model_sharded(model) else Job.alone()
         check_model(model, own, weights_job)
         layers = wanted_layers(own, model, list(given.sources.of_model()))
         exact = exact_config(own, model, layers, warn=job.first)
-        _check_start(model, layers, exact, given.sources, method, frozen, residual, weights_job)
-        rank = max(rank_of(name, exact) for name in layers)
+        ranks = {name: rank_of(name, exact) for name in layers}
+        if rank_budget is not None:
+            ranks = largest_ranks(layers, exact, given.sources, method)
+        _check_start(model, layers, exact, ranks, given.sources, method, frozen, residual, weights_job)
+        rank = max(ranks.values())
         if "spaces" in given.data:
             check_spaces_rank(layers, rank)
         loaders, before = given.loaders(how, tokenizer, model), set(layers)
         with calibrated(model, layers, given, loaders, how, rank, job) as sources:
             if set(layers) != before:
                 exact = exact_config(own, model, layers, warn=False)
+            exact, sources = within_budget(exact, model, sources, method, **budget, job=weights_job)
             return adapt(model, exact, sources, **start, frozen=frozen, job=weights_job)
 
 
@@ -134,6 +142,7 @@ def _check_start(
     model: nn.Module,
     layers: Any,
     config: LoraConfig,
+    ranks: Mapping[str, int],
     sources: Sources,
     method: str,
     frozen: str | None,
@@ -142,6 +151,6 @@ def _check_start(
 ) -> None:
     """The checks of `start_adapter`, before there is an adapter."""
     refuse_sharded_experts(layers)
-    check_layers(layers, {name: rank_of(name, config) for name in layers}, method, sources, job)
+    check_layers(layers, ranks, method, sources, job)
     freeze: dict[str, Any] = {"freeze_a": frozen == "A", "freeze_b": frozen == "B"}
     refuse_settings(config, check_servable(model, layers, method, residual=residual, **freeze), frozen)
