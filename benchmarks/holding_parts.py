@@ -156,7 +156,7 @@ class Judge:
     """The base model, which takes changes and is scored, against itself without one.
 
     `keep`: second moments by which drift is measured. `reference`: probe → log-probabilities of the base at its labelled tokens, as
-    `evaluation.log_probabilities` gives them; computed now where it is None.
+    `evaluation.log_probabilities` gives them; computed now where it is None. A probe that it lacks is scored with a KL of 0.
     """
 
     def __init__(
@@ -184,8 +184,9 @@ class Judge:
 
     def scored(self, name: str, limit: int | None = None) -> evaluation.Scored:
         """A probe row by row, or its first rows."""
-        probe, reference = self._probes[name], self._reference[name][:limit]
-        return evaluation.score(self._model, probe.rows[:limit], probe.batch_size, context=probe.context, reference=reference)
+        probe, reference = self._probes[name], self._reference.get(name)
+        given = None if reference is None else reference[:limit]
+        return evaluation.score(self._model, probe.rows[:limit], probe.batch_size, context=probe.context, reference=given)
 
     def scores(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Probe → `log_likelihood` (nats a row), `loss` and `kl` to the base (nats a token)."""

@@ -2,8 +2,8 @@
 
     python examples/continual.py --tasks first.jsonl second.jsonl --keep facts.jsonl --out continual
 
-What must be kept grows: after each task its second moment is merged into it, and no data of earlier tasks is needed again. For
-`lora-null` and `b-zero`, `nullspace init --avoid EARLIER_ADAPTER` also leaves out the rows that earlier adapters read (O-LoRA).
+What must be kept grows: after each task its second moment is merged into it, and no data of earlier tasks is needed again. Other
+ways (`inflora`, O-LoRA, null spaces), and what each promises: docs/holding.md, "Several tasks in a row".
 """
 
 from __future__ import annotations

@@ -35,11 +35,12 @@ class Sources:
     Attributes:
         spaces: null spaces (`"lora-null"`, `"b-zero"`).
         covariances: second moments: of the data to be preserved (`"corda-kpm"`, `"corda-exact"`, `"mica-data"`, and null spaces, if
-            `spaces` is None), or of the task (`"contrast"`, `"corda-ipm"`, `"eva"`, `"sc-lora"`, `"astra"`).
-        preserve: second moments of the data to be preserved, for `"contrast"` and `"sc-lora"`.
+            `spaces` is None), or of the task (`"contrast"`, `"inflora"`, `"corda-ipm"`, `"eva"`, `"sc-lora"`, `"astra"`).
+        preserve: second moments of the data to be preserved, for `"contrast"`, `"inflora"` and `"sc-lora"`.
         sigma_scale: see `nullspace.factors.lora_null`.
         beta: see `nullspace.factors.sc_lora`.
         damping: see `nullspace.factors.corda` and `nullspace.factors.contrast`.
+        share: see `nullspace.factors.inflora`.
         split: A takes `split` times its share of the product, and B 1 / `split` of its own.
         window: which singular triples are taken: between 0, the largest, and 1, the smallest (`nullspace.factors.skipped`); by
             default the method's own.
@@ -54,6 +55,7 @@ class Sources:
     sigma_scale: float = 1.0
     beta: float = 0.5
     damping: float = factors.DAMPING
+    share: float = factors.SHARE
     split: float = 1.0
     window: float | None = None
     seed: int = 0
@@ -235,6 +237,13 @@ def _contrast_ratios(layer: Layer, given: Sources) -> torch.Tensor:
     return budget.input_ratios(_contrast(layer, given), task, keep, damping=given.damping)
 
 
+def _inflora(layer: Layer, given: Sources) -> LowRank:
+    assert given.preserve is not None
+    _, task = _moment(layer, given, given.covariances)
+    keep = given.preserve[layer.name].completed(layer.d_in + layer.rank).matrix()
+    return factors.inflora(task.to(layer.device), keep, layer.d_out, rank=layer.rank, share=given.share)
+
+
 def _eva(layer: Layer, given: Sources) -> LowRank:
     assert given.covariances is not None
     covariance = given.covariances[layer.name].completed(layer.d_in + layer.rank)
@@ -304,6 +313,7 @@ METHODS: Mapping[str, Method] = {
         ranges={"damping": POSITIVE},
         shares=_contrast_ratios,
     ),
+    "inflora": Method(("covariances", "preserve"), False, ("share",), _inflora, frozen="A", zero="B", of_task=True),
     "corda-kpm": Method(("covariances",), True, ("damping", "split"), _corda("kpm"), shares=_corda_shares("kpm"), spares=True),
     "corda-ipm": Method(("covariances",), True, ("damping", "split"), _corda("ipm"), of_task=True, shares=_corda_shares("ipm")),
     "corda-exact": Method(
@@ -370,6 +380,7 @@ OPTIONS: Mapping[str, Range] = {
     "sigma_scale": POSITIVE,
     "beta": FRACTION,
     "damping": NOT_NEGATIVE,
+    "share": FRACTION,
     "split": POSITIVE,
     "window": FRACTION,
 }

@@ -148,6 +148,7 @@ def test_a_rank_of_the_configuration_is_an_integer(value: Any) -> None:
         ("beta", "sc-lora", [1.5, *BAD_NUMBERS]),
         ("damping", "corda-kpm", BAD_NUMBERS),
         ("damping", "contrast", [0.0, *BAD_NUMBERS]),
+        ("share", "inflora", [1.5, *BAD_NUMBERS]),
         ("split", "lora-null", [0, *BAD_NUMBERS]),
     ],
 )

@@ -36,7 +36,7 @@ class Data:
         self.tokenizer, self.sizes, self._folder = tokenizer, sizes, folder
         self._given = {"triviaqa": triviaqa} if triviaqa else {}
         self.sets = {**declared.QUESTIONS, **{name: name for name in self._given}}
-        self._shots = self._asked(declared.SHOTS)
+        self._shots = self.asked(declared.SHOTS)
 
     def source(self, name: str) -> str:
         if name in self._given:
@@ -48,7 +48,8 @@ class Data:
         name, split = preservation.parted(self.source(part.source))
         return load_rows(name, split=split, limit=part.rows.stop)[part.rows.start :]
 
-    def _asked(self, part: Part) -> list[Question]:
+    def asked(self, part: Part) -> list[Question]:
+        """The questions of a part."""
         return evaluation.questions(self._rows(part))
 
     def examples(self, parts: Sequence[Part], limit: int | None = None) -> list[Row]:
@@ -70,10 +71,10 @@ class Data:
 
     def validation(self, task: str) -> dict[str, Probe]:
         """What rates, strengths and scales are chosen on."""
-        asked = self._asked(declared.CHOICE)[: self.sizes.validation_questions]
+        asked = self.asked(declared.CHOICE)[: self.sizes.validation_questions]
         return {
             "task": Probe(self.examples(declared.TASKS[task].validation, self.sizes.validation_examples), []),
-            "nq": self._in_shots(asked),
+            "nq": self.in_shots(asked),
         }
 
     def test(self, task: str) -> dict[str, Probe]:
@@ -82,8 +83,8 @@ class Data:
         probes = {"task": Probe(self.examples(declared.TASKS[task].test, sizes.examples), [])}
         for name, source in self.sets.items():
             count = sizes.questions if name == "nq" else sizes.other_questions
-            asked = self._asked(Part(source, range(count)))
-            probes[name] = self._in_shots(asked)
+            asked = self.asked(Part(source, range(count)))
+            probes[name] = self.in_shots(asked)
             if name == "nq":
                 few = asked[: sizes.forms_of_asking]
                 probes["nq, chat"] = after_common_tokens([self._in_chat(bare(each), each.answers[0]) for each in few])
@@ -103,7 +104,8 @@ class Data:
         fitting = (row for row in rows if len(row["input_ids"]) <= self.sizes.max_length)
         return [row for row, _ in zip(fitting, range(self.sizes.abilities), strict=False)]
 
-    def _in_shots(self, asked: Sequence[Question]) -> Probe:
+    def in_shots(self, asked: Sequence[Question]) -> Probe:
+        """Questions behind the solved ones."""
         return Probe(*evaluation.asked_after(self.tokenizer, asked, self._shots), 32)
 
     def _in_chat(self, prompt: str, answer: str) -> Row:
@@ -116,7 +118,7 @@ class Data:
 
     def exact_match(self, model: Any, name: str) -> float:
         """The share of a set's first questions that greedy decoding answers with one of the gold answers."""
-        asked = self._asked(Part(self.sets[name], range(self.sizes.answered)))
+        asked = self.asked(Part(self.sets[name], range(self.sizes.answered)))
         return evaluation.knowledge(model, self.tokenizer, asked, shots=self._shots)["exact_match"]
 
     def component(self, name: str, samples: int) -> Any:
@@ -124,7 +126,7 @@ class Data:
         if name == "wikitext":
             source, split = preservation.parted(self.source("wikitext-train"))
             return self._windows(load_texts(source, split=split), samples)
-        asked = self._asked(declared.CALIBRATION)
+        asked = self.asked(declared.CALIBRATION)
         if name == "text":
             return self._windows([f"{bare(each)}\n{each.answers[0]}" for each in asked], samples)
         if name == "shots":

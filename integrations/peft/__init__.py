@@ -11,8 +11,8 @@ loads without nullspace.
 - `convert_to_lora` (`folders.convert`): PEFT's function of this name, cut to a rank where the layers' inputs notice it least.
 - `filter_adapter`, `filter_checkpoint`, `combine_adapters`, `adapter_drift` (`filtering`): less forgetting, after training.
 - `describe` and `set_base` (`folders.describe`): what a folder holds, and which base an adapter needs.
-- `confine`, `oplora`, `penalty`, `clora`, `decay_to_start`, `Gauge`, `ForgettingCallback` (`guard`): hold what must be kept while
-  an adapter trains.
+- `confine`, `oplora`, `penalty`, `clora`, `overlap`, `decay_to_start`, `Gauge`, `ForgettingCallback` (`guard`): hold what must be
+  kept while an adapter trains.
 - `read_course` (`files`): an adapter from its start through training, for `nullspace.analysis`.
 """
 
@@ -46,6 +46,7 @@ try:
         decay_to_start,
         drift_of,
         oplora,
+        overlap,
         penalty,
     )
     from nullspace.integrations.peft.inject import inject_adapters
@@ -98,6 +99,7 @@ __all__ = [
     "inject_adapters",
     "lora_layers",
     "oplora",
+    "overlap",
     "penalty",
     "prepare",
     "preprocess_corda",

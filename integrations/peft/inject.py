@@ -17,7 +17,7 @@ from nullspace.artifacts.residual import Change
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.distributed import Job
 from nullspace.errors import InputError, InputTypeError, ResourceUseWarning
-from nullspace.factors import DAMPING
+from nullspace.factors import DAMPING, SHARE
 from nullspace.integrations.peft.budget import patterns_of_parameters, within_budget
 from nullspace.integrations.peft.experts.checks import refuse_sharded_experts, warn_of_two
 from nullspace.integrations.peft.layers import (
@@ -62,6 +62,7 @@ def inject_adapters(
     sigma_scale: float = 1.0,
     beta: float = 0.5,
     damping: float = DAMPING,
+    share: float = SHARE,
     split: float = 1.0,
     window: float | None = None,
     rank_budget: int | None = None,
@@ -77,6 +78,7 @@ def inject_adapters(
     | `"lora-null"` | `lora_null` (arXiv 2503.02659): s·BA = W₀ U Uᵀ, U the null space | `spaces` or `covariances` | W₀ − s·BA |
     | `"b-zero"` | `b_zero`: A = the r directions of the smallest inputs, B = 0 | `spaces` or `covariances` | W₀ |
     | `"contrast"` | `contrast`: A = directions of the task, not of `preserve`; B = 0 | `covariances` of the task, `preserve` | W₀ |
+    | `"inflora"` | `inflora` (arXiv 2404.00228): as `"contrast"`, A orthogonal to the inputs of `preserve`; B = 0 | the same | W₀ |
     | `"corda-kpm"`, `"corda-ipm"` | `corda` (arXiv 2406.05223) | `covariances` | W₀ − s·BA |
     | `"corda-exact"` | `corda_exact`, kpm: the optimum that CorDA approximates | `covariances` | W₀ − s·BA |
     | `"astra"` | `astra` (arXiv 2602.19111) | `covariances` of the task | W₀ − s·BA |
@@ -109,9 +111,9 @@ def inject_adapters(
         spaces: null spaces of this very model, with bases of at least r columns.
         method: one of the above.
         covariances: second moments of this very model's inputs (`nullspace.compute_covariances`).
-        preserve: the same, of the data that are to be preserved, for `"contrast"` and `"sc-lora"`.
-        freeze_a: train B alone; by default for `"contrast"`, and for no other method. The adapter's configuration records it, but
-            PEFT does not act on that: call `freeze_a` after loading an adapter to train it on.
+        preserve: the same, of the data that are to be preserved, for `"contrast"`, `"inflora"` and `"sc-lora"`.
+        freeze_a: train B alone; by default for `"contrast"` and `"inflora"`, and for no other method. The adapter's configuration
+            records it, but PEFT does not act on that: call `freeze_a` after loading an adapter to train it on.
         freeze_b: train A alone; by default for `"mica"` and `"mica-data"`, and for no other method. The same holds with `freeze_b`.
         residual: what subtracts s·BA again. `"base"`: the weight. `"adapter"`: a second, frozen adapter
             (`{adapter_name}_subtracted`, −B₀A₀), which leaves all weights as they are, quantised or tied ones too, and is active
@@ -124,6 +126,7 @@ def inject_adapters(
         beta: see `nullspace.factors.sc_lora`; only for `"sc-lora"`.
         damping: see `nullspace.factors.corda` and `nullspace.factors.contrast`; only for `"corda-kpm"`, `"corda-ipm"` (≥ 0) and
             `"contrast"` (> 0).
+        share: see `nullspace.factors.inflora`; only for `"inflora"`.
         split: A takes `split` times its share of the product and B 1 / `split` of its own, which leaves B A as it is; for methods
             whose product is not zero. With a larger one, steps of A move B A less, relative to those of B: with Adam, whose steps
             do not depend on the size of a factor, the relative change of A a step falls by `split`, and that of B rises by it.
@@ -159,7 +162,7 @@ def inject_adapters(
     """
     model = unwrap(model)
     job = Job() if is_model_sharded(model) else Job.alone()
-    given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, split, window, random_seed(method))
+    given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, share, split, window, random_seed(method))
     with job.sharing_errors(), unwrapped(model):
         check_method(method, given)
         check_sources(method, given)

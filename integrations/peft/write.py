@@ -23,7 +23,7 @@ from nullspace.artifacts.shared_writes import written_once
 from nullspace.artifacts.spaces import NullSpaces
 from nullspace.distributed import Job
 from nullspace.errors import InputError
-from nullspace.factors import DAMPING
+from nullspace.factors import DAMPING, SHARE
 from nullspace.integrations.peft.base import Source, check_plan, copy_base, files_of, source_of, write_base
 from nullspace.integrations.peft.budget import budget_facts, patterns_of_parameters, within_budget
 from nullspace.integrations.peft.experts.adapters import ExpertAdapter
@@ -64,6 +64,7 @@ def write_init(
     sigma_scale: float = 1.0,
     beta: float = 0.5,
     damping: float = DAMPING,
+    share: float = SHARE,
     split: float = 1.0,
     window: float | None = None,
     rank_budget: int | None = None,
@@ -94,7 +95,8 @@ def write_init(
             default group (FSDP2, ZeRO-3, DTensors of tensor parallelism), all of them have to call this with the same arguments:
             weights are gathered one at a time, and the first process writes.
         config: as in `inject_adapters`.
-        spaces, method, covariances, preserve, sigma_scale, beta, damping, split, window, rank_budget: as in `inject_adapters`.
+        spaces, method, covariances, preserve, sigma_scale, beta, damping, share, split, window, rank_budget: as in
+            `inject_adapters`.
         freeze_a, freeze_b: the same; the adapter's configuration, its card and the record say so.
         residual: as in `inject_adapters`.
         tokenizer: saved beside the base, if given.
@@ -114,7 +116,7 @@ def write_init(
     model = unwrap(model)
     job = Job() if is_model_sharded(model) else Job.alone()
     with job.sharing_errors(), unwrapped(model):
-        given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, split, window, random_seed(method))
+        given = Sources(spaces, covariances, preserve, sigma_scale, beta, damping, share, split, window, random_seed(method))
         freeze = (freeze_a, freeze_b)
         output = _Output(Path(out), tokenizer, freeze, residual, record or {}, overwrite, max_shard_bytes, rank_budget)
 

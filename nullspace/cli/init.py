@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 METHODS = (
-    *("lora-null", "b-zero", "contrast", "corda-kpm", "corda-ipm", "corda-exact", "astra", "sc-lora"),
+    *("lora-null", "b-zero", "contrast", "inflora", "corda-kpm", "corda-ipm", "corda-exact", "astra", "sc-lora"),
     *("milora", "pissa", "olora-tail", "mica", "mica-data", "eva", "orthogonal"),
 )
 _check_fraction = functools.partial(check_real, allowed=FRACTION)
@@ -81,7 +81,7 @@ class Adapter:
     use_rslora: bool = option("Scale by alpha / sqrt(rank).", False)
     method: str = option(
         "How the adapter begins; contrast keeps most, with covariances of the task and of what must be kept (--preserve). "
-        "contrast, b-zero, mica, mica-data, eva and orthogonal leave the base alone.",
+        "contrast, inflora, b-zero, mica, mica-data, eva and orthogonal leave the base alone.",
         "lora-null",
         one_of(*METHODS),
     )
@@ -89,9 +89,9 @@ class Adapter:
         "lora-null: multiply the adapter's product (the paper's Table 5).", 1.0, check_real, of_methods("sigma_scale")
     )
     preserve: Path | None = option(
-        "contrast, sc-lora: covariances of what must not be forgotten; --data is then the task.",
+        "contrast, inflora, sc-lora: covariances of what must not be forgotten; --data is then the task.",
         None,
-        needs=needed("'contrast' and 'sc-lora'", lambda values: "preserve" in method_of(values).needs),
+        needs=needed("'contrast', 'inflora' and 'sc-lora'", lambda values: "preserve" in method_of(values).needs),
     )
     beta: float = option("sc-lora: 0 for the task alone, 1 for preservation alone.", 0.5, _check_fraction, of_methods("beta"))
     damping: float = option(
@@ -99,6 +99,9 @@ class Adapter:
         0.01,
         _check_not_negative,
         of_methods("damping"),
+    )
+    share: float = option(
+        "inflora: of the inputs of --preserve, the share that A reads nothing of.", 0.99, _check_fraction, of_methods("share")
     )
     factor_split: float = option(
         "A takes so many times its share of the adapter's product, and B as much less.", 1.0, check_real, of_methods("split")
@@ -111,7 +114,7 @@ class Adapter:
         of_methods("window"),
     )
     freeze_a: bool | None = option(
-        "B alone is trained, from zero on the original model, so that no base is written; by default for contrast.",
+        "B alone is trained, from zero on the original model, so that no base is written; by default for contrast and inflora.",
         None,
         needs=_learns_without("A"),
     )
@@ -131,8 +134,8 @@ class Adapter:
 
     def numbers(self) -> dict[str, Any]:
         """The numbers of `nullspace.methods.OPTIONS`, by their names there."""
-        numbers = {"sigma_scale": self.sigma_scale, "beta": self.beta, "damping": self.damping, "split": self.factor_split}
-        return numbers | ({} if self.window is None else {"window": self.window})
+        own = {name: getattr(self, name) for name in ("sigma_scale", "beta", "damping", "share")}
+        return {**own, "split": self.factor_split, **({} if self.window is None else {"window": self.window})}
 
 
 def init(

@@ -3,6 +3,7 @@
 - `inputs`, `outputs`, `orthogonal`, `contrast`: the two factors before training, one function a method; from directions of the
   input, from directions of the output, random, and from two second moments, of the task and of what must be kept.
 - `constraints`: the leading directions that a change is kept out of while it trains, and CLoRA's penalty.
+- `tasks`: several tasks in a row, each kept out of the inputs or the rows of A of those before it.
 - `filters`: after training, a change that keeps its effect on the task and loses that on what must be kept; several in one.
 - `allocated`: the ranks of all layers within one budget of parameters, by what each rank buys.
 - `truncated`: a change cut to a smaller rank where its inputs notice it least.
@@ -35,6 +36,7 @@ from nullspace.factors.outputs import (
     svd_llm,
 )
 from nullspace.factors.projection import THRESHOLD, alphaedit
+from nullspace.factors.tasks import SHARE, inflora, overlap
 from nullspace.factors.truncation import truncated
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "DAMPING",
     "LARGEST",
     "RIDGE",
+    "SHARE",
     "SMALLEST",
     "THRESHOLD",
     "ZERO",
@@ -65,6 +68,7 @@ __all__ = [
     "corda_exact",
     "eva",
     "filtered",
+    "inflora",
     "leading_inputs",
     "leading_outputs",
     "leading_singular",
@@ -74,6 +78,7 @@ __all__ = [
     "milora",
     "olora_tail",
     "orthogonal",
+    "overlap",
     "pissa",
     "sc_lora",
     "skipped",

@@ -34,7 +34,7 @@ OF_MODEL = {"targets", "exclude", "dtype", "offload", "load_in_4bit", "load_in_8
 OF_ROWS, OF_HUB = {"field"}, {"split"}
 OF_TEXT = {*OF_FORM, "samples", "length", "batch_size", *OF_ROWS, *OF_HUB}
 ALL_OF_DATA = OF_DATA | OF_ROWS | OF_HUB
-NUMBERS = {"sigma_scale", "beta", "damping", "factor_split", "window", "preserve"}
+NUMBERS = {"sigma_scale", "beta", "damping", "share", "factor_split", "window", "preserve"}
 ALL = {"all_rows"}
 UNTOUCHED = {"avoid", "spectrum", "residual"}  # methods that leave the base alone, and compute no null space
 OF_NULL, OF_CORDA, OF_WINDOW = {"sigma_scale", "factor_split"}, {"damping", "factor_split"}, {"factor_split", "window"}
@@ -52,10 +52,13 @@ SOURCES: dict[tuple[str, str], set[str]] = {
     ("init", "MODEL --covariances c --method corda-ipm"): {*ALL, *ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - OF_CORDA},
     ("init", "MODEL --covariances c --method corda-exact"): {*ALL, *ALL_OF_DATA, "avoid", "spectrum", *NUMBERS - OF_WINDOW},
     ("init", "MODEL --data a.csv --method sc-lora --preserve p"): {
-        *ALL, *OF_HUB, "avoid", "spectrum", "sigma_scale", "damping", "window",
+        *ALL, *OF_HUB, "avoid", "spectrum", "sigma_scale", "damping", "share", "window",
     },
     ("init", "MODEL --covariances c --method contrast --preserve p"): {
-        *ALL, *ALL_OF_DATA, *UNTOUCHED, *OF_NULL, "beta", "window", "freeze_b",
+        *ALL, *ALL_OF_DATA, *UNTOUCHED, *OF_NULL, "beta", "share", "window", "freeze_b",
+    },
+    ("init", "MODEL --covariances c --method inflora --preserve p"): {
+        *ALL, *ALL_OF_DATA, *UNTOUCHED, *NUMBERS - {"share", "preserve"}, "rank_budget", "freeze_b",
     },
     ("init", "MODEL --covariances c --method mica-data"): {*ALL, *ALL_OF_DATA, "freeze_a", *UNTOUCHED, *NUMBERS},
     ("init", "MODEL --method pissa"): {*ALL, *ALL_OF_DATA, "partial", "avoid", "spectrum", *NUMBERS - {"factor_split"}},

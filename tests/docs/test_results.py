@@ -73,6 +73,15 @@ def test_what_a_budget_of_ranks_does() -> None:
     assert budget.HEAD[0] in page
 
 
+def test_three_tasks_in_a_row() -> None:
+    tables = pytest.importorskip(
+        "benchmarks.three_tasks_tables", reason="needs the repository's root on the path: python -m pytest"
+    )
+    read = tables.read(RESULTS / "three-tasks-cpu.jsonl")
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert all(tables.markdown(make(read)) in page for make in tables.TABLES.values())
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
 def test_what_a_calibration_costs(page: str) -> None:
     measured = [*(summary("layerwise-cpu.json")[name] for name in ("resident", "layerwise")), summary("peers-cpu.json")["corda"]]

@@ -168,6 +168,8 @@ def test_a_method_is_one_pure_function_and_one_entry(monkeypatch: pytest.MonkeyP
         ("contrast", {"preserve": "gpt2"}, "there is no covariance for 'model"),
         ("contrast", {"damping": 0.0}, "damping must be a positive number"),
         ("contrast", {"split": 2.0}, "split belongs to 'lora-null' and .*; 'contrast' does not take it"),
+        ("inflora", {"share": 1.5}, "share must be between 0 and 1"),
+        ("contrast", {"share": 0.5}, "share belongs to 'inflora'; 'contrast' does not take it"),
         ("lora-null", {"split": 0.0}, "split must be a positive number"),
         ("pissa", {"covariances": "llama"}, "'pissa' makes no use of covariances"),
         ("pissa", {"beta": 0.7}, "beta belongs to 'sc-lora'; 'pissa' does not take it"),

@@ -56,7 +56,7 @@ def prepare(
 
     | method | `task` | `keep` |
     |---|---|---|
-    | `"contrast"` (default), `"sc-lora"` | needed | needed |
+    | `"contrast"` (default), `"inflora"`, `"sc-lora"` | needed | needed |
     | `"lora-null"`, `"b-zero"`, `"corda-kpm"`, `"corda-exact"`, `"mica-data"` | | needed |
     | `"corda-ipm"`, `"eva"`, `"astra"` | needed | |
     | `"milora"`, `"pissa"`, `"olora-tail"`, `"mica"`, `"orthogonal"` | | |
@@ -78,13 +78,13 @@ def prepare(
         keep: what must not be forgotten, in the same forms and, for `"lora-null"` and `"b-zero"`, null spaces (`NullSpaces`, or a
             folder of `nullspace compute`). By default a small corpus made of the documentation and code that every Python carries,
             about which there is a warning: it stands for English technical text alone.
-        method: see `inject_adapters`, which has all of them. `"contrast"` freezes A and leaves the base as it is.
+        method: see `inject_adapters`, which has all of them. `"contrast"` and `"inflora"` freeze A and leave the base as it is.
         samples, batch_size: sequences of each of the two, and of a batch.
         length: tokens a sequence; by default 1024, or the model's positions if it has fewer.
         strategy, precision, experts, device: how the model is run: see `nullspace.stream_covariances`.
         freeze_a, freeze_b, residual, rank_budget, adapter_name: see `inject_adapters`.
         progress: True for bars, False for none, or a callable (`nullspace.progress.Progress`).
-        numbers: `sigma_scale`, `beta`, `damping`, `split` and `window`, of methods that take them: see `inject_adapters`.
+        numbers: `sigma_scale`, `beta`, `damping`, `share`, `split` and `window`, of methods that take them: see `inject_adapters`.
 
     Returns:
         The `PeftModel`. Where its base is a residual (`"lora-null"` with A trained, CorDA, …), call `save_init` before training.
