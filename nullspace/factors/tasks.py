@@ -9,7 +9,7 @@ from nullspace.checks import FRACTION, check_between, check_integer, check_real
 from nullspace.errors import InputError
 from nullspace.factors.filters import unit_trace
 from nullspace.factors.low_rank import LowRank
-from nullspace.factors.starts import ZERO
+from nullspace.factors.outputs import ZERO
 
 SHARE = 0.99
 """Of the earlier tasks' inputs, by energy: what InfLoRA keeps out of."""
