@@ -35,13 +35,14 @@ SIDE_BY_SIDE_BYTES = 2**30
 # Launches bind a step, so that L⁻¹, two products, pays up to there; from 16384 on the d³ / 3 flops more that it takes do not. Other
 # devices: computed, not measured. `python -m benchmarks.first_gpu.solvers` prints such rows.
 WHOLE = 2**31
+OTHER = (0, 0)  # a capability of which nothing was measured
 INVERT_ON_CUDA: dict[tuple[int, int] | None, dict[int, tuple[int, int]]] = {
     (9, 0): {0: (6, WHOLE), 16384: (6, 2048)},
     None: {0: (12, 256), 2048: (12, 512), 4096: (12, 1024)},
 }
-# On a GPU shift-invert begins here. On an H100, k = 128, it takes 0.041, 0.082 and 0.081 s at d = 2048, 3072 and 4096, and
-# `torch.linalg.eigh` 0.029, 0.067 and 0.126 s.
-INVERT_MIN_D_ON_CUDA = 3584
+# On a GPU shift-invert begins here, by compute capability. On an H100, k = 128, it takes 0.041, 0.082 and 0.081 s at d = 2048, 3072
+# and 4096, and `torch.linalg.eigh` 0.029, 0.067 and 0.126 s. Where float64 is slow flops decide, and it needs fewer at every d.
+INVERT_MIN_D_ON_CUDA: dict[tuple[int, int] | None, int] = {(9, 0): 3584, None: 0}
 # On a CPU: the multiple of LEAST_WIDTH next to (k + GUARD) / 6. One thread, d = 4096, k = 128, seconds of the processor on a loaded
 # machine, the least of two: 3.6, 4.5, 3.4 and 3.5 with 12, 18, 24 and 36 columns; MKL's triangular solver prefers multiples of 12.
 INVERT_ON_CPU = 6
@@ -54,13 +55,16 @@ EIGH_ON_CUDA, EIGH_COLUMN = 1e13, 12e-6
 INVERT_ON_H100, INVERT_STEP, SMALL_COLUMN = 3.5e13, 2e-3, 13e-6
 
 
-def choose_method(d: int, k: int, device: torch.device | str = "cpu", *, every: bool = False) -> str:
+def choose_method(
+    d: int, k: int, device: torch.device | str = "cpu", *, every: bool = False, capability: tuple[int, int] | None = None
+) -> str:
     """The method for the k smallest eigenpairs of a matrix of order d: one of `METHODS` other than `"auto"`.
 
     Args:
         d, k: order, and number of pairs.
         device: where the matrix is.
         every: all eigenvalues are wanted, which shift-invert does not give.
+        capability: of a GPU; by default that of the device.
     """
     kind = torch.device(device).type
     if kind == "cpu":
@@ -68,19 +72,24 @@ def choose_method(d: int, k: int, device: torch.device | str = "cpu", *, every: 
             return "shift-invert"
         if d >= SUBSET_MIN_D and k <= d * SUBSET_FRACTION:
             return "lapack-subset"
-    elif kind == "cuda" and not every and d >= max(INVERT_MIN_D_ON_CUDA, krylov.LEAST_ORDER * (k + krylov.GUARD)):
-        return "shift-invert"
+    elif kind == "cuda" and not every:
+        least = INVERT_MIN_D_ON_CUDA.get(capability or capability_of(device), INVERT_MIN_D_ON_CUDA[None])
+        if d >= max(least, krylov.LEAST_ORDER * (k + krylov.GUARD)):
+            return "shift-invert"
     return "eigh"
 
 
-def tuning(d: int, k: int, device: torch.device | str = "cpu") -> krylov.Tuning:
-    """How shift-invert computes k eigenpairs of a matrix of order d on a device."""
+def capability_of(device: torch.device | str) -> tuple[int, int]:
+    """Of a CUDA device; where there is none the H100's, from which forecasts for other cards are scaled."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
+
+
+def tuning(d: int, k: int, device: torch.device | str = "cpu", *, capability: tuple[int, int] | None = None) -> krylov.Tuning:
+    """How shift-invert computes k eigenpairs of a matrix of order d on a device, or on a GPU of a capability."""
     device = torch.device(device)
     if device.type == "cpu":
         return krylov.Tuning(LEAST_WIDTH * max(1, round((k + krylov.GUARD) / INVERT_ON_CPU / LEAST_WIDTH)))
-    # Where there is none, the H100's: forecasts for other cards are scaled from it.
-    present = device.type == "cuda" and torch.cuda.is_available()
-    rows = INVERT_ON_CUDA.get(torch.cuda.get_device_capability(device) if present else (9, 0), INVERT_ON_CUDA[None])
+    rows = INVERT_ON_CUDA.get(capability or capability_of(device), INVERT_ON_CUDA[None])
     parts, block = rows[max(least for least in rows if least <= d)]
     return krylov.Tuning(max(8, (k + krylov.GUARD) // parts), block, cholesky=True)
 
@@ -111,9 +120,10 @@ def decomposition_cost(d: int, rank: int, device: str, eigh_rate: float = EIGH_O
         (`benchmarks/results/solvers-cpu.json`).
     """
     k, square = min(rank, d - 1), 8 * d * d
-    method = choose_method(d, k, device)
+    capability = (9, 0) if eigh_rate >= EIGH_ON_CUDA / 4 else OTHER
+    method = choose_method(d, k, device, capability=capability)
     if method == "shift-invert":
-        chosen = tuning(d, k, device)
+        chosen = tuning(d, k, device, capability=capability)
         size, flops = invert_cost(d, k, chosen)
         if device == "cpu":
             return size, flops, flops / 0.45

@@ -30,7 +30,7 @@ def bottom_eigenpairs(
             `torch.linalg.eigh`, on the matrix's device), `"shift-invert"` (block Krylov on (C + σI)⁻¹, on the matrix's device;
             it falls back to one of the others where it does not converge, and for d < 10 (k + 16)) or `"auto"`. That is, for a CPU
             matrix, shift-invert from d = 3072 on if k ≤ d / 24, the subset from d = 128 on if k ≤ d / 4; for a CUDA matrix,
-            shift-invert if d ≥ 10 (k + 16); else `"eigh"`.
+            shift-invert if d ≥ 10 (k + 16), on an H100 from d = 3584 on; else `"eigh"`.
         overwrite: `c` may be destroyed, which saves a copy of it.
 
     Returns:

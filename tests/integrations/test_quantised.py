@@ -344,7 +344,7 @@ def test_a_quantised_weight_is_not_turned_into_a_residual(kind: str, base: Any, 
     model = base(kind)
     before, state = logits(model), state_of(model)
     layer = r"'model\.layers\.0\.self_attn\.q_proj' \(Linear.*quantised"
-    words = rf"{layer}.*residual=\"adapter\".*'b-zero', 'contrast', 'eva' and 'orthogonal'"
+    words = rf"{layer}.*residual=\"adapter\".*'b-zero', 'contrast', 'inflora', .*'eva' and 'orthogonal'"
     for refused in (
         lambda: inject_adapters(model, LoraConfig(r=RANK), method="pissa", residual="base"),
         lambda: check_servable(model, find_targets(model), "pissa", offloaded=True),
