@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+
 import numpy as np
 import torch
 
 from nullspace.checks import check_between, check_one_of
-from nullspace.errors import InputError
+from nullspace.errors import InputError, ResourceUseWarning
 from nullspace.solvers import cost, lapack
 from nullspace.solvers.checks import check_symmetric, with_fixed_signs
 from nullspace.solvers.krylov import shift_invert
@@ -30,7 +33,8 @@ def bottom_eigenpairs(
             `torch.linalg.eigh`, on the matrix's device), `"shift-invert"` (block Krylov on (C + σI)⁻¹, on the matrix's device;
             it falls back to one of the others where it does not converge, and for d < 10 (k + 16)) or `"auto"`. That is, for a CPU
             matrix, shift-invert from d = 3072 on if k ≤ d / 24, the subset from d = 128 on if k ≤ d / 4; for a CUDA matrix,
-            shift-invert if d ≥ 10 (k + 16), on an H100 from d = 3584 on; else `"eigh"`.
+            shift-invert if d ≥ 10 (k + 16), on an H100 from d = 3584 on; else `"eigh"`. Where a GPU has no memory for `"eigh"`,
+            LAPACK computes on the host.
         overwrite: `c` may be destroyed, which saves a copy of it.
 
     Returns:
@@ -44,6 +48,9 @@ def bottom_eigenpairs(
 
     Raises:
         ValueError: if `c` is not square or holds NaN or Inf, k is out of range, or the method is unknown.
+
+    Warns:
+        UserWarning: where the host computes what a GPU has no memory for.
     """
     values, vectors = partial_eigh(c, k, method=method, overwrite=overwrite)
     return values[:k].clone(), vectors
@@ -71,13 +78,29 @@ def partial_eigh(
         if pairs is not None:
             return pairs[0], with_fixed_signs(pairs[1])
         method = cost.choose_method(d, k, c.device, every=True)
-    if method == "lapack-subset" and d > 2:
-        values, vectors = lapack.bottom_pairs(c.detach().to("cpu", torch.float64).numpy(), k, overwrite)
-        eigenvalues, basis = torch.from_numpy(values).to(c.device), torch.from_numpy(vectors).to(c.device)
-    else:
-        eigenvalues, basis = torch.linalg.eigh(c.to(torch.float64))
-        basis = basis[:, :k]
+    pairs = every_pair(c, k) if method != "lapack-subset" or d <= 2 else None
+    eigenvalues, basis = pairs if pairs is not None else _on_host(c, k, overwrite)
     return eigenvalues, with_fixed_signs(basis)
+
+
+def every_pair(c: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """All eigenvalues and the k bottom vectors by `torch.linalg.eigh`; None, with a warning, where a GPU has no memory for it."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        values, vectors = torch.linalg.eigh(c.to(torch.float64))
+        return values, vectors[:, :k]
+    warnings.warn(
+        f"{c.device} has no memory for all eigenpairs of a matrix of order {len(c)} (torch.linalg.eigh): they are computed on the "
+        "host, which takes longer",
+        ResourceUseWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+def _on_host(c: torch.Tensor, k: int, overwrite: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """All eigenvalues and the k bottom vectors by LAPACK, d > 2."""
+    values, vectors = lapack.bottom_pairs(c.detach().to("cpu", torch.float64).numpy(), k, overwrite)
+    return torch.from_numpy(values).to(c.device), torch.from_numpy(vectors).to(c.device)
 
 
 def top_eigenpairs(c: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

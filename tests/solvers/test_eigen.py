@@ -301,3 +301,15 @@ def test_a_number_of_pairs_out_of_range_is_refused(k: int, method: str) -> None:
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match="method must be one of 'auto', 'eigh', 'lapack-subset', 'shift-invert', not 'power'"):
         bottom_eigenpairs(torch.eye(3), 1, method="power")
+
+
+def test_what_a_gpu_has_no_memory_for_is_solved_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(c: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 24.53 GiB")
+
+    c = psd(40)
+    monkeypatch.setattr(torch.linalg, "eigh", full)
+    with pytest.warns(UserWarning, match="cpu has no memory for all eigenpairs of a matrix of order 40.*computed on the "):
+        values, vectors = bottom_eigenpairs(c, 4, method="eigh")
+    monkeypatch.undo()
+    assert_eigenpairs(c, values, vectors, 4)
