@@ -128,6 +128,6 @@ EXPERIMENTS = {
     "ranks": Experiment(_LEADING, ranks=(8, 64)),
     "budget": Experiment(
         ("lora", "contrast", "contrast budget", "lora-null v2", "lora-null v2 budget", "eva", "eva budget", "eva rho 2", "adalora"),
-        rates=1,
+        rates=2,
     ),
 }
