@@ -32,8 +32,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "cuda": {
         "orders": (4096, 11008, 14336),
         "widths": (12, 24, 36, 72, 144),
-        "tuned": (12, 24, 36, 72),
-        "blocks": (0, 256, 512, 1024),
+        "tuned": (18, 24, 36, 72),
+        "blocks": (0, 512, 1024, 2048),
         "small": (144, 288, 432, 720, 1440),
         "k": 128,
         "at once": (1, 2, 3, 4),
@@ -228,7 +228,7 @@ def run(command: Command) -> None:
             for row in side_by_side(c, sizes["k"], sizes["at once"]):
                 command.add(what="several at once", **row)
         if command.has_time(f"tunings, d = {d}", 15 if not command.dry else 0):
-            for row in tunings(c, sizes["k"], sizes["tuned"], sizes["blocks"]):
+            for row in tunings(c, sizes["k"], sizes["tuned"], (*sizes["blocks"], d)):
                 command.add(what="tuning", d=d, **row)
         if command.has_time(f"parts, d = {d}", 10 if not command.dry else 0):
             for row in parts(c, sizes["widths"], (*sizes["blocks"], d)):
