@@ -55,8 +55,8 @@ class Tiling(NamedTuple):
 
 
 # For 16-bit inputs, by compute capability and by the smallest width that a tiling serves. `python -m benchmarks.first_gpu.kernels
-# --sweep` prints such rows. Hopper's are the fastest on an H100 of those with a resolution of 3e-8 or less, on steep inputs as on
-# others: times as fast as cuBLAS's full product, 16k tokens (`benchmarks/results/first_gpu-h100/kernels.json`, `more.json`),
+# --sweep` prints such rows. Hopper's are the fastest on an H100 of those that lose 3e-8 or less of inputs of 48 columns, steep or
+# not: times as fast as cuBLAS's full product, 16k tokens (`benchmarks/results/first_gpu-h100/kernels.json`, `more.json`),
 #     window       64     128    192    256    320    512    128, one addition    128, Gluon
 #     4096         0.82   1.15   1.31   1.32   1.34   1.00   1.29                 1.01
 #     14336        0.79   1.10   1.28   1.35   1.43   1.46   1.30                 0.94
