@@ -8,7 +8,6 @@ from nullspace import solvers
 from nullspace.checks import check_between, check_integer, check_real
 from nullspace.errors import InputError
 from nullspace.factors.low_rank import LowRank
-from nullspace.solvers.singular import thin_svd
 
 
 @torch.no_grad()
@@ -38,7 +37,7 @@ def lora_null(weight: torch.Tensor, basis: torch.Tensor, *, rank: int | None = N
     rank = _check_rank(basis.shape[1], weight.shape[0], rank)
     check_real("sigma_scale", sigma_scale)
     basis = basis.to(weight.device, torch.float64)
-    p, sigma, qt = thin_svd(weight.to(torch.float64) @ basis)
+    p, sigma, qt = torch.linalg.svd(weight.to(torch.float64) @ basis, full_matrices=False)
     right = qt[:rank] @ basis.T
     root = solvers.column_signs(right.mT) * (sigma_scale * sigma[:rank]).sqrt()
     return LowRank(A=root[:, None] * right, B=p[:, :rank] * root)

@@ -27,7 +27,6 @@ from nullspace import solvers
 from nullspace.checks import FRACTION, NOT_NEGATIVE, check_between, check_integer, check_one_of, check_real
 from nullspace.errors import InputError
 from nullspace.factors.low_rank import LowRank
-from nullspace.solvers.singular import thin_svd
 
 # Added to the diagonal of C, relative to its mean, by PEFT and the paper's code.
 DAMPING = 0.01
@@ -109,7 +108,7 @@ def olora_tail(weight: torch.Tensor, *, rank: int) -> LowRank:
     weight = weight.to(torch.float64)
     sigma, u = _left(weight, rank, SMALLEST)
     if bool(sigma[-1] > CLEAR * torch.linalg.matrix_norm(weight)):
-        left, _, right = thin_svd(u.mT @ weight)
+        left, _, right = torch.linalg.svd(u.mT @ weight, full_matrices=False)
         a = left @ right  # Σ_r V_rᵀ without Σ_r, with orthonormal rows
     else:
         u, _, right = torch.linalg.svd(weight, full_matrices=False)

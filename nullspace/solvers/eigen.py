@@ -78,12 +78,12 @@ def partial_eigh(
         if pairs is not None:
             return pairs[0], with_fixed_signs(pairs[1])
         method = cost.choose_method(d, k, c.device, every=True)
-    pairs = every_pair(c, k) if method != "lapack-subset" or d <= 2 else None
+    pairs = _every_pair(c, k) if method != "lapack-subset" or d <= 2 else None
     eigenvalues, basis = pairs if pairs is not None else _on_host(c, k, overwrite)
     return eigenvalues, with_fixed_signs(basis)
 
 
-def every_pair(c: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _every_pair(c: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """All eigenvalues and the k bottom vectors by `torch.linalg.eigh`; None, with a warning, where a GPU has no memory for it."""
     with contextlib.suppress(torch.OutOfMemoryError):
         values, vectors = torch.linalg.eigh(c.to(torch.float64))

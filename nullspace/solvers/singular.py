@@ -175,7 +175,7 @@ def left_top(m: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] | Non
     values, vectors = top_eigenpairs(m @ m.mT if wide else m.mT @ m, k)
     if not bool(values[-1] > values[0] / SQUARE_LIMIT**2):
         return None
-    return _rotated(m, vectors) if wide else thin_svd(m @ vectors)[1::-1]
+    return _rotated(m, vectors) if wide else torch.linalg.svd(m @ vectors, full_matrices=False)[1::-1]
 
 
 def left_bottom(m: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -201,25 +201,7 @@ def left_bottom(m: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] | 
     return _rotated(m, vectors)
 
 
-def thin_svd(m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U (n, k), σ (k,) descending and Vᵀ (k, d) of a real (n, d) matrix, k = min(n, d), one side of which is some hundreds at most.
-
-    On a GPU by a QR decomposition there and an SVD of R, as LAPACK does it, on the host.
-    """
-    return torch.linalg.svd(m, full_matrices=False) if m.device.type == "cpu" else svd_by_qr(m)
-
-
-def svd_by_qr(m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`thin_svd` by a QR decomposition on the device and an SVD of R on the host."""
-    if m.shape[0] < m.shape[1]:
-        u, sigma, vt = svd_by_qr(m.mT)
-        return vt.mT, sigma, u.mT
-    q, r = torch.linalg.qr(m)
-    u, sigma, vt = (part.to(m.device) for part in torch.linalg.svd(r.cpu()))
-    return q @ u, sigma, vt
-
-
 def _rotated(m: torch.Tensor, basis_nk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rayleigh–Ritz for singular vectors: rotates a basis within its span to the singular vectors of M there; their values too."""
-    rotation, sigma, _ = thin_svd(basis_nk.mT @ m)
+    rotation, sigma, _ = torch.linalg.svd(basis_nk.mT @ m, full_matrices=False)
     return sigma, basis_nk @ rotation

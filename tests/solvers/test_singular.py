@@ -270,13 +270,3 @@ def test_a_root_of_any_shape_has_the_same_bottom_as_its_triangle(monkeypatch: py
     whole = solvers.bottom_right_singular(root, 8)
     torch.testing.assert_close(one[0][:8], whole[0][:8], rtol=1e-9, atol=0.0)
     torch.testing.assert_close(one[1], whole[1], rtol=0.0, atol=1e-7)
-
-
-@pytest.mark.parametrize(("n", "d"), [(60, 7), (7, 60), (7, 7), (1, 4)])
-def test_a_thin_svd_by_qr_is_one(n: int, d: int) -> None:
-    m = torch.randn(n, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    m[0] *= 1e-9
-    u, sigma, vt = singular.svd_by_qr(m)
-    unit = torch.eye(min(n, d), dtype=torch.float64)
-    for product, expected in ((u * sigma @ vt, m), (u.mT @ u, unit), (vt @ vt.mT, unit), (sigma, torch.linalg.svdvals(m))):
-        torch.testing.assert_close(product, expected, rtol=0.0, atol=1e-13)
