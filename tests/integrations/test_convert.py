@@ -88,6 +88,7 @@ def test_the_ranks_that_peft_chooses_by_a_share_are_kept() -> None:
         assert len(tensors[f"{PREFIX}{name}.lora_A.weight"]) == rank
 
 
+@pytest.mark.processes
 def test_what_is_saved_loads_in_plain_peft_and_at_full_rank_is_the_adapter(tmp_path: Path, plain_peft: PlainPeft) -> None:
     model, batch = adapted("lokr"), random_batches(1)[0]
     tiny("llama").save_pretrained(tmp_path / "base")
